@@ -1,0 +1,63 @@
+"""Which device and dtype the networks run on, and how many images fit at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from genkit.errors import InputError, nearest, shown
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
+          "bfloat16": "bfloat16", "bf16": "bfloat16"}  # fmt: skip
+CPU_SLOTS = 16  # above 16 rows the CPU's caches are full: no more images a second, later first image
+CUDA_SLOTS = 32  # a row costs least from about 32 rows on
+CUDA_BYTES_PER_PIXEL = 2500  # activations of one guided half-precision row, per output pixel, with room to spare
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Refuse, without torch, a device or dtype that no machine has: raises InputError."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        raise InputError(f"--device: {shown(device)} is not auto, cpu, mps, cuda or cuda:N{nearest(device, ['cuda', 'cpu'])}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"--dtype: {shown(dtype)} is not auto, float32, float16 or bfloat16{nearest(dtype, DTYPES)}")
+    if device == "cpu" and DTYPES.get(dtype) == "float16":
+        raise InputError("--dtype: float16 on a CPU overflows and is slow: use float32 or bfloat16")
+
+
+def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype to use: the first GPU in float16 when there is one, else the CPU in float32.
+
+    Raises InputError for a device that this machine does not have or a dtype that it cannot compute in.
+    """
+    import torch
+
+    check_device(device, dtype)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    chosen = torch.device(device)
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[chosen.type]
+    if (chosen.index or 0) >= count:
+        raise InputError(f"--device: {shown(device)} is not here: this machine has {count} {chosen.type} devices")
+    if dtype == "auto":
+        return chosen, torch.float32 if chosen.type == "cpu" else torch.float16
+    check_device(chosen.type, dtype)
+    return chosen, getattr(torch, DTYPES[dtype])
+
+
+def default_slots(device: torch.device, pixels: int) -> int:
+    """Return how many images of `pixels` output pixels to hold in flight on `device`."""
+    import torch
+
+    if device.type != "cuda":
+        return CPU_SLOTS
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(CUDA_SLOTS, int(free * 0.8) // (pixels * CUDA_BYTES_PER_PIXEL)))
+
+
+def usable_cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

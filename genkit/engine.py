@@ -1,0 +1,176 @@
+"""Slot batches: every image in flight is at its own step of its own plan, and all of them share one network call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from genkit.denoiser import Denoiser
+from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
+
+COLUMN = {name: i for i, name in enumerate(COLUMNS)}
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """One image on its way from noise: what it is, where it starts, and the plan it follows.
+
+    latent: (C, H, W) float32 at the plan's first level, on any device. cond, uncond: (tokens, width) or None.
+    keep_mask, known: where keep_mask (1, H, W) is 0 the latent follows `known` = (x0, noise), each (C, H, W).
+    cost: slots that it takes (1 for the model's own picture size, 4 for twice the sides).
+    """
+
+    tag: Any
+    latent: torch.Tensor
+    plan: Plan
+    generator: torch.Generator | None = None
+    cond: torch.Tensor | None = None
+    uncond: torch.Tensor | None = None
+    guidance: float = 1.0
+    keep_mask: torch.Tensor | None = None
+    known: tuple[torch.Tensor, torch.Tensor] | None = None
+    cost: float = 1.0
+    step: int = 0
+    error: str | None = None
+
+
+class _Group:
+    """The trajectories of one latent shape, their state stacked so that a step costs no per-image work."""
+
+    def __init__(self, first: Trajectory, device: torch.device) -> None:
+        self.device = device
+        self.live: list[Trajectory] = []
+        self.x = torch.empty(0, *first.latent.shape, device=device)
+        self.history = torch.empty(HISTORY, 0, *first.latent.shape, device=device)
+        self.cond: torch.Tensor | None = None
+        self.uncond: torch.Tensor | None = None
+
+    def add(self, new: list[Trajectory]) -> None:
+        self.live += new
+        x = torch.stack([t.latent for t in new]).to(self.device, torch.float32)
+        self.x = torch.cat([self.x, x])
+        self.history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
+        self.cond = self._extend(self.cond, [t.cond for t in new])
+        self.uncond = self._extend(self.uncond, [t.uncond for t in new])
+
+    def _extend(self, old: torch.Tensor | None, new: list[torch.Tensor | None]) -> torch.Tensor | None:
+        parts = [p.to(self.device) for p in new if p is not None]
+        if not parts:
+            return old
+        added = torch.stack(parts)
+        return added if old is None else torch.cat([old, added])
+
+    def remove_finished(self) -> list[Trajectory]:
+        """Take out the trajectories that ended, each with its final latent."""
+        over = [i for i, t in enumerate(self.live) if t.step == t.plan.nfe or t.error]
+        if not over:
+            return []
+        ended = [self.live[i] for i in over]
+        for i, trajectory in zip(over, ended, strict=True):
+            trajectory.latent = self.x[i]
+        stay = [i for i in range(len(self.live)) if i not in set(over)]
+        self.live = [self.live[i] for i in stay]
+        index = torch.tensor(stay, dtype=torch.long, device=self.device)
+        self.x, self.history = self.x[index], self.history[:, index]
+        self.cond = None if self.cond is None else self.cond[index]
+        self.uncond = None if self.uncond is None else self.uncond[index]
+        return ended
+
+
+class Engine:
+    """Run trajectories through one denoiser, `slots` at a time.
+
+    The x of a sample depends on its own rows only, so steps, guidance, solver, strength and seed may differ within a
+    batch; with a network whose arithmetic does not depend on the batch, results are bitwise those of running alone.
+    """
+
+    def __init__(self, denoiser: Denoiser, device: torch.device, slots: int) -> None:
+        self.denoiser, self.device, self.slots = denoiser, device, slots
+        self.calls = 0  # network rows computed so far
+        self._groups: dict[tuple[int, ...], _Group] = {}
+
+    @property
+    def live(self) -> int:
+        """How many trajectories are in flight."""
+        return sum(len(g.live) for g in self._groups.values())
+
+    @torch.inference_mode()
+    def run(self, take: Callable[[int], list[Trajectory]]) -> Iterator[list[Trajectory]]:
+        """Yield trajectories as they end, their `latent` the clean one (or `error` set).
+
+        `take(n)` is asked for up to n new trajectories whenever slots are free; an empty list while others are in
+        flight means "none right now"; an empty list with nothing in flight ends the run.
+        """
+        while True:
+            self._admit(take)
+            if not self.live:
+                return
+            # The fullest shape goes first: most rows a call. Smaller groups grow until it is their turn.
+            ended = self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
+            self._groups = {shape: g for shape, g in self._groups.items() if g.live}
+            if ended:
+                yield ended
+
+    def _admit(self, take: Callable[[int], list[Trajectory]]) -> None:
+        while True:
+            used = sum(t.cost for g in self._groups.values() for t in g.live)
+            free = int(self.slots - used) if self.live else max(1, self.slots)
+            new = take(free) if free > 0 else []
+            if not new:
+                return
+            shapes: dict[tuple[int, ...], list[Trajectory]] = {}
+            for trajectory in new:
+                shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
+            for shape, trajectories in shapes.items():
+                self._groups.setdefault(shape, _Group(trajectories[0], self.device)).add(trajectories)
+
+    def _tick(self, group: _Group) -> list[Trajectory]:
+        """Advance every trajectory of `group` by one network call."""
+        live = group.live
+        table = np.stack([t.plan.table[t.step] for t in live], axis=1).astype(np.float32)
+        rows = torch.from_numpy(table)[:, :, None, None, None].to(self.device, non_blocking=True)
+        try:
+            output = self.denoiser(
+                rows[COLUMN["c_in"]] * group.x,
+                rows[COLUMN["t"]].flatten(),
+                group.cond,
+                group.uncond,
+                torch.tensor([t.guidance for t in live]),
+            )
+        except torch.OutOfMemoryError:
+            for trajectory in live:
+                trajectory.error = "out of memory"
+            return group.remove_finished()
+        group.x, new = step(group.x, output, rows, group.history, self._noise(live))
+        group.history = torch.cat([new[None], group.history[:-1]])
+        for i, trajectory in enumerate(live):
+            trajectory.step += 1
+            if trajectory.known is not None and trajectory.keep_mask is not None:
+                group.x[i] = _blend(group.x[i], trajectory)
+        self.calls += len(live)
+        return group.remove_finished()
+
+    def _noise(self, live: list[Trajectory]) -> torch.Tensor | float:
+        """Draw step noise, for each sample from its own generator and only where its row asks for it."""
+        drawing = [bool(t.plan.draws[t.step]) for t in live]
+        if not any(drawing):
+            return 0.0
+        shape = live[0].latent.shape
+        drawn = [
+            torch.randn((1, *shape), generator=t.generator) if draws else torch.zeros((1, *shape))
+            for t, draws in zip(live, drawing, strict=True)
+        ]
+        return torch.cat(drawn).to(self.device, non_blocking=True)
+
+
+def _blend(x: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:
+    """Put the known picture, at the noise level just reached, where the mask says keep."""
+    assert trajectory.known is not None and trajectory.keep_mask is not None
+    x0, noise = (k.to(x.device) for k in trajectory.known)
+    alpha, sigma = trajectory.plan.alphas[trajectory.step], trajectory.plan.sigmas[trajectory.step]
+    mask = trajectory.keep_mask.to(x.device)
+    return mask * x + (1 - mask) * (float(alpha) * x0 + float(sigma) * noise)

@@ -1,0 +1,28 @@
+"""The two ways genkit refuses to go on, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK, EXIT_SOME_FAILED, EXIT_INPUT, EXIT_HOST, EXIT_SIGINT, EXIT_SIGTERM = 0, 1, 2, 3, 130, 143
+
+
+class InputError(ValueError):
+    """Bad usage or input (exit code 2). The text is one line that names file, line, field, value and the nearest right one."""
+
+
+class HostError(RuntimeError):
+    """The environment does not allow the work: disk, lock or device (exit code 3). The text is one line."""
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """Return " (did you mean 'prompt'?)" for the known word closest to `word`, or "" when none is close."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return `value` as it may stand in a one-line message: quoted, escaped, and cut to `limit` characters."""
+    text = ascii(value) if not isinstance(value, str) else repr(value).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= limit else text[: limit - 1] + "…"
