@@ -1,0 +1,179 @@
+"""Model folders in the real layouts, made in a few milliseconds: tiny networks with seeded random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
+
+EMBEDDED = Path(__file__).parent.parent / "genkit" / "components" / "embedded"
+# The ids of the emoji tokenizer, which every tiny text encoder is made for.
+TOKENS = {
+    "vocab_size": 4096,
+    "bos_token_id": 4094,
+    "eos_token_id": 4095,
+    "pad_token_id": 4095,
+    "max_position_embeddings": 32,
+}
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.42.1",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+PIXEL_SCHEDULER: dict[str, Any] = {
+    "_diffusers_version": "0.42.1",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "clip_sample": True,
+}
+
+
+def tiny_stable_diffusion(
+    folder: Path, scheduler: dict[str, Any] | None = None, cross_attention_dim: int = 16, **save: Any
+) -> Path:
+    """Write a StableDiffusionPipeline folder (16x16 pixels, 8x8x4 latents, emoji tokenizer) and return it.
+
+    scheduler: a config with its `_class_name`; None is DDIM on Stable Diffusion's noise. save: for save_pretrained
+    (`variant`, `max_shard_size`).
+    """
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=cross_attention_dim,
+    )
+    unet.save_pretrained(folder / "unet", **save)
+    _vae().save_pretrained(folder / "vae", **save)
+    text_encoder = CLIPTextModel(CLIPTextConfig(**_clip_text(cross_attention_dim)))
+    text_encoder.save_pretrained(folder / "text_encoder", **save)
+    _copy_tokenizer(folder / "tokenizer")
+    _write(folder / "scheduler" / "scheduler_config.json", scheduler or SCHEDULER)
+    parts = {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", (scheduler or SCHEDULER)["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    return _index(folder, "StableDiffusionPipeline", parts)
+
+
+def tiny_ddpm(folder: Path, scheduler: str = "DDPMScheduler") -> Path:
+    """Write a DDPMPipeline (or DDIMPipeline, by the scheduler's class) folder: 16x16 pixels, one UNet2DModel."""
+    _unet2d(sample_size=16, channels=3).save_pretrained(folder / "unet")
+    _write(folder / "scheduler" / "scheduler_config.json", {"_class_name": scheduler, **PIXEL_SCHEDULER})
+    parts = {"scheduler": ["diffusers", scheduler], "unet": ["diffusers", "UNet2DModel"]}
+    return _index(folder, scheduler.replace("Scheduler", "Pipeline"), parts)
+
+
+def tiny_latent_unconditional(folder: Path) -> Path:
+    """Write a folder of an unconditional latent model: a UNet2DModel over the 8x8x4 latents of a VAE, 16x16 pixels."""
+    _unet2d(sample_size=8, channels=4).save_pretrained(folder / "unet")
+    _vae().save_pretrained(folder / "vae")
+    _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    parts = {
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    return _index(folder, "LDMPipeline", parts)
+
+
+def tiny_clip(folder: Path, **save: Any) -> Path:
+    """Write a CLIPModel folder with tokenizer and preprocessor (16x16 pixels, embeddings of width 8) and return it."""
+    torch.manual_seed(3)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    model = CLIPModel(CLIPConfig(text_config=_clip_text(16), vision_config=vision, projection_dim=8))
+    model.save_pretrained(folder, **save)
+    _copy_tokenizer(folder)
+    preprocessor = json.loads((EMBEDDED / "emoji-clip" / "preprocessor_config.json").read_text())
+    preprocessor["size"] = preprocessor["crop_size"] = {"height": 16, "width": 16}
+    _write(folder / "preprocessor_config.json", preprocessor)
+    return folder
+
+
+def _unet2d(sample_size: int, channels: int) -> UNet2DModel:
+    torch.manual_seed(2)
+    return UNet2DModel(
+        sample_size=sample_size,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def _clip_text(width: int) -> dict[str, Any]:
+    return {
+        **TOKENS,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
+
+
+def _copy_tokenizer(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED / "emoji" / "tokenizer" / name, folder / name)
+
+
+def _index(folder: Path, pipeline: str, parts: dict[str, Any]) -> Path:
+    _write(folder / "model_index.json", {"_class_name": pipeline, "_diffusers_version": "0.42.1", **parts})
+    return folder
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2))
