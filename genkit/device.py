@@ -61,3 +61,27 @@ def default_slots(device: torch.device, pixels: int) -> int:
 def usable_cores() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment() -> dict[str, str]:
+    """Return what a bug report needs: versions, processor, and each device with its memory."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from genkit import __version__
+
+    found = {"genkit": __version__, "python": platform.python_version(), "system": platform.platform()}
+    for package in ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    found["cpu"] = f"{usable_cores()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found[f"cuda:{i}"] = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}, CUDA {torch.version.cuda}"
+    device, dtype = pick_device()
+    found["auto"] = f"{device}, {str(dtype).removeprefix('torch.')}"
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from genkit.denoiser import Denoiser
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
+Take = Callable[[float, bool], list["Trajectory"]]
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 
 
@@ -21,7 +23,7 @@ class Trajectory:
 
     latent: (C, H, W) float32 at the plan's first level, on any device. cond, uncond: (tokens, width) or None.
     keep_mask, known: where keep_mask (1, H, W) is 0 the latent follows `known` = (x0, noise), each (C, H, W).
-    cost: slots that it takes (1 for the model's own picture size, 4 for twice the sides).
+    cost: slots that it takes (1 for the model's own picture size, 4 for twice the sides). began: time.monotonic().
     """
 
     tag: Any
@@ -36,16 +38,17 @@ class Trajectory:
     cost: float = 1.0
     step: int = 0
     error: str | None = None
+    began: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class _Group:
     """The trajectories of one latent shape, their state stacked so that a step costs no per-image work."""
 
-    def __init__(self, first: Trajectory, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.device = device
         self.live: list[Trajectory] = []
-        self.x = torch.empty(0, *first.latent.shape, device=device)
-        self.history = torch.empty(HISTORY, 0, *first.latent.shape, device=device)
+        self.x = torch.empty(0, *shape, device=device)
+        self.history = torch.empty(HISTORY, 0, *shape, device=device)
         self.cond: torch.Tensor | None = None
         self.uncond: torch.Tensor | None = None
 
@@ -99,11 +102,11 @@ class Engine:
         return sum(len(g.live) for g in self._groups.values())
 
     @torch.inference_mode()
-    def run(self, take: Callable[[int], list[Trajectory]]) -> Iterator[list[Trajectory]]:
+    def run(self, take: Take) -> Iterator[list[Trajectory]]:
         """Yield trajectories as they end, their `latent` the clean one (or `error` set).
 
-        `take(n)` is asked for up to n new trajectories whenever slots are free; an empty list while others are in
-        flight means "none right now"; an empty list with nothing in flight ends the run.
+        `take(free, alone)` is asked for new trajectories of a total cost up to `free` whenever slots are free; `alone`
+        says that nothing is in flight: one may then cost more. No trajectory then ends the run.
         """
         while True:
             self._admit(take)
@@ -115,18 +118,16 @@ class Engine:
             if ended:
                 yield ended
 
-    def _admit(self, take: Callable[[int], list[Trajectory]]) -> None:
-        while True:
-            used = sum(t.cost for g in self._groups.values() for t in g.live)
-            free = int(self.slots - used) if self.live else max(1, self.slots)
-            new = take(free) if free > 0 else []
-            if not new:
-                return
-            shapes: dict[tuple[int, ...], list[Trajectory]] = {}
-            for trajectory in new:
-                shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
-            for shape, trajectories in shapes.items():
-                self._groups.setdefault(shape, _Group(trajectories[0], self.device)).add(trajectories)
+    def _admit(self, take: Take) -> None:
+        free = self.slots - sum(t.cost for g in self._groups.values() for t in g.live)
+        new = take(free, not self.live) if free > 0 else []
+        shapes: dict[tuple[int, ...], list[Trajectory]] = {}
+        for trajectory in new:
+            shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
+        for shape, trajectories in shapes.items():
+            if shape not in self._groups:
+                self._groups[shape] = _Group(shape, self.device)
+            self._groups[shape].add(trajectories)
 
     def _tick(self, group: _Group) -> list[Trajectory]:
         """Advance every trajectory of `group` by one network call."""

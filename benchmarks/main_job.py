@@ -1,0 +1,109 @@
+"""`genkit generate` beside a plain loop over diffusers' StableDiffusionPipeline: wall time, images a second, peak memory.
+
+    python benchmarks/main_job.py [--images 48] [--steps 20] [--repeat 3]
+
+Every figure is of a whole process, imports and loading included, started from scratch: the command draws, scores, saves
+and writes its gallery; the loop draws in batches of 1 or 8, saves PNGs and scores them with the same CLIP model after.
+The runs take turns, so that a machine that slows down slows all alike; medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "genkit" / "components" / "embedded"
+
+
+def prompts(count: int) -> list[str]:
+    lines = (ROOT / "prompts" / "demo.txt").read_text().splitlines()
+    found = [line for line in lines if line.strip() and not line.startswith("#")]
+    return [found[i % len(found)] for i in range(count)]
+
+
+def plain_loop(out: Path, texts: list[str], steps: int, batch: int) -> None:
+    """What a user writes: the pipeline in a loop, PNGs saved, then CLIP over the saved files."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+    from transformers import AutoProcessor, CLIPModel
+
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS / "emoji", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for i in range(0, len(texts), batch):
+        part = texts[i : i + batch]
+        generators = [torch.Generator("cpu").manual_seed(i + k) for k in range(len(part))]
+        images = pipe(part, num_inference_steps=steps, guidance_scale=5.0, generator=generators).images
+        for k, image in enumerate(images):
+            image.save(out / f"{i + k:06d}.png")
+    model = CLIPModel.from_pretrained(MODELS / "emoji-clip", torch_dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(MODELS / "emoji-clip")
+    with torch.no_grad():
+        for i in range(0, len(texts), 8):
+            part = [Image.open(out / f"{k:06d}.png") for k in range(i, min(i + 8, len(texts)))]
+            inputs = processor(text=texts[i : i + 8], images=part, padding=True, return_tensors="pt")
+            found = model(**inputs)
+            (found.image_embeds * found.text_embeds).sum(dim=1).tolist()
+
+
+def command(way: str, out: Path, images: int, steps: int) -> list[str]:
+    if way == "genkit":
+        file = out / "prompts.txt"
+        file.write_text("\n".join(prompts(images)) + "\n")
+        return [sys.executable, "-m", "genkit", "generate", str(file), "-o", str(out / "run"), "--steps", str(steps),
+                "--guidance-scale", "5", "--json"]  # fmt: skip
+    return [sys.executable, __file__, "--loop", way, "--out", str(out), "--images", str(images), "--steps", str(steps)]
+
+
+def measure(way: str, images: int, steps: int) -> tuple[float, float]:
+    """Return (seconds, peak MiB) of one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = command(way, Path(folder), images, steps)
+        began = time.perf_counter()
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{way}: exit code {process.returncode}")
+        return time.perf_counter() - began, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--loop", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.loop:
+        plain_loop(given.out, prompts(given.images), given.steps, int(given.loop))
+        return
+    found: dict[str, list[tuple[float, float]]] = {"1": [], "8": [], "genkit": []}
+    for _ in range(given.repeat):
+        for way, runs in found.items():
+            runs.append(measure(way, given.images, given.steps))
+    print(f"{given.images} images, {given.steps} steps, guidance 5, embedded model, float32; "
+          f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores; "
+          f"median of {given.repeat} (min to max)")  # fmt: skip
+    titles = {"1": "diffusers loop, batch 1", "8": "diffusers loop, batch 8", "genkit": "genkit generate"}
+    ours = statistics.median(seconds for seconds, _ in found["genkit"])
+    print(f"{'':24}  {'seconds':>20}  {'images/s':>8}  {'peak MiB':>8}  {'genkit is':>9}")
+    for way, runs in found.items():
+        seconds = [s for s, _ in runs]
+        middle = statistics.median(seconds)
+        spread = f"{middle:.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+        print(f"{titles[way]:24}  {spread:>20}  {given.images / middle:>8.2f}  "
+              f"{statistics.median(m for _, m in runs):>8.0f}  {middle / ours:>8.2f}x")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""genkit: a diffusion generation toolbox. A prompt file in; scored, filtered, reproducible images out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from genkit.errors import HostError, InputError
+    from genkit.generators import ImageToImage, TextToImage, Unconditional
+    from genkit.job import generate
+    from genkit.request import Request, Result
+    from genkit.schedulers import Scheduler
+    from genkit.scoring.clip import ClipScorer
+
+# Where each public name lives: looked up on first use, so that `import genkit` costs nothing and `Request` no torch.
+_HOMES = {
+    "HostError": "genkit.errors",
+    "InputError": "genkit.errors",
+    "ImageToImage": "genkit.generators",
+    "TextToImage": "genkit.generators",
+    "Unconditional": "genkit.generators",
+    "generate": "genkit.job",
+    "Request": "genkit.request",
+    "Result": "genkit.request",
+    "Scheduler": "genkit.schedulers",
+    "ClipScorer": "genkit.scoring.clip",
+}
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'genkit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

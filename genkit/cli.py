@@ -1,0 +1,248 @@
+"""The `genkit` command: arguments in, one call, an exit code out. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, EXIT_SOME_FAILED, HostError, InputError, nearest
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Diffusion generation toolbox: a prompt file in; scored, filtered, reproducible images out.",
+)  # fmt: skip
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder: made, or gone on with.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto (float16 on a GPU, float32 on a CPU), float32, float16 or bfloat16.")]
+
+
+@app.command()
+def generate(
+    out: Out,
+    prompts: Annotated[Path | None, typer.Argument(help="A .txt, .jsonl, .csv or .yaml file of rows.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt, in place of a file.")] = None,
+    model: Annotated[str, typer.Option(help="emoji (embedded), a diffusers-layout folder, or a hub id.")] = "emoji",
+    variant: Annotated[str | None, typer.Option(help="Weight files to take, say fp16.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="A solver, say dpmpp_2m, or dpmpp_2m_karras.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", "--num-inference-steps", help="Steps an image.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is off.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    image: Annotated[str | None, typer.Option(help="The picture to start from.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of --image to give up, 0 to 1.")] = None,
+    mask_image: Annotated[str | None, typer.Option(help="Draw anew only where this is white.")] = None,
+    num_images: Annotated[int | None, typer.Option("-n", "--num-images", help="Images a row.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Keep the best so many of a row.")] = None,
+    gate: Annotated[str | None, typer.Option(help="What an image must pass, say 'clip > 0.5'.")] = None,
+    rank_by: Annotated[str | None, typer.Option(help="What 'best' means; default clip.")] = None,
+    max_images: Annotated[int | None, typer.Option(help="Draw until --keep pass, or so many are drawn.")] = None,
+    labels: Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot classification.")] = None,
+    seed: Annotated[int, typer.Option(help="With --prompt the image's seed; with a file, what rows derive theirs from.")] = 0,
+    batch_size: Annotated[str, typer.Option(help="Images in flight: auto, or a number.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    clip: Annotated[str, typer.Option(help="auto, none, emoji-clip, a folder with a CLIPModel, or a hub id.")] = "auto",
+    new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Make the images of a prompt file; the same command again goes on where it stopped."""
+    from genkit.job import Options, plan_job, run_job
+    from genkit.prompts import read_prompts, typed
+    from genkit.request import Request
+    from genkit.run import check_folder, free_name
+
+    if prompts is not None and prompt is not None:
+        raise InputError("PROMPTS, --prompt: give one of them, not both")
+    given = {
+        "negative_prompt": negative_prompt, "scheduler": scheduler, "num_inference_steps": steps,
+        "guidance_scale": guidance_scale, "width": width, "height": height, "image": image, "strength": strength,
+        "mask_image": mask_image, "num_images": num_images, "keep": keep, "gate": gate, "rank_by": rank_by,
+        "max_images": max_images, "labels": None if labels is None else typed("labels", labels),
+    }  # fmt: skip
+    defaults = {name: value for name, value in given.items() if value is not None}
+    _check("command line", defaults)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed: {seed} is not within 0 to {2**32 - 1}")
+    slots = _slots(batch_size)
+    if prompts is not None:
+        rows = read_prompts(prompts)
+    else:
+        rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
+    job = plan_job(rows, Options(model, clip, variant, device, dtype, slots, seed, quiet=as_json), defaults)
+    folder = free_name(out) if new_run else out
+    check_folder(folder, prompts)
+    if dry_run:
+        _print(job.describe(), as_json)
+        return EXIT_OK
+    summary = run_job(job, folder)
+    _print({**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}, as_json)
+    if not as_json:
+        print(f"gallery: {folder / 'index.html'}", file=sys.stderr)
+    return summary.exit_code
+
+
+@app.command("filter")
+def filter_run(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    where: Annotated[str | None, typer.Option(help="What an image must pass; in place of the rows' gates.")] = None,
+    rank_by: Annotated[str | None, typer.Option(help="What 'best' means; default clip.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Keep the best so many of each row.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Copy the kept pictures and metadata.jsonl here.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Decide again what is kept: no model, no torch; nothing is deleted."""
+    from genkit.selection import refilter
+
+    _print(refilter(run, where=where, rank_by=rank_by, keep=keep, out=out), as_json)
+    return EXIT_OK
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="A prompt file: row k is for picture k by name.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
+    labels: Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot classification.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")] = None,
+    clip: Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel, or a hub id.")] = "emoji-clip",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Score pictures against prompts, one JSON line a picture."""
+    from genkit.judge import score_images
+
+    return score_images(images, prompts, prompt, labels, out, clip, device, dtype)
+
+
+@app.command()
+def classify(
+    images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
+    labels: Annotated[str, typer.Option(help="a,b,c: the texts to choose from.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of a table.")] = None,
+    clip: Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel, or a hub id.")] = "emoji-clip",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Say which of some labels each picture shows."""
+    from genkit.judge import classify_images
+
+    return classify_images(images, labels, out, clip, device, dtype, as_json)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="emoji, emoji-clip, a model folder, or a hub id.")],
+    variant: Annotated[str | None, typer.Option(help="Weight files to take, say fp16.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Check a model without loading it, and say what it is."""
+    from genkit.components import inspect_model
+
+    _print(inspect_model(model, variant=variant).describe(), as_json)
+    return EXIT_OK
+
+
+@app.command()
+def env(as_json: AsJson = False) -> int:
+    """Print versions, devices and what a bug report needs."""
+    from genkit.device import environment
+
+    _print(environment(), as_json)
+    return EXIT_OK
+
+
+def main() -> None:
+    """Run the command and leave with its exit code; errors are one line on standard error."""
+    try:
+        code = _run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        code = EXIT_OK
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        print(f"genkit: {error}", file=sys.stderr)
+        code = EXIT_HOST
+    os._exit(code) if code == EXIT_HOST else sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    try:
+        _refuse_repeats(command, arguments)
+        return command.main(arguments, prog_name="genkit", standalone_mode=False) or EXIT_OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return EXIT_INPUT
+    except click.UsageError as error:
+        return _say(error.format_message() if error.message else "bad usage; see genkit --help", EXIT_INPUT)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return EXIT_SIGINT
+    except InputError as error:
+        return _say(str(error), EXIT_INPUT)
+    except HostError as error:
+        return _say(str(error), EXIT_HOST)
+
+
+def _say(message: str, code: int) -> int:
+    from genkit.progress import printable
+
+    print(f"genkit: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return code
+
+
+def _refuse_repeats(command: Any, arguments: list[str]) -> None:
+    """Refuse an option given twice: click would silently take the last one."""
+    sub = command.commands.get(arguments[0]) if arguments else None
+    names = {} if sub is None else {o: p.name for p in sub.params for o in p.opts if o.startswith("-")}
+    seen: set[str] = set()
+    for argument in arguments[1:]:
+        if argument == "--":
+            return
+        name = names.get(argument.split("=")[0])
+        if name in seen:
+            raise InputError(f"{argument.split('=')[0]}: given twice")
+        seen |= {name} if name else set()
+
+
+def _check(source: str, fields: dict[str, Any]) -> None:
+    from genkit.request import Request
+
+    try:  # `image` and `keep` may lack their partners here: a row may state them
+        for name, value in fields.items():
+            Request.__pydantic_validator__.validate_assignment(Request.model_construct(), name, value)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def _slots(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 4096 and len(text) < 9):
+        raise InputError(f"--batch-size: {text!r} is not auto or a number from 1 to 4096")
+    return int(text)
+
+
+def _print(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Latents to pictures and back: the VAE with its scaling, or nothing at all for a network that works on pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from genkit.images import read_image
+from genkit.request import Request
+
+
+class Codec:
+    """Encode pictures to latents and decode latents to pictures. `vae` None: the latents are the picture, -1 to 1."""
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.batch = 8  # pictures a decode; halves when memory runs out
+        config = {} if vae is None else vae.config
+        self.scale = float(config.get("scaling_factor") or 1.0)
+        self.shift = float(config.get("shift_factor") or 0.0)
+
+    @torch.inference_mode()
+    def encode(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Return a latent (C, h, w) drawn from the VAE's posterior of one picture (3, H, W) in -1 to 1, as diffusers does."""
+        moments = self._run(lambda x: self.vae.encode(x).latent_dist.parameters, picture[None])
+        mean, logvar = moments.float().cpu().chunk(2, dim=1)
+        drawn = torch.randn(mean.shape, generator=generator)
+        return ((mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * drawn)[0] - self.shift) * self.scale
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return pictures (B, 3, H, W), uint8 on the latents' device, and NaN rows as all-zero pictures (see `bad`)."""
+        pictures: list[torch.Tensor] = []
+        done = 0
+        while done < len(latents):
+            try:
+                pictures.append(self._decode(latents[done : done + self.batch]))
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                self.batch //= 2
+                continue
+            done += len(pictures[-1])
+        return torch.cat(pictures)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.vae is None:
+            return latents
+        return self._run(lambda z: self.vae.decode(z, return_dict=False)[0], latents / self.scale + self.shift)
+
+    def _run(self, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Call the VAE in its own dtype, and once more in float32 for the rows that overflow in half precision."""
+        dtype = self.vae.dtype
+        out = call(x.to(dtype)).float()
+        bad = ~torch.isfinite(out).flatten(1).all(dim=1) & torch.isfinite(x).flatten(1).all(dim=1)
+        if dtype != torch.float32 and bool(bad.any()):
+            self.vae.to(torch.float32)
+            try:
+                out[bad] = call(x[bad].float())
+            finally:
+                self.vae.to(dtype)
+        return out
+
+
+def quantise(pictures: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+    """Return pictures (B, 3, H, W) in -1 to 1 as uint8, and for each whether it held a NaN or an infinity.
+
+    Rounds as diffusers does. What is scored is what is saved: scores are taken from these bytes.
+    """
+    bad = (~torch.isfinite(pictures).flatten(1).all(dim=1)).tolist()
+    scaled = (pictures.nan_to_num(nan=-1.0) / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    if scaled.shape[1] == 1:  # greyscale networks: one channel, shown as three
+        scaled = scaled.expand(-1, 3, -1, -1)
+    return scaled, bad
+
+
+def condition(request: Request, width: int, height: int, latent: tuple[int, int, int]) -> tuple[torch.Tensor, Any]:
+    """Return the row's init picture as (3, height, width) in -1 to 1, and its mask as (1, rows, columns) or None.
+
+    White in the mask is drawn anew, black is kept. Both are resized as diffusers' image processor does (Lanczos).
+    """
+    picture = _opened(request.image).convert("RGB")
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    tensor = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1) * 2 - 1
+    if request.mask_image is None:
+        return tensor, None
+    mask = _opened(request.mask_image).convert("L")
+    if mask.size != (width, height):
+        mask = mask.resize((width, height), Image.Resampling.LANCZOS)
+    weight = torch.from_numpy(np.asarray(mask, dtype=np.float32) >= 127.5).float()[None, None]
+    return tensor, torch.nn.functional.interpolate(weight, size=latent[1:])[0]
+
+
+def _opened(image: Any) -> Image.Image:
+    return image if isinstance(image, Image.Image) else read_image(image)

@@ -1,0 +1,276 @@
+"""Unconditional, text-to-image and image-to-image: requests become trajectories, and final latents become pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from genkit.codec import Codec, condition
+from genkit.denoiser import Denoiser
+from genkit.device import default_slots, pick_device
+from genkit.draws import Draws
+from genkit.engine import Trajectory
+from genkit.errors import InputError
+from genkit.request import Request, Result
+from genkit.schedulers import Plan, Scheduler, scheduler_options
+from genkit.settings import Geometry, Settings, settings
+from genkit.stream import Stream
+from genkit.text import TextEncoder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from genkit.components import Components
+    from genkit.scoring.clip import ClipScorer
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a generator call returns: the pictures, and a record of each (seed, steps, scores)."""
+
+    images: list[Image.Image]
+    results: list[Result]
+
+
+class Generator:
+    """The parts of a diffusion model, and the work that all call forms share.
+
+    Parts are used as they are, on the device and in the dtype that they have; generators may share them.
+    scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: Any,
+        scheduler: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        name: str = "custom",
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
+        self.scheduler = scheduler if isinstance(scheduler, Scheduler) else Scheduler.from_config(dict(scheduler.config))
+        self.geometry = Geometry.of(unet.config, None if vae is None else vae.config)
+        if self.geometry.text != (text_encoder is not None) or (text_encoder is None) != (tokenizer is None):
+            raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
+        self.defaults = defaults or {}
+        self.codec = Codec(vae)
+        self.text = None if text_encoder is None else TextEncoder(tokenizer, text_encoder)
+        self.denoiser = Denoiser(unet)
+        self._plans: dict[str, Plan] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None
+    ) -> Self:
+        """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it."""
+        from genkit.components import inspect_model, load_components
+
+        info = inspect_model(name, variant=variant)
+        target, precision = pick_device(device, dtype)
+        return cls.from_components(load_components(info, device=target, dtype=precision))
+
+    @classmethod
+    def from_components(cls, parts: Components) -> Self:
+        """Build a generator around loaded components; on the CPU they are laid out channels last, which runs faster there."""
+        if next(parts.unet.parameters()).device.type == "cpu":
+            for network in (parts.unet, parts.vae):
+                if network is not None:
+                    network.to(memory_format=torch.channels_last)
+        return cls(
+            unet=parts.unet,
+            vae=parts.vae,
+            text_encoder=parts.text_encoder,
+            tokenizer=parts.tokenizer,
+            scheduler=parts.scheduler,
+            name=parts.info.name,
+            defaults=parts.info.defaults,
+        )
+
+    @classmethod
+    def from_generator(cls, other: Generator) -> Self:
+        """Return this kind of generator over the parts of another; nothing is copied."""
+        twin = cls.__new__(cls)
+        twin.__dict__.update(other.__dict__)
+        twin._plans = {}
+        return twin
+
+    def with_scheduler(self, solver: str, **options: Any) -> Self:
+        """Return a generator that shares every part but samples with another solver, spacing or option."""
+        twin = self.from_generator(self)
+        twin.scheduler = self.scheduler.with_options(**{**scheduler_options(solver), **options})
+        return twin
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return next(self.unet.parameters()).device
+
+    def stream(
+        self,
+        requests: Iterable[Request] | Draws,
+        *,
+        scorer: ClipScorer | None = None,
+        slots: int | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Result]:
+        """Yield a Result with pixels for every image of `requests`, as they finish; settings may differ freely.
+
+        seed: what rows without a seed of their own derive theirs from; None draws a new one. scorer: fills `scores`
+        (clip, p[label]), which gates decide on. A failed image is a Result with status "failed" and a reason.
+        Raises InputError, before any work, for a row that the model cannot draw.
+        """
+        if not isinstance(requests, Draws):
+            rows = [r if r.id else r.filled({"id": f"{i:06d}"}) for i, r in enumerate(requests)]
+            for row in rows:
+                self.plan(row)
+            requests = Draws(rows)
+        slots = slots or default_slots(self.device, self.geometry.width * self.geometry.height)
+        return Stream(self, requests, scorer, secrets.randbits(32) if seed is None else seed).run(slots)
+
+    def settings(self, request: Request) -> Settings:
+        """Return what the request comes to on this model; raises InputError where it does not fit."""
+        return settings(request, self.geometry, self.defaults)
+
+    def cost(self, request: Request) -> float:
+        """Return how many slots an image of the request takes: its pixels over those of the model's own size."""
+        s = self.settings(request)
+        return s.width * s.height / (self.geometry.width * self.geometry.height)
+
+    def plan(self, request: Request) -> Plan:
+        """Return the plan of a request, made once for all requests that agree on steps, scheduler and strength."""
+        s = self.settings(request)
+        key = json.dumps([request.scheduler, s.steps, s.strength])
+        if key not in self._plans:
+            scheduler = self.scheduler
+            if request.scheduler is not None:
+                scheduler = scheduler.with_options(**scheduler_options(request.scheduler))
+            self._plans[key] = scheduler.plan(s.steps, strength=s.strength)
+        return self._plans[key]
+
+    def begin(self, request: Request, index: int, seed: int) -> Trajectory:
+        """Return the trajectory of image `index`: picture encoded, noise drawn, prompt embedded, plan made.
+
+        Noise comes from torch.Generator("cpu").manual_seed(seed), in the order in which diffusers draws it for a batch
+        of one: first the VAE's sample of the init picture, then the starting noise, then one draw a stochastic step.
+        """
+        s, plan = self.settings(request), self.plan(request)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shape = self.geometry.latent_shape(s.width, s.height)
+        x0 = mask = None
+        if request.image is not None:
+            picture, mask = condition(request, s.width, s.height, shape)
+            x0 = self.codec.encode(picture.to(self.device), generator)
+        noise = torch.randn((1, *shape), generator=generator)[0]
+        latent = plan.start[1] * noise if x0 is None else plan.start[0] * x0 + plan.start[1] * noise
+        cond, uncond = (None, None) if self.text is None else self.text([request.prompt, request.negative_prompt])
+        return Trajectory(
+            tag=(request, index, seed),
+            latent=latent,
+            plan=plan,
+            generator=generator,
+            cond=cond,
+            uncond=uncond,
+            guidance=s.guidance,
+            keep_mask=mask,
+            known=None if mask is None or x0 is None else (x0, noise),
+            cost=self.cost(request),
+        )
+
+    def _collect(self, request: Request, scorer: ClipScorer | None) -> Output:
+        results = sorted(self.stream([request], scorer=scorer), key=lambda r: r.index)
+        failed = next((r for r in results if r.status == "failed"), None)
+        if failed is not None:
+            raise RuntimeError(f"image {failed.index} (seed {failed.seed}) failed: {failed.reason}")
+        return Output([r.image for r in results], results)
+
+
+class Unconditional(Generator):
+    """Pictures from noise alone: a UNet2DModel on pixels, or on the latents of a VAE."""
+
+    def __call__(
+        self,
+        num_images: int = 1,
+        *,
+        seed: int | list[int] | None = None,
+        num_inference_steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        scorer: ClipScorer | None = None,
+    ) -> Output:
+        """Draw `num_images` pictures; image k has seed `seed` + k. Raises InputError for settings that do not fit."""
+        request = Request(
+            num_images=num_images, seed=seed, num_inference_steps=num_inference_steps, width=width, height=height
+        )
+        return self._collect(request, scorer)
+
+
+class TextToImage(Generator):
+    """Pictures from a prompt, with classifier-free guidance away from `negative_prompt`."""
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        num_images: int = 1,
+        seed: int | list[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        scorer: ClipScorer | None = None,
+    ) -> Output:
+        """Draw `num_images` pictures of `prompt`; image k has seed `seed` + k. Raises InputError for settings that do not fit.
+
+        guidance_scale 1 or less turns guidance off and halves the work. None takes the model's own value.
+        """
+        request = Request(
+            prompt=prompt, negative_prompt=negative_prompt, num_images=num_images, seed=seed,
+            num_inference_steps=num_inference_steps, guidance_scale=_number(guidance_scale), width=width, height=height,
+        )  # fmt: skip
+        return self._collect(request, scorer)
+
+
+class ImageToImage(Generator):
+    """Pictures from a prompt and a picture to start from; with a mask, only its white part is drawn anew."""
+
+    def __call__(
+        self,
+        prompt: str,
+        image: Image.Image | str | Path,
+        *,
+        strength: float | None = None,
+        mask_image: Image.Image | str | Path | None = None,
+        negative_prompt: str = "",
+        num_images: int = 1,
+        seed: int | list[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        scorer: ClipScorer | None = None,
+    ) -> Output:
+        """Draw `num_images` variations of `image`; strength 0 to 1 is how much of it is given up (default 0.8).
+
+        The size is the picture's, rounded down to what the model allows, unless width and height say otherwise.
+        """
+        request = Request(
+            prompt=prompt, image=image, strength=_number(strength), mask_image=mask_image, negative_prompt=negative_prompt,
+            num_images=num_images, seed=seed, num_inference_steps=num_inference_steps,
+            guidance_scale=_number(guidance_scale), width=width, height=height,
+        )  # fmt: skip
+        return self._collect(request, scorer)
+
+
+def _number(value: float | None) -> float | None:
+    """Accept whole numbers where a Python caller writes 5 for 5.0."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

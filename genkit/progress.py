@@ -1,0 +1,76 @@
+"""What the user sees while images are made: a bar on a terminal, plain lines elsewhere, nothing when asked."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from genkit.request import Result
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+LINE_SECONDS = 10.0  # between plain lines, where there is no terminal
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters spelled out: a prompt must not move the cursor or colour the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Progress:
+    """Counts images against a total that may grow. Use as a context manager; `say` prints a line beside the bar."""
+
+    def __init__(self, total: int, done: int = 0, *, quiet: bool = False) -> None:
+        self.total, self.done, self.earlier, self.failed, self.passed = total, done, done, 0, 0
+        self.quiet = quiet
+        self.began = self.last_line = time.monotonic()
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]} images/s  kept {task.fields[passed]}  failed {task.fields[failed]}  ETA"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._bar.add_task("", total=self.total, completed=self.done, rate="-", passed=0, failed=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def rate(self) -> float:
+        """Images a second since the start, those of earlier runs not counted."""
+        return (self.done - self.earlier) / max(1e-9, time.monotonic() - self.began)
+
+    def advance(self, result: Result, passed: bool, total: int) -> None:
+        """Count one more image; `total` is what the run now expects."""
+        self.total, self.done = total, self.done + 1
+        self.failed += result.status == "failed"
+        self.passed += passed
+        if self._bar is not None:
+            fields = {"rate": f"{self.rate:.2f}", "passed": self.passed, "failed": self.failed}
+            self._bar.update(self._bar.task_ids[0], total=total, completed=self.done, **fields)
+        elif time.monotonic() - self.last_line >= LINE_SECONDS:
+            self.last_line = time.monotonic()
+            left = (self.total - self.done) / max(self.rate, 1e-9)
+            self.say(f"{self.done} of {self.total} images, {self.rate:.2f} a second, {left:.0f} s to go, {self.failed} failed")
+
+    def say(self, text: str) -> None:
+        """Print one line to standard error."""
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(printable(text), markup=False, highlight=False)
+        else:
+            print(printable(text), file=sys.stderr, flush=True)

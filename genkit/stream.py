@@ -1,0 +1,183 @@
+"""One pass over the draws: denoise in slots, then decode, check and score what ends, side by side on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from genkit.codec import quantise
+from genkit.draws import Draws
+from genkit.engine import Engine, Trajectory
+from genkit.errors import InputError
+from genkit.request import Request, Result
+
+if TYPE_CHECKING:
+    from genkit import generators
+    from genkit.scoring.clip import ClipScorer
+
+PENDING = 2  # batches of finished latents that may wait for decoding before denoising waits for them
+FLAT = 2  # a picture whose channels each stay within so many of 255 levels shows nothing
+
+Draw = tuple[Request, int, int]  # request, index, seed
+
+
+class Stream:
+    """The state of one `Generator.stream`. The draws are asked and told by the thread that iterates `run`."""
+
+    def __init__(self, generator: generators.Generator, draws: Draws, scorer: ClipScorer | None, seed: int) -> None:
+        self.generator, self.draws, self.scorer, self.seed = generator, draws, scorer, seed
+        self.held: Draw | None = None  # drawn, but it did not fit the free slots yet
+        self.again: deque[Draw] = deque()  # came out as NaN in half precision: to be redone in float32
+        self.pending: deque[Future[list[Result]]] = deque()
+        self.results: deque[Result] = deque()  # to be reported and yielded
+        self.half = next(generator.unet.parameters()).dtype != torch.float32
+
+    def run(self, slots: int) -> Iterator[Result]:
+        """Yield the results as they finish. Gated rows may draw again after their results, so it goes round until none does."""
+        cuda = self.generator.device.type == "cuda"
+        # On a GPU a second thread, with a stream of its own, hides decoding and scoring behind denoising. A CPU has no
+        # idle part to hide them in: two torch threads only fight over the same cores.
+        pool = ThreadPoolExecutor(1, "genkit-decode") if cuda else None
+        engine = Engine(self.generator.denoiser, self.generator.device, slots)
+        try:
+            progress = True
+            while progress:
+                progress = yield from self._pass(engine, self._draw, pool)
+                if self.again:
+                    with self._float32():
+                        progress |= yield from self._pass(engine, lambda: self.again.popleft() if self.again else None, pool)
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+    def _pass(
+        self, engine: Engine, draw: Callable[[], Draw | None], pool: ThreadPoolExecutor | None
+    ) -> Generator[Result, None, bool]:
+        progress = False
+        for ended in engine.run(lambda free, alone: self._take(draw, free, alone)):
+            progress = True
+            self._submit(ended, pool)
+            yield from self._completed(PENDING)
+        for result in self._completed(0):
+            progress = True
+            yield result
+        return progress
+
+    def _draw(self) -> Draw | None:
+        drawn = self.draws.take()
+        return None if drawn is None else (*drawn, drawn[0].seed_of(drawn[1], self.seed))
+
+    def _take(self, draw: Callable[[], Draw | None], free: float, alone: bool) -> list[Trajectory]:
+        started: list[Trajectory] = []
+        while (drawn := self.held or draw()) is not None:
+            self.held = None
+            try:
+                cost = self.generator.cost(drawn[0])
+                if cost > free and (started or not alone):
+                    self.held = drawn
+                    break
+                started.append(self.generator.begin(*drawn))
+                free -= cost
+            except InputError as error:  # say, an init picture that is gone by now
+                self.results.append(_result(drawn, "failed", str(error)))
+        return started
+
+    def _submit(self, ended: list[Trajectory], pool: ThreadPoolExecutor | None) -> None:
+        if pool is not None:
+            event = torch.cuda.Event()
+            event.record()
+            self.pending.append(pool.submit(self._finish_on_gpu, ended, event))
+            return
+        done: Future[list[Result]] = Future()
+        done.set_result(self._finish(ended))
+        self.pending.append(done)
+
+    def _completed(self, waiting: int) -> Iterator[Result]:
+        """Yield the results of finished batches, in order, until no more than `waiting` are under way."""
+        while self.pending and (len(self.pending) > waiting or self.pending[0].done()):
+            self.results += self.pending.popleft().result()
+        while self.results:
+            result = self.results.popleft()
+            self.draws.report(result)
+            yield result
+
+    def _finish_on_gpu(self, ended: list[Trajectory], event: Any) -> list[Result]:
+        with torch.cuda.stream(torch.cuda.Stream(self.generator.device)) as _, torch.inference_mode():
+            torch.cuda.current_stream().wait_event(event)
+            for trajectory in ended:
+                trajectory.latent.record_stream(torch.cuda.current_stream())
+            return self._finish(ended)
+
+    @torch.inference_mode()
+    def _finish(self, ended: list[Trajectory]) -> list[Result]:
+        """Decode, check and score trajectories of one shape. Those to be redone in float32 are left out."""
+        results = [_result(t.tag, "failed", t.error, since=t.began) for t in ended if t.error]
+        whole = []
+        for trajectory in (t for t in ended if not t.error):
+            if bool(torch.isfinite(trajectory.latent).all()):
+                whole.append(trajectory)
+            elif self.half:
+                self.again.append(trajectory.tag)
+            else:
+                results.append(_result(trajectory.tag, "failed", "nan", {"nan": True}, trajectory.began))
+        if not whole:
+            return results
+        try:
+            pictures, bad = quantise(self.generator.codec.decode(torch.stack([t.latent for t in whole])))
+        except torch.OutOfMemoryError:
+            return results + [_result(t.tag, "failed", "out of memory", since=t.began) for t in whole]
+        spread = pictures.amax(dim=(2, 3)).int() - pictures.amin(dim=(2, 3)).int()
+        flat = (spread <= FLAT).all(dim=1).tolist()
+        scores = self._score(whole, pictures)
+        for k, pixels in enumerate(pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
+            t = whole[k]
+            found = {"nan": bad[k], "flat": flat[k]}
+            if bad[k] or flat[k]:  # a constant picture is what a NaN looks like once it is clamped
+                results.append(_result(t.tag, "failed", "nan", found, t.began))
+                continue
+            result = _result(t.tag, "done", None, {**scores[k], **found}, t.began)
+            result.pixels, (result.height, result.width) = pixels, pixels.shape[:2]
+            result.steps, result.nfe = self.generator.settings(t.tag[0]).steps, t.plan.nfe * (2 if t.guidance > 1 else 1)
+            results.append(result)
+        return results
+
+    def _score(self, ended: list[Trajectory], pictures: torch.Tensor) -> list[dict[str, Any]]:
+        if self.scorer is None:
+            return [{} for _ in ended]
+        requests = [t.tag[0] for t in ended]
+        return self.scorer.scores(pictures.float() / 255, [r.prompt for r in requests], [r.labels for r in requests])
+
+    @contextlib.contextmanager
+    def _float32(self) -> Iterator[None]:
+        """Run the network in float32 for a while; half-precision weights come back bit for bit."""
+        unet, self.half = self.generator.unet, False
+        dtype = unet.dtype
+        unet.to(torch.float32)
+        try:
+            yield
+        finally:
+            unet.to(dtype)
+            self.half = True
+
+
+def _result(
+    draw: Draw, status: str, reason: str | None, scores: dict[str, Any] | None = None, since: float | None = None
+) -> Result:
+    request, index, seed = draw
+    return Result(
+        id=str(request.id),
+        index=index,
+        seed=seed,
+        status=status,
+        reason=reason,
+        scores=scores or {},
+        seconds=None if since is None else round(time.monotonic() - since, 3),
+        prompt=request.prompt,
+        meta=request.meta,
+    )

@@ -1,0 +1,122 @@
+"""Noise axis: timestep -> (alpha, sigma), with x = alpha * x0 + sigma * eps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from genkit.errors import InputError
+
+Array = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """Noise levels at some timesteps: float64 arrays of one shape. k = sigma / alpha is the level in Karras' terms."""
+
+    t: Array
+    alpha: Array
+    sigma: Array
+
+    @property
+    def k(self) -> Array:
+        """sigma / alpha, infinite where nothing of the picture is left."""
+        with np.errstate(divide="ignore"):
+            return self.sigma / self.alpha
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """A noise schedule: `at` gives the levels at (fractional) timesteps, `at_k` those with given sigma / alpha.
+
+    table: levels at the training timesteps 0 … N-1, least noise first.
+    """
+
+    table: Levels
+    at: Callable[[Array], Levels]
+    at_k: Callable[[Array], Levels]
+
+
+def linear(n: int, start: float, end: float) -> Array:
+    """Betas of Ho et al. 2020: linear in t."""
+    return np.linspace(start, end, n)
+
+
+def scaled_linear(n: int, start: float, end: float) -> Array:
+    """Betas of Stable Diffusion: linear in t after a square root."""
+    return np.linspace(start**0.5, end**0.5, n) ** 2
+
+
+def cosine(n: int, start: float, end: float) -> Array:
+    """Betas of Nichol and Dhariwal 2021, equation 17 (squaredcos_cap_v2); start and end have no part in it."""
+    t = np.arange(n + 1) / n
+    bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+
+
+def zero_terminal_snr(alpha_bar: Array) -> Array:
+    """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first stays (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(alpha_bar)
+    scaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    # Once through the betas and back, as diffusers does: in single precision that moves the small end.
+    return np.cumprod(1 - (1 - np.concatenate([scaled[:1], scaled[1:] / scaled[:-1]])))
+
+
+def from_alpha_bar(alpha_bar: Array) -> Noise:
+    """Variance-preserving noise with alpha^2 = alpha_bar; between timesteps sigma / alpha is linear in t, as k-diffusion has it."""
+    steps = np.arange(len(alpha_bar), dtype=float)
+    table = Levels(steps, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+    with np.errstate(divide="ignore"):
+        log_k = np.log(table.k)
+
+    def level(t: Array, k: Array) -> Levels:
+        with np.errstate(invalid="ignore"):
+            alpha = 1 / np.sqrt(1 + k**2)
+            return Levels(t, alpha, np.where(np.isinf(k), 1.0, k * alpha))
+
+    def at(t: Array) -> Levels:
+        whole = np.rint(t).astype(int)
+        if np.array_equal(whole, t):
+            return Levels(t, table.alpha[whole], table.sigma[whole])
+        return level(t, np.interp(t, steps, table.k))
+
+    def at_k(k: Array) -> Levels:
+        return level(np.interp(np.log(np.maximum(k, 1e-10)), log_k, steps), k)
+
+    return Noise(table, at, at_k)
+
+
+def flow(n: int, shift: float) -> Noise:
+    """Rectified flow: alpha = 1 - s, sigma = s, and the network is told n s.
+
+    Training step t = 0 … n-1 stands for s = (t + 1) / n, moved to shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23).
+    """
+
+    def level(s: Array) -> Levels:
+        return Levels(n * s, 1 - s, s)
+
+    def at(t: Array) -> Levels:
+        return level(shifted((t + 1) / n, shift))
+
+    def at_k(k: Array) -> Levels:
+        with np.errstate(invalid="ignore"):
+            return level(np.where(np.isinf(k), 1.0, k / (1 + k)))
+
+    return Noise(at(np.arange(n, dtype=float)), at, at_k)
+
+
+def shifted(s: Array, shift: float) -> Array:
+    """Return shift s / (1 + (shift - 1) s)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def check_betas(betas: Array) -> None:
+    """Refuse betas that no diffusion has: outside (0, 1), not finite, or fewer than two."""
+    if betas.ndim != 1 or len(betas) < 2 or not (np.isfinite(betas).all() and (betas > 0).all() and (betas < 1).all()):
+        raise InputError("betas: must be at least two numbers between 0 and 1")
+
+
+BETAS: dict[str, Callable[[int, float, float], Array]] = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine}
+NOISES = (*BETAS, "flow")

@@ -1,0 +1,112 @@
+"""A plan: every number that the steps of one trajectory need, and the one formula that uses them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genkit.schedulers.prediction import PREDICTIONS
+from genkit.schedulers.solvers import HISTORY, Path, Row
+
+if TYPE_CHECKING:
+    import torch
+
+# t: what the network is told. c_in: scale of x before the network. px, pm: x0_raw = px x + pm output. clip: bound on
+# |x0|. cx, c0, cr, cn: the step. hx, h0: what is left for later calls, h = hx x + h0 x0. c1 …: weights of those.
+COLUMNS = ("t", "c_in", "px", "pm", "clip", "cx", "c0", "cr", "cn", "hx", "h0", *(f"c{i + 1}" for i in range(HISTORY)))
+_C1 = COLUMNS.index("c1")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The table of one trajectory: a line for each network call, a column for each name in COLUMNS, float64.
+
+    alphas, sigmas: the level at each call, and at the end (calls + 1 values). start: the first x is start[0] * the clean
+    picture + start[1] * unit noise.
+    """
+
+    table: np.ndarray
+    alphas: np.ndarray
+    sigmas: np.ndarray
+    start: tuple[float, float]
+
+    @property
+    def nfe(self) -> int:
+        """Network calls."""
+        return len(self.table)
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """What the network is told at each call."""
+        return self["t"]
+
+    @property
+    def draws(self) -> np.ndarray:
+        """Whether a call's step adds noise."""
+        return self["cn"] != 0
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.table[:, COLUMNS.index(name)]
+
+
+def make_plan(rows: list[Row], path: Path, prediction: str, clip: float | None, start: tuple[float, float]) -> Plan:
+    """Lay the solver's rows out as a plan."""
+    at = np.array([row.at for row in rows])
+    alpha, sigma = path.alpha[at], path.sigma[at]
+    px, pm = PREDICTIONS[prediction].to_x0(alpha, sigma)
+    table = np.zeros((len(rows), len(COLUMNS)))
+    for i, row in enumerate(rows):
+        hx, h0 = (1 / sigma[i], -alpha[i] / sigma[i]) if row.eps else (0.0, 1.0)
+        bound = np.inf if clip is None else clip
+        table[i, :_C1] = path.t[at[i]], 1.0, px[i], pm[i], bound, row.cx, row.c0, row.cr, row.cn, hx, h0
+        table[i, _C1 : _C1 + len(row.c)] = row.c
+    ends = [path.alpha[-1:], path.sigma[-1:]]
+    return Plan(table, np.concatenate([alpha, ends[0]]), np.concatenate([sigma, ends[1]]), start)
+
+
+def step(
+    x: torch.Tensor, output: torch.Tensor, rows: torch.Tensor, history: torch.Tensor, noise: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (x', h): the next sample, and what goes to the front of the history.
+
+    x, output, noise: (B, C, H, W); rows: (len(COLUMNS), B, 1, 1, 1), every sample's own line of its own plan; history:
+    (HISTORY, B, C, H, W), newest first. No branch on values: samples at any step of any solver go together.
+    """
+    _, _, px, pm, clip, cx, c0, cr, cn, hx, h0 = rows[:_C1]
+    raw = px * x + pm * output
+    x0 = raw.minimum(clip).maximum(-clip)
+    past = (rows[_C1:] * history).sum(dim=0)
+    return cx * x + c0 * x0 + cr * raw + cn * noise + past, hx * x + h0 * x0
+
+
+def sample(
+    model: Callable[[Any, Any], Any],
+    noise: torch.Tensor,
+    plan: Plan,
+    generator: torch.Generator | None = None,
+    x0: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the sample that `plan` reaches from unit noise (B, C, H, W), or from the picture x0 noised with it.
+
+    model(x, t) -> raw prediction, t of shape (B,). Step noise comes from `generator`. Computes in float64 when the
+    noise is float64, else in float32.
+    """
+    import torch
+
+    dtype = noise.dtype if noise.dtype == torch.float64 else torch.float32
+    x = plan.start[1] * noise.to(dtype) + (0 if x0 is None else plan.start[0] * x0.to(dtype))
+    history = x.new_zeros(HISTORY, *x.shape)
+    table = torch.from_numpy(plan.table).to(x.device, dtype)
+    for line, draws in zip(table, plan.draws, strict=True):
+        rows = line.view(-1, *[1] * x.ndim)
+        drawn: torch.Tensor | float = 0.0
+        if draws:
+            device = x.device if generator is None else generator.device
+            drawn = torch.randn(x.shape, generator=generator, device=device, dtype=dtype).to(x.device)
+        output = model(rows[1] * x, line[0].expand(len(x)))
+        x, new = step(x, output.to(dtype), rows, history, drawn)
+        history = torch.cat([new[None], history[:-1]])
+    return x

@@ -1,0 +1,202 @@
+"""The slot engine: twelve different settings in one batch, each as if it ran alone; memory, NaN and gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from genkit import ImageToImage, InputError, Request, TextToImage
+from genkit.denoiser import Denoiser
+from genkit.engine import Engine, Trajectory
+from genkit.request import Result
+
+SOLVERS = ["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "sde-dpmpp_2m"]
+
+
+@pytest.fixture(scope="module")
+def gen() -> TextToImage:
+    return TextToImage.from_pretrained("emoji", device="cpu")
+
+
+def twelve(gen: TextToImage) -> list[Request]:
+    """Twelve requests that share no value of steps, guidance, solver-and-spacing, seed or strength."""
+    image = gen("a red fox", seed=7, num_inference_steps=4).images[0]
+    rows = []
+    for k in range(12):
+        start: dict[str, Any] = {"image": image, "strength": 0.3 + 0.1 * (k // 2)} if k % 2 else {}
+        spacing = "trailing" if k < 6 else "leading"
+        rows.append(Request(
+            id=f"r{k}", prompt=f"a fox number {k}", negative_prompt="dull" * (k % 3), seed=100 + k, width=64, height=64,
+            num_inference_steps=4 + k, guidance_scale=1.0 + 0.5 * k, scheduler={"solver": SOLVERS[k % 6], "spacing": spacing},
+            **start,
+        ))  # fmt: skip
+    return rows
+
+
+class Elementwise(torch.nn.Module):
+    """A network whose arithmetic treats every value of every row by itself: batches cannot change a bit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.7))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        bias = cond.flatten(1)[:, :1, None, None] + t[:, None, None, None] / 1000
+        return (torch.tanh(self.weight * x + bias),)
+
+
+def finals(engine: Engine, trajectories: list[Trajectory]) -> dict[str, torch.Tensor]:
+    waiting = list(trajectories)
+
+    def take(free: float, alone: bool) -> list[Trajectory]:
+        taken, waiting[:] = waiting[: int(free)], waiting[int(free) :]
+        return taken
+
+    return {t.tag[0].id: t.latent.clone() for ended in engine.run(take) for t in ended}
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["row-independent network, bitwise", "embedded model, 1e-4"])
+def test_twelve_different_requests_in_one_engine_equal_their_solo_runs(gen: TextToImage, exact: bool) -> None:
+    denoiser = Denoiser(Elementwise() if exact else gen.unet)
+    rows = twelve(gen)
+
+    def start(row: Request) -> Trajectory:
+        return gen.begin(row, 0, int(row.seed))  # type: ignore[arg-type]
+
+    mixed = finals(Engine(denoiser, torch.device("cpu"), slots=7), [start(r) for r in rows])
+    assert len(mixed) == 12
+    for row in rows:
+        alone = finals(Engine(denoiser, torch.device("cpu"), slots=1), [start(row)])[row.id]
+        if exact:
+            assert torch.equal(mixed[row.id], alone), row.id
+        else:
+            assert (mixed[row.id] - alone).abs().max() <= 1e-4 * alone.abs().max().clamp(min=1), row.id
+
+
+def test_slots_are_refilled_as_trajectories_end(gen: TextToImage) -> None:
+    rows = [Request(id=f"{k}", prompt="a fox", seed=k, num_inference_steps=1 + k, width=64, height=64) for k in range(6)]
+    batches: list[int] = []
+
+    class Counting(Denoiser):
+        def __call__(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            batches.append(len(x))
+            return super().__call__(x, *rest)
+
+    finals(Engine(Counting(Elementwise()), torch.device("cpu"), slots=2), [gen.begin(r, 0, 1) for r in rows])
+    assert sum(batches) == 1 + 2 + 3 + 4 + 5 + 6
+    assert batches.count(1) <= 2 + 1, "a slot stood empty while work was waiting"
+
+
+def test_out_of_memory_halves_the_rows_and_goes_on(gen: TextToImage) -> None:
+    calls: list[int] = []
+
+    class Tight(Elementwise):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, return_dict: bool = False) -> Any:
+            calls.append(len(x))
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("no room")
+            return super().forward(x, t, cond)
+
+    rows = [Request(id=f"{k}", prompt="a fox", seed=k, num_inference_steps=3, width=64, height=64) for k in range(4)]
+    tight = finals(Engine(Denoiser(Tight()), torch.device("cpu"), slots=4), [gen.begin(r, 0, 1) for r in rows])
+    roomy = finals(Engine(Denoiser(Elementwise()), torch.device("cpu"), slots=4), [gen.begin(r, 0, 1) for r in rows])
+    assert all(torch.equal(tight[k], roomy[k]) for k in roomy)
+    assert calls[:3] == [8, 4, 2] and max(calls[3:]) <= 2, "the size that failed is not tried again"
+
+
+def test_out_of_memory_at_one_row_fails_the_image_and_not_the_run(gen: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(gen.denoiser, "unet", type("Full", (Elementwise,), {"forward": no_room})())
+    results = list(gen.stream([Request(id="a", prompt="a fox", num_inference_steps=2)]))
+    assert [(r.status, r.reason) for r in results] == [("failed", "out of memory")]
+    monkeypatch.setattr(gen.denoiser, "limit", None)
+
+
+class Poisoned(torch.nn.Module):
+    """The real UNet, but rows whose prompt embedding is `victim` come out as NaN from the third call on."""
+
+    def __init__(self, unet: Any, victim: torch.Tensor, heals_in: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.unet, self.victim, self.heals_in, self.config = unet, victim, heals_in, unet.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        out = self.unet(x, t, cond, return_dict=False)[0]
+        sick = (cond.float() - self.victim.float()).flatten(1).abs().amax(dim=1) < 1e-3
+        if self.heals_in == self.dtype:
+            return (out,)
+        return (torch.where(sick[:, None, None, None], torch.full_like(out, float("nan")), out),)
+
+
+def test_a_nan_fails_its_image_and_leaves_its_batch_mates_alone(gen: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Request(id=p, prompt=p, seed=1, num_inference_steps=3) for p in ("fox", "cat", "dog")]
+    clean = {r.id: r.pixels for r in gen.stream(rows)}
+    assert gen.text is not None
+    monkeypatch.setattr(gen.denoiser, "unet", Poisoned(gen.unet, gen.text(["cat"])[0]))
+    poisoned = {r.id: r for r in gen.stream(rows)}
+    assert (poisoned["cat"].status, poisoned["cat"].reason, poisoned["cat"].scores["nan"]) == ("failed", "nan", True)
+    for name in ("fox", "dog"):
+        assert np.array_equal(poisoned[name].pixels, clean[name])
+
+
+def test_a_nan_in_half_precision_is_redone_in_float32() -> None:
+    gen = TextToImage.from_pretrained("emoji", device="cpu", dtype="bfloat16")
+    assert gen.text is not None
+    gen.unet = gen.denoiser.unet = Poisoned(gen.unet, gen.text(["cat"])[0], heals_in=torch.float32)
+    results = {r.id: r for r in gen.stream(Request(id=p, prompt=p, seed=1, num_inference_steps=2) for p in ("fox", "cat"))}
+    assert {r.status for r in results.values()} == {"done"}
+    assert gen.unet.dtype == torch.bfloat16, "the network goes back to its own precision"
+
+
+def test_a_picture_of_one_colour_fails(gen: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gen.codec, "decode", lambda latents: torch.full((len(latents), 3, 128, 128), 0.25))
+    result = next(iter(gen.stream([Request(id="a", prompt="a fox", num_inference_steps=1)])))
+    assert (result.status, result.reason, result.scores["flat"]) == ("failed", "nan", True)
+
+
+class Judge:
+    """A stand-in scorer: image k of a row scores `values[k]`."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values, self.seen = values, 0
+
+    def scores(self, pictures: torch.Tensor, prompts: list[str], labels: Any) -> list[dict[str, float]]:
+        found = [{"clip": self.values[(self.seen + k) % len(self.values)]} for k in range(len(pictures))]
+        self.seen += len(pictures)
+        return found
+
+
+def test_a_gated_row_draws_until_enough_pass(gen: TextToImage) -> None:
+    row = Request(id="a", prompt="a fox", num_inference_steps=1, num_images=2, keep=2, gate="clip > 0.5", max_images=8)
+    judge = Judge([0.1, 0.9, 0.2, 0.3, 0.8, 0.9])
+    results: list[Result] = list(gen.stream([row], scorer=judge, slots=4))  # type: ignore[arg-type]
+    assert [r.index for r in results] == [0, 1, 2, 3, 4], "stops at the second image that passes"
+    never = list(gen.stream([row], scorer=Judge([0.1]), slots=4))  # type: ignore[arg-type]
+    assert len(never) == 8, "stops at max_images"
+
+
+def test_settings_that_the_model_cannot_draw_are_named_before_any_work(gen: TextToImage) -> None:
+    for bad, words in [
+        ({"width": 100}, "width: 100 is not a multiple of 8"),
+        ({"num_inference_steps": 0}, "num_inference_steps: 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale: -1.0"),
+        ({"seed": 2**32}, "seed: 4294967296"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            gen("a fox", **bad)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="prompt: missing"):
+        gen("")
+    with pytest.raises(InputError, match="strength: 1.5"):
+        ImageToImage.from_generator(gen)("a fox", image="nowhere.png", strength=1.5)
