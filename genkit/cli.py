@@ -56,6 +56,7 @@ def generate(
     as_json: AsJson = False,
 ) -> int:
     """Make the images of a prompt file; the same command again goes on where it stopped."""
+    from genkit.device import reuse_memory
     from genkit.job import Options, plan_job, run_job
     from genkit.prompts import read_prompts, typed
     from genkit.request import Request
@@ -70,7 +71,7 @@ def generate(
         "max_images": max_images, "labels": None if labels is None else typed("labels", labels),
     }  # fmt: skip
     defaults = {name: value for name, value in given.items() if value is not None}
-    _check("command line", defaults)
+    _check(defaults)
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed: {seed} is not within 0 to {2**32 - 1}")
     slots = _slots(batch_size)
@@ -84,6 +85,7 @@ def generate(
     if dry_run:
         _print(job.describe(), as_json)
         return EXIT_OK
+    reuse_memory()
     summary = run_job(job, folder)
     _print({**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}, as_json)
     if not as_json:
@@ -217,14 +219,26 @@ def _refuse_repeats(command: Any, arguments: list[str]) -> None:
         seen |= {name} if name else set()
 
 
-def _check(source: str, fields: dict[str, Any]) -> None:
+# What a field needs beside it to be checked by itself: a row of the file may give it.
+_PARTNERS: dict[str, dict[str, Any]] = {
+    "strength": {"image": "-"},
+    "mask_image": {"image": "-"},
+    "keep": {"num_images": 100_000},
+    "max_images": {"keep": 1, "gate": "not nan"},
+}
+
+
+def _check(fields: dict[str, Any]) -> None:
+    """Check the command line's defaults before any row is read, so that the message names the option, not a row."""
     from genkit.request import Request
 
-    try:  # `image` and `keep` may lack their partners here: a row may state them
-        for name, value in fields.items():
-            Request.__pydantic_validator__.validate_assignment(Request.model_construct(), name, value)
-    except ValueError as error:
-        raise InputError(f"{source}: {error}") from None
+    for name, value in fields.items():
+        if name in ("gate", "rank_by"):  # may speak of labels that only rows give
+            continue
+        try:
+            Request(**{**_PARTNERS.get(name, {}), name: value})
+        except InputError as error:
+            raise InputError(f"--{str(error).replace('_', '-', str(error).split(':')[0].count('_'))}") from None
 
 
 def _slots(text: str) -> int | None:

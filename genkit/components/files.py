@@ -1,0 +1,97 @@
+"""Small text files of a model folder, read with care: regular, capped in size, strict JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from genkit.errors import InputError, shown
+
+JSON_LIMIT = 2**20  # bytes of a config; real ones have a few thousand
+
+
+def place(path: Path | str) -> str:
+    """Return a path as it may stand in a one-line message: control characters and half surrogates escaped."""
+    return repr(str(path))[1:-1].encode("utf-8", "backslashreplace").decode()
+
+
+def file_size(path: Path) -> int:
+    """Return the bytes of a regular, readable file; links are followed. Raises InputError for anything else."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise InputError(f"{place(path)}: is absent") from None
+    except OSError as error:
+        reason = "is a link that leads back to itself" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+        raise InputError(f"{place(path)}: {reason}") from None
+    except ValueError:
+        raise InputError(f"{shown(str(path))}: is no path") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise InputError(f"{place(path)}: is {kind}, not a file")
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise InputError(f"{place(path)}: cannot be read: permission denied")
+    return status.st_size
+
+
+def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
+    """Return the UTF-8 text of a file of 1 to `limit` bytes. Raises InputError naming the file."""
+    size = file_size(path)
+    if size == 0:
+        raise InputError(f"{place(path)}: is empty")
+    if size > limit:
+        raise InputError(f"{place(path)}: has {size} bytes, more than the {limit} that such a file may have")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)  # the size is of a moment ago
+    try:
+        return data[:limit].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place(path)}: byte {error.start} is not UTF-8") from None
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises InputError for what `parse_json` refuses."""
+    return parse_json(read_text(path, limit), place(path))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """Return the object that strict JSON `text` holds.
+
+    Raises InputError, naming `where`, for comments, repeated keys, NaN and infinities, nesting without end, and
+    anything but an object at the top.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for i, name in enumerate(names) if name in names[:i])
+            raise InputError(f"{where}: {shown(repeated)}: key is given twice")
+        return found
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if value in (float("inf"), float("-inf")):
+            raise InputError(f"{where}: {shown(digits)}: number is too large")
+        return value
+
+    def constant(word: str) -> float:
+        raise InputError(f"{where}: {word} is not JSON")
+
+    try:
+        found = json.loads(text, object_pairs_hook=once, parse_float=number, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{where}: is nested too deeply") from None
+    except InputError:
+        raise
+    except ValueError:  # Python's limit on the digits of an integer
+        raise InputError(f"{where}: a number has too many digits") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: holds {shown(found)}, not a JSON object")
+    return found

@@ -1,0 +1,52 @@
+"""A model on the Hugging Face hub: only the files that are wanted, configs before weights, all of one revision."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from genkit.errors import HostError, InputError, shown
+
+_CONFIGS = ["*.json", "*/merges.txt", "merges.txt"]
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-]))*"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is spelled as a hub id: "owner/name"."""
+    return len(name) <= 96 and re.fullmatch(f"{_PART}/{_PART}", name) is not None and not name.endswith((".git", "."))
+
+
+def fetch_configs(name: str) -> Path:
+    """Return the local folder of the newest revision of a hub model, with its configs and tokenizer but no weights.
+
+    With HF_HUB_OFFLINE=1 that is the newest in the cache. Raises InputError where there is no such model, HostError
+    where it cannot be had.
+    """
+    return _snapshot(name, None, _CONFIGS)
+
+
+def fetch_weights(name: str, snapshot: Path, files: Iterable[str]) -> None:
+    """Fetch `files`, paths inside the repository, into the revision that `snapshot` is of."""
+    missing = [file for file in files if not (snapshot / file).exists()]
+    if missing:
+        _snapshot(name, snapshot.name, missing)
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise HostError(f"{name}: is gated: accept its terms on the hub, then log in with `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{name}: is neither a folder here nor a model on the hub that you may read") from None
+    except LocalEntryNotFoundError:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        raise HostError(f"{name}: is neither a folder here nor in the hub cache, and {why}") from None
+    except Exception as error:  # whatever the network, the disk or the hub says: a line, no traceback
+        raise HostError(f"{name}: the hub cannot be read: {type(error).__name__}: {shown(str(error), 200)}") from None

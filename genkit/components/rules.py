@@ -1,0 +1,112 @@
+"""A small language for config tables: what values a key may have, said once, checked and explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from genkit.errors import InputError, nearest, shown
+
+UNUSED = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
+CODE = frozenset({"auto_map", "custom_pipeline", "trust_remote_code", "custom_pipelines"})
+LIST_LIMIT = 16  # no network has more blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A test of a value, and the words for what passes it ("a whole number from 1 to 64")."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a config key may be, and what its absence means."""
+
+    rule: Rule
+    default: Any
+
+
+def whole(low: int, high: int) -> Rule:
+    """An integer; neither true nor 1.0."""
+    return Rule(f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high)
+
+
+def real(low: float, high: float, *, above: bool = False) -> Rule:
+    """A finite number; `above` leaves `low` itself out."""
+
+    def holds(v: Any) -> bool:
+        return type(v) in (int, float) and math.isfinite(v) and (low < v if above else low <= v) and v <= high
+
+    return Rule(f"a number {'above' if above else 'from'} {low:g} {'and up ' if above else ''}to {high:g}", holds)
+
+
+def choice(*words: Any) -> Rule:
+    """One of the words given, or of null, true and false; 1 is not true."""
+    text = " or ".join({None: "null", True: "true", False: "false"}.get(w, repr(w)) for w in words)
+    return Rule(text, lambda v: any(v == w and type(v) is type(w) for w in words))
+
+
+def either(*rules: Rule) -> Rule:
+    """What any of the rules lets pass."""
+    return Rule(" or ".join(rule.text for rule in rules), lambda v: any(rule.holds(v) for rule in rules))
+
+
+def optional(rule: Rule) -> Rule:
+    """What the rule lets pass, or null."""
+    return either(rule, choice(None))
+
+
+def many(rule: Rule, least: int = 1, most: int = LIST_LIMIT) -> Rule:
+    """A list of what the rule lets pass."""
+    length = f"{least}" if least == most else f"{least} to {most}"
+    return Rule(
+        f"a list of {length}, each {rule.text}",
+        lambda v: isinstance(v, list) and least <= len(v) <= most and all(map(rule.holds, v)),
+    )
+
+
+def one_or_many(rule: Rule) -> Rule:
+    """What the rule lets pass, or a list of it."""
+    return either(rule, many(rule))
+
+
+FLAG = choice(True, False)
+ANYTHING = Rule("anything", lambda v: True)
+TEXT = Rule("a text of at most 1000 characters", lambda v: isinstance(v, str) and len(v) <= 1000)
+
+
+def refuse_code(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for keys that ask for code of the folder to be run, or that are private to a library."""
+    for key, value in config.items():
+        if key in CODE:
+            raise InputError(f"{where}: {key}: {shown(value)}: code that comes with a model is never run")
+        if key.startswith("_") and key not in UNUSED:
+            raise InputError(f"{where}: {shown(key)}: private keys are not read")
+
+
+def check_config(
+    config: Mapping[str, Any], keys: Mapping[str, Key], where: str, unused: Mapping[str, Rule] | None = None
+) -> dict[str, Any]:
+    """Return `config` with the defaults of `keys` filled in.
+
+    unused: keys that may be there, are checked, and go nowhere. Raises InputError naming `where`, the key, its value
+    and what it may be, or the nearest known key.
+    """
+    unused = unused or {}
+    refuse_code({key: value for key, value in config.items() if key not in unused}, where)
+    found = {name: key.default for name, key in keys.items()}
+    for name, value in config.items():
+        rule = keys[name].rule if name in keys else unused.get(name)
+        if name in UNUSED:
+            continue
+        if rule is None:
+            raise InputError(f"{where}: {shown(name)}: unknown key{nearest(name, keys)}")
+        if not rule.holds(value):
+            raise InputError(f"{where}: {name}: {shown(value)} is not {rule.text}")
+        if name in keys:
+            found[name] = value
+    return found

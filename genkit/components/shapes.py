@@ -1,0 +1,149 @@
+"""What a config implies: keys that must go together, and the shapes of some weights (its landmarks).
+
+Landmarks touch every width and every depth that a config states, so a config whose landmarks are in the file asks for no
+more memory than the file has bytes: it is safe to build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from genkit.errors import InputError
+
+Config = Mapping[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_blocks(config: Config, where: str) -> None:
+    """Check the rows of blocks: as many down as up as widths, and groups that divide the widths."""
+    blocks = len(config["block_out_channels"])
+    for key in ("down_block_types", "up_block_types"):
+        if len(config[key]) != blocks:
+            raise InputError(f"{where}: {key}: has {len(config[key])} entries, but block_out_channels has {blocks}")
+    for key, value in config.items():
+        per_block = key in ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "only_cross_attention")
+        if per_block and isinstance(value, list) and len(value) != blocks:
+            raise InputError(f"{where}: {key}: has {len(value)} entries, but block_out_channels has {blocks}")
+    groups = config["norm_num_groups"]
+    for width in config["block_out_channels"]:
+        if groups is not None and width % groups:
+            raise InputError(f"{where}: norm_num_groups: {groups} does not divide block_out_channels' {width}")
+
+
+def check_unet(config: Config, where: str) -> None:
+    """Check a UNet2DConditionModel: `attention_head_dim` is its number of heads, a misnomer that diffusers keeps."""
+    _check_unet(config, where)
+    heads = _each(config["attention_head_dim"], config)
+    for kind, width, number in zip(config["down_block_types"], config["block_out_channels"], heads, strict=True):
+        if "CrossAttn" in kind and width % number:
+            raise InputError(f"{where}: attention_head_dim: {number} heads do not divide block_out_channels' {width}")
+
+
+def check_unet2d(config: Config, where: str) -> None:
+    """Check a UNet2DModel: `attention_head_dim` is the width of a head, and null is one head."""
+    _check_unet(config, where)
+    width = config["attention_head_dim"]
+    attends = ["Attn" in kind for kind in config["down_block_types"]]
+    attends[-1] |= config["add_attention"] and config["mid_block_type"] is not None
+    for channels, used in zip(config["block_out_channels"], attends, strict=True):
+        if width is not None and used and channels % width:
+            raise InputError(f"{where}: attention_head_dim: {width} does not divide block_out_channels' {channels}")
+    if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
+        raise InputError(f"{where}: num_train_timesteps: null, but time_embedding_type is 'learned'")
+
+
+def _check_unet(config: Config, where: str) -> None:
+    check_blocks(config, where)
+    if config["out_channels"] != config["in_channels"]:
+        raise InputError(
+            f"{where}: out_channels: {config['out_channels']}, but in_channels is {config['in_channels']}: networks that "
+            "take a mask or a picture as well, or that predict a variance, are not supported"
+        )
+
+
+def check_clip(config: Config, where: str) -> None:
+    """Check a CLIP transformer: heads divide its width, patches its picture, and special tokens are in its vocabulary."""
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise InputError(
+            f"{where}: num_attention_heads: {config['num_attention_heads']} do not divide hidden_size {config['hidden_size']}"
+        )
+    if "patch_size" in config and config["patch_size"] > config["image_size"]:
+        raise InputError(f"{where}: patch_size: {config['patch_size']} is more than image_size {config['image_size']}")
+
+
+def check_clip_pair(config: Config, where: str) -> None:
+    """Check both halves of a CLIPModel."""
+    check_clip(config["text_config"], f"{where}: text_config")
+    check_clip(config["vision_config"], f"{where}: vision_config")
+
+
+def unet(config: Config) -> Shapes:
+    """Landmarks of UNet2DModel and UNet2DConditionModel."""
+    widths = config["block_out_channels"]
+    layers = _each(config["layers_per_block"], config)
+    depths = _each(config.get("transformer_layers_per_block", 1), config)
+    k_in, k_out = config.get("conv_in_kernel", 3), config.get("conv_out_kernel", 3)
+    found: Shapes = {
+        "conv_in.weight": (widths[0], config["in_channels"], k_in, k_in),
+        "conv_out.weight": (config["out_channels"], widths[0], k_out, k_out),
+    }
+    if config["time_embedding_dim"]:
+        found["time_embedding.linear_2.bias"] = (config["time_embedding_dim"],)
+    for i, (kind, width, count, depth) in enumerate(
+        zip(config["down_block_types"], widths, layers, depths, strict=True)
+    ):
+        found[f"down_blocks.{i}.resnets.{count - 1}.conv2.weight"] = (width, width, 3, 3)
+        found[f"up_blocks.{len(widths) - 1 - i}.resnets.{count}.conv2.weight"] = (width, width, 3, 3)
+        if kind == "CrossAttnDownBlock2D":
+            block = f"down_blocks.{i}.attentions.{count - 1}.transformer_blocks.{depth - 1}"
+            found[f"{block}.attn2.to_k.weight"] = (width, config["cross_attention_dim"])
+    return found
+
+
+def vae(config: Config) -> Shapes:
+    """Landmarks of AutoencoderKL."""
+    widths, latent, layers = config["block_out_channels"], config["latent_channels"], config["layers_per_block"]
+    found: Shapes = {
+        "encoder.conv_in.weight": (widths[0], config["in_channels"], 3, 3),
+        "encoder.conv_out.weight": (2 * latent, widths[-1], 3, 3),
+        "decoder.conv_in.weight": (widths[-1], latent, 3, 3),
+        "decoder.conv_out.weight": (config["out_channels"], widths[0], 3, 3),
+    }
+    for i, width in enumerate(widths):
+        found[f"encoder.down_blocks.{i}.resnets.{layers - 1}.conv2.weight"] = (width, width, 3, 3)
+        found[f"decoder.up_blocks.{len(widths) - 1 - i}.resnets.{layers}.conv2.weight"] = (width, width, 3, 3)
+    return found
+
+
+def clip_text(config: Config, prefix: str = "") -> Shapes:
+    """Landmarks of CLIPTextModel."""
+    width = config["hidden_size"]
+    return {
+        f"{prefix}embeddings.token_embedding.weight": (config["vocab_size"], width),
+        f"{prefix}embeddings.position_embedding.weight": (config["max_position_embeddings"], width),
+        **_clip_layers(config, prefix),
+    }
+
+
+def clip(config: Config) -> Shapes:
+    """Landmarks of CLIPModel."""
+    text, vision, shared = config["text_config"], config["vision_config"], config["projection_dim"]
+    width, side, patch = vision["hidden_size"], vision["image_size"], vision["patch_size"]
+    return {
+        **clip_text(text, "text_model."),
+        "vision_model.embeddings.patch_embedding.weight": (width, vision["num_channels"], patch, patch),
+        "vision_model.embeddings.position_embedding.weight": ((side // patch) ** 2 + 1, width),
+        **_clip_layers(vision, "vision_model."),
+        "text_projection.weight": (shared, text["hidden_size"]),
+        "visual_projection.weight": (shared, width),
+    }
+
+
+def _clip_layers(config: Config, prefix: str) -> Shapes:
+    last = f"{prefix}encoder.layers.{config['num_hidden_layers'] - 1}"
+    return {f"{last}.mlp.fc1.weight": (config["intermediate_size"], config["hidden_size"])}
+
+
+def _each(value: Any, config: Config) -> list[Any]:
+    return value if isinstance(value, list) else [value] * len(config["block_out_channels"])

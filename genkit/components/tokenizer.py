@@ -1,0 +1,115 @@
+"""Tokenizer files, checked before a library reads them: a byte-pair vocabulary and its merges (Sennrich et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from genkit.components.files import place, read_json, read_text
+from genkit.components.rules import ANYTHING, FLAG, TEXT, Key, Rule, check_config, either, many, optional, real, refuse_code
+from genkit.errors import InputError, shown
+
+TOKENIZER_LIMIT = 2**25  # bytes; CLIP's tokenizer.json has 2.2 million
+VOCAB_LIMIT = 2**24
+_TOKEN = either(TEXT, Rule("a token object", lambda v: isinstance(v, dict) and isinstance(v.get("content"), str)))
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+CONFIG = {
+    **{name: Key(optional(_TOKEN), None) for name in _SPECIAL},
+    "model_max_length": Key(real(3, 1e31), 77),
+}
+_CONFIG_UNUSED = {
+    "tokenizer_class": optional(Rule("'CLIPTokenizer'", lambda v: v in ("CLIPTokenizer", "CLIPTokenizerFast"))),
+    "add_prefix_space": FLAG,
+    "do_lower_case": FLAG,
+    "clean_up_tokenization_spaces": FLAG,
+    "additional_special_tokens": optional(many(_TOKEN, 0, 10_000)),
+    "extra_special_tokens": ANYTHING,
+    "added_tokens_decoder": Rule("an object", lambda v: isinstance(v, dict)),
+    **dict.fromkeys(
+        "backend errors is_local local_files_only max_length name_or_path padding_side processor_class "
+        "special_tokens_map_file tokenizer_file truncation_side".split(),
+        ANYTHING,
+    ),
+}
+
+
+def check_tokenizer(folder: Path, vocab_size: int, text_config: str) -> dict[str, Any]:
+    """Check a CLIP tokenizer's files and return the keys of its config that matter (`model_max_length`).
+
+    vocab_size: rows of the text encoder's table, which every token must be below. text_config: names that encoder in
+    messages. Raises InputError naming file and entry.
+    """
+    config: dict[str, Any] = {"model_max_length": CONFIG["model_max_length"].default}
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        config = check_config(read_json(path), CONFIG, place(path), _CONFIG_UNUSED)
+    fast, vocab_file = folder / "tokenizer.json", folder / "vocab.json"
+    added = _added(folder / "added_tokens.json")
+    if not fast.exists() and not vocab_file.exists():
+        raise InputError(f"{place(fast)}: is absent, and so is vocab.json with merges.txt")
+    if fast.exists():
+        _check_fast(fast, vocab_size, text_config)
+    if vocab_file.exists():
+        vocab = _check_vocab(read_json(vocab_file, VOCAB_LIMIT), place(vocab_file))
+        lines = read_text(folder / "merges.txt", VOCAB_LIMIT).split("\n")
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        _check_merges(pairs, vocab, place(folder / "merges.txt"))
+        _check_size({**vocab, **added}, vocab_size, place(vocab_file), text_config)
+    return config
+
+
+def _check_fast(path: Path, vocab_size: int, text_config: str) -> None:
+    content = read_json(path, TOKENIZER_LIMIT)
+    where = place(path)
+    refuse_code(content, where)
+    model, added = content.get("model"), content.get("added_tokens", [])
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise InputError(f"{where}: model: is not a byte-pair (BPE) model")
+    vocab = _check_vocab(model.get("vocab"), f"{where}: vocab")
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise InputError(f"{where}: merges: {shown(merges)} is not a list")
+    _check_merges((m.split(" ") if isinstance(m, str) else m for m in merges), vocab, f"{where}: merges")
+    if not isinstance(added, list) or not all(isinstance(t, dict) and type(t.get("id")) is int for t in added):
+        raise InputError(f"{where}: added_tokens: is not a list of tokens with ids")
+    _check_size({**vocab, **{str(t.get("content")): t["id"] for t in added}}, vocab_size, f"{where}: vocab", text_config)
+
+
+def _added(path: Path) -> dict[str, int]:
+    return _check_vocab(read_json(path), place(path)) if path.exists() else {}
+
+
+def _check_vocab(vocab: Any, where: str) -> dict[str, int]:
+    if not isinstance(vocab, dict) or not vocab:
+        raise InputError(f"{where}: {shown(vocab)} is not an object of tokens and ids")
+    owner: dict[int, str] = {}
+    for token, number in vocab.items():
+        if type(number) is not int or number < 0:
+            raise InputError(f"{where}: {shown(token)}: {shown(number)} is not an id")
+        if number in owner:
+            raise InputError(f"{where}: {shown(token)}: id {number} is also that of {shown(owner[number])}")
+        owner[number] = token
+    return vocab
+
+
+def _check_merges(pairs: Iterable[Any], vocab: Mapping[str, int], where: str) -> None:
+    seen: set[tuple[str, str]] = set()
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise InputError(f"{where}: merge {number}: {shown(pair)} is not two tokens")
+        left, right = pair
+        if (left, right) in seen:
+            raise InputError(f"{where}: merge {number}: {shown(' '.join(pair))} is there twice")
+        seen.add((left, right))
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise InputError(f"{where}: merge {number}: {shown(token)} is not in the vocabulary")
+
+
+def _check_size(tokens: Mapping[str, int], vocab_size: int, where: str, text_config: str) -> None:
+    """A token past the table would read outside it; a table twice as long as the tokens is that of another model."""
+    most = max(tokens.values()) + 1
+    if most > vocab_size or most * 2 <= vocab_size:
+        raise InputError(f"{where}: has {most} tokens, but {text_config} has vocab_size {vocab_size}")
