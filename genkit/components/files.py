@@ -26,7 +26,9 @@ def file_size(path: Path) -> int:
     except FileNotFoundError:
         raise InputError(f"{place(path)}: is absent") from None
     except OSError as error:
-        reason = "is a link that leads back to itself" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+        reason = (
+            "is a link that leads back to itself" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+        )
         raise InputError(f"{place(path)}: {reason}") from None
     except ValueError:
         raise InputError(f"{shown(str(path))}: is no path") from None

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from genkit.errors import HostError, InputError, shown
 
-_CONFIGS = ["*.json", "*/merges.txt", "merges.txt"]
+_CONFIGS = [
+    *(f"{part}/*.json" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
+    *("model_index.json", "config.json", "scheduler_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"),
+    *("tokenizer/merges.txt", "merges.txt", "model.safetensors.index*.json"),
+]
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-]))*"
 
 

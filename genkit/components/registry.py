@@ -1,4 +1,4 @@
-"""The closed list of what a model folder may name: components, classes, and every key of their configs."""
+"""The closed list of what a model folder may name: components, classes, pipelines."""
 
 from __future__ import annotations
 
@@ -6,226 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from genkit.components import shapes
-from genkit.components.rules import (
-    ANYTHING,
-    FLAG,
-    TEXT,
-    Key,
-    Rule,
-    choice,
-    either,
-    many,
-    one_or_many,
-    optional,
-    real,
-    whole,
-)
-
-NULL = choice(None)
-CHANNELS = whole(1, 16384)
-LAYERS = whole(1, 64)
-WIDTH = whole(1, 65536)
-SIDE = whole(1, 8192)
-SIDES = optional(either(SIDE, many(SIDE, 2, 2)))
-HEADS = whole(1, 1024)
-GROUPS = whole(1, 1024)
-EPSILON = real(0, 1, above=True)
-RATE = real(0, 1)
-TOKEN = optional(whole(0, 2**20))
-ACTIVATION = choice("silu", "swish", "mish", "gelu", "relu")
-TIME_SHIFT = choice("default", "scale_shift")
-CLIP_ACTIVATION = choice("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish")
-
-# Keys that both UNets and the VAE spell alike are still listed with each: a table is read against one signature.
-UNET2D = {
-    "sample_size": Key(SIDES, None),
-    "in_channels": Key(CHANNELS, 3),
-    "out_channels": Key(CHANNELS, 3),
-    "center_input_sample": Key(FLAG, False),
-    "time_embedding_type": Key(choice("positional", "fourier", "learned"), "positional"),
-    "time_embedding_dim": Key(optional(WIDTH), None),
-    "freq_shift": Key(real(0, 1), 0),
-    "flip_sin_to_cos": Key(FLAG, True),
-    "down_block_types": Key(
-        many(choice("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D")),
-        ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    ),
-    "mid_block_type": Key(choice("UNetMidBlock2D", None), "UNetMidBlock2D"),
-    "up_block_types": Key(
-        many(choice("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")),
-        ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    ),
-    "block_out_channels": Key(many(CHANNELS), [224, 448, 672, 896]),
-    "layers_per_block": Key(LAYERS, 2),
-    "mid_block_scale_factor": Key(real(0, 1000, above=True), 1),
-    "downsample_padding": Key(whole(0, 1), 1),
-    "downsample_type": Key(choice("conv", "resnet"), "conv"),
-    "upsample_type": Key(choice("conv", "resnet"), "conv"),
-    "dropout": Key(RATE, 0.0),
-    "act_fn": Key(ACTIVATION, "silu"),
-    "attention_head_dim": Key(optional(HEADS), 8),
-    "norm_num_groups": Key(GROUPS, 32),
-    "attn_norm_num_groups": Key(optional(GROUPS), None),
-    "norm_eps": Key(EPSILON, 1e-5),
-    "resnet_time_scale_shift": Key(TIME_SHIFT, "default"),
-    "add_attention": Key(FLAG, True),
-    "class_embed_type": Key(NULL, None),
-    "num_class_embeds": Key(NULL, None),
-    "num_train_timesteps": Key(optional(whole(1, 100_000)), None),
-}
-
-# Keys that may only be null or false ask for inputs that no prompt gives: pictures, classes, sizes (SDXL), guidance (LCM).
-UNET2D_CONDITION = {
-    "sample_size": Key(SIDES, None),
-    "in_channels": Key(CHANNELS, 4),
-    "out_channels": Key(CHANNELS, 4),
-    "center_input_sample": Key(FLAG, False),
-    "flip_sin_to_cos": Key(FLAG, True),
-    "freq_shift": Key(real(0, 1), 0),
-    "down_block_types": Key(
-        many(choice("CrossAttnDownBlock2D", "DownBlock2D", "SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D")),
-        ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    ),
-    "mid_block_type": Key(
-        choice("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D", None), "UNetMidBlock2DCrossAttn"
-    ),
-    "up_block_types": Key(
-        many(choice("CrossAttnUpBlock2D", "UpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D")),
-        ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    ),
-    "only_cross_attention": Key(one_or_many(FLAG), False),
-    "block_out_channels": Key(many(CHANNELS), [320, 640, 1280, 1280]),
-    "layers_per_block": Key(one_or_many(LAYERS), 2),
-    "downsample_padding": Key(whole(0, 1), 1),
-    "mid_block_scale_factor": Key(real(0, 1000, above=True), 1),
-    "dropout": Key(RATE, 0.0),
-    "act_fn": Key(ACTIVATION, "silu"),
-    "norm_num_groups": Key(optional(GROUPS), 32),
-    "norm_eps": Key(EPSILON, 1e-5),
-    "cross_attention_dim": Key(WIDTH, 1280),
-    "transformer_layers_per_block": Key(one_or_many(LAYERS), 1),
-    "reverse_transformer_layers_per_block": Key(NULL, None),
-    "encoder_hid_dim": Key(NULL, None),
-    "encoder_hid_dim_type": Key(NULL, None),
-    "attention_head_dim": Key(one_or_many(HEADS), 8),
-    "num_attention_heads": Key(NULL, None),
-    "dual_cross_attention": Key(choice(False), False),
-    "use_linear_projection": Key(FLAG, False),
-    "class_embed_type": Key(NULL, None),
-    "addition_embed_type": Key(NULL, None),
-    "addition_time_embed_dim": Key(NULL, None),
-    "num_class_embeds": Key(NULL, None),
-    "upcast_attention": Key(optional(FLAG), False),
-    "resnet_time_scale_shift": Key(TIME_SHIFT, "default"),
-    "resnet_skip_time_act": Key(FLAG, False),
-    "resnet_out_scale_factor": Key(real(0, 1000, above=True), 1.0),
-    "time_embedding_type": Key(choice("positional", "fourier"), "positional"),
-    "time_embedding_dim": Key(optional(WIDTH), None),
-    "time_embedding_act_fn": Key(optional(ACTIVATION), None),
-    "timestep_post_act": Key(optional(ACTIVATION), None),
-    "time_cond_proj_dim": Key(NULL, None),
-    "conv_in_kernel": Key(choice(1, 3, 5, 7), 3),
-    "conv_out_kernel": Key(choice(1, 3, 5, 7), 3),
-    "projection_class_embeddings_input_dim": Key(NULL, None),
-    "attention_type": Key(choice("default"), "default"),
-    "class_embeddings_concat": Key(choice(False), False),
-    "mid_block_only_cross_attention": Key(optional(FLAG), None),
-    "cross_attention_norm": Key(choice("layer_norm", "group_norm", None), None),
-    "addition_embed_type_num_heads": Key(HEADS, 64),
-}
-
-AUTOENCODER_KL = {
-    "in_channels": Key(choice(1, 3), 3),
-    "out_channels": Key(choice(1, 3), 3),
-    "down_block_types": Key(many(choice("DownEncoderBlock2D", "AttnDownEncoderBlock2D")), ["DownEncoderBlock2D"]),
-    "up_block_types": Key(many(choice("UpDecoderBlock2D", "AttnUpDecoderBlock2D")), ["UpDecoderBlock2D"]),
-    "block_out_channels": Key(many(CHANNELS), [64]),
-    "layers_per_block": Key(LAYERS, 1),
-    "act_fn": Key(ACTIVATION, "silu"),
-    "latent_channels": Key(CHANNELS, 4),
-    "norm_num_groups": Key(GROUPS, 32),
-    "sample_size": Key(either(SIDE, many(SIDE, 2, 2)), 32),
-    "scaling_factor": Key(real(0, 1000, above=True), 0.18215),
-    "shift_factor": Key(optional(real(-1000, 1000)), None),
-    "latents_mean": Key(NULL, None),
-    "latents_std": Key(NULL, None),
-    "force_upcast": Key(FLAG, True),
-    "use_quant_conv": Key(FLAG, True),
-    "use_post_quant_conv": Key(FLAG, True),
-    "mid_block_add_attention": Key(FLAG, True),
-}
-
-CLIP_TEXT = {
-    "vocab_size": Key(whole(1, 2**20), 49408),
-    "hidden_size": Key(WIDTH, 512),
-    "intermediate_size": Key(whole(1, 2**18), 2048),
-    "projection_dim": Key(optional(WIDTH), 512),
-    "num_hidden_layers": Key(LAYERS, 12),
-    "num_attention_heads": Key(HEADS, 8),
-    "max_position_embeddings": Key(whole(3, 8192), 77),
-    "hidden_act": Key(CLIP_ACTIVATION, "quick_gelu"),
-    "layer_norm_eps": Key(EPSILON, 1e-5),
-    "attention_dropout": Key(RATE, 0.0),
-    "initializer_range": Key(real(0, 100), 0.02),
-    "initializer_factor": Key(real(0, 100), 1.0),
-    "pad_token_id": Key(TOKEN, 1),
-    "bos_token_id": Key(TOKEN, 49406),
-    "eos_token_id": Key(TOKEN, 49407),
-}
-
-CLIP_VISION = {
-    "hidden_size": Key(WIDTH, 768),
-    "intermediate_size": Key(whole(1, 2**18), 3072),
-    "projection_dim": Key(WIDTH, 512),
-    "num_hidden_layers": Key(LAYERS, 12),
-    "num_attention_heads": Key(HEADS, 12),
-    "num_channels": Key(choice(3), 3),
-    "image_size": Key(SIDE, 224),
-    "patch_size": Key(SIDE, 32),
-    "hidden_act": Key(CLIP_ACTIVATION, "quick_gelu"),
-    "layer_norm_eps": Key(EPSILON, 1e-5),
-    "attention_dropout": Key(RATE, 0.0),
-    "initializer_range": Key(real(0, 100), 0.02),
-    "initializer_factor": Key(real(0, 100), 1.0),
-}
-
-CLIP = {
-    "projection_dim": Key(WIDTH, 512),
-    "logit_scale_init_value": Key(real(-100, 100), 2.6592),
-    "initializer_factor": Key(real(0, 100), 1.0),
-    # Checked key by key with the tables above; `*_config_dict` is how transformers spelt them in 2022.
-    "text_config": Key(Rule("an object", lambda v: v is None or isinstance(v, dict)), None),
-    "vision_config": Key(Rule("an object", lambda v: v is None or isinstance(v, dict)), None),
-    "text_config_dict": Key(Rule("an object", lambda v: v is None or isinstance(v, dict)), None),
-    "vision_config_dict": Key(Rule("an object", lambda v: v is None or isinstance(v, dict)), None),
-}
-
-# What transformers has written into every config over the years (PretrainedConfig): of no say here, and never passed on.
-_GENERIC = """
-    _attn_implementation_autoset _commit_hash add_cross_attention bad_words_ids begin_suppress_tokens
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
-    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label is_decoder is_encoder_decoder label2id length_penalty max_length
-    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty
-    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    typical_p use_bfloat16 use_cache
-""".split()
-
-
-def _transformers_unused(model_types: tuple[str, ...], classes: tuple[str, ...]) -> dict[str, Rule]:
-    return {
-        **dict.fromkeys(_GENERIC, ANYTHING),
-        "model_type": choice(*model_types),
-        "architectures": optional(many(choice(*classes))),
-    }
-
-
-TEXT_UNUSED = _transformers_unused(("clip_text_model", "clip"), ("CLIPTextModel", "CLIPModel"))
-VISION_UNUSED = _transformers_unused(("clip_vision_model", "clip"), ("CLIPVisionModel", "CLIPModel"))
-CLIP_UNUSED = _transformers_unused(("clip",), ("CLIPModel",))
+from genkit.components import keys, shapes
+from genkit.components.rules import FLAG, Key, Rule
 
 # Old spellings of weights, in files that are still in use: attention as diffusers wrote it before 0.15, the prefix that
 # transformers dropped in version 5, and a buffer that was saved as if it were a weight.
@@ -243,34 +25,52 @@ CLIP_TEXT_RENAMES = (*CLIP_RENAMES, (r"^text_model\.", ""))
 class Network:
     """A class of network: where it comes from, its config's keys, and what its config says about its weights.
 
-    stem: name of its weight files. check(config, where): raises InputError where keys do not go together.
+    stem: name of its weight files. table: its config's keys. check(config, where): raises InputError where keys do not
+    go together.
     landmarks(config): shapes of some weights, enough to bound depth and width before anything is built.
     renames: (pattern, replacement) for old names of weights; an empty replacement of the whole name drops the weight.
+    unused: keys that are checked and not passed on. nested: tables, known and unused, of the configs inside the config.
     """
 
     library: str
     stem: str
-    keys: Mapping[str, Key]
+    table: Mapping[str, Key]
     check: Callable[[Mapping[str, Any], str], None]
     landmarks: Callable[[Mapping[str, Any]], shapes.Shapes]
     renames: tuple[tuple[str, str], ...]
     unused: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
+    nested: Mapping[str, tuple[Mapping[str, Key], Mapping[str, Rule]]] = dataclasses.field(default_factory=dict)
 
 
 NETWORKS = {
     "UNet2DModel": Network(
-        "diffusers", "diffusion_pytorch_model", UNET2D, shapes.check_unet2d, shapes.unet, DIFFUSERS_RENAMES
+        "diffusers", "diffusion_pytorch_model", keys.UNET2D, shapes.check_unet2d, shapes.unet, DIFFUSERS_RENAMES
     ),
     "UNet2DConditionModel": Network(
-        "diffusers", "diffusion_pytorch_model", UNET2D_CONDITION, shapes.check_unet, shapes.unet, DIFFUSERS_RENAMES
+        "diffusers", "diffusion_pytorch_model", keys.UNET2D_CONDITION, shapes.check_unet, shapes.unet, DIFFUSERS_RENAMES
     ),
     "AutoencoderKL": Network(
-        "diffusers", "diffusion_pytorch_model", AUTOENCODER_KL, shapes.check_blocks, shapes.vae, DIFFUSERS_RENAMES
+        "diffusers", "diffusion_pytorch_model", keys.AUTOENCODER_KL, shapes.check_blocks, shapes.vae, DIFFUSERS_RENAMES
     ),
     "CLIPTextModel": Network(
-        "transformers", "model", CLIP_TEXT, shapes.check_clip, shapes.clip_text, CLIP_TEXT_RENAMES, TEXT_UNUSED
+        "transformers",
+        "model",
+        keys.CLIP_TEXT,
+        shapes.check_clip,
+        shapes.clip_text,
+        CLIP_TEXT_RENAMES,
+        keys.TEXT_UNUSED,
     ),
-    "CLIPModel": Network("transformers", "model", CLIP, shapes.check_clip_pair, shapes.clip, CLIP_RENAMES, CLIP_UNUSED),
+    "CLIPModel": Network(
+        "transformers",
+        "model",
+        keys.CLIP,
+        shapes.check_clip_pair,
+        shapes.clip,
+        CLIP_RENAMES,
+        keys.CLIP_UNUSED,
+        {"text_config": (keys.CLIP_TEXT, keys.TEXT_UNUSED), "vision_config": (keys.CLIP_VISION, keys.VISION_UNUSED)},
+    ),
 }
 
 # Component -> (library, classes). A scheduler's class is read, and checked, by genkit.schedulers.
@@ -301,4 +101,4 @@ PIPELINES = {
     "LDMPipeline": "unconditional",
 }
 REQUIRED = {"text-to-image": ("unet", "vae", "text_encoder", "tokenizer"), "unconditional": ("unet",)}
-INDEX_OPTIONS = {"requires_safety_checker": FLAG, "_class_name": TEXT}
+INDEX_OPTIONS = {"requires_safety_checker": Key(FLAG, False)}

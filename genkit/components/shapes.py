@@ -1,7 +1,7 @@
 """What a config implies: keys that must go together, and the shapes of some weights (its landmarks).
 
-Landmarks touch every width and every depth that a config states, so a config whose landmarks are in the file asks for no
-more memory than the file has bytes: it is safe to build.
+Landmarks touch every width and every depth that a config states, so a config whose landmarks are in the file describes
+a network of about the file's size: it is safe to build.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ def check_blocks(config: Config, where: str) -> None:
         if len(config[key]) != blocks:
             raise InputError(f"{where}: {key}: has {len(config[key])} entries, but block_out_channels has {blocks}")
     for key, value in config.items():
-        per_block = key in ("layers_per_block", "attention_head_dim", "transformer_layers_per_block", "only_cross_attention")
+        per_block = key in (
+            "layers_per_block",
+            "attention_head_dim",
+            "transformer_layers_per_block",
+            "only_cross_attention",
+        )
         if per_block and isinstance(value, list) and len(value) != blocks:
             raise InputError(f"{where}: {key}: has {len(value)} entries, but block_out_channels has {blocks}")
     groups = config["norm_num_groups"]
@@ -57,17 +62,16 @@ def _check_unet(config: Config, where: str) -> None:
     check_blocks(config, where)
     if config["out_channels"] != config["in_channels"]:
         raise InputError(
-            f"{where}: out_channels: {config['out_channels']}, but in_channels is {config['in_channels']}: networks that "
-            "take a mask or a picture as well, or that predict a variance, are not supported"
+            f"{where}: out_channels: {config['out_channels']}, but in_channels is {config['in_channels']}: networks "
+            "that take a mask or a picture as well, or that predict a variance, are not supported"
         )
 
 
 def check_clip(config: Config, where: str) -> None:
-    """Check a CLIP transformer: heads divide its width, patches its picture, and special tokens are in its vocabulary."""
-    if config["hidden_size"] % config["num_attention_heads"]:
-        raise InputError(
-            f"{where}: num_attention_heads: {config['num_attention_heads']} do not divide hidden_size {config['hidden_size']}"
-        )
+    """Check a CLIP transformer: heads divide its width, and a patch is no larger than the picture."""
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    if width % heads:
+        raise InputError(f"{where}: num_attention_heads: {heads} do not divide hidden_size {width}")
     if "patch_size" in config and config["patch_size"] > config["image_size"]:
         raise InputError(f"{where}: patch_size: {config['patch_size']} is more than image_size {config['image_size']}")
 

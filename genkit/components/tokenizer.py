@@ -1,4 +1,4 @@
-"""Tokenizer files, checked before a library reads them: a byte-pair vocabulary and its merges (Sennrich et al. 2016)."""
+"""Tokenizer files, checked before a library reads them: a byte-pair vocabulary and merges (Sennrich et al. 2016)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components.files import place, read_json, read_text
-from genkit.components.rules import ANYTHING, FLAG, TEXT, Key, Rule, check_config, either, many, optional, real, refuse_code
+from genkit.components.rules import (
+    ANYTHING,
+    FLAG,
+    TEXT,
+    Key,
+    Rule,
+    check_config,
+    either,
+    many,
+    optional,
+    real,
+    refuse_code,
+)
 from genkit.errors import InputError, shown
 
 TOKENIZER_LIMIT = 2**25  # bytes; CLIP's tokenizer.json has 2.2 million
@@ -28,10 +40,10 @@ _CONFIG_UNUSED = {
     "extra_special_tokens": ANYTHING,
     "added_tokens_decoder": Rule("an object", lambda v: isinstance(v, dict)),
     **dict.fromkeys(
-        "backend errors is_local local_files_only max_length name_or_path padding_side processor_class "
-        "special_tokens_map_file tokenizer_file truncation_side".split(),
+        ("backend", "errors", "is_local", "local_files_only", "max_length", "name_or_path", "padding_side"),
         ANYTHING,
     ),
+    **dict.fromkeys(("processor_class", "special_tokens_map_file", "tokenizer_file", "truncation_side"), ANYTHING),
 }
 
 
@@ -74,7 +86,9 @@ def _check_fast(path: Path, vocab_size: int, text_config: str) -> None:
     _check_merges((m.split(" ") if isinstance(m, str) else m for m in merges), vocab, f"{where}: merges")
     if not isinstance(added, list) or not all(isinstance(t, dict) and type(t.get("id")) is int for t in added):
         raise InputError(f"{where}: added_tokens: is not a list of tokens with ids")
-    _check_size({**vocab, **{str(t.get("content")): t["id"] for t in added}}, vocab_size, f"{where}: vocab", text_config)
+    _check_size(
+        {**vocab, **{str(t.get("content")): t["id"] for t in added}}, vocab_size, f"{where}: vocab", text_config
+    )
 
 
 def _added(path: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,26 +38,33 @@ class Tensor:
     shape: tuple[int, ...]
 
 
-def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
-    """Return the safetensors files of a component: one, or the shards that its index names.
+def wanted_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
+    """Return the safetensors files that a component is made of: one, or the shards that its index names.
 
-    Raises InputError when there are none (naming the pickle or the other variant that is there instead), when there
-    are both, or when the index names anything but files beside it.
+    Raises InputError when both are there, or when the index names anything but files beside it.
     """
     single = folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
     index = folder / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
-    has_single, has_index = _there(single), _there(index)
-    if has_single and has_index:
-        raise InputError(f"{place(index)}: and {single.name} are both there: remove the one that is not meant")
-    if has_single:
+    if not os.path.lexists(index):
         return (single,)
-    if has_index:
-        return _shards(index)
-    raise InputError(f"{place(single)}: is absent{_instead(folder, stem, variant)}")
+    if os.path.lexists(single):
+        raise InputError(f"{place(index)}: and {single.name} are both there: remove the one that is not meant")
+    return tuple(index.parent / name for name in sorted(set(_weight_map(index).values())))
 
 
-def _there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()  # a broken link is there, and an error
+def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
+    """Return `wanted_weights`, which are there; shards hold what their index says.
+
+    Raises InputError when they are absent, naming the pickle or the other variant that is there instead.
+    """
+    files = wanted_weights(folder, stem, variant)
+    for file in files:
+        if not os.path.lexists(file):
+            raise InputError(f"{place(file)}: is absent{_instead(folder, stem, variant)}")
+    index = folder / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
+    if os.path.lexists(index):
+        _check_shards(index, files)
+    return files
 
 
 def _instead(folder: Path, stem: str, variant: str | None) -> str:
@@ -71,7 +79,8 @@ def _instead(folder: Path, stem: str, variant: str | None) -> str:
     return f": to take {shown(others[0])}, name its variant" if others else ""
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return {weight: file name} of a shard index."""
     content = read_json(index, HEADER_LIMIT)
     weight_map = content.get("weight_map")
     unknown = next((key for key in content if key not in ("metadata", "weight_map")), None)
@@ -81,8 +90,14 @@ def _shards(index: Path) -> tuple[Path, ...]:
         raise InputError(f"{place(index)}: weight_map: {shown(weight_map)} is not an object of names and files")
     for key, name in weight_map.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors", name):
-            raise InputError(f"{place(index)}: {shown(key)}: {shown(name)} is not the name of a .safetensors file beside it")
-    shards = tuple(index.parent / name for name in sorted(set(weight_map.values())))
+            raise InputError(
+                f"{place(index)}: {shown(key)}: {shown(name)} is not the name of a .safetensors file beside it"
+            )
+    return weight_map
+
+
+def _check_shards(index: Path, shards: Iterable[Path]) -> None:
+    weight_map = _weight_map(index)
     held = {tensor.key: tensor.file.name for shard in shards for tensor in read_header(shard)}
     for key, name in weight_map.items():
         if held.get(key) != name:
@@ -90,7 +105,6 @@ def _shards(index: Path) -> tuple[Path, ...]:
     extra = next((key for key in held if key not in weight_map), None)
     if extra is not None:
         raise InputError(f"{place(index)}: {shown(extra)}: is in {held[extra]}, but not in weight_map")
-    return shards
 
 
 def read_header(path: Path) -> list[Tensor]:
@@ -103,7 +117,11 @@ def read_header(path: Path) -> list[Tensor]:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if size < 8 or length > size - 8:
-            what = "a pickle or archive" if start[:2] in (b"\x80\x02", b"\x80\x04", b"PK") else "cut short or no safetensors"
+            what = (
+                "a pickle or archive"
+                if start[:2] in (b"\x80\x02", b"\x80\x04", b"PK")
+                else "cut short or no safetensors"
+            )
             raise InputError(f"{place(path)}: is {what}: its {size} bytes hold no header of {length} bytes")
         if length > HEADER_LIMIT:
             raise InputError(f"{place(path)}: header has {length} bytes, more than {HEADER_LIMIT}")
@@ -121,7 +139,9 @@ def read_header(path: Path) -> list[Tensor]:
     end = 0
     for begin, stop, name in spans:
         if begin != end:
-            raise InputError(f"{place(path)}: {shown(name)}: starts at byte {begin}, where byte {end} is next: gap or overlap")
+            raise InputError(
+                f"{place(path)}: {shown(name)}: starts at byte {begin}, where byte {end} is next: gap or overlap"
+            )
         end = stop
     if end != size - 8 - length:
         raise InputError(f"{place(path)}: has {size - 8 - length} bytes of weights, but its header describes {end}")
@@ -136,7 +156,11 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InputError(f"{where}: dtype: {shown(dtype)} is not one of {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or len(shape) > RANK_LIMIT or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > RANK_LIMIT
+        or not all(type(n) is int and 0 <= n < 2**31 for n in shape)
+    ):
         raise InputError(f"{where}: shape: {shown(shape)} is not a list of at most {RANK_LIMIT} sizes below 2^31")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise InputError(f"{where}: data_offsets: {shown(offsets)} is not a pair of byte positions")
@@ -159,7 +183,9 @@ def canonical_tensors(files: Iterable[Path], renames: Iterable[tuple[str, str]])
         for pattern, replacement in patterns:
             name = pattern.sub(replacement, name)
         if name in found:
-            raise InputError(f"{place(tensor.file)}: {shown(tensor.key)}: is given twice, also in {found[name].file.name}")
+            raise InputError(
+                f"{place(tensor.file)}: {shown(tensor.key)}: is given twice, also in {found[name].file.name}"
+            )
         if name:
             found[name] = tensor
     return found
@@ -175,7 +201,9 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Shapes, where: str, co
         for name, tensor in tensors.items():
             if name not in expected:
                 hint = nearest(name, expected.keys() - tensors.keys())
-                raise InputError(f"{place(tensor.file)}: {shown(tensor.key)}: has no place in the network of {where}{hint}")
+                raise InputError(
+                    f"{place(tensor.file)}: {shown(tensor.key)}: has no place in the network of {where}{hint}"
+                )
     for name, shape in expected.items():
         if name not in tensors:
             raise InputError(f"{place(file)}: {name}: is missing, of shape {_text(shape)} by {where}")

@@ -1,0 +1,88 @@
+"""What is known of a model before it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genkit.components.weights import Tensor, sha256
+from genkit.settings import Geometry
+
+ITEM_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A network of a model: its class, its config with every default filled in, and its weights by today's names."""
+
+    name: str
+    kind: str
+    folder: Path
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its weights are."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> str:
+        """What its weights are stored as."""
+        return ", ".join(sorted({ITEM_NAMES.get(t.dtype, t.dtype) for t in self.tensors.values()}))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """A checked model: kind "text-to-image", "unconditional" or "clip"; its networks, and the configs of the rest.
+
+    name: as it was asked for. tokenizer: folder of its tokenizer, or None. scheduler_config: for Scheduler.from_config
+    (empty for "clip"). preprocessor: how a CLIP model's pictures are prepared (else empty). defaults: steps and
+    guidance that suit it, where known. revision: the hub's commit, or None.
+    """
+
+    name: str
+    folder: Path
+    kind: str
+    parts: Mapping[str, Part]
+    tokenizer: Path | None = None
+    scheduler_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    variant: str | None = None
+    revision: str | None = None
+
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """The config of each network by its name: "unet", "vae", "text_encoder", "clip"."""
+        return {name: part.config for name, part in self.parts.items()}
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """The picture sizes that it draws; None for "clip"."""
+        return Geometry.of(self.configs["unet"], self.configs.get("vae")) if "unet" in self.parts else None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `genkit inspect` prints, as JSON values."""
+        found: dict[str, Any] = {"model": self.name, "kind": self.kind, "folder": str(self.folder)}
+        found |= {key: value for key in ("variant", "revision") if (value := getattr(self, key)) is not None}
+        if self.geometry is not None:
+            g = self.geometry
+            found |= {"size": f"{g.width}x{g.height}", "size_multiple": g.multiple, "latent_channels": g.channels}
+            found |= {"scheduler": self.scheduler_config["_class_name"], **self.defaults}
+        found["parameters"] = sum(part.parameters for part in self.parts.values())
+        found["components"] = {
+            name: {"class": part.kind, "parameters": part.parameters, "dtype": part.dtype}
+            for name, part in self.parts.items()
+        }
+        return found
+
+
+def weight_hashes(info: ModelInfo) -> dict[str, str]:
+    """Return the SHA-256 of every weight file, by its path inside the model's folder."""
+    files = (file for part in info.parts.values() for file in part.files)
+    return {file.relative_to(info.folder).as_posix(): sha256(file) for file in files}

@@ -1,0 +1,129 @@
+"""ModelInfo -> Components: networks built empty, their weights read once, straight to where they will be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genkit.components.files import place
+from genkit.components.info import ModelInfo, Part
+from genkit.components.registry import NETWORKS
+from genkit.components.weights import Tensor, check_shapes
+from genkit.errors import InputError, shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from genkit.schedulers import Scheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """The loaded parts of a model, in eval mode and without gradients; None is a part that it does not have."""
+
+    info: ModelInfo
+    unet: Any = None
+    vae: Any = None
+    text_encoder: Any = None
+    clip: Any = None
+    tokenizer: Any = None
+    scheduler: Scheduler | None = None
+
+
+def load_components(info: ModelInfo, *, device: torch.device | str, dtype: torch.dtype) -> Components:
+    """Load what `inspect_model` found, on `device` and in `dtype`: the same numbers as from_pretrained reads.
+
+    Raises InputError, before memory is taken, for a weight that the network lacks, has not, or has in another shape;
+    and afterwards for weights that are all zero, or not finite in `dtype`.
+    """
+    from genkit.schedulers import Scheduler
+
+    networks = {name: _build(part) for name, part in info.parts.items()}  # all are checked before any is read
+    for name, network in networks.items():
+        _fill(network, info.parts[name], device, dtype)
+    return Components(
+        info=info,
+        tokenizer=None if info.tokenizer is None else _load_tokenizer(info),
+        scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None,
+        **networks,
+    )
+
+
+def _build(part: Part) -> Any:
+    """Return the network on the meta device, having compared every name and shape of its weights with the files."""
+    from accelerate import init_empty_weights
+
+    library = NETWORKS[part.kind].library
+    cls = getattr(importlib.import_module(library), part.kind)  # both names are the registry's, not the folder's
+    where = place(part.folder / "config.json")
+    try:
+        with init_empty_weights(include_buffers=False):
+            network = _CONSTRUCT[library](cls, part.config)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{where}: {part.kind} cannot be built: {shown(str(error), 300)}") from None
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    check_shapes(part.tensors, expected, where, complete=True)
+    return network
+
+
+def _fill(network: Any, part: Part, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Read the weights of `part` into `network`."""
+    from safetensors import SafetensorError
+
+    weights: dict[str, Any] = {}
+    for file in part.files:
+        try:
+            weights |= _read(file, {n: t for n, t in part.tensors.items() if t.file == file}, device, dtype)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{place(file)}: {shown(str(error), 200)}") from None
+    _check_values(weights, part.tensors, dtype)
+    network.load_state_dict(weights, strict=True, assign=True)
+    network.to(device).eval().requires_grad_(False)
+
+
+def _read(file: Path, tensors: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt", device=str(device)) as weights:
+        found = {name: weights.get_tensor(tensor.key) for name, tensor in tensors.items()}
+        # A copy, whatever the dtype: a view of the file would change, or crash, with the file.
+        return {n: w.to(dtype=dtype if w.is_floating_point() else w.dtype, copy=True) for n, w in found.items()}
+
+
+def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuse weights that no picture can come of; one pass, and one wait for the device."""
+    import torch
+
+    names = [name for name, weight in weights.items() if weight.is_floating_point() and weight.numel()]
+    extremes = [torch.stack(torch.aminmax(weights[name])) for name in names]  # NaN goes through aminmax
+    peaks = torch.stack(extremes).float().abs().amax(dim=1).cpu()
+    if float(peaks.max()) == 0:
+        raise InputError(f"{place(tensors[names[0]].file)}: every weight is zero")
+    for name, peak in zip(names, peaks.tolist(), strict=True):
+        if not peak < float("inf"):
+            tensor = tensors[name]
+            kind = str(dtype).removeprefix("torch.")
+            raise InputError(f"{place(tensor.file)}: {tensor.key}: holds a NaN or an infinity as {kind}")
+
+
+def _load_tokenizer(info: ModelInfo) -> Any:
+    """Return the CLIPTokenizer, which cuts prompts to what the text encoder reads, whatever its own config says."""
+    from transformers import CLIPTokenizer
+
+    assert info.tokenizer is not None
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(info.tokenizer, local_files_only=True)
+    except Exception as error:  # the Rust tokenizers raise plain Exception
+        raise InputError(f"{place(info.tokenizer)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
+    text = info.configs["text_encoder"] if "text_encoder" in info.parts else info.configs["clip"]["text_config"]
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text["max_position_embeddings"])
+    return tokenizer
+
+
+_CONSTRUCT: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
+    "diffusers": lambda cls, config: cls(**config),
+    "transformers": lambda cls, config: cls(cls.config_class(**config)),
+}

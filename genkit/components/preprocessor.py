@@ -1,0 +1,68 @@
+"""How a CLIP model's pictures are prepared: the keys of preprocessor_config.json, held to what the scorer does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from genkit.components.files import place, read_json
+from genkit.components.rules import (
+    ANYTHING,
+    FLAG,
+    TEXT,
+    Key,
+    Rule,
+    check_config,
+    choice,
+    either,
+    many,
+    optional,
+    real,
+    whole,
+)
+from genkit.errors import InputError, shown
+
+_SIDE = whole(1, 8192)
+_EXACT = Rule(
+    '{"height", "width"}',
+    lambda v: isinstance(v, dict) and set(v) == {"height", "width"} and all(map(_SIDE.holds, v.values())),
+)
+_SHORTEST = Rule(
+    '{"shortest_edge"}',
+    lambda v: isinstance(v, dict) and set(v) == {"shortest_edge"} and _SIDE.holds(v["shortest_edge"]),
+)
+_COLOURS = many(real(-10, 10), 3, 3)
+_SCALES = many(real(0, 10, above=True), 3, 3)
+
+KEYS = {
+    "size": Key(either(_SIDE, _SHORTEST, _EXACT), {"shortest_edge": 224}),
+    "crop_size": Key(either(_SIDE, _EXACT), {"height": 224, "width": 224}),
+    "do_center_crop": Key(FLAG, True),
+    "image_mean": Key(_COLOURS, [0.48145466, 0.4578275, 0.40821073]),
+    "image_std": Key(_SCALES, [0.26862954, 0.26130258, 0.27577711]),
+}
+_UNUSED = {
+    "do_resize": choice(True),
+    "do_normalize": choice(True),
+    "do_rescale": choice(True),
+    "resample": choice(3),
+    "rescale_factor": real(1 / 255 - 1e-6, 1 / 255 + 1e-6),
+    "do_convert_rgb": optional(FLAG),
+    **dict.fromkeys(("image_processor_type", "feature_extractor_type", "processor_class"), TEXT),
+    **dict.fromkeys(
+        ("_valid_processor_keys", "data_format", "device", "input_data_format", "return_tensors"), ANYTHING
+    ),
+}
+
+
+def read_preprocessor(path: Path, image_size: int) -> dict[str, Any]:
+    """Return size, crop_size, do_center_crop, image_mean and image_std of a CLIP model that reads image_size squares.
+
+    Raises InputError for a key or value that the scorer does not follow, and for a size that the network does not read.
+    """
+    config = check_config(read_json(path), KEYS, place(path), _UNUSED)
+    key = "crop_size" if config["do_center_crop"] else "size"
+    side = config[key]
+    if side != {"height": image_size, "width": image_size} and not (key == "crop_size" and side == image_size):
+        raise InputError(f"{place(path)}: {key}: {shown(side)}, but config.json has image_size {image_size}")
+    return config
