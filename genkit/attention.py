@@ -49,7 +49,11 @@ class NarrowAttention:
         heads = attn.heads
 
         def split(x: torch.Tensor) -> torch.Tensor:
-            return x.view(batch, -1, heads, channels // heads).transpose(1, 2).reshape(batch * heads, -1, channels // heads)
+            return (
+                x.view(batch, -1, heads, channels // heads)
+                .transpose(1, 2)
+                .reshape(batch * heads, -1, channels // heads)
+            )
 
         out = narrow_attention(split(q), split(k), split(v))
         out = out.view(batch, heads, length, -1).transpose(1, 2).reshape(batch, length, channels)
@@ -68,7 +72,9 @@ def speed_up_attention(network: Any) -> int:
         if not isinstance(block, BasicTransformerBlock):
             continue
         for attn in (block.attn1, block.attn2):
-            plain = attn is not None and attn.norm_q is None and attn.added_kv_proj_dim is None and attn.norm_cross is None
+            plain = (
+                attn is not None and attn.norm_q is None and attn.added_kv_proj_dim is None and attn.norm_cross is None
+            )
             if plain and attn.to_q.out_features // attn.heads <= NARROW:
                 attn.set_processor(NarrowAttention())
                 changed += 1

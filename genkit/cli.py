@@ -46,7 +46,9 @@ def generate(
     rank_by: Annotated[str | None, typer.Option(help="What 'best' means; default clip.")] = None,
     max_images: Annotated[int | None, typer.Option(help="Draw until --keep pass, or so many are drawn.")] = None,
     labels: Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot classification.")] = None,
-    seed: Annotated[int, typer.Option(help="With --prompt the image's seed; with a file, what rows derive theirs from.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="With --prompt the image's seed; with a file, what rows derive theirs from.")
+    ] = 0,
     batch_size: Annotated[str, typer.Option(help="Images in flight: auto, or a number.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -99,7 +101,9 @@ def filter_run(
     where: Annotated[str | None, typer.Option(help="What an image must pass; in place of the rows' gates.")] = None,
     rank_by: Annotated[str | None, typer.Option(help="What 'best' means; default clip.")] = None,
     keep: Annotated[int | None, typer.Option(help="Keep the best so many of each row.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Copy the kept pictures and metadata.jsonl here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Copy the kept pictures and metadata.jsonl here.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Decide again what is kept: no model, no torch; nothing is deleted."""
@@ -115,7 +119,9 @@ def score(
     prompts: Annotated[Path | None, typer.Option(help="A prompt file: row k is for picture k by name.")] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
     labels: Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot classification.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+    ] = None,
     clip: Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel, or a hub id.")] = "emoji-clip",
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -26,7 +26,12 @@ class Denoiser:
         self.limit: int | None = None
 
     def __call__(
-        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None, uncond: torch.Tensor | None, scale: torch.Tensor
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        cond: torch.Tensor | None,
+        uncond: torch.Tensor | None,
+        scale: torch.Tensor,
     ) -> torch.Tensor:
         """Return the guided raw prediction, float32, of shape (B, C, H, W).
 

@@ -23,7 +23,9 @@ CUDA_BYTES_PER_PIXEL = 2500  # activations of one guided half-precision row, per
 def check_device(device: str, dtype: str) -> None:
     """Refuse, without torch, a device or dtype that no machine has: raises InputError."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
-        raise InputError(f"--device: {shown(device)} is not auto, cpu, mps, cuda or cuda:N{nearest(device, ['cuda', 'cpu'])}")
+        raise InputError(
+            f"--device: {shown(device)} is not auto, cpu, mps, cuda or cuda:N{nearest(device, ['cuda', 'cpu'])}"
+        )
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--dtype: {shown(dtype)} is not auto, float32, float16 or bfloat16{nearest(dtype, DTYPES)}")
     if device == "cpu" and DTYPES.get(dtype) == "float16":
@@ -92,10 +94,14 @@ def environment() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "missing"
-    found["cpu"] = f"{usable_cores()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
+    found["cpu"] = (
+        f"{usable_cores()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}, CUDA {torch.version.cuda}"
+        found[f"cuda:{i}"] = (
+            f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}, CUDA {torch.version.cuda}"
+        )
     device, dtype = pick_device()
     found["auto"] = f"{device}, {str(dtype).removeprefix('torch.')}"
     return found

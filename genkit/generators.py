@@ -58,7 +58,9 @@ class Generator:
         defaults: dict[str, Any] | None = None,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
-        self.scheduler = scheduler if isinstance(scheduler, Scheduler) else Scheduler.from_config(dict(scheduler.config))
+        self.scheduler = (
+            scheduler if isinstance(scheduler, Scheduler) else Scheduler.from_config(dict(scheduler.config))
+        )
         self.geometry = Geometry.of(unet.config, None if vae is None else vae.config)
         if self.geometry.text != (text_encoder is not None) or (text_encoder is None) != (tokenizer is None):
             raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")

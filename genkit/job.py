@@ -292,7 +292,9 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
             writers.close()
     stopped = signals.exit_code
     if stopped:
-        progress.say(f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here")
+        progress.say(
+            f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
+        )
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):
         progress.say(f"prompt longer than the model reads, its end had no say: {prompt[:80]}")

@@ -65,7 +65,9 @@ def classify_images(
             best = max(found["scores"]["p"], key=found["scores"]["p"].get)
             counts[best] += 1
             if as_json or out is not None:
-                write(json.dumps({"file": str(file), "label": best, "p": found["scores"]["p"]}, ensure_ascii=False) + "\n")
+                write(
+                    json.dumps({"file": str(file), "label": best, "p": found["scores"]["p"]}, ensure_ascii=False) + "\n"
+                )
             else:
                 write(f"{found['scores']['p'][best]:6.1%}  {best}  {file}\n")
     print("  ".join(f"{label}: {n}" for label, n in counts.most_common()), file=sys.stderr)
@@ -115,7 +117,9 @@ def _judged(
             for judged in _batch(scorer, files[part], texts[part], labels):
                 if "error" in judged[1]:
                     progress.say(judged[1]["error"])
-                progress.advance(Result(str(judged[0]), 0, 0, "failed" if "error" in judged[1] else "done"), True, len(files))
+                progress.advance(
+                    Result(str(judged[0]), 0, 0, "failed" if "error" in judged[1] else "done"), True, len(files)
+                )
                 yield judged
 
 

@@ -36,7 +36,9 @@ class Progress:
             self._bar = Progress(
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]} images/s  kept {task.fields[passed]}  failed {task.fields[failed]}  ETA"),
+                TextColumn(
+                    "{task.fields[rate]} images/s  kept {task.fields[passed]}  failed {task.fields[failed]}  ETA"
+                ),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
@@ -64,7 +66,9 @@ class Progress:
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)
-            self.say(f"{self.done} of {self.total} images, {self.rate:.2f} a second, {left:.0f} s to go, {self.failed} failed")
+            self.say(
+                f"{self.done} of {self.total} images, {self.rate:.2f} a second, {left:.0f} s to go, {self.failed} failed"
+            )
 
     def say(self, text: str) -> None:
         """Print one line to standard error."""

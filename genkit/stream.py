@@ -51,7 +51,9 @@ class Stream:
                 progress = yield from self._pass(engine, self._draw, pool)
                 if self.again:
                     with self._float32():
-                        progress |= yield from self._pass(engine, lambda: self.again.popleft() if self.again else None, pool)
+                        progress |= yield from self._pass(
+                            engine, lambda: self.again.popleft() if self.again else None, pool
+                        )
         finally:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
@@ -143,7 +145,10 @@ class Stream:
                 continue
             result = _result(t.tag, "done", None, {**scores[k], **found}, t.began)
             result.pixels, (result.height, result.width) = pixels, pixels.shape[:2]
-            result.steps, result.nfe = self.generator.settings(t.tag[0]).steps, t.plan.nfe * (2 if t.guidance > 1 else 1)
+            result.steps, result.nfe = (
+                self.generator.settings(t.tag[0]).steps,
+                t.plan.nfe * (2 if t.guidance > 1 else 1),
+            )
             results.append(result)
         return results
 

@@ -44,5 +44,9 @@ class TextEncoder:
         full = self.tokenizer(prompts, truncation=False)["input_ids"]
         self.truncated.update(p for p, tokens in zip(prompts, full, strict=True) if len(tokens) > length)
         # As Stable Diffusion was trained: padding takes part, unless the model's config asks for the mask.
-        mask = ids.attention_mask.to(self.model.device) if getattr(self.model.config, "use_attention_mask", False) else None
+        mask = (
+            ids.attention_mask.to(self.model.device)
+            if getattr(self.model.config, "use_attention_mask", False)
+            else None
+        )
         return list(self.model(ids.input_ids.to(self.model.device), attention_mask=mask)[0])

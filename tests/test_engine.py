@@ -47,7 +47,9 @@ class Elementwise(torch.nn.Module):
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, return_dict: bool = False
+    ) -> tuple[torch.Tensor]:
         bias = cond.flatten(1)[:, :1, None, None] + t[:, None, None, None] / 1000
         return (torch.tanh(self.weight * x + bias),)
 
@@ -81,7 +83,9 @@ def test_twelve_different_requests_in_one_engine_equal_their_solo_runs(gen: Text
 
 
 def test_slots_are_refilled_as_trajectories_end(gen: TextToImage) -> None:
-    rows = [Request(id=f"{k}", prompt="a fox", seed=k, num_inference_steps=1 + k, width=64, height=64) for k in range(6)]
+    rows = [
+        Request(id=f"{k}", prompt="a fox", seed=k, num_inference_steps=1 + k, width=64, height=64) for k in range(6)
+    ]
     batches: list[int] = []
 
     class Counting(Denoiser):
@@ -111,7 +115,9 @@ def test_out_of_memory_halves_the_rows_and_goes_on(gen: TextToImage) -> None:
     assert calls[:3] == [8, 4, 2] and max(calls[3:]) <= 2, "the size that failed is not tried again"
 
 
-def test_out_of_memory_at_one_row_fails_the_image_and_not_the_run(gen: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_at_one_row_fails_the_image_and_not_the_run(
+    gen: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_room(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
@@ -132,7 +138,9 @@ class Poisoned(torch.nn.Module):
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, return_dict: bool = False
+    ) -> tuple[torch.Tensor]:
         out = self.unet(x, t, cond, return_dict=False)[0]
         sick = (cond.float() - self.victim.float()).flatten(1).abs().amax(dim=1) < 1e-3
         if self.heals_in == self.dtype:
@@ -140,7 +148,9 @@ class Poisoned(torch.nn.Module):
         return (torch.where(sick[:, None, None, None], torch.full_like(out, float("nan")), out),)
 
 
-def test_a_nan_fails_its_image_and_leaves_its_batch_mates_alone(gen: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_fails_its_image_and_leaves_its_batch_mates_alone(
+    gen: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [Request(id=p, prompt=p, seed=1, num_inference_steps=3) for p in ("fox", "cat", "dog")]
     clean = {r.id: r.pixels for r in gen.stream(rows)}
     assert gen.text is not None
@@ -155,7 +165,9 @@ def test_a_nan_in_half_precision_is_redone_in_float32() -> None:
     gen = TextToImage.from_pretrained("emoji", device="cpu", dtype="bfloat16")
     assert gen.text is not None
     gen.unet = gen.denoiser.unet = Poisoned(gen.unet, gen.text(["cat"])[0], heals_in=torch.float32)
-    results = {r.id: r for r in gen.stream(Request(id=p, prompt=p, seed=1, num_inference_steps=2) for p in ("fox", "cat"))}
+    results = {
+        r.id: r for r in gen.stream(Request(id=p, prompt=p, seed=1, num_inference_steps=2) for p in ("fox", "cat"))
+    }
     assert {r.status for r in results.values()} == {"done"}
     assert gen.unet.dtype == torch.bfloat16, "the network goes back to its own precision"
 

@@ -40,7 +40,9 @@ def imports(path: Path, runtime_only: bool = True) -> set[str]:
 def test_packages_listed_by_hand_are_those_on_disk() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
-    on_disk = {"genkit." + p.parent.name for p in ROOT.glob("*/__init__.py") if p.parent.name in ("schedulers", "training")}
+    on_disk = {
+        "genkit." + p.parent.name for p in ROOT.glob("*/__init__.py") if p.parent.name in ("schedulers", "training")
+    }
     on_disk |= {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "genkit").rglob("__init__.py")}
     assert listed == on_disk
 
@@ -72,7 +74,9 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_light_modules_do_not_import_torch() -> None:
     """The command line, the readers, the run folder and the schedulers start without torch, diffusers or transformers."""
-    modules = "cli job request prompts run selection gallery images settings draws schedulers scoring.gates components judge"
+    modules = (
+        "cli job request prompts run selection gallery images settings draws schedulers scoring.gates components judge"
+    )
     code = f"import sys\nfor m in {modules.split()!r}:\n    __import__('genkit.' + m)\n"
     code += "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

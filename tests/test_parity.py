@@ -125,7 +125,9 @@ def test_unconditional_pixels(tmp_path: Path, name: str) -> None:
     other = getattr(diffusers, name).from_pretrained(tmp_path)
     other.set_progress_bar_config(disable=True)
     steps = 1000 if name == "DDPMPipeline" else 20
-    made = other(batch_size=1, generator=torch.Generator("cpu").manual_seed(2), num_inference_steps=min(steps, 50)).images
+    made = other(
+        batch_size=1, generator=torch.Generator("cpu").manual_seed(2), num_inference_steps=min(steps, 50)
+    ).images
     ours = Unconditional.from_pretrained(tmp_path, device="cpu")(seed=2, num_inference_steps=min(steps, 50))
     assert_same(ours.images, made)
 

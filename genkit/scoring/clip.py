@@ -41,9 +41,7 @@ class ClipScorer:
         self.exact = None if self.shortest else (size["height"], size["width"])
         crop = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
         self.crop = crop if preprocessor.get("do_center_crop", True) else None
-        self.mean, self.std = (
-            torch.tensor(preprocessor[k]).view(1, 3, 1, 1) for k in ("image_mean", "image_std")
-        )
+        self.mean, self.std = (torch.tensor(preprocessor[k]).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
 
     @classmethod
     def from_pretrained(
@@ -77,7 +75,10 @@ class ClipScorer:
         self, images: Any, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> list[dict[str, float]]:
         """Return for each picture the probability of each label: softmax of logit_scale * cosine over the labels."""
-        return [dict(zip(labels, row, strict=True)) for row in self._probabilities(self.embed_images(images), labels, templates)]
+        return [
+            dict(zip(labels, row, strict=True))
+            for row in self._probabilities(self.embed_images(images), labels, templates)
+        ]
 
     def scores(
         self, images: Any, prompts: Sequence[str], labels: Sequence[Sequence[str] | None]
@@ -108,7 +109,9 @@ class ClipScorer:
         """Return unit embeddings, float32, of shape (len(texts), width)."""
         return normalize(torch.stack(self.texts(texts)).float(), dim=-1)
 
-    def _probabilities(self, embedded: torch.Tensor, labels: Sequence[str], templates: Sequence[str]) -> list[list[float]]:
+    def _probabilities(
+        self, embedded: torch.Tensor, labels: Sequence[str], templates: Sequence[str]
+    ) -> list[list[float]]:
         each = self.embed_texts([t.format(label) for label in labels for t in templates])
         directions = normalize(each.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
         return (self.model.logit_scale.exp().float() * embedded @ directions.T).softmax(dim=-1).tolist()
