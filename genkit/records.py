@@ -1,0 +1,103 @@
+"""Reading a run folder: its config, its rows and the record of every image. Writes nothing, needs no lock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from genkit.durable import disk, read_lines
+from genkit.errors import InputError
+from genkit.request import Request, Result
+
+CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
+    "run.json",
+    "requests.jsonl",
+    "results.jsonl",
+    "selection.json",
+    "index.html",
+)
+REPLACED = "replaced"  # status of a record whose picture was moved to the folder of this name: it is drawn again
+Key = tuple[str, int]  # (row id, image number)
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return run.json of a run folder, or None where there is none. Raises InputError when it is something else."""
+    path = folder / CONFIG
+    try:
+        with disk(path):
+            config = json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: is not JSON; restore it, or use another folder") from None
+    if config is not None and not (
+        isinstance(config, dict) and all(isinstance(config.get(k), dict) for k in ("binding", "info"))
+    ):
+        raise InputError(f"{path}: is not the run.json of a run")
+    return config
+
+
+def read_rows(folder: Path) -> list[Request]:
+    """Return the rows of requests.jsonl. Raises InputError naming the line that does not hold."""
+    path = folder / ROWS
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no {ROWS}: not a run folder, or one that never began")
+    with disk(path):
+        lines, _ = read_lines(path)
+    rows = []
+    for number, fields in enumerate(lines, 1):
+        try:
+            if not isinstance(fields, dict) or not isinstance(fields.get("id"), str):
+                raise InputError("not a row")
+            rows.append(Request(**fields))
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+    return rows
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Return the newest record of every image, in order of first appearance; those moved aside are left out."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return []
+    with disk(path):
+        lines, _ = read_lines(path)
+    return [r for r in newest(lines)[0].values() if r.status != REPLACED]
+
+
+def newest(lines: Iterable[Any]) -> tuple[dict[Key, Result], list[int]]:
+    """Return the last record of each image, and the numbers (from 1) of the lines that are no record."""
+    found: dict[Key, Result] = {}
+    bad: list[int] = []
+    for number, line in enumerate(lines, 1):
+        result = _result(line)
+        if result is None:
+            bad.append(number)
+        else:
+            found[result.id, result.index] = result
+    return found, bad
+
+
+def _result(line: Any) -> Result | None:
+    """Return a line as a Result, or None when damage, or a hand, made it something else."""
+    try:
+        result = Result.from_json(line)
+    except (TypeError, AttributeError):
+        return None
+    sound = (
+        isinstance(result.id, str)
+        and type(result.index) is int
+        and result.index >= 0
+        and isinstance(result.status, str)
+        and isinstance(result.scores, dict)
+        and (_inside(result.file) if result.status == "done" else True)
+    )
+    return result if sound else None
+
+
+def _inside(file: Any) -> bool:
+    """Return whether `file` is a path that stays in the run's images folder: a record must not name another's files."""
+    if not isinstance(file, str) or "\x00" in file:
+        return False
+    parts = PurePosixPath(file).parts
+    return parts[:1] == ("images",) and len(parts) > 1 and ".." not in parts
