@@ -115,7 +115,7 @@ def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None]:
     index = read_json(path)
     refuse_code(index, where)
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(
             f"{where}: _class_name: class {shown(pipeline)} is not supported; supported: {', '.join(PIPELINES)}"
         )
