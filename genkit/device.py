@@ -65,8 +65,9 @@ def default_slots(device: torch.device, pixels: int) -> int:
 def reuse_memory() -> None:
     """Have the C library keep freed blocks for the next allocation, where it is glibc.
 
-    It returns every large block to the system by default, which clears it again page by page for the next layer's output:
-    a tenth of the time of a network on the CPU. For a process that does nothing else; a library call should not decide it.
+    It returns every large block to the system by default, which clears it again page by page for the next layer's
+    output: a tenth of the time of a network on the CPU. For a process that does nothing else; a library call should not
+    decide it.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from genkit.attention import speed_up_attention
 from genkit.codec import Codec, condition
+from genkit.cpu import suit_cpu
 from genkit.denoiser import Denoiser
 from genkit.device import default_slots, pick_device
 from genkit.draws import Draws
@@ -83,12 +83,10 @@ class Generator:
 
     @classmethod
     def from_components(cls, parts: Components) -> Self:
-        """Build a generator around loaded components; on the CPU they get the memory layout and attention that suit it."""
-        if next(parts.unet.parameters()).device.type == "cpu":
-            for network in (parts.unet, parts.vae):
-                if network is not None:
-                    network.to(memory_format=torch.channels_last)
-            speed_up_attention(parts.unet)
+        """Build a generator around loaded components; laid out for the CPU where they are on one."""
+        for network in (parts.unet, parts.vae):
+            if network is not None and network.device.type == "cpu":
+                suit_cpu(network)
         return cls(
             unet=parts.unet,
             vae=parts.vae,
