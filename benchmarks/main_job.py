@@ -1,4 +1,4 @@
-"""`genkit generate` beside a plain loop over diffusers' StableDiffusionPipeline: wall time, images a second, peak memory.
+"""`genkit generate` beside a plain loop over diffusers' StableDiffusionPipeline: wall time, images/s, peak memory.
 
     python benchmarks/main_job.py [--images 48] [--steps 20] [--repeat 3]
 

@@ -28,7 +28,18 @@ _HOMES = {
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
 }
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = [
+    "ClipScorer",
+    "HostError",
+    "ImageToImage",
+    "InputError",
+    "Request",
+    "Result",
+    "Scheduler",
+    "TextToImage",
+    "Unconditional",
+    "generate",
+]
 
 
 def __getattr__(name: str) -> Any:

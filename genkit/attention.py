@@ -61,7 +61,7 @@ class NarrowAttention:
 
 
 def speed_up_attention(network: Any) -> int:
-    """Give the transformer blocks of a UNet on the CPU the faster attention where their heads are narrow; returns how many.
+    """Give a UNet's transformer blocks the faster attention where their heads are narrow; returns how many.
 
     Left alone: wide heads, which PyTorch does better, and attention with norms, masks or residuals of its own.
     """

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import click
 import typer
 
-from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, EXIT_SOME_FAILED, HostError, InputError, nearest
+from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, HostError, InputError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,

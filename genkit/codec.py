@@ -25,7 +25,7 @@ class Codec:
 
     @torch.inference_mode()
     def encode(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Return a latent (C, h, w) drawn from the VAE's posterior of one picture (3, H, W) in -1 to 1, as diffusers does."""
+        """Return a latent (C, h, w), drawn from the VAE's posterior of one picture (3, H, W) in -1 to 1."""
         moments = self._run(lambda x: self.vae.encode(x).latent_dist.parameters, picture[None])
         mean, logvar = moments.float().cpu().chunk(2, dim=1)
         drawn = torch.randn(mean.shape, generator=generator)

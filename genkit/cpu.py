@@ -22,10 +22,10 @@ def suit_cpu(network: Any) -> None:
 
 
 def pack_linears(network: Any) -> int:
-    """Let the linear layers compute with oneDNN on weights laid out for it once; returns how many.
+    """Have the linear layers compute with oneDNN, on weights laid out for it once; returns how many.
 
-    torch calls MKL there, which takes its slow path on processors of other makers: half the time on an AMD EPYC. This is
-    the operation that torch.compile's own CPU backend puts in their place. The modules and their parameters stay.
+    torch calls MKL there, which takes its slow path on processors of other makers: half the time on an AMD EPYC. This
+    is the operation that torch.compile's own CPU backend puts in their place. The modules and their parameters stay.
     """
     packed = 0
     for module in network.modules():
@@ -49,7 +49,7 @@ class _PackedLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.module.weight, self.module.bias
         plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == x.device.type == "cpu"
-        if not plain or torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+        if not plain or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)):
             return linear(x, weight, bias)
         state = weight.data_ptr(), weight._version
         if self.weight is None or state != self.state:

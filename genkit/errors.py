@@ -9,7 +9,7 @@ EXIT_OK, EXIT_SOME_FAILED, EXIT_INPUT, EXIT_HOST, EXIT_SIGINT, EXIT_SIGTERM = 0,
 
 
 class InputError(ValueError):
-    """Bad usage or input (exit code 2). The text is one line that names file, line, field, value and the nearest right one."""
+    """Bad usage or input (exit code 2). One line of text: file, line, field, value and the nearest right one."""
 
 
 class HostError(RuntimeError):

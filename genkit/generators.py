@@ -231,7 +231,7 @@ class TextToImage(Generator):
         height: int | None = None,
         scorer: ClipScorer | None = None,
     ) -> Output:
-        """Draw `num_images` pictures of `prompt`; image k has seed `seed` + k. Raises InputError for settings that do not fit.
+        """Draw `num_images` pictures of `prompt`; image k has seed `seed` + k. Raises InputError for bad settings.
 
         guidance_scale 1 or less turns guidance off and halves the work. None takes the model's own value.
         """
@@ -266,7 +266,8 @@ class ImageToImage(Generator):
         The size is the picture's, rounded down to what the model allows, unless width and height say otherwise.
         """
         request = Request(
-            prompt=prompt, image=image, strength=_number(strength), mask_image=mask_image, negative_prompt=negative_prompt,
+            prompt=prompt, image=image, strength=_number(strength), mask_image=mask_image,
+            negative_prompt=negative_prompt,
             num_images=num_images, seed=seed, num_inference_steps=num_inference_steps,
             guidance_scale=_number(guidance_scale), width=width, height=height,
         )  # fmt: skip

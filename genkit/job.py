@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from genkit import __version__
 from genkit.components import inspect_model, load_components, weight_hashes
@@ -37,7 +37,7 @@ QUEUE = 64  # images that may wait for a writer before denoising waits for the d
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What holds for a whole run. model, clip: a name, folder or hub id; clip "auto" is emoji-clip for emoji, else none."""
+    """What holds for a whole run. model, clip: name, folder or hub id; clip "auto" is emoji-clip for emoji."""
 
     model: str = "emoji"
     clip: str = "auto"
@@ -110,7 +110,7 @@ def generate(
     defaults: dict[str, Any] | None = None,
     quiet: bool = False,
 ) -> Summary:
-    """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there already is not redone.
+    """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
     defaults: fields (num_inference_steps, guidance_scale, …) for rows that do not state them. Raises InputError, before
     anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
@@ -154,7 +154,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
 
 
 def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:
-    """Return the row with the model's defaults written out, so that requests.jsonl says all that the picture depends on."""
+    """Return the row with the model's defaults written out: requests.jsonl says all that the picture depends on."""
     s = settings(row, geometry, defaults)
     found = {"num_inference_steps": s.steps, "width": s.width, "height": s.height}
     if geometry.text:
@@ -339,7 +339,7 @@ class _Signals:
     Only the main thread may catch signals: elsewhere this does nothing.
     """
 
-    CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+    CODES: ClassVar = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
     def __init__(self) -> None:
         self.armed, self.exit_code = False, EXIT_OK

@@ -67,7 +67,7 @@ class Progress:
             self.last_line = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)
             self.say(
-                f"{self.done} of {self.total} images, {self.rate:.2f} a second, {left:.0f} s to go, {self.failed} failed"
+                f"{self.done} of {self.total} images, {self.rate:.2f} a second, {left:.0f} s left, {self.failed} failed"
             )
 
     def say(self, text: str) -> None:

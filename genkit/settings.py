@@ -32,7 +32,7 @@ class Geometry:
         """Read it off the configs of the UNet and of the VAE (None for a network that works on pixels)."""
         scale = 1 if vae is None else 2 ** (len(vae["block_out_channels"]) - 1)
         text = unet.get("cross_attention_dim") is not None
-        # UNet2DConditionModel carries its skip sizes upwards and takes any latent; UNet2DModel doubles, so it must halve.
+        # UNet2DConditionModel carries skip sizes upwards and takes any latent; UNet2DModel doubles what it halved.
         halvings = 0 if text else len(unet["block_out_channels"]) - 1
         side = unet.get("sample_size") or (64 if text else 32)
         height, width = side if isinstance(side, list | tuple) else (side, side)
@@ -45,7 +45,7 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The numbers that a row comes to: steps, guidance (1 = none), width and height in pixels, strength (1 = from noise)."""
+    """What a row comes to: steps, guidance (1 is none), width and height in pixels, strength (1 is from noise)."""
 
     steps: int
     guidance: float

@@ -39,7 +39,7 @@ class Stream:
         self.half = next(generator.unet.parameters()).dtype != torch.float32
 
     def run(self, slots: int) -> Iterator[Result]:
-        """Yield the results as they finish. Gated rows may draw again after their results, so it goes round until none does."""
+        """Yield the results as they finish. Gated rows may draw again after theirs: it goes round until none does."""
         cuda = self.generator.device.type == "cuda"
         # On a GPU a second thread, with a stream of its own, hides decoding and scoring behind denoising. A CPU has no
         # idle part to hide them in: two torch threads only fight over the same cores.

@@ -1,4 +1,4 @@
-"""Same seed, same settings, float32 on the CPU: the same pictures as diffusers' pipelines, within 2 of 255 everywhere."""
+"""Same seed and settings, float32 on the CPU: diffusers' pipelines' pictures, within 2 of 255 everywhere."""
 
 from __future__ import annotations
 
