@@ -140,7 +140,7 @@ class Journal:
         self._broken: OSError | None = None
 
     def append(self, values: Iterable[Any], folders: Iterable[Path] = ()) -> None:
-        """Add a line for each value once the names in `folders` are safe. Raises OSError, and then at every later call."""
+        """Add a line for each value once the names in `folders` are safe. Raises OSError, and ever after."""
         lines = "".join(map(json_line, values)).encode("utf-8", "backslashreplace")
         self._waiting.append((lines, set(folders)))
         with self._lock:

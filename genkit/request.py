@@ -48,7 +48,9 @@ class Request(BaseModel):
     or in Python a PIL image. Raises InputError, in one line, for an unknown field or a value out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
     id: str | None = None
     prompt: Text = ""
@@ -169,7 +171,7 @@ class Request(BaseModel):
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change when anything that decides on the pixels changes, input images included."""
-        fields = {name: _plain(getattr(self, name), read=True) for name in _PIXEL_FIELDS}
+        fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -47,7 +47,7 @@ class Run:
         """Start a run in a new or empty folder, or go on with the one that is there.
 
         config: {"binding": what a later start must agree with, "info": the rest}; written once. Raises InputError for
-        a folder that is not a run's and for a binding that differs, HostError when disk or another process is in the way.
+        a folder that is not a run's and for a binding that differs, HostError when disk or another process forbids it.
         """
         check_folder(folder)
         with disk(folder):
