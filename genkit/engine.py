@@ -172,6 +172,7 @@ def _blend(x: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:
     """Put the known picture, at the noise level just reached, where the mask says keep."""
     assert trajectory.known is not None and trajectory.keep_mask is not None
     x0, noise = (k.to(x.device) for k in trajectory.known)
-    alpha, sigma = trajectory.plan.alphas[trajectory.step], trajectory.plan.sigmas[trajectory.step]
+    at, plan = trajectory.step, trajectory.plan  # the end counts as clean, also where the last level has some noise
+    alpha, sigma = (1.0, 0.0) if at == plan.nfe else (plan.alphas[at], plan.sigmas[at])
     mask = trajectory.keep_mask.to(x.device)
     return mask * x + (1 - mask) * (float(alpha) * x0 + float(sigma) * noise)

@@ -1,0 +1,300 @@
+"""The command as a user types it: bad usage, a whole run, going on after Ctrl-C, a changed row, selection, scoring."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from genkit import cli
+from tests.check_run import check_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def genkit(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "genkit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=250, **options)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red fox\na green apple\na pizza\n")
+    return file
+
+
+# -- bad usage: cases 41 to 55 of the list of bad inputs -------------------------------------------------------------
+
+BAD_USAGE: list[tuple[str, list[str], str]] = [
+    ("41 no arguments", ["generate"], "--out"),
+    ("42 unknown option", ["generate", "{p}", "-o", "{o}", "--stepz", "4"], "No such option: --stepz"),
+    ("42 unknown command", ["generat"], "generat"),
+    ("43 twice", ["generate", "{p}", "-o", "{o}", "--steps", "4", "--num-inference-steps", "5"], "given twice"),
+    ("44 both", ["generate", "{p}", "--prompt", "x", "-o", "{o}"], "give one of them, not both"),
+    ("44 keep", ["generate", "{p}", "-o", "{o}", "--keep", "3"], "keep: 3 of at most 1 images"),
+    ("44 max", ["generate", "{p}", "-o", "{o}", "--max-images", "3"], "max_images: needs `keep` and `gate`"),
+    ("45 missing", ["generate", "{p}", "-o"], "requires an argument"),
+    ("46 zero", ["generate", "{p}", "-o", "{o}", "--batch-size", "0"], "--batch-size: '0'"),
+    ("46 negative", ["generate", "{p}", "-o", "{o}", "--batch-size", "-1"], "--batch-size: '-1'"),
+    ("46 huge", ["generate", "{p}", "-o", "{o}", "--batch-size", "1000000"], "--batch-size: '1000000'"),
+    ("47 absent", ["generate", "{p}", "-o", "{o}", "--device", "cuda:99"], "cuda:99"),
+    ("47 unknown", ["generate", "{p}", "-o", "{o}", "--device", "tpu"], "--device: 'tpu'"),
+    ("48 int8", ["generate", "{p}", "-o", "{o}", "--dtype", "int8"], "--dtype: 'int8'"),
+    ("48 half on cpu", ["generate", "{p}", "-o", "{o}", "--device", "cpu", "--dtype", "fp16"], "float16 on a CPU"),
+    ("49 a file", ["generate", "{p}", "-o", "{p}"], "not a folder"),
+    ("49 input folder", ["generate", "{p}", "-o", "{d}"], "where the prompt file lies"),
+    ("49 root", ["generate", "{p}", "-o", "/"], "/"),
+    ("49 long", ["generate", "{p}", "-o", "x" * 4096], "longer than"),
+    ("49 space", ["generate", "{p}", "-o", "{o} "], "ends in a space"),
+    ("50 foreign", ["generate", "{p}", "-o", "{f}"], "not a run folder"),
+    ("51 hex", ["generate", "{p}", "-o", "{o}", "--seed", "0x10"], "--seed"),
+    ("51 large", ["generate", "{p}", "-o", "{o}", "--seed", "4294967296"], "--seed: 4294967296"),
+    ("54 banana", ["generate", "{p}", "-o", "{o}", "--scheduler", "banana"], "--scheduler: 'banana'"),
+    ("54 case", ["generate", "{p}", "-o", "{o}", "--scheduler", "EULER"], "--scheduler: 'EULER'"),
+    ("55 nan", ["generate", "{p}", "-o", "{o}", "--gate", "clip > nan"], "gate"),
+    ("55 two", ["generate", "{p}", "-o", "{o}", "--gate", "clip > 2"], "gate"),
+    ("55 minus five", ["generate", "{p}", "-o", "{o}", "--gate", "clip > -5"], "gate"),
+    ("gate without a scorer", ["generate", "{p}", "-o", "{o}", "--gate", "clip > 0.2", "--clip", "none"], "give --clip"),
+    ("steps", ["generate", "{p}", "-o", "{o}", "--steps", "0"], "--num-inference-steps: 0"),
+    ("width", ["generate", "{p}", "-o", "{o}", "--width", "100"], "width: 100 is not a multiple of 8 (nearest: 96)"),
+    ("strength", ["generate", "{p}", "-o", "{o}", "--strength", "2"], "--strength: 2"),
+    ("model", ["generate", "{p}", "-o", "{o}", "--model", "emojj"], "emoji"),
+    ("model is a scorer", ["generate", "{p}", "-o", "{o}", "--model", "emoji-clip"], "CLIP model"),
+    ("scorer is a model", ["generate", "{p}", "-o", "{o}", "--clip", "emoji"], "not a CLIP model"),
+    ("absent prompts", ["generate", "{d}/none.txt", "-o", "{o}"], "none.txt"),
+    ("filter a folder that is no run", ["filter", "{d}", "--where", "clip > 0"], "run"),
+    ("score nothing", ["score", "{i}"], "nothing to score against"),
+    ("score both", ["score", "{i}", "--prompt", "a", "--prompts", "{p}"], "give one of them"),
+    ("classify one label", ["classify", "{i}", "--labels", "a"], "single label"),
+    ("classify no picture", ["classify", "{f}", "--labels", "a,b"], "no PNG"),
+    ("classify a broken picture", ["classify", "{b}", "--labels", "a,b"], "broken.png"),
+    ("inspect", ["inspect", "{d}/nothing"], "nothing"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [b[1:] for b in BAD_USAGE], ids=[b[0] for b in BAD_USAGE])
+def test_bad_usage_is_one_line_and_leaves_nothing(
+    prompts: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    folder = prompts.parent
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.tex").write_text("years of work")
+    Image.new("RGB", (16, 16), "red").save(folder / "picture.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    before = sorted(folder.rglob("*"))
+    places = {"p": prompts, "o": folder / "run", "d": folder, "f": folder / "foreign", "i": folder / "picture.png",
+              "b": folder / "broken.png"}  # fmt: skip
+    code = cli._run([a.format(**places) for a in arguments])
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert err.startswith("genkit: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert words in err
+    assert out == ""
+    assert sorted(folder.rglob("*")) == before, "bad input leaves nothing behind"
+
+
+def test_52_bare_environment_and_53_odd_outputs(prompts: Path) -> None:
+    bare = {"PATH": os.environ["PATH"], "LANG": "C", "PYTHONHASHSEED": "0"}
+    arguments = ["generate", prompts, "-o", prompts.parent / "run", "--dry-run"]
+    assert genkit(*arguments, env=bare).returncode == 0
+    command = [sys.executable, "-m", "genkit", *map(str, arguments)]
+    full = subprocess.run(f"{' '.join(command)} > /dev/full", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert full.returncode == 3 and "Traceback" not in full.stderr
+    closed = subprocess.run(f"{' '.join(command)} >&-", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Traceback" not in closed.stderr
+
+
+LIGHT = [
+    (["--help"], 0),
+    (["generate", "--help"], 0),
+    (["generate", "{p}", "-o", "{o}", "--dry-run"], 0),
+    (["generate", "{bad}", "-o", "{o}", "--dry-run"], 2),
+    (["filter", "{d}", "--where", "clip > 0"], 2),
+    (["inspect", "emoji"], 0),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code"), LIGHT, ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else "")
+def test_what_needs_no_network_does_not_import_torch(prompts: Path, arguments: list[str], code: int) -> None:
+    (prompts.parent / "bad.jsonl").write_text('{"promt": "a fox"}\n')
+    places = {"p": prompts, "o": prompts.parent / "run", "d": prompts.parent, "bad": prompts.parent / "bad.jsonl"}
+    script = (
+        "import sys\nfrom genkit import cli\n"
+        f"code = cli._run({[a.format(**places) for a in arguments]!r})\n"
+        "heavy = [m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules]\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == code, result.stderr
+
+
+def test_dry_run_says_what_it_would_do(prompts: Path) -> None:
+    result = genkit("generate", prompts, "-o", prompts.parent / "run", "-n", "4", "--steps", "10", "--dry-run", "--json")
+    found = json.loads(result.stdout)
+    assert (found["rows"], found["images"], found["network_calls"]) == (3, 12, 12 * 10 * 2)
+    assert not (prompts.parent / "run").exists()
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+QUICK = ["--steps", "2", "--width", "64", "--height", "64", "--device", "cpu"]
+
+
+def records(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    return {(r["id"], r["index"]): r for r in lines}
+
+
+def test_a_run_from_prompts_to_gallery_and_a_changed_row(prompts: Path) -> None:
+    run = prompts.parent / "run"
+    first = genkit("generate", prompts, "-o", run, "-n", "2", "--keep", "1", *QUICK, "--json")
+    assert first.returncode == 0, first.stderr
+    summary = json.loads(first.stdout)
+    assert (summary["images"], summary["new"], summary["kept"], summary["failed"]) == (6, 6, 3, 0)
+    check_run(run)
+    assert (run / "index.html").stat().st_size > 1000
+    made = records(run)
+    assert all(r["scores"]["clip"] for r in made.values())
+    best = {max((r for r in made.values() if r["id"] == i), key=lambda r: r["scores"]["clip"])["file"] for i, _ in made}
+    kept = {i["file"] for i in json.loads((run / "selection.json").read_text())["images"].values() if i["kept"]}
+    assert kept == best
+
+    again = genkit("generate", prompts, "-o", run, "-n", "2", "--keep", "1", *QUICK, "--json")
+    assert json.loads(again.stdout)["new"] == 0, "the same command again has nothing to do"
+
+    prompts.write_text("a red fox\na blue apple\na pizza\n")
+    changed = genkit("generate", prompts, "-o", run, "-n", "2", "--keep", "1", *QUICK)
+    assert changed.returncode == 0, changed.stderr
+    assert "'a green apple' -> 'a blue apple'" in changed.stderr
+    check_run(run)
+    for key, record in records(run).items():
+        assert (record["sha256"] == made[key]["sha256"]) == (key[0] != "000001"), "only the changed row is new"
+    assert len(list((run / "replaced").iterdir())) == 2, "its old pictures are set aside, not deleted"
+
+    other = genkit("generate", prompts, "-o", run, "-n", "2", "--keep", "1", *QUICK, "--seed", "7")
+    assert other.returncode == 2 and "seed: 0 -> 7" in other.stderr and "--new-run" in other.stderr
+    new = genkit("generate", prompts, "-o", run, *QUICK, "--seed", "7", "--new-run", "--json")
+    assert json.loads(new.stdout)["folder"] == f"{run}-2"
+
+    decided = genkit("filter", run, "--where", "clip > -1", "--keep", "2", "-o", prompts.parent / "best", "--json")
+    assert decided.returncode == 0, decided.stderr
+    lines = (prompts.parent / "best" / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and {json.loads(line)["text"] for line in lines} == {"a red fox", "a blue apple", "a pizza"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals, code: int) -> None:
+    run = prompts.parent / "run"
+    arguments = ["generate", prompts, "-o", run, "-n", "8", "--batch-size", "2", *QUICK]
+    command = [sys.executable, "-m", "genkit", *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        journal, deadline = run / "results.jsonl", time.monotonic() + 120
+        while time.monotonic() < deadline and not (journal.is_file() and journal.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "the same command goes on" in err
+    check_run(run)
+    before = records(run)
+    assert 0 < len(before) < 24
+    second = genkit(*arguments, "--json")
+    assert second.returncode == 0, second.stderr
+    assert json.loads(second.stdout)["new"] == 24 - len(before)
+    check_run(run)
+    whole = genkit("generate", prompts, "-o", prompts.parent / "whole", "-n", "8", "--batch-size", "2", *QUICK)
+    assert whole.returncode == 0
+    found, expected = records(run), records(prompts.parent / "whole")
+    assert {k: (r["seed"], r["status"]) for k, r in found.items()} == {k: (r["seed"], r["status"]) for k, r in expected.items()}
+
+
+def test_a_second_process_on_the_folder_is_refused(prompts: Path) -> None:
+    run = prompts.parent / "run"
+    command = [sys.executable, "-m", "genkit", "generate", str(prompts), "-o", str(run), "-n", "50", *QUICK]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while not (run / "results.jsonl").is_file():
+            time.sleep(0.05)
+        second = genkit(*command[3:])
+        process.kill()
+    assert second.returncode == 3 and "in use by another" in second.stderr
+
+
+def test_a_failed_image_is_exit_1_and_tried_again(prompts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    from genkit.codec import Codec
+
+    right = Codec.decode
+
+    def broken(self: Codec, latents: torch.Tensor) -> torch.Tensor:
+        pictures = right(self, latents)
+        pictures[0] = float("nan")
+        return pictures
+
+    monkeypatch.setattr(Codec, "decode", broken)
+    arguments = ["generate", str(prompts), "-o", str(tmp_path / "run"), *QUICK]
+    assert cli._run(arguments) == 1
+    assert sorted(r["status"] for r in records(tmp_path / "run").values()) == ["done", "done", "failed"]
+    monkeypatch.undo()
+    assert cli._run(arguments) == 0
+    assert {r["status"] for r in records(tmp_path / "run").values()} == {"done"}
+
+
+def test_disk_full_is_exit_3_and_leaves_nothing_torn(prompts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import errno
+
+    from genkit import durable
+
+    calls = []
+
+    def full(path: Path, data: bytes) -> None:
+        calls.append(path)
+        if path.suffix == ".png" and len(calls) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        right(path, data)
+
+    right = durable.write_whole
+    monkeypatch.setattr("genkit.run.write_whole", full)
+    arguments = ["generate", str(prompts), "-o", str(tmp_path / "run"), "-n", "2", "--batch-size", "2", *QUICK]
+    assert cli._run(arguments) == 3
+    monkeypatch.undo()
+    check_run(tmp_path / "run")
+    assert cli._run(arguments) == 0
+    check_run(tmp_path / "run")
+
+
+def test_score_and_classify_any_folder(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    run = genkit("generate", "--prompt", "a red fox", "-n", "2", "--steps", "8", "--device", "cpu", "-o", tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    for k, file in enumerate(sorted((tmp_path / "run" / "images").iterdir())):
+        Image.open(file).resize((90 + 40 * k, 77)).save(pictures / f"{k}.jpg")
+    (pictures / "torn.png").write_bytes(file.read_bytes()[:500])
+    scored = genkit("score", pictures, "--prompt", "a red fox", "--labels", "a red fox,a green apple", "-o", tmp_path / "s.jsonl")
+    assert scored.returncode == 1 and "torn.png" in scored.stderr, "one picture could not be read"
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and sum("error" in line for line in lines) == 1
+    assert all(line["scores"]["p"]["a red fox"] > 0.5 for line in lines if "scores" in line)
+    whole = genkit("score", tmp_path / "run", "--labels", "a red fox,a green apple")
+    assert whole.returncode == 0, whole.stderr
+    recorded = {r["file"]: r["scores"]["clip"] for r in records(tmp_path / "run").values()}
+    for line in map(json.loads, whole.stdout.splitlines()):
+        assert line["scores"]["clip"] == pytest.approx(recorded[str(Path(line["file"]).relative_to(tmp_path / "run"))], abs=2e-3)
+    chosen = genkit("classify", tmp_path / "run", "--labels", "a red fox,a green apple", "--json")
+    assert [json.loads(line)["label"] for line in chosen.stdout.splitlines()] == ["a red fox"] * 2
+
+
+def test_inspect_and_env(tmp_path: Path) -> None:
+    found = json.loads(genkit("inspect", "emoji", "--json").stdout)
+    assert found["kind"] == "text-to-image" and found["components"]["unet"]["class"] == "UNet2DConditionModel"
+    assert json.loads(genkit("env", "--json").stdout)["torch"].startswith("2.")
