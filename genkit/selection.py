@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections import defaultdict
@@ -29,70 +30,76 @@ def decide(
     """Return {"kept", "of", "where", "rank_by", "keep", "images": {"<id>-<k>": {…, "kept", "rank", "reason"}}}.
 
     An image is kept when it is done, passes its row's gate, and is among the best `keep` of the row by `rank_by`
-    (default: the clip score where there is one, else the order of drawing); `where`, `rank_by` and `keep` stand in for those of
-    every row. NaN passes no gate and has no rank. Rank 1 is the best; an image that fails its gate has none.
+    (default: the clip score where there is one, else the order of drawing). `where`, `rank_by` and `keep` stand in for
+    those of every row. NaN passes no gate and has no rank. Rank 1 is the best; an image that fails its gate has none.
+    Raises InputError for an expression that does not hold together.
     """
     of_row: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         of_row[result.id].append(result)
-    expressions: dict[tuple[str, tuple[str, ...] | None], Expression] = {}
-
-    def compiled(text: str | None, row: Request) -> Expression | None:
-        if text is None:
-            return None
-        key = text, None if row.labels is None else tuple(row.labels)
-        if key not in expressions:
-            expressions[key] = Expression(text, labels=row.labels)
-        return expressions[key]
-
+    labels = {label for row in rows for label in row.labels or ()}
+    names = {name for found in of_row.values() for r in found for name in r.scores} - {"p"}
+    asked_gate, asked_order = (None if text is None else Expression(text, labels, names) for text in (where, rank_by))
+    compiled = functools.cache(Expression)
     images: dict[str, dict[str, Any]] = {}
     for row in rows:
-        gate = compiled(row.gate if where is None else where, row)
-        order = compiled(row.rank_by if rank_by is None else rank_by, row)
+        own = None if row.labels is None else tuple(row.labels)
+        gate = asked_gate or (None if row.gate is None else compiled(row.gate, own))
+        order = asked_order or (None if row.rank_by is None else compiled(row.rank_by, own))
         found = sorted(of_row.get(str(row.id), ()), key=lambda r: r.index)
-        decisions = _row(row, found, gate, order, keep or row.keep)
+        decisions = _decide_row(row, found, gate, order, keep or row.keep)
         for r, (rank, reason) in zip(found, decisions, strict=True):
-            images[f"{r.id}-{r.index:02d}"] = {
-                "id": r.id, "index": r.index, "file": r.file, "kept": reason == "kept", "rank": rank, "reason": reason,
-            }  # fmt: skip
+            verdict = {"kept": reason == "kept", "rank": rank, "reason": reason}
+            images[f"{r.id}-{r.index:02d}"] = {"id": r.id, "index": r.index, "file": r.file, **verdict}
     kept = sum(image["kept"] for image in images.values())
     return {"kept": kept, "of": len(images), "where": where, "rank_by": rank_by, "keep": keep, "images": images}
 
 
-def _row(
+def passes(gate: Expression | None, scores: Mapping[str, Any]) -> bool:
+    """Return whether an image with these scores passes: never where a score that the gate reads is NaN or absent."""
+    return gate is None or (not _unknown(gate, scores) and bool(gate(scores)))
+
+
+def _unknown(expression: Expression, scores: Mapping[str, Any]) -> list[str]:
+    """Return the scores that an expression reads and that are NaN (null in a record) or absent."""
+    odds = scores.get("p") or {}
+    used = [(name, scores.get(name)) for name in sorted(expression.names)]
+    used += [(f"p[{label!r}]", odds.get(label)) for label in sorted(expression.labels)]
+    return [name for name, value in used if value is None or value != value]
+
+
+def _decide_row(
     row: Request, found: Sequence[Result], gate: Expression | None, order: Expression | None, keep: int | None
 ) -> list[tuple[int | None, str]]:
     """Return (rank, reason) for each image of a row."""
-    most = row.max_images or row.num_images
-    reasons = [_refusal(r, gate, most) for r in found]
-    values = [_value(r, order) if reason is None else math.nan for r, reason in zip(found, reasons, strict=True)]
-    ranked = sorted((k for k, v in enumerate(values) if not math.isnan(v)), key=lambda k: (-values[k], k))
+    reasons = [_refusal(r, gate, row.max_images or row.num_images) for r in found]
+    values = [math.nan if reason else _value(r, order) for r, reason in zip(found, reasons, strict=True)]
+    ranked = sorted((k for k, value in enumerate(values) if value == value), key=lambda k: (-values[k], k))
     ranks = {k: place for place, k in enumerate(ranked, 1)}
     decided: list[tuple[int | None, str]] = []
-    for k, reason in enumerate(reasons):
-        rank = ranks.get(k)
-        if reason is None and rank is None and keep is not None:
-            reason = "rank: nan"
-        elif reason is None and rank is not None and keep is not None and rank > keep:
-            reason = f"rank {rank} of {len(ranked)}, keep {keep}"
-        decided.append((rank, reason or "kept"))
+    for k, refused in enumerate(reasons):
+        rank, reason = ranks.get(k), refused or "kept"
+        if refused is None and keep is not None and (rank is None or rank > keep):
+            reason = "nan: no score to rank by" if rank is None else f"rank {rank} of {len(ranked)}, keep {keep}"
+        decided.append((rank, reason))
     return decided
 
 
 def _refusal(r: Result, gate: Expression | None, most: int) -> str | None:
+    """Return why an image is out whatever the others of its row are."""
     if r.status != "done":
         return f"{r.status}: {r.reason}" if r.reason else r.status
     if r.index >= most:
-        return f"one of more than the {most} asked for now"
-    if gate is None or gate(r.scores):
+        return f"not among the {most} that the row asks for now"
+    if gate is None or passes(gate, r.scores):
         return None
-    nan = [name for name in sorted(gate.names) if r.scores.get(name, 0) in (None, math.nan)]
-    return f"gate: {gate.text}" + "".join(f" ({name} is nan)" for name in nan)
+    return f"gate: {gate.text}" + "".join(f" (no {name})" for name in _unknown(gate, r.scores)[:1])
 
 
 def _value(r: Result, order: Expression | None) -> float:
+    """Return what an image is ranked by; NaN where that is unknown."""
     if order is not None:
-        return float(order(r.scores))
+        return math.nan if _unknown(order, r.scores) else float(order(r.scores))
     if "clip" not in r.scores:
         return -float(r.index)
     return math.nan if r.scores["clip"] is None else float(r.scores["clip"])
@@ -124,7 +131,7 @@ def refilter(
     rows = read_rows(folder)
     asked = {str(row.id) for row in rows}
     results = [_present(folder, r) for r in read_results(folder) if r.id in asked]
-    _check_names({"--where": where, "--rank-by": rank_by}, results)
+    _check(rows, results, where, rank_by)
     selection = decide(rows, results, where, rank_by, keep)
     summary = {"run": str(folder), "rows": len(rows), "images": len(results), "kept": selection["kept"]}
     if out is not None:
@@ -142,9 +149,18 @@ def _present(folder: Path, r: Result) -> Result:
     return dataclasses.replace(r, status="failed", reason="its file is missing", file=None)
 
 
-def _check_names(expressions: Mapping[str, str | None], results: Sequence[Result]) -> None:
-    """Raise InputError for an expression about a score that no image of the run has."""
-    known = {name for r in results for name in r.scores}
-    for option, text in expressions.items():
-        for name in sorted(Expression(text).names - known if text is not None and results else ()):
+def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None, rank_by: str | None) -> None:
+    """Raise InputError, naming the option, for an expression that is none, or is about a score that no image has."""
+    labels = {label for row in rows for label in row.labels or ()}
+    known = {name for r in results for name in r.scores} - {"p"}
+    for option, text in (("--where", where), ("--rank-by", rank_by)):
+        if text is None:
+            continue
+        try:
+            expression = Expression(text, labels, known)
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from None
+        if option == "--where" and not expression.decides:
+            raise InputError(f"{option}: {shown(text)} is a number, not true or false; compare it with one")
+        for name in sorted(expression.names - known if results else ()):
             raise InputError(f"{option}: {shown(name)}: no image of this run has that score{nearest(name, known)}")
