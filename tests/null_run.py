@@ -51,7 +51,7 @@ def result_of(row: Request, index: int, **fields: Any) -> Result:
 
 def draw(folder: Path, rows: Sequence[Request], threads: int = 1, seconds: float = 0.0) -> list[tuple[str, int]]:
     """Draw what is missing; return it, sorted. `seconds`: what a picture takes, at most."""
-    drawn = []
+    drawn: list[tuple[str, int]] = []
 
     def one(row: Request, index: int) -> None:
         time.sleep(random.uniform(0, seconds))
