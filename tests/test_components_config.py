@@ -12,6 +12,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
+from accelerate import init_empty_weights
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 from genkit.components import inspect_model, keys, load_components
@@ -159,6 +161,20 @@ def test_landmarks_are_shapes_of_the_network(tmp_path: Path, maker: Any) -> None
         assert {name: part.tensors[name].shape for name in landmarks} == landmarks
 
 
+@pytest.mark.parametrize("name", WILD)
+def test_landmarks_are_shapes_of_real_networks(name: str) -> None:
+    cls, given = WILD[name]
+    network = NETWORKS[cls]
+    config = check_config(given, network.table, "here", network.unused)
+    library = diffusers if network.library == "diffusers" else transformers
+    kind = getattr(library, cls)
+    with init_empty_weights(include_buffers=False):
+        built = kind(**config) if library is diffusers else kind(kind.config_class(**config))
+    shapes = {key: tuple(weight.shape) for key, weight in built.state_dict().items()}
+    landmarks = network.landmarks(config)
+    assert {key: shapes.get(key) for key in landmarks} == landmarks
+
+
 @pytest.mark.parametrize("maker", [tiny_stable_diffusion, tiny_ddpm, tiny_latent_unconditional])
 def test_every_size_that_is_allowed_can_be_drawn(tmp_path: Path, maker: Any) -> None:
     components = load_components(inspect_model(maker(tmp_path)), device="cpu", dtype=torch.float32)
@@ -169,6 +185,13 @@ def test_every_size_that_is_allowed_can_be_drawn(tmp_path: Path, maker: Any) -> 
         x = torch.zeros(1, *shape)
         text = [torch.zeros(1, 4, 16)] if geometry.text else []
         assert components.unet(x, 1, *text)[0].shape == x.shape
+
+
+def test_a_whole_number_may_stand_for_a_real_one(tmp_path: Path) -> None:
+    tiny_clip(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"logit_scale_init_value": 3, "initializer_factor": 1}))
+    assert load_components(inspect_model(tmp_path), device="cpu", dtype=torch.float32).clip is not None
 
 
 LISTS = ["[1]", "3", '"text"', "null", "true"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from genkit.errors import InputError, shown
 
+DIGITS = 40  # of an integer; transformers writes 1e30 with all its digits for "no limit"
 JSON_LIMIT = 2**20  # bytes of a config; real ones have a few thousand
 
 
@@ -81,19 +82,20 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {shown(digits)}: number is too large")
         return value
 
+    def integer(digits: str) -> int:
+        if len(digits) > DIGITS:
+            raise InputError(f"{where}: a number has {len(digits)} digits")
+        return int(digits)
+
     def constant(word: str) -> float:
         raise InputError(f"{where}: {word} is not JSON")
 
     try:
-        found = json.loads(text, object_pairs_hook=once, parse_float=number, parse_constant=constant)
+        found = json.loads(text, object_pairs_hook=once, parse_int=integer, parse_float=number, parse_constant=constant)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: line {error.lineno} column {error.colno}: not JSON: {error.msg}") from None
     except RecursionError:
         raise InputError(f"{where}: is nested too deeply") from None
-    except InputError:
-        raise
-    except ValueError:  # Python's limit on the digits of an integer
-        raise InputError(f"{where}: a number has too many digits") from None
     if not isinstance(found, dict):
         raise InputError(f"{where}: holds {shown(found)}, not a JSON object")
     return found

@@ -120,7 +120,7 @@ def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None]:
             f"{where}: _class_name: class {shown(pipeline)} is not supported; supported: {', '.join(PIPELINES)}"
         )
     kind = PIPELINES[pipeline]
-    options = {key: value for key, value in index.items() if not isinstance(value, list)}
+    options = {key: value for key, value in index.items() if key in INDEX_OPTIONS or not isinstance(value, list)}
     known = [*COMPONENTS, "scheduler", *EXTRAS, *INDEX_OPTIONS]
     for key in index.keys() - options.keys() - set(known):
         raise InputError(f"{where}: {shown(key)}: unknown component{nearest(key, known)}")

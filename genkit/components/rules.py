@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,10 +35,10 @@ def whole(low: int, high: int) -> Rule:
 
 
 def real(low: float, high: float, *, above: bool = False) -> Rule:
-    """A finite number; `above` leaves `low` itself out."""
+    """A number; `above` leaves `low` itself out."""
 
     def holds(v: Any) -> bool:
-        return type(v) in (int, float) and math.isfinite(v) and (low < v if above else low <= v) and v <= high
+        return type(v) in (int, float) and (low < v if above else low <= v) and v <= high  # NaN is neither
 
     return Rule(f"a number {'above' if above else 'from'} {low:g} {'and up ' if above else ''}to {high:g}", holds)
 
@@ -107,6 +106,6 @@ def check_config(
             raise InputError(f"{where}: {shown(name)}: unknown key{nearest(name, keys)}")
         if not rule.holds(value):
             raise InputError(f"{where}: {name}: {shown(value)} is not {rule.text}")
-        if name in keys:
-            found[name] = value
+        if name in keys:  # transformers takes no 1 for 1.0
+            found[name] = float(value) if type(keys[name].default) is float and type(value) is int else value
     return found
