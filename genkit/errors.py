@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_INPUT, EXIT_HOST, EXIT_SIGINT, EXIT_SIGTERM = 0, 1, 2, 3, 130, 143
@@ -24,5 +25,7 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 def shown(value: object, limit: int = 60) -> str:
     """Return `value` as it may stand in a one-line message: quoted, escaped, and cut to `limit` characters."""
-    text = ascii(value) if not isinstance(value, str) else repr(value).encode("ascii", "backslashreplace").decode()
+    # reprlib stops at a few levels and items: a deep or huge value costs no more than its message.
+    text = repr(value[: limit + 1]) if isinstance(value, str) else reprlib.repr(value)
+    text = text.encode("ascii", "backslashreplace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"

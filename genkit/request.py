@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from genkit.errors import InputError, nearest, shown
 
+MAX_TEXT = 100_000  # characters, of a prompt as of `meta` written as JSON
+META_DEPTH = 20
 SEED_LIMIT = 2**32  # torch's CPU generator reads 32 bits only: a larger seed would silently repeat a smaller one
 
 # The other names that the field's users type, and ours for them.
@@ -30,9 +33,10 @@ ALIASES = {
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 Side = Annotated[int, Field(ge=8, le=8192)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
-Text = Annotated[str, Field(max_length=100_000)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Scores = dict[str, Any]
 
+_ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,100}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for d in range(1, 10))}  # Windows devices
 # What decides on the pixels; the other fields decide on keeping and labelling them.
 _PIXEL_FIELDS = (
@@ -72,6 +76,8 @@ class Request(BaseModel):
     labels: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
     meta: dict[str, Any] | None = None
 
+    _source: str = PrivateAttr("")
+
     def __init__(self, **fields: Any) -> None:
         if isinstance(fields.get("seed"), list) and "num_images" not in fields:
             fields["num_images"] = max(1, len(fields["seed"]))
@@ -80,15 +86,18 @@ class Request(BaseModel):
         except ValidationError as error:
             raise InputError(_describe(error)) from None
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Request) and dict(self) == dict(other)  # wherever they were read
+
+    @property
+    def source(self) -> str:
+        """Where the row was read, as "file.jsonl:12"; "" for one made in Python."""
+        return self._source
+
     @field_validator("id")
     @classmethod
     def _check_id(cls, value: str | None) -> str | None:
-        allowed = value is None or (
-            1 <= len(value) <= 100
-            and all(c.isascii() and (c.isalnum() or c in "._-") for c in value)
-            and value.strip(".")
-            and value.split(".")[0].lower() not in _RESERVED
-        )
+        allowed = value is None or (_ID.fullmatch(value) and value.split(".")[0].lower() not in _RESERVED)
         if not allowed:
             raise ValueError("must be 1 to 100 of A-Z a-z 0-9 . _ - and no reserved file name")
         return value
@@ -96,11 +105,8 @@ class Request(BaseModel):
     @field_validator("prompt", "negative_prompt", "labels")
     @classmethod
     def _check_text(cls, value: Any) -> Any:
-        for text in [value] if isinstance(value, str) else value or []:
-            if "\x00" in text:
-                raise ValueError("holds a NUL character")
-            if any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError("holds half a surrogate pair, which no file can store")
+        if any("\x00" in text for text in ([value] if isinstance(value, str) else value or [])):
+            raise ValueError("holds a NUL character")
         return value
 
     @field_validator("labels")
@@ -109,6 +115,23 @@ class Request(BaseModel):
         if value is not None and (len(set(value)) < len(value) or not all(v.strip() for v in value)):
             raise ValueError("must be different, non-empty texts")
         return value
+
+    @field_validator("meta", mode="before")
+    @classmethod
+    def _check_meta(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:
+            if _deeper(value, META_DEPTH):
+                raise ValueError
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            if len(text.encode()) > MAX_TEXT or json.loads(text) != value:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"must be plain JSON: text keys, no NaN, at most {META_DEPTH} levels and {MAX_TEXT} bytes"
+            ) from None
+        return dict(value)
 
     @field_validator("image", "mask_image")
     @classmethod
@@ -128,16 +151,9 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Request:
-        from genkit.scoring.gates import Expression
-
         if isinstance(self.seed, list) and len(self.seed) != self.num_images:
             raise ValueError(f"seed: {len(self.seed)} seeds for num_images {self.num_images}")
-        for name in ("gate", "rank_by"):
-            if getattr(self, name) is not None:
-                try:
-                    Expression(getattr(self, name), labels=self.labels)
-                except InputError as error:
-                    raise ValueError(f"{name}: {error}") from None
+        self._check_expressions()
         if self.max_images is not None and (self.keep is None or self.gate is None):
             raise ValueError("max_images: needs `keep` and `gate`: it says how long to draw until `keep` images pass")
         if self.max_images is not None and self.max_images < self.num_images:
@@ -149,17 +165,32 @@ class Request(BaseModel):
             raise ValueError(f"{field}: needs `image`, the picture to start from")
         return self
 
+    def _check_expressions(self) -> None:
+        from genkit.scoring.gates import Expression
+
+        for name, text in (("gate", self.gate), ("rank_by", self.rank_by)):
+            if text is not None:
+                try:
+                    decides = Expression(text, labels=self.labels).decides
+                except InputError as error:
+                    raise ValueError(f"{name}: {error}") from None
+                if name == "gate" and not decides:
+                    raise ValueError(f"gate: {shown(text)} is a number; compare it, as in clip > 0.3")
+
     def filled(self, defaults: dict[str, Any]) -> Request:
         """Return this row with `defaults` for the fields that it does not state."""
-        stated = {name: getattr(self, name) for name in self.model_fields_set}
-        if "image" not in stated and "image" not in defaults:
-            defaults = {k: v for k, v in defaults.items() if k != "strength"}  # it would say nothing about this row
-        return Request(**{**defaults, **{k: v for k, v in stated.items() if v is not None or k not in defaults}})
+        row = Request(**over(defaults, {name: getattr(self, name) for name in self.model_fields_set}))
+        row._source = self._source
+        return row
 
     def seed_of(self, index: int, run_seed: int = 0) -> int:
-        """Return the seed of image `index`: the row's seed + index, or one derived from (run seed, row id, index)."""
+        """Return the seed of image `index`: the row's seed + index, or one derived from (run seed, row id, index).
+
+        A list gives one for each image, and past its end goes on counting from its last.
+        """
         if isinstance(self.seed, list):
-            return self.seed[index] if index < len(self.seed) else (self.seed[-1] + index) % SEED_LIMIT
+            beyond = max(0, index - len(self.seed) + 1)
+            return (self.seed[index - beyond] + beyond) % SEED_LIMIT
         if self.seed is not None:
             return (self.seed + index) % SEED_LIMIT
         digest = hashlib.sha256(f"{run_seed}/{self.id}/{index}".encode()).digest()
@@ -181,6 +212,16 @@ def _plain(value: Any, read: bool = False) -> Any:
     if read and isinstance(value, str | Path) and Path(value).is_file():
         return "sha256:" + hashlib.sha256(Path(value).read_bytes()).hexdigest()
     return str(value) if isinstance(value, Path) else value
+
+
+def over(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row: those stated, and of the defaults those that it leaves out or at None."""
+    unsaid = dict(defaults)
+    if "image" not in stated and "image" not in defaults:
+        unsaid.pop("strength", None)  # it would say nothing about this row
+    if isinstance(stated.get("seed"), list):
+        unsaid.pop("num_images", None)  # the seeds say how many
+    return {**unsaid, **{name: value for name, value in stated.items() if value is not None or name not in unsaid}}
 
 
 def canonical(fields: dict[str, Any]) -> dict[str, Any]:
@@ -207,16 +248,48 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _deeper(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return levels < 0 or any(_deeper(part, levels - 1) for part in inside)
+
+
 def _describe(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
-    place = [part for part in place if part not in ("int", "str", "dict[str,any]")]
-    message = first["msg"].removeprefix("Value error, ")
-    if not place:
+    """Return pydantic's most telling complaint as "field: value must be …"."""
+    found = error.errors(include_url=False)
+    # Of a union's branches the one that got furthest into the value is the one that was meant.
+    worst = max((e for e in found if e["loc"][:1] == found[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+    context = worst.get("ctx", {})
+    complaint = _COMPLAINTS.get(worst["type"])
+    message = worst["msg"].removeprefix("Value error, ") if complaint is None else complaint.format(**context)
+    if not worst["loc"]:
         return message
-    if first["type"] == "extra_forbidden":
-        return f"{shown(place[0])}: unknown field{nearest(place[0], Request.model_fields)}"
-    return f"{'.'.join(place)}: {shown(first['input'])}: {message[0].lower() + message[1:]}"
+    field = str(worst["loc"][0])
+    if worst["type"] == "extra_forbidden":
+        close = f" (did you mean {ALIASES[field]!r}?)" if field in ALIASES else nearest(field, Request.model_fields)
+        return f"{shown(field)}: unknown field{close}"
+    if isinstance(context.get("error"), InputError):  # it names the value itself
+        return f"{field}: {message}"
+    item = "".join(f"[{part}]" for part in worst["loc"][1:] if isinstance(part, int))
+    return f"{field}{item}: {shown(worst['input'])} {message}"
+
+
+# pydantic's words for what is wrong with a value, and ours, to follow the value.
+_COMPLAINTS = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "must be a whole number"),
+    "float_type": "must be a number",
+    "finite_number": "must be finite",
+    "string_type": "must be text",
+    "string_unicode": "holds half a surrogate pair, which no file can store",
+    "string_too_long": "must have at most {max_length} characters",
+    "list_type": "must be a list",
+    "dict_type": "must be an object of fields",
+    "too_short": "must not be empty",
+    "too_long": "must have at most {max_length} items",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+}
 
 
 @dataclasses.dataclass

@@ -1,0 +1,307 @@
+"""Expressions over an image's scores, for `gate`, `--where` and `rank_by`: parsed, checked, never evaluated as Python.
+
+"clip > 0.3 and not nan"    "p['a cat'] > 0.5 or p['a dog'] > 0.5"    "0.7 * clip + 0.3 * p['a cat']"    "-p['a dog']"
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import operator
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from genkit.errors import InputError, nearest, shown
+
+MAX_LENGTH = 2000
+MAX_DEPTH = 40
+MAX_NUMBER = 1e9
+
+Scores = Mapping[str, Any]
+Value = Callable[[Scores], Any]
+NUMBER, TRUTH, EITHER = "number", "truth", "either"
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A compiled part: its value given the scores, whether that is a number or a truth value, and a number's range."""
+
+    value: Value
+    kind: str = NUMBER
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class Expression:
+    """An expression over scores, checked once and then called for every image.
+
+    Names: clip (-1 to 1), nan and flat (true or false), p['label'] (0 to 1) for each of `labels`, and the scores that
+    the caller adds in `names` (numbers or truth values, of any size). Operators: and, or, not, comparisons, chained too,
+    + - * /, min, max, abs, parentheses. Raises InputError, in one line, for anything else, and for a comparison whose
+    outcome the ranges settle beforehand ("clip > 2").
+
+    `names`, `labels`: those used. `needs_scorer`: whether clip or a label is. `decides`: whether the value is true or
+    false, as a gate's must be, and not a number.
+    """
+
+    def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] = ()) -> None:
+        self.text = text
+        scope = _Scope(labels, {**_KNOWN, **{name: Term(_score(name), EITHER) for name in names if name not in _KNOWN}})
+        term = _build(_parsed(text), scope, 0)
+        self._value = term.value
+        self.decides = term.kind != NUMBER
+        self.names, self.labels = frozenset(scope.used), frozenset(scope.used_labels)
+        self.needs_scorer = "clip" in self.names or bool(self.labels)
+
+    def __call__(self, scores: Scores) -> bool | float:
+        """Return the value for one image; raises InputError naming a score that the image lacks."""
+        return self._value(scores)
+
+    def __repr__(self) -> str:
+        return f"Expression({self.text!r})"
+
+
+@dataclasses.dataclass
+class _Scope:
+    labels: Collection[str] | None
+    known: dict[str, Term]
+    used: set[str] = dataclasses.field(default_factory=set)
+    used_labels: set[str] = dataclasses.field(default_factory=set)
+
+
+def _parsed(text: str) -> ast.expr:
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{shown(text)} is no expression; write for example clip > 0.3")
+    if len(text) > MAX_LENGTH:
+        raise InputError(f"{shown(text)} is longer than {MAX_LENGTH} characters")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's advice on the spelling of "0.5and" is no news to the user
+            return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or "it is nested too deeply, or holds what no expression can"
+        raise InputError(f"{shown(text)} is not an expression: {' '.join(str(reason).split())}") from None
+
+
+def _build(node: ast.AST, scope: _Scope, depth: int) -> Term:
+    builder = _BUILDERS.get(type(node))
+    if builder is None:
+        raise InputError(
+            f"{_quoted(node)}: {_REFUSED.get(type(node), 'only scores, numbers, comparisons, + - * / and or not')}"
+        )
+    if depth > MAX_DEPTH:
+        raise InputError(f"more than {MAX_DEPTH} levels of nesting")
+    return builder(node, scope, depth + 1)
+
+
+def _number(node: ast.AST, scope: _Scope, depth: int) -> Term:
+    """Build a part that must be a number."""
+    term = _build(node, scope, depth)
+    if term.kind == TRUTH:
+        raise InputError(f"{_quoted(node)} is true or false, not a number")
+    return term
+
+
+def _truth(node: ast.AST, scope: _Scope, depth: int) -> Term:
+    """Build a part that must be true or false."""
+    term = _build(node, scope, depth)
+    if term.kind == NUMBER:
+        raise InputError(f"{_quoted(node)} is a number, not true or false; compare it with one")
+    return term
+
+
+def _bool_op(node: ast.BoolOp, scope: _Scope, depth: int) -> Term:
+    values = [_truth(part, scope, depth).value for part in node.values]
+    every = all if isinstance(node.op, ast.And) else any
+    return Term(lambda scores: every(value(scores) for value in values), TRUTH)
+
+
+def _unary(node: ast.UnaryOp, scope: _Scope, depth: int) -> Term:
+    if isinstance(node.op, ast.Not):
+        truth = _truth(node.operand, scope, depth).value
+        return Term(lambda scores: not truth(scores), TRUTH)
+    if isinstance(node.op, ast.Invert):
+        raise InputError(f"{_quoted(node)}: write `not`")
+    term = _number(node.operand, scope, depth)
+    if isinstance(node.op, ast.UAdd):
+        return term
+    return Term(lambda scores: -term.value(scores), NUMBER, -term.high, -term.low)
+
+
+def _arithmetic(node: ast.BinOp, scope: _Scope, depth: int) -> Term:
+    apply = _ARITHMETIC.get(type(node.op))
+    if apply is None:
+        raise InputError(f"{_quoted(node)}: {_REFUSED.get(type(node.op), 'of arithmetic there is + - * / only')}")
+    left, right = _number(node.left, scope, depth), _number(node.right, scope, depth)
+    if apply is _divide and right.low == right.high == 0:
+        raise InputError(f"{_quoted(node)}: division by zero")
+    if apply is _divide and right.low <= 0 <= right.high:
+        low, high = -math.inf, math.inf
+    else:
+        corners = [apply(a, b) for a in (left.low, left.high) for b in (right.low, right.high)]
+        low, high = (-math.inf, math.inf) if any(map(math.isnan, corners)) else (min(corners), max(corners))
+    return Term(lambda scores: apply(left.value(scores), right.value(scores)), NUMBER, low, high)
+
+
+def _compare(node: ast.Compare, scope: _Scope, depth: int) -> Term:
+    nodes = [node.left, *node.comparators]
+    terms = [_number(part, scope, depth) for part in nodes]
+    tests = []
+    for i, op in enumerate(node.ops):
+        test = _COMPARISONS.get(type(op))
+        if test is None:
+            raise InputError(f"{_quoted(node)}: to compare there is < <= > >= == != only")
+        left, right = terms[i], terms[i + 1]
+        outcomes = {test(a, b) for a, b in _extremes(left, right)}
+        if len(outcomes) == 1:
+            always = "always" if outcomes.pop() else "never"
+            known = [
+                f"{_quoted(n)} is {t.low:g} to {t.high:g}"
+                for n, t in zip(nodes[i:], (left, right), strict=False)
+                if t.low < t.high
+            ]
+            because = f": {', '.join(known)}" if known else ""
+            raise InputError(f"{_quoted(ast.Compare(nodes[i], [op], [nodes[i + 1]]))} is {always} true{because}")
+        tests.append(test)
+    values = [term.value for term in terms]
+
+    def holds(scores: Scores) -> bool:
+        found = [value(scores) for value in values]
+        return all(test(a, b) for test, a, b in zip(tests, found, found[1:], strict=False))
+
+    return Term(holds, TRUTH)
+
+
+def _extremes(left: Term, right: Term) -> list[tuple[float, float]]:
+    """Return pairs of values between which every comparison takes both outcomes that the ranges allow."""
+    pairs = [(left.low, right.high), (left.high, right.low)]
+    meet = max(left.low, right.low)
+    if meet <= min(left.high, right.high):  # the ranges overlap: equality can happen, and inequality if one has width
+        pairs.append((meet, meet))
+    return pairs
+
+
+def _name(node: ast.Name, scope: _Scope, depth: int) -> Term:
+    if node.id == "p":
+        raise InputError("p: name the label, as in p['a cat']")
+    if node.id not in scope.known:
+        known = [*scope.known, "p"]
+        raise InputError(
+            f"{shown(node.id)}: no such score{nearest(node.id, known)}; there are {', '.join(known[:12])}['label']"
+        )
+    scope.used.add(node.id)
+    return scope.known[node.id]
+
+
+def _label(node: ast.Subscript, scope: _Scope, depth: int) -> Term:
+    if not (isinstance(node.value, ast.Name) and node.value.id == "p"):
+        raise InputError(f"{_quoted(node)}: brackets belong to p only, as in p['a cat']")
+    if not (isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)):
+        raise InputError(f"{_quoted(node)}: the label goes in quotes, as in p['a cat']")
+    label = node.slice.value
+    if scope.labels is None:
+        raise InputError(f"p[{shown(label)}]: there are no labels; give them in `labels`")
+    if label not in scope.labels:
+        raise InputError(f"p[{shown(label)}]: no such label{nearest(label, scope.labels)}")
+    scope.used_labels.add(label)
+
+    def value(scores: Scores) -> float:
+        found = (scores.get("p") or {}).get(label)
+        if found is None:
+            raise InputError(f"p[{shown(label)}]: this image has no such score; was it scored with that label?")
+        return float(found)
+
+    return Term(value, NUMBER, 0.0, 1.0)
+
+
+def _constant(node: ast.Constant, scope: _Scope, depth: int) -> Term:
+    number = node.value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise InputError(
+            f"{_quoted(node)}: is not a number; labels stand in p['…'], and true and false need no comparing"
+        )
+    if not abs(number) <= MAX_NUMBER:
+        raise InputError(f"{_quoted(node)}: is larger than {MAX_NUMBER:g}")
+    return Term(lambda scores: number, NUMBER, number, number)
+
+
+def _call(node: ast.Call, scope: _Scope, depth: int) -> Term:
+    name = node.func.id if isinstance(node.func, ast.Name) else ""
+    if name not in _FUNCTIONS:
+        raise InputError(f"{_quoted(node)}: there are no functions but {', '.join(_FUNCTIONS)}")
+    function, least, most = _FUNCTIONS[name]
+    if node.keywords or not least <= len(node.args) <= most:
+        raise InputError(f"{_quoted(node)}: {name} takes {least if least == most else f'{least} or more'} values")
+    terms = [_number(part, scope, depth) for part in node.args]
+    values = [term.value for term in terms]
+    low, high = (function(*ends) for ends in ([t.low for t in terms], [t.high for t in terms]))
+    if name == "abs":
+        low, high = (0.0 if terms[0].low <= 0 <= terms[0].high else min(low, high)), max(low, high)
+    return Term(lambda scores: function(*(value(scores) for value in values)), NUMBER, low, high)
+
+
+def _divide(a: float, b: float) -> float:
+    return a / b if b else math.nan  # NaN passes no gate
+
+
+def _score(name: str) -> Value:
+    def value(scores: Scores) -> Any:
+        found = scores.get(name)
+        if found is None:
+            raise InputError(f"{name}: this image has no such score; was it scored?")
+        return found
+
+    return value
+
+
+def _quoted(node: ast.AST) -> str:
+    try:
+        return shown(ast.unparse(node))
+    except (ValueError, RecursionError):
+        return "this"
+
+
+_KNOWN = {
+    "clip": Term(_score("clip"), NUMBER, -1.0, 1.0),
+    "nan": Term(_score("nan"), TRUTH),
+    "flat": Term(_score("flat"), TRUTH),
+}
+_ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: _divide,
+}
+_COMPARISONS: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_FUNCTIONS: dict[str, tuple[Callable[..., float], int, int]] = {
+    "min": (min, 2, 20),
+    "max": (max, 2, 20),
+    "abs": (abs, 1, 1),
+}
+_REFUSED: dict[type[ast.AST], str] = {
+    ast.Attribute: "there are no attributes; a label is p['a cat']",
+    ast.NamedExpr: "nothing can be assigned",
+    ast.Pow: "there are no powers",
+    ast.BitAnd: "write `and`",
+    ast.BitOr: "write `or`",
+    ast.JoinedStr: "a label is plain text",
+}
+_BUILDERS: dict[type[ast.AST], Callable[[Any, _Scope, int], Term]] = {
+    ast.BoolOp: _bool_op,
+    ast.UnaryOp: _unary,
+    ast.BinOp: _arithmetic,
+    ast.Compare: _compare,
+    ast.Name: _name,
+    ast.Subscript: _label,
+    ast.Constant: _constant,
+    ast.Call: _call,
+}

@@ -1,0 +1,65 @@
+"""Text as the value of a field: for CSV cells and command-line options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from genkit.components.files import parse_json
+from genkit.errors import InputError, shown
+
+
+def typed(field: str, text: str) -> Any:
+    """Return the text of a CSV cell or command-line option as the value of `field` (genkit's name for it).
+
+    Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels` are separated by commas, several seeds likewise; both
+    may be JSON lists too. `meta`, and a `scheduler` that starts with a brace, are JSON objects. Raises InputError.
+    """
+    convert = _TYPED.get(field)
+    return text if convert is None else convert(field, text)
+
+
+def _integer(field: str, text: str) -> int:
+    if not re.fullmatch(r"[-+]?[0-9]{1,30}", text.strip(" ")):
+        raise InputError(f"{field}: {shown(text)} is not a whole number")
+    return int(text)
+
+
+def _number(field: str, text: str) -> float:
+    if not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,4})?", text.strip(" ")) or len(text) > 100:
+        raise InputError(f"{field}: {shown(text)} is not a number")
+    return float(text)
+
+
+def _seeds(field: str, text: str) -> int | list[int]:
+    if "," not in text and "[" not in text:
+        return _integer(field, text)
+    return [_integer(field, part) for part in text.strip(" []").split(",")]
+
+
+def _labels(field: str, text: str) -> list[str]:
+    if text.lstrip().startswith("["):
+        found = _json(field, f'{{"{field}": {text}}}')
+        if len(found) == 1 and isinstance(found[field], list):
+            return found[field]
+        raise InputError(f"{field}: {shown(text)} is not a list")
+    return [part.strip() for part in text.split(",")]
+
+
+def _json(field: str, text: str) -> dict[str, Any]:
+    return parse_json(text, field)
+
+
+def _scheduler(field: str, text: str) -> str | dict[str, Any]:
+    return _json(field, text) if text.lstrip().startswith("{") else text.strip()
+
+
+_TYPED: dict[str, Callable[[str, str], Any]] = {
+    **dict.fromkeys(("num_images", "num_inference_steps", "width", "height", "keep", "max_images"), _integer),
+    **dict.fromkeys(("guidance_scale", "strength"), _number),
+    "seed": _seeds,
+    "labels": _labels,
+    "meta": _json,
+    "scheduler": _scheduler,
+}
