@@ -1,16 +1,21 @@
-"""Diffusion schedulers on four axes: noise, spacing, prediction, solver. Needs numpy; torch only where tensors come in."""
+"""Schedulers on four axes: noise, spacing, prediction, solver. Needs numpy; torch only where tensors come in."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
+from genkit.schedulers.noise import NOISES
 from genkit.schedulers.plan import COLUMNS, Plan, sample, step
+from genkit.schedulers.prediction import PREDICTIONS
 from genkit.schedulers.scheduler import Scheduler
 from genkit.schedulers.solvers import HISTORY, SOLVERS
 from genkit.schedulers.spacing import SPACINGS
 
-__all__ = ["COLUMNS", "HISTORY", "SOLVERS", "SPACINGS", "Plan", "Scheduler", "sample", "scheduler_options", "step"]
+__all__ = [
+    "COLUMNS", "HISTORY", "NOISES", "PREDICTIONS", "SOLVERS", "SPACINGS",
+    "Plan", "Scheduler", "sample", "scheduler_options", "step",
+]  # fmt: skip
 
 # What users of other tools type, and the solver it is here.
 ALIASES = {
@@ -18,26 +23,38 @@ ALIASES = {
     "dpmsolver++": "dpmpp_2m", "dpmpp_2m_sde": "sde-dpmpp_2m", "dpm++_2m_sde": "sde-dpmpp_2m",
     "sde-dpmsolver++": "sde-dpmpp_2m", "plms": "pndm",
 }  # fmt: skip
+# What may be chosen at each generation; the rest is what the network was trained with.
+CHOICES = ("solver", "spacing", "final", *sorted({o for s in SOLVERS.values() for o in s.options}))
 
 
 def scheduler_options(value: str | dict[str, Any]) -> dict[str, Any]:
-    """Return a row's `scheduler` as options of a Scheduler: "dpmpp_2m", "dpmpp_2m_karras" or {"solver": …, "spacing": …}.
+    """Return a row's `scheduler` as a Scheduler's options: "dpmpp_2m", "dpmpp_2m_karras" or {"solver": …, "eta": …}.
 
     Raises InputError naming the nearest solver, spacing or option.
     """
-    if isinstance(value, dict):
-        options = dict(value)
-        if "solver" in options:
-            options |= _named(options["solver"]) if isinstance(options["solver"], str) else {}
-        Scheduler().with_options(**options)
-        return options
-    return _named(value)
+    if isinstance(value, str):
+        return _named(value)
+    if not isinstance(value, dict):
+        raise InputError(f"{shown(value)}: is neither the name of a solver nor options")
+    for name in value:
+        if name not in CHOICES:
+            raise InputError(
+                f"{shown(name)}: no option of a solver{nearest(name, CHOICES)}; there are {', '.join(CHOICES)}"
+            )
+    options = dict(value)
+    if "solver" in options:
+        named = _named(options.pop("solver"))
+        if "spacing" in options and named.get("spacing", options["spacing"]) != options["spacing"]:
+            raise InputError(f"spacing: {shown(options['spacing'])} and the solver's name says {named['spacing']}")
+        options = named | options
+    Scheduler().with_options(**options)
+    return options
 
 
-def _named(name: str) -> dict[str, Any]:
+def _named(name: object) -> dict[str, Any]:
     for spacing in ("", *SPACINGS):
-        solver = name.removesuffix(f"_{spacing}") if spacing else name
-        solver = ALIASES.get(solver, solver)
-        if solver in SOLVERS and (not spacing or name.endswith(f"_{spacing}")):
-            return {"solver": solver, **({"spacing": spacing} if spacing else {})}
-    raise InputError(f"{shown(name)}: no solver{nearest(name, [*SOLVERS, *ALIASES])}; there are {', '.join(SOLVERS)}")
+        solver = str(name).removesuffix(f"_{spacing}") if spacing else str(name)
+        if isinstance(name, str) and (solver != name or not spacing) and (solver in SOLVERS or solver in ALIASES):
+            return {"solver": ALIASES.get(solver, solver), **({"spacing": spacing} if spacing else {})}
+    close = nearest(str(name).lower(), [*SOLVERS, *ALIASES])
+    raise InputError(f"{shown(name)}: no solver{close}; there are {', '.join(SOLVERS)}, also with _karras and the like")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,222 +15,293 @@ from genkit.schedulers.solvers import SOLVERS
 if TYPE_CHECKING:
     from genkit.schedulers.scheduler import Scheduler
 
-SIZE_LIMIT = 2**20  # bytes; a scheduler config with trained betas takes some 20,000
-_META = ("_class_name", "_diffusers_version", "_name_or_path")
-_BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-
-# Keys that every class with betas has, and those for what is not expressed here, with the value that leaves it off.
-_COMMON: dict[str, Any] = {
-    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
-    "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0, "rescale_betas_zero_snr": False,
-}  # fmt: skip
-_NO_SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False}
-_NO_THRESHOLD = {"thresholding": False}
-_IDLE = {"dynamic_thresholding_ratio", "sample_max_value"}  # read only when `thresholding` is on
+Config = Mapping[str, Any]
+SOLVER_OPTIONS = {option for solver in SOLVERS.values() for option in solver.options}
+UNREAD = {"style", "ends", "source"}  # what does not say which numbers come out, or only in diffusers' style
+SIZE_LIMIT = 2**20  # bytes; a config with a thousand trained betas takes some 20,000
+META = ("_class_name", "_diffusers_version", "_name_or_path")
+BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Class:
-    """A diffusers class: its keys with diffusers' defaults, those that must keep a value, and how options follow."""
+class Class:
+    """A diffusers class. keys: each with its default there, or with the tuple of supported values, default first.
 
-    defaults: dict[str, Any]
-    fixed: dict[str, Any]
-    options: Callable[[dict[str, Any]], dict[str, Any]]
+    options: what they are in a Scheduler. needs: keys whose default in diffusers is not supported.
+    """
 
-
-def _clip(c: dict[str, Any]) -> float | None:
-    return float(c["clip_sample_range"]) if c["clip_sample"] else None
-
-
-def _karras(c: dict[str, Any]) -> dict[str, Any]:
-    return {"spacing": "karras", "ends": c["timestep_spacing"]} if c["use_karras_sigmas"] else {"ends": c["timestep_spacing"]}
+    keys: dict[str, Any]
+    options: Callable[[Config], dict[str, Any]]
+    needs: tuple[str, ...] = ()
 
 
-def _ddim(c: dict[str, Any]) -> dict[str, Any]:
-    return {"solver": "ddim", "style": "ddim", "clip": _clip(c), "final": "zero" if c["set_alpha_to_one"] else "sigma_min"}
-
-
-def _ddpm(c: dict[str, Any]) -> dict[str, Any]:
-    return {"solver": "ddpm", "style": "ddpm", "clip": _clip(c), "variance": c["variance_type"]}
-
-
-def _pndm(c: dict[str, Any]) -> dict[str, Any]:
-    return {"solver": "pndm", "style": "ddim", "final": "zero" if c["set_alpha_to_one"] else "sigma_min"}
-
-
-def _euler(c: dict[str, Any]) -> dict[str, Any]:
-    return {"solver": "euler", "style": "euler", "final": c["final_sigmas_type"], **_karras(c)}
-
-
-def _ancestral(c: dict[str, Any]) -> dict[str, Any]:
-    return {"solver": "euler_ancestral", "style": "euler"}
-
-
-def _heun(c: dict[str, Any]) -> dict[str, Any]:
-    return {"solver": "heun", "style": "euler", **_karras(c)}
-
-
-def _dpm(c: dict[str, Any]) -> dict[str, Any]:
-    solver = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "sde-dpmpp_2m"}.get(c["algorithm_type"])
-    if solver is None:
-        raise InputError(f"algorithm_type: {shown(c['algorithm_type'])} is not supported; dpmsolver++ and sde-dpmsolver++ are")
-    easy = bool(c["lower_order_final"] or c["euler_at_final"])
-    return {"solver": solver, "style": "dpm", "order": c["solver_order"], "easy_end": easy, "final": c["final_sigmas_type"],
-            **_karras(c)}  # fmt: skip
-
-
-def _flow(c: dict[str, Any]) -> dict[str, Any]:
-    return {"noise": "flow", "spacing": "linspace", "prediction": "flow_prediction", "solver": "euler", "style": "flow",
-            "shift": float(c["shift"]), "num_train_timesteps": c["num_train_timesteps"]}  # fmt: skip
-
-
-_CLIPPED = {"clip_sample": True, "clip_sample_range": 1.0}
-_LEADING = {**_COMMON, "timestep_spacing": "leading"}
-
-CLASSES = {
-    "DDIMScheduler": _Class({**_LEADING, **_CLIPPED, "set_alpha_to_one": True}, _NO_THRESHOLD, _ddim),
-    "DDPMScheduler": _Class({**_LEADING, **_CLIPPED, "variance_type": "fixed_small"}, _NO_THRESHOLD, _ddpm),
-    "PNDMScheduler": _Class(
-        {**_LEADING, "set_alpha_to_one": False, "skip_prk_steps": False},
-        {"skip_prk_steps": True, "rescale_betas_zero_snr": False},
-        _pndm,
-    ),
-    "EulerDiscreteScheduler": _Class(
-        {**_COMMON, "final_sigmas_type": "zero", "use_karras_sigmas": False},
-        {**_NO_SIGMAS, "interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None, "sigma_max": None},
-        _euler,
-    ),
-    "EulerAncestralDiscreteScheduler": _Class(_COMMON, {}, _ancestral),
-    "HeunDiscreteScheduler": _Class(
-        {**_COMMON, "beta_start": 0.00085, "beta_end": 0.012, "use_karras_sigmas": False, "clip_sample_range": 1.0},
-        {**_NO_SIGMAS, "clip_sample": False, "rescale_betas_zero_snr": False},
-        _heun,
-    ),
-    "DPMSolverMultistepScheduler": _Class(
-        {**_COMMON, "solver_order": 2, "algorithm_type": "dpmsolver++", "lower_order_final": True, "euler_at_final": False,
-         "use_karras_sigmas": False, "final_sigmas_type": "zero", "flow_shift": 1.0, "time_shift_type": "exponential"},
-        {**_NO_SIGMAS, **_NO_THRESHOLD, "solver_type": "midpoint", "use_lu_lambdas": False, "use_flow_sigmas": False,
-         "lambda_min_clipped": -math.inf, "variance_type": None, "use_dynamic_shifting": False},
-        _dpm,
-    ),
-    "FlowMatchEulerDiscreteScheduler": _Class(
-        {"num_train_timesteps": 1000, "shift": 1.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-         "max_image_seq_len": 4096, "time_shift_type": "exponential"},
-        {**_NO_SIGMAS, "use_dynamic_shifting": False, "invert_sigmas": False, "shift_terminal": None,
-         "use_karras_sigmas": False, "stochastic_sampling": False},
-        _flow,
-    ),
-}  # fmt: skip
-
-
-def read_config(config: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a Scheduler for a diffusers scheduler config. Raises InputError, naming file and key."""
-    if isinstance(config, dict):
-        return _options(config)
+def read_config(config: str | Path | Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (options of a Scheduler, the keys that the config states). Raises InputError, naming file and key."""
+    if isinstance(config, Mapping):
+        stated = {
+            k: v
+            for k, v in config.items()
+            if k != "_use_default_values" and k not in config.get("_use_default_values", ())
+        }
+        return _options(stated), stated
     path = Path(config)
-    path = path / "scheduler_config.json" if path.is_dir() else path
     try:
-        return _options(_parse(path))
+        path = path / "scheduler_config.json" if path.is_dir() else path
+        stated = _parse(path)
+        return _options(stated), stated
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{shown(str(path), 200)}: {error}") from None
+
+
+def swap_solver(source: Config, solver: str) -> dict[str, Any]:
+    """Return the options of the class of `solver` made from another class's config, as diffusers' `from_config` does.
+
+    What the config states stays; what it leaves open takes the new class's default.
+    """
+    if source["_class_name"] == FLOW:
+        return {**_options(source), "solver": solver}
+    name, keys = DIFFUSERS[solver]
+    return _options({**source, "_class_name": name, **keys})
 
 
 def write_config(scheduler: Scheduler) -> dict[str, Any]:
-    """Return the diffusers config of a scheduler that came from one; raises InputError for what diffusers cannot say."""
-    names = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "pndm": "PNDMScheduler", "euler": "EulerDiscreteScheduler",
-             "euler_ancestral": "EulerAncestralDiscreteScheduler", "heun": "HeunDiscreteScheduler",
-             "dpmpp_2m": "DPMSolverMultistepScheduler", "sde-dpmpp_2m": "DPMSolverMultistepScheduler"}  # fmt: skip
+    """Return the diffusers config of a scheduler. Raises InputError for an option that diffusers has no key for."""
     s = scheduler
-    name = "FlowMatchEulerDiscreteScheduler" if s.style == "flow" else names[s.solver]
-    back = {new: old for old, new in _BETAS.items()}
+    name, keys = (FLOW, {}) if s.noise == "flow" else DIFFUSERS[s.solver]
     said: dict[str, Any] = {
         "num_train_timesteps": s.num_train_timesteps, "beta_start": s.beta_start, "beta_end": s.beta_end,
-        "beta_schedule": back.get(s.noise, s.noise), "trained_betas": None if s.trained_betas is None else list(s.trained_betas),
+        "beta_schedule": {new: old for old, new in BETAS.items()}.get(s.noise),
+        "trained_betas": None if s.trained_betas is None else list(s.trained_betas),
         "prediction_type": s.prediction, "timestep_spacing": s.ends if s.spacing == "karras" else s.spacing,
-        "steps_offset": s.steps_offset, "rescale_betas_zero_snr": s.zero_snr, "use_karras_sigmas": s.spacing == "karras",
+        "steps_offset": s.steps_offset, "rescale_betas_zero_snr": s.zero_snr,
+        "use_karras_sigmas": s.spacing == "karras",
         "set_alpha_to_one": s.final == "zero", "final_sigmas_type": s.final, "clip_sample": s.clip is not None,
-        "clip_sample_range": s.clip or 1.0, "variance_type": s.variance, "solver_order": s.order, "shift": s.shift,
-        "algorithm_type": "sde-dpmsolver++" if s.solver == "sde-dpmpp_2m" else "dpmsolver++",
-        "lower_order_final": s.easy_end, "skip_prk_steps": True,
+        "clip_sample_range": 1.0 if s.clip is None else s.clip, "variance_type": s.variance, "solver_order": s.order,
+        "shift": s.shift, "lower_order_final": s.lower_order_final, "euler_at_final": s.euler_at_final, **keys,
     }  # fmt: skip
-    known = CLASSES[name]
-    config = {"_class_name": name, **known.defaults, **known.fixed}
-    config |= {key: said[key] for key in config if key in said and key not in known.fixed}
-    config = {key: value for key, value in config.items() if value != -math.inf}
-    if _options(config) != {**_options({"_class_name": name}), **_relevant(s, _options(config))}:
-        raise InputError(f"scheduler: {s.solver} with these options has no diffusers config")
+    defaults = {key: _default(value) for key, value in CLASSES[name].keys.items()}
+    config = {
+        key: said.get(key, value) if key != "variance_type" or s.solver == "ddpm" else value
+        for key, value in defaults.items()
+    }
+    stated = {*(s.source or config), *CLASSES[name].needs}
+    config = {k: v for k, v in config.items() if (k in stated or v != defaults[k]) and v != -math.inf}
+    config = {"_class_name": name, **config}
+    back = type(s)(**_options(config))
+    ours = (
+        {f.name for f in dataclasses.fields(s)}
+        - UNREAD
+        - {o for o in SOLVER_OPTIONS if o not in SOLVERS[s.solver].options}
+    )
+    for field in sorted(ours):
+        if getattr(s, field) != getattr(back, field):
+            raise InputError(f"{field}: {shown(getattr(s, field))} cannot be said in the config of a {name}")
     return config
 
 
-def _relevant(scheduler: Scheduler, options: dict[str, Any]) -> dict[str, Any]:
-    return {key: getattr(scheduler, key) for key in options}
-
-
-def _options(config: dict[str, Any]) -> dict[str, Any]:
+def _options(config: Config) -> dict[str, Any]:
     name = config.get("_class_name")
-    if name not in CLASSES:
-        raise InputError(f"_class_name: {shown(name)} is not supported{nearest(name, CLASSES)}; supported: {', '.join(CLASSES)}")
+    if not isinstance(name, str) or name not in CLASSES:
+        raise InputError(
+            f"_class_name: {shown(name)} is not supported{nearest(name, CLASSES)}; supported: {', '.join(CLASSES)}"
+        )
     known = CLASSES[name]
-    allowed = {*known.defaults, *known.fixed, *_META, *(_IDLE if "thresholding" in known.fixed else ())}
+    full = {key: _default(value) for key, value in known.keys.items()}
     for key, value in config.items():
-        if key not in allowed:
-            raise InputError(f"{shown(key)}: unknown key of {name}{nearest(key, allowed)}")
-        if key in known.fixed and value != known.fixed[key] and not (value is None and key in _NO_SIGMAS):
-            raise InputError(f"{key}: {shown(value)} is not supported for {name}; {known.fixed[key]!r} is")
-        if key in known.defaults and not _same_type(value, known.defaults[key], key):
-            raise InputError(f"{key}: {shown(value)} is not of the type of {known.defaults[key]!r}")
-    if "skip_prk_steps" in known.fixed and not config.get("skip_prk_steps"):
-        raise InputError("skip_prk_steps: False is not supported for PNDMScheduler; True is")
-    full = {**known.defaults, **{k: v for k, v in config.items() if k in known.defaults}}
-    options = {**(_axes(full) if "beta_start" in full else {}), **known.options(full)}
-    return options
+        if key in META:
+            continue
+        if key in known.keys:
+            full[key] = _checked(name, key, value, known.keys[key])
+        elif key not in FOREIGN:
+            raise InputError(f"{shown(key)}: unknown key of {name}{nearest(key, [*known.keys, *META])}")
+    for key in known.needs:
+        if key not in config:
+            raise InputError(f"{key}: missing, and the default of {name} is not supported; {known.keys[key][0]!r} is")
+    return known.options(full)
 
 
-def _axes(c: dict[str, Any]) -> dict[str, Any]:
-    if c["beta_schedule"] not in _BETAS:
-        raise InputError(f"beta_schedule: {shown(c['beta_schedule'])} is not supported; {', '.join(_BETAS)} are")
+def _default(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _checked(name: str, key: str, value: Any, known: Any) -> Any:
+    if isinstance(known, tuple):
+        if not any(value == v and type(value) is type(v) for v in known):
+            raise InputError(f"{key}: {shown(value)} is not supported for {name}; {' or '.join(map(repr, known))} is")
+        return value
+    if key == "trained_betas":
+        good = value is None or (isinstance(value, list | tuple) and all(isinstance(b, float) for b in value))
+    elif isinstance(known, float):
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    else:
+        good = type(value) is type(known) or (value is None and known is False)
+    if not good:
+        raise InputError(f"{key}: {shown(value)} is not of the kind of {known!r}")
+    return value
+
+
+def _axes(c: Config) -> dict[str, Any]:
+    """The options that every class with betas has."""
     betas = c["trained_betas"]
     return {
-        "noise": _BETAS[c["beta_schedule"]],
-        "num_train_timesteps": c["num_train_timesteps"] if betas is None else len(betas),
+        "noise": BETAS[c["beta_schedule"]],
+        "num_train_timesteps": c["num_train_timesteps"],
         "beta_start": c["beta_start"],
         "beta_end": c["beta_end"],
         "trained_betas": None if betas is None else tuple(betas),
-        "zero_snr": c["rescale_betas_zero_snr"],
+        "zero_snr": bool(c["rescale_betas_zero_snr"]),
         "spacing": c["timestep_spacing"],
         "steps_offset": c["steps_offset"],
         "prediction": c["prediction_type"],
     }
 
 
-def _same_type(value: Any, default: Any, key: str) -> bool:
-    if key == "trained_betas":
-        return value is None or (isinstance(value, list) and all(isinstance(b, float) for b in value))
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, type(default))
+def _clip(c: Config) -> float | None:
+    return float(c["clip_sample_range"]) if c["clip_sample"] else None
+
+
+def _karras(c: Config) -> dict[str, Any]:
+    return {"spacing": "karras" if c["use_karras_sigmas"] else c["timestep_spacing"], "ends": c["timestep_spacing"]}
+
+
+def _final(c: Config) -> str:
+    return "zero" if c["set_alpha_to_one"] else "sigma_min"
+
+
+def _ddim(c: Config) -> dict[str, Any]:
+    return {**_axes(c), "solver": "ddim", "style": "ddim", "clip": _clip(c), "final": _final(c)}
+
+
+def _ddpm(c: Config) -> dict[str, Any]:
+    variance = c["variance_type"].removesuffix("_log")  # for fixed_small the logarithm is taken and undone
+    return {**_axes(c), "solver": "ddpm", "style": "ddpm", "clip": _clip(c), "variance": variance}
+
+
+def _pndm(c: Config) -> dict[str, Any]:
+    return {**_axes(c), "solver": "pndm", "style": "ddim", "final": _final(c)}
+
+
+def _euler(c: Config) -> dict[str, Any]:
+    return {**_axes(c), **_karras(c), "solver": "euler", "style": "euler", "final": c["final_sigmas_type"]}
+
+
+def _ancestral(c: Config) -> dict[str, Any]:
+    return {**_axes(c), "solver": "euler_ancestral", "style": "euler"}
+
+
+def _heun(c: Config) -> dict[str, Any]:
+    return {**_axes(c), **_karras(c), "solver": "heun", "style": "euler", "clip": _clip(c)}
+
+
+def _dpm(c: Config) -> dict[str, Any]:
+    solver = "sde-dpmpp_2m" if c["algorithm_type"] == "sde-dpmsolver++" else "dpmpp_2m"
+    same = {"final": c["final_sigmas_type"], **{key: c[key] for key in ("lower_order_final", "euler_at_final")}}
+    return {**_axes(c), **_karras(c), **same, "solver": solver, "style": "dpm", "order": c["solver_order"]}
+
+
+def _flow(c: Config) -> dict[str, Any]:
+    return {
+        "noise": "flow",
+        "spacing": "linspace",
+        "prediction": "flow_prediction",
+        "solver": "euler",
+        "style": "flow",
+        "shift": float(c["shift"]),
+        "num_train_timesteps": c["num_train_timesteps"],
+    }
+
+
+_BETAS: dict[str, Any] = {
+    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": tuple(BETAS),
+    "trained_betas": None,
+    "prediction_type": ("epsilon", "v_prediction", "sample"), "timestep_spacing": ("linspace", "leading", "trailing"),
+    "steps_offset": 0, "rescale_betas_zero_snr": False,
+}  # fmt: skip
+_LEADING = {**_BETAS, "timestep_spacing": ("leading", "trailing", "linspace")}
+_CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
+_THRESHOLD = {"thresholding": (False,), "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_OFF = (False, None)
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": _OFF, "use_beta_sigmas": _OFF}
+_FINAL = {"final_sigmas_type": ("zero", "sigma_min")}
+
+CLASSES = {
+    "DDIMScheduler": Class({**_LEADING, **_CLIP, **_THRESHOLD, "set_alpha_to_one": True}, _ddim),
+    "DDPMScheduler": Class(
+        {**_LEADING, **_CLIP, **_THRESHOLD, "variance_type": ("fixed_small", "fixed_large", "fixed_small_log")}, _ddpm
+    ),
+    "PNDMScheduler": Class(
+        {**_LEADING, "set_alpha_to_one": False, "skip_prk_steps": (True,)}, _pndm, needs=("skip_prk_steps",)
+    ),
+    "EulerDiscreteScheduler": Class(
+        {**_BETAS, **_SIGMAS, **_FINAL, "interpolation_type": ("linear",), "timestep_type": ("discrete",),
+         "sigma_min": (None,), "sigma_max": (None,)},
+        _euler,
+    ),
+    "EulerAncestralDiscreteScheduler": Class(_BETAS, _ancestral),
+    "HeunDiscreteScheduler": Class(
+        {**_BETAS, **_SIGMAS, **_CLIP, "clip_sample": False, "beta_start": 0.00085, "beta_end": 0.012}, _heun
+    ),
+    "DPMSolverMultistepScheduler": Class(
+        {**_BETAS, **_SIGMAS, **_FINAL, **_THRESHOLD, "solver_order": (2, 1), "lower_order_final": True,
+         "euler_at_final": False, "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+         "solver_type": ("midpoint", "logrho", "bh1", "bh2"), "use_lu_lambdas": _OFF, "use_flow_sigmas": _OFF,
+         "flow_shift": 1.0, "lambda_min_clipped": (-math.inf,), "use_dynamic_shifting": (False,),
+         "time_shift_type": ("exponential",), "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large")},
+        _dpm,
+    ),
+    FLOW: Class(
+        {"num_train_timesteps": 1000, "shift": 1.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+         "max_image_seq_len": 4096, "time_shift_type": ("exponential", "linear"), "use_dynamic_shifting": (False,),
+         "invert_sigmas": (False,), "shift_terminal": (None,), "stochastic_sampling": (False,),
+         **_SIGMAS, "use_karras_sigmas": _OFF},
+        _flow,
+    ),
+}  # fmt: skip
+
+# Where a solver's options are kept in diffusers, and the keys that pick it there.
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde-dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+}
+
+# A saved config carries the keys of classes that its folder went through; a class passes over those that are not its
+# own.
+FOREIGN = {key for name, known in CLASSES.items() if name != FLOW for key in known.keys} | {
+    "predict_x0", "solver_p", "disable_corrector", "noise_sampler_seed", "lower_order_second", "s_noise",
+}  # fmt: skip
 
 
 def _parse(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise InputError("a key stands twice")
+            names = [name for name, _ in pairs]
+            raise InputError(f"{shown(next(n for n in names if names.count(n) > 1))}: key is given twice")
         return found
 
-    def constant(name: str) -> float:
-        raise InputError(f"{name} is not a JSON number")
+    def constant(word: str) -> float:
+        if word == "NaN":
+            raise InputError("NaN is not JSON")
+        return float(word)  # diffusers writes lambda_min_clipped as -Infinity
 
     try:
         if not path.is_file():
             raise InputError("no such file")
-        if path.stat().st_size > SIZE_LIMIT:
-            raise InputError(f"larger than {SIZE_LIMIT} bytes")
+        size = path.stat().st_size
+        if size > SIZE_LIMIT:
+            raise InputError(f"has {size} bytes, more than the {SIZE_LIMIT} that such a file may have")
         found = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"not readable as JSON ({type(error).__name__}: {' '.join(str(error).split())[:80]})") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot be read as JSON: {shown(str(error), 100)}") from None
     if not isinstance(found, dict):
         raise InputError("holds no JSON object")
     return found

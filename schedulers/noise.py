@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,9 +13,8 @@ from genkit.errors import InputError
 Array = np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Levels:
-    """Noise levels at some timesteps: float64 arrays of one shape. k = sigma / alpha is the level in Karras' terms."""
+class Levels(NamedTuple):
+    """Noise levels at some timesteps: what the network is told, alpha and sigma; float64 arrays of one shape."""
 
     t: Array
     alpha: Array
@@ -22,7 +22,7 @@ class Levels:
 
     @property
     def k(self) -> Array:
-        """sigma / alpha, infinite where nothing of the picture is left."""
+        """sigma / alpha, the level in the terms of Karras et al. 2022; infinite at pure noise."""
         with np.errstate(divide="ignore"):
             return self.sigma / self.alpha
 
@@ -45,7 +45,7 @@ def linear(n: int, start: float, end: float) -> Array:
 
 
 def scaled_linear(n: int, start: float, end: float) -> Array:
-    """Betas of Stable Diffusion: linear in t after a square root."""
+    """Betas of Rombach et al. 2022 (Stable Diffusion): linear in t after a square root."""
     return np.linspace(start**0.5, end**0.5, n) ** 2
 
 
@@ -56,25 +56,30 @@ def cosine(n: int, start: float, end: float) -> Array:
     return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
 
 
+def check_betas(betas: Array) -> None:
+    """Refuse betas that no diffusion has: not within (0, 1), not finite, or fewer than two."""
+    if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+        raise InputError("betas: must be at least two numbers between 0 and 1")
+
+
 def zero_terminal_snr(alpha_bar: Array) -> Array:
     """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first stays (Lin et al. 2024, algorithm 1)."""
     root = np.sqrt(alpha_bar)
     scaled = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    # Once through the betas and back, as diffusers does: in single precision that moves the small end.
+    # Once through the betas and back, as networks were trained: in single precision that moves the noisy end.
     return np.cumprod(1 - (1 - np.concatenate([scaled[:1], scaled[1:] / scaled[:-1]])))
 
 
 def from_alpha_bar(alpha_bar: Array) -> Noise:
-    """Variance-preserving noise with alpha^2 = alpha_bar; between timesteps sigma / alpha is linear in t, as k-diffusion has it."""
+    """Variance-preserving noise, alpha^2 = alpha_bar; between timesteps sigma / alpha is linear in t."""
     steps = np.arange(len(alpha_bar), dtype=float)
     table = Levels(steps, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
     with np.errstate(divide="ignore"):
         log_k = np.log(table.k)
 
     def level(t: Array, k: Array) -> Levels:
-        with np.errstate(invalid="ignore"):
-            alpha = 1 / np.sqrt(1 + k**2)
-            return Levels(t, alpha, np.where(np.isinf(k), 1.0, k * alpha))
+        alpha = 1 / np.sqrt(1 + k**2)
+        return Levels(t, alpha, np.sqrt(1 - alpha**2) if np.isinf(k).any() else k * alpha)
 
     def at(t: Array) -> Levels:
         whole = np.rint(t).astype(int)
@@ -91,32 +96,26 @@ def from_alpha_bar(alpha_bar: Array) -> Noise:
 def flow(n: int, shift: float) -> Noise:
     """Rectified flow: alpha = 1 - s, sigma = s, and the network is told n s.
 
-    Training step t = 0 … n-1 stands for s = (t + 1) / n, moved to shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23).
+    Training step t = 0 … n-1 is s = u shift / (1 + (shift - 1) u) with u = (t + 1) / n (Esser et al. 2024, equation
+    23).
     """
 
     def level(s: Array) -> Levels:
         return Levels(n * s, 1 - s, s)
 
     def at(t: Array) -> Levels:
-        return level(shifted((t + 1) / n, shift))
+        u = (t + 1) / n
+        return level(shift * u / (1 + (shift - 1) * u))
 
     def at_k(k: Array) -> Levels:
-        with np.errstate(invalid="ignore"):
-            return level(np.where(np.isinf(k), 1.0, k / (1 + k)))
+        return level(1 - 1 / (1 + k))
 
     return Noise(at(np.arange(n, dtype=float)), at, at_k)
 
 
-def shifted(s: Array, shift: float) -> Array:
-    """Return shift s / (1 + (shift - 1) s)."""
-    return shift * s / (1 + (shift - 1) * s)
-
-
-def check_betas(betas: Array) -> None:
-    """Refuse betas that no diffusion has: outside (0, 1), not finite, or fewer than two."""
-    if betas.ndim != 1 or len(betas) < 2 or not (np.isfinite(betas).all() and (betas > 0).all() and (betas < 1).all()):
-        raise InputError("betas: must be at least two numbers between 0 and 1")
-
-
-BETAS: dict[str, Callable[[int, float, float], Array]] = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine}
+BETAS: dict[str, Callable[[int, float, float], Array]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "cosine": cosine,
+}
 NOISES = (*BETAS, "flow")

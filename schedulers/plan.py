@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genkit.schedulers.prediction import PREDICTIONS
-from genkit.schedulers.solvers import HISTORY, Path, Row
+from genkit.schedulers.solvers import HISTORY, Point, Row
 
 if TYPE_CHECKING:
     import torch
 
 # t: what the network is told. c_in: scale of x before the network. px, pm: x0_raw = px x + pm output. clip: bound on
-# |x0|. cx, c0, cr, cn: the step. hx, h0: what is left for later calls, h = hx x + h0 x0. c1 …: weights of those.
+# |x0|. cx, c0, cr, cn: the step. hx, h0: what is left for later calls, h = hx x + h0 x0. c1 …: weights of those, newest
+# first.
 COLUMNS = ("t", "c_in", "px", "pm", "clip", "cx", "c0", "cr", "cn", "hx", "h0", *(f"c{i + 1}" for i in range(HISTORY)))
 _C1 = COLUMNS.index("c1")
 
@@ -24,8 +25,8 @@ _C1 = COLUMNS.index("c1")
 class Plan:
     """The table of one trajectory: a line for each network call, a column for each name in COLUMNS, float64.
 
-    alphas, sigmas: the level at each call, and at the end (calls + 1 values). start: the first x is start[0] * the clean
-    picture + start[1] * unit noise.
+    alphas, sigmas: the level at each call, and at the end (calls + 1 values). start: the first x is start[0] * the
+    clean picture + start[1] * unit noise.
     """
 
     table: np.ndarray
@@ -45,26 +46,27 @@ class Plan:
 
     @property
     def draws(self) -> np.ndarray:
-        """Whether a call's step adds noise."""
+        """Whether a call's step adds noise, (calls,) bool."""
         return self["cn"] != 0
 
     def __getitem__(self, name: str) -> np.ndarray:
+        """Return the column `name` of COLUMNS, (calls,)."""
         return self.table[:, COLUMNS.index(name)]
 
 
-def make_plan(rows: list[Row], path: Path, prediction: str, clip: float | None, start: tuple[float, float]) -> Plan:
-    """Lay the solver's rows out as a plan."""
-    at = np.array([row.at for row in rows])
-    alpha, sigma = path.alpha[at], path.sigma[at]
-    px, pm = PREDICTIONS[prediction].to_x0(alpha, sigma)
+def make_plan(rows: list[Row], end: Point, prediction: str, clip: float | None, start: tuple[float, float]) -> Plan:
+    """Lay a solver's rows out as the plan of a trajectory that ends at the level `end`."""
+    alpha, sigma = (
+        np.array([getattr(point, name) for point in (*(r.at for r in rows), end)]) for name in ("alpha", "sigma")
+    )
+    px, pm = PREDICTIONS[prediction].to_x0(alpha[:-1], sigma[:-1])
     table = np.zeros((len(rows), len(COLUMNS)))
     for i, row in enumerate(rows):
-        hx, h0 = (1 / sigma[i], -alpha[i] / sigma[i]) if row.eps else (0.0, 1.0)
+        hx, h0 = (1 / sigma[i], -alpha[i] / sigma[i]) if row.leaves_eps else (0.0, 1.0)
         bound = np.inf if clip is None else clip
-        table[i, :_C1] = path.t[at[i]], 1.0, px[i], pm[i], bound, row.cx, row.c0, row.cr, row.cn, hx, h0
+        table[i, :_C1] = row.at.t, 1.0, px[i], pm[i], bound, row.cx, row.c0, row.cr, row.cn, hx, h0
         table[i, _C1 : _C1 + len(row.c)] = row.c
-    ends = [path.alpha[-1:], path.sigma[-1:]]
-    return Plan(table, np.concatenate([alpha, ends[0]]), np.concatenate([sigma, ends[1]]), start)
+    return Plan(table, alpha, sigma, start)
 
 
 def step(
@@ -72,8 +74,9 @@ def step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x', h): the next sample, and what goes to the front of the history.
 
-    x, output, noise: (B, C, H, W); rows: (len(COLUMNS), B, 1, 1, 1), every sample's own line of its own plan; history:
-    (HISTORY, B, C, H, W), newest first. No branch on values: samples at any step of any solver go together.
+    x, output, noise: (B, C, H, W), the noise 0 where no sample draws; rows: (len(COLUMNS), B, 1, 1, 1), every sample's
+    own line of its own plan; history: (HISTORY, B, C, H, W), newest first and 0 where there is none yet. No branch on
+    values: samples at any step of any solver go together, each as if alone.
     """
     _, _, px, pm, clip, cx, c0, cr, cn, hx, h0 = rows[:_C1]
     raw = px * x + pm * output
@@ -92,7 +95,8 @@ def sample(
     """Return the sample that `plan` reaches from unit noise (B, C, H, W), or from the picture x0 noised with it.
 
     model(x, t) -> raw prediction, t of shape (B,). Step noise comes from `generator`. Computes in float64 when the
-    noise is float64, else in float32.
+    noise is float64, else in float32. x is in (alpha, sigma) scale throughout: unit variance for a variance-preserving
+    schedule, whatever the solver.
     """
     import torch
 

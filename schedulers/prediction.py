@@ -13,7 +13,10 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """to_x0(alpha, sigma) -> (px, pm); target(x0, eps, alpha, sigma) -> what the network is trained to give."""
+    """to_x0(alpha, sigma) -> (px, pm); target(x0, eps, alpha, sigma) -> what the network is trained to give.
+
+    The target takes arrays or tensors that broadcast.
+    """
 
     to_x0: Callable[[Array, Array], tuple[Array, Array]]
     target: Callable[[Any, Any, Any, Any], Any]

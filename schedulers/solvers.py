@@ -3,201 +3,226 @@
     x' = cx x + c0 x0 + cr x0_raw + cn noise + c[0] h1 + c[1] h2 + ...
 
 x0 is the clipped and x0_raw the unclipped prediction of this call; h1, h2, … are what earlier calls left behind, newest
-first: their x0, or their eps = (x - alpha x0) / sigma for the solvers that extrapolate in eps.
+first: their x0, or their eps = (x - alpha x0) / sigma for solvers that extrapolate that. Below, a prime marks the level
+that a step leads to.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-
-import numpy as np
-
-from genkit.schedulers.noise import Levels
+from typing import NamedTuple
 
 HISTORY = 4  # earlier predictions that a row can use
 
 
+class Point(NamedTuple):
+    """One noise level: what the network is told there, alpha and sigma."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def k(self) -> float:
+        """sigma / alpha: infinite at pure noise."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
+    def lam(self) -> float:
+        """log(alpha / sigma), half the log signal-to-noise ratio: -inf at pure noise, +inf at the picture."""
+        return -math.log(self.k) if self.k else math.inf
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One network call at point `at` of the path, and the coefficients of the step after it."""
+    """A network call at a level, and the coefficients of the step after it."""
 
-    at: int
+    at: Point
     cx: float
     c0: float
     cr: float = 0.0
     cn: float = 0.0
     c: tuple[float, ...] = ()
-    eps: bool = False  # leave eps behind, not x0
+    leaves_eps: bool = False  # for later calls, instead of x0
 
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """The levels that a trajectory passes: point i is where call i is made, point i + 1 where its step leads.
+    """The levels that a trajectory passes: calls are made at points[0 … n-1], and points[n] is where it ends.
 
-    alpha, sigma: n + 1 values, the last is where it ends. to_alpha, to_sigma: n values, where step i aims: the next
-    point, but for diffusers' DDIM, whose stride ignores rounding. t: n values.
+    targets: where step i aims; points[i + 1], but for diffusers' DDIM, whose stride ignores rounding.
     """
 
-    t: np.ndarray
-    alpha: np.ndarray
-    sigma: np.ndarray
-    to_alpha: np.ndarray
-    to_sigma: np.ndarray
+    points: tuple[Point, ...]
+    targets: tuple[Point, ...]
 
     @property
     def n(self) -> int:
-        return len(self.t)
-
-    @property
-    def k(self) -> np.ndarray:
-        return Levels(self.t, self.alpha, self.sigma).k
-
-    @property
-    def lam(self) -> np.ndarray:
-        """log(alpha / sigma), half the log signal-to-noise ratio: -inf at pure noise, +inf at the picture."""
-        with np.errstate(divide="ignore"):
-            return np.log(self.alpha) - np.log(self.sigma)
+        return len(self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
 class SolverOptions:
-    """eta: share of ancestral noise (ddim). order: 1 or 2 (dpmpp). variance: fixed_small or fixed_large (ddpm).
-
-    easy_end: the last step is of first order, even when it does not end at sigma 0 (dpmpp).
-    """
+    """What solvers may be told, each reading only its own: see Scheduler for the meaning."""
 
     eta: float = 0.0
     order: int = 2
     variance: str = "fixed_small"
-    easy_end: bool = True
+    easy_end: bool = True  # the last step is of first order even when it does not end at sigma 0
+    noisy_end: bool = False  # ddpm adds noise in its last step too, unless that starts at t = 0
+
+
+def _transfer(here: Point, to: Point, eta: float) -> tuple[float, float]:
+    """Return (direction, noise) of x' = alpha' x0 + direction (x - alpha x0) + noise * unit noise.
+
+    noise = eta sigma' sqrt(1 - (k'/k)^2), direction = sqrt(sigma'^2 - noise^2) / sigma: Song et al. 2021, equations
+    12 and 16, in a form that holds for any alpha and sigma.
+    """
+    fresh = eta**2 * max(0.0, 1 - (to.k / here.k) ** 2)  # share of the new variance that is drawn anew
+    return to.sigma / here.sigma * math.sqrt(1 - fresh), to.sigma * math.sqrt(fresh)
 
 
 def ddim(path: Path, options: SolverOptions) -> list[Row]:
-    """x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise, s = eta sigma'/sigma sqrt(1 - alpha^2/alpha'^2).
+    """x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise, s = eta sigma' sqrt(1 - (k'/k)^2) (Song et al. 2021).
 
-    Song et al. 2021, equations 12 and 16. With eta = 0 the Euler step of Karras et al. in sigma / alpha, with eta = 1
-    k-diffusion's Euler ancestral.
+    A clip bounds x0 and leaves eps as it was predicted.
     """
     rows = []
-    for i in range(path.n):
-        a, s, a2, s2 = path.alpha[i], path.sigma[i], path.to_alpha[i], path.to_sigma[i]
-        # sigma'^2 (1 - k'^2 / k^2), which for alpha^2 + sigma^2 = 1 is Song's variance
-        std = options.eta * s2 * np.sqrt(max(0.0, 1 - (s2 * a / (a2 * s)) ** 2))
-        direction = np.sqrt(s2**2 - std**2) / s
-        rows.append(Row(i, cx=direction, c0=a2, cr=-a * direction, cn=std))
+    for here, to in zip(path.points, path.targets, strict=False):
+        direction, noise = _transfer(here, to, options.eta)
+        rows.append(Row(here, cx=direction, c0=to.alpha, cr=-here.alpha * direction, cn=noise))
     return rows
 
 
 def euler(path: Path, options: SolverOptions) -> list[Row]:
-    """DDIM without noise."""
-    return ddim(path, dataclasses.replace(options, eta=0.0))
+    """Euler's step in k = sigma / alpha: DDIM without noise, but a clip changes eps with x0 (Karras et al. 2022)."""
+    return _euler(path, eta=0.0)
 
 
 def euler_ancestral(path: Path, options: SolverOptions) -> list[Row]:
-    """DDIM with all of its noise."""
-    return ddim(path, dataclasses.replace(options, eta=1.0))
+    """Euler's step to less noise than wanted, then noise up to it (k-diffusion): DDIM with eta 1."""
+    return _euler(path, eta=1.0)
+
+
+def _euler(path: Path, eta: float) -> list[Row]:
+    rows = []
+    for here, to in zip(path.points, path.targets, strict=False):
+        direction, noise = _transfer(here, to, eta)
+        rows.append(Row(here, cx=direction, c0=to.alpha - here.alpha * direction, cn=noise))
+    return rows
 
 
 def ddpm(path: Path, options: SolverOptions) -> list[Row]:
-    """The posterior mean and variance of Ho et al. 2020, equations 6 and 7, between any two levels."""
+    """The posterior of x' given x and x0 (Ho et al. 2020, equations 6 and 7) between any two levels.
+
+    beta = sigma^2 - (alpha sigma'/alpha')^2; x' = (alpha/alpha') (sigma'/sigma)^2 x + alpha' beta/sigma^2 x0 + noise of
+    variance beta (fixed_large) or beta (sigma'/sigma)^2 (fixed_small).
+    """
     rows = []
-    for i in range(path.n):
-        bar, bar2 = path.alpha[i] ** 2, path.to_alpha[i] ** 2
-        alpha = bar / bar2
-        beta = 1 - alpha
-        small = max((1 - bar2) / (1 - bar) * beta, 1e-20)
-        variance = {"fixed_small": small, "fixed_large": beta}[options.variance]
-        noise = np.sqrt(variance) if path.t[i] > 0 else 0.0
-        rows.append(Row(i, cx=np.sqrt(alpha) * (1 - bar2) / (1 - bar), c0=path.to_alpha[i] * beta / (1 - bar), cn=noise))
+    for i, (here, to) in enumerate(zip(path.points, path.targets, strict=False)):
+        ratio, shrink = here.alpha / to.alpha, (to.sigma / here.sigma) ** 2
+        beta = here.sigma**2 - (ratio * to.sigma) ** 2
+        variance = {"fixed_small": beta * shrink, "fixed_large": beta}[options.variance]
+        quiet = here.t == 0 if options.noisy_end else i == path.n - 1
+        noise = 0.0 if quiet else math.sqrt(max(variance, 1e-20))
+        rows.append(Row(here, cx=ratio * shrink, c0=to.alpha * beta / here.sigma**2, cn=noise))
     return rows
 
 
 def heun(path: Path, options: SolverOptions) -> list[Row]:
-    """The trapezoid rule in k = sigma / alpha (Karras et al. 2022, algorithm 1), two calls a step.
+    """The trapezoid rule in k = sigma / alpha, two calls a step (Karras et al. 2022, algorithm 1).
 
-    x_mid = k'/k x + (1 - k'/k) x0, then x' = x_mid + (k' - k) / (2 k') (x0 - x0_mid), all over alpha. Steps from pure
-    noise (k infinite) and to sigma 0 are Euler's.
+    With x_mid where Euler's step leads, x' = x_mid + alpha' (k' - k) / (2 k') (x0 - x0_mid). Steps from pure noise (k
+    infinite) and to sigma 0 are Euler's.
     """
     rows = []
-    k = path.k
-    for i, first in enumerate(euler(path, options)):
-        rows.append(dataclasses.replace(first, at=i))
-        if np.isfinite(k[i]) and k[i + 1] > 0:
-            g = path.alpha[i + 1] * (k[i + 1] - k[i]) / (2 * k[i + 1])
-            rows.append(Row(i + 1, cx=1.0, c0=-g, c=(g,)))
+    for first, to in zip(_euler(path, eta=0.0), path.targets, strict=True):
+        rows.append(first)
+        if math.isfinite(first.at.k) and to.k > 0:
+            half = to.alpha * (to.k - first.at.k) / (2 * to.k)
+            rows.append(Row(to, cx=1.0, c0=-half, c=(half,)))
     return rows
 
 
 def dpmpp_2m(path: Path, options: SolverOptions) -> list[Row]:
-    """x' = sigma'/sigma x - alpha' (e^-h - 1) D, D = x0 + (x0 - x0_prev) h / (2 h_prev) (Lu et al. 2022b, algorithm 2)."""
+    """x' = sigma'/sigma x + alpha' (1 - e^-h) D, D = x0 + (x0 - x0_prev) h / (2 h_prev), h = lambda' - lambda.
+
+    Lu et al. 2022 (DPM-Solver++), algorithm 2; order 1 takes D = x0, which is DDIM.
+    """
     return _multistep(path, options, stochastic=False)
 
 
 def sde_dpmpp_2m(path: Path, options: SolverOptions) -> list[Row]:
-    """x' = sigma'/sigma e^-h x + alpha' (1 - e^-2h) D + sigma' sqrt(1 - e^-2h) noise, with D as in dpmpp_2m."""
+    """x' = sigma'/sigma e^-h x + alpha' (1 - e^-2h) D + sigma' sqrt(1 - e^-2h) noise, D and h as in dpmpp_2m."""
     return _multistep(path, options, stochastic=True)
 
 
 def _multistep(path: Path, options: SolverOptions, stochastic: bool) -> list[Row]:
-    lam, rows = path.lam, []
-    for i in range(path.n):
-        h = lam[i + 1] - lam[i]
-        a2, s2 = path.alpha[i + 1], path.sigma[i + 1]
-        gain = a2 * -np.expm1(-2 * h if stochastic else -h)
-        last = i == path.n - 1 and (s2 == 0 or options.easy_end)
-        # h / h_prev is 0 after a step from pure noise, whose h is infinite: first order there
-        ratio = 0.0 if i == 0 or last or options.order == 1 else 0.5 * h / (lam[i] - lam[i - 1])
-        cx = s2 / path.sigma[i] * (np.exp(-h) if stochastic else 1.0)
-        noise = s2 * np.sqrt(-np.expm1(-2 * h)) if stochastic else 0.0
-        rows.append(Row(i, cx=cx, c0=gain * (1 + ratio), cn=noise, c=(-gain * ratio,)))
+    rows, before = [], 0.0
+    for i, (here, to) in enumerate(zip(path.points, path.points[1:], strict=False)):
+        h = to.lam - here.lam
+        decay = h if stochastic else 0.0
+        gain = to.alpha * -math.expm1(-h - decay)
+        first_order = options.order == 1 or i == 0 or (i == path.n - 1 and (to.sigma == 0 or options.easy_end))
+        # before is infinite after a step from pure noise: this one is then of first order too
+        extra = 0.0 if first_order else 0.5 * h / before
+        noise = to.sigma * math.sqrt(-math.expm1(-2 * h)) if stochastic else 0.0
+        cx = to.sigma / here.sigma * math.exp(-decay)
+        rows.append(Row(here, cx=cx, c0=gain * (1 + extra), cn=noise, c=(-gain * extra,)))
+        before = h
     return rows
 
 
-# Adams-Bashforth weights for eps, newest first (Liu et al. 2022, equation 12 and its lower orders)
-_ADAMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+# Adams-Bashforth weights, newest first: Liu et al. 2022, equation 12, and its lower orders.
+ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def pndm(path: Path, options: SolverOptions) -> list[Row]:
-    """Linear multistep in eps with DDIM's transfer x' = alpha'/alpha x + (sigma' - alpha' sigma/alpha) eps (PLMS).
+    """DDIM's step with eps extrapolated from up to four calls (Liu et al. 2022, without Runge-Kutta steps: PLMS).
 
-    The second call repeats the first step with the mean of both ends' eps: its eps is not used again. Stable
-    Diffusion 1's default.
+    x' = alpha'/alpha x + (sigma' - alpha' sigma/alpha) sum_j w_j eps_j. The second call repeats the first step with the
+    mean of the eps at both of its ends, and is not used again. From pure noise the first step is DDIM's, unrepeated.
     """
     rows: list[Row] = []
-    for i in range(path.n):
-        a, s = path.alpha[i], path.sigma[i]
-        ratio = path.to_alpha[i] / a
-        gain = path.to_sigma[i] - ratio * s
-        # The repeated call sits in the history between the newest eps and the first: its weight there is 0.
-        weights = list(_ADAMS[min(i + 1, 4)])
-        if path.n > 1 and 1 <= i <= 3:
-            weights.insert(i, 0.0)
-        here, past = weights[0] * gain, tuple(w * gain for w in weights[1:])
-        rows.append(Row(i, cx=ratio + here / s, c0=-here * a / s, c=past, eps=True))
+    usable: list[bool] = []  # which calls of the history count, newest first
+    for i, (here, to) in enumerate(zip(path.points, path.targets, strict=False)):
+        if not here.alpha:
+            rows.append(dataclasses.replace(*_euler(Path((here,), (to,)), eta=0.0), leaves_eps=True))
+            usable.insert(0, True)
+            continue
+        weights = iter(ADAMS[min(sum(usable), 3)])
+        ratio = to.alpha / here.alpha
+        gain = to.sigma - ratio * here.sigma
+        now = next(weights) * gain / here.sigma
+        past = tuple(next(weights, 0.0) * gain if counts else 0.0 for counts in usable[:HISTORY])
+        rows.append(Row(here, cx=ratio + now, c0=-now * here.alpha, c=past, leaves_eps=True))
+        usable.insert(0, True)
         if i == 0 and path.n > 1:
-            a2, s2 = path.alpha[1], path.sigma[1]
-            half = gain / 2
-            rows.append(Row(1, cx=1 + half / s2, c0=-half * a2 / s2, c=(-half,), eps=True))
+            again, half = path.points[1], gain / 2
+            now = half / again.sigma
+            rows.append(Row(again, cx=1 + now, c0=-now * again.alpha, c=(-half,), leaves_eps=True))
+            usable.insert(0, False)
     return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """rows: the coefficients; style: the diffusers class whose way of placing steps goes with it; deterministic order."""
+    """rows: the coefficients. style: the family of diffusers classes it is in, see STYLES. options: those it reads."""
 
     rows: Callable[[Path, SolverOptions], list[Row]]
     style: str
-    order: int
+    options: tuple[str, ...] = ()
 
 
 SOLVERS = {
-    "ddim": Solver(ddim, "ddim", 1),
-    "ddpm": Solver(ddpm, "ddpm", 1),
-    "euler": Solver(euler, "euler", 1),
-    "euler_ancestral": Solver(euler_ancestral, "euler", 1),
-    "heun": Solver(heun, "euler", 2),
-    "dpmpp_2m": Solver(dpmpp_2m, "dpm", 2),
-    "sde-dpmpp_2m": Solver(sde_dpmpp_2m, "dpm", 2),
-    "pndm": Solver(pndm, "ddim", 2),
+    "ddim": Solver(ddim, "ddim", ("eta", "clip")),
+    "ddpm": Solver(ddpm, "ddpm", ("variance", "clip")),
+    "euler": Solver(euler, "euler", ("clip",)),
+    "euler_ancestral": Solver(euler_ancestral, "euler", ("clip",)),
+    "heun": Solver(heun, "euler", ("clip",)),
+    "dpmpp_2m": Solver(dpmpp_2m, "dpm", ("order", "lower_order_final", "euler_at_final", "clip")),
+    "sde-dpmpp_2m": Solver(sde_dpmpp_2m, "dpm", ("order", "lower_order_final", "euler_at_final", "clip")),
+    "pndm": Solver(pndm, "ddim"),
 }

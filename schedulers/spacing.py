@@ -7,27 +7,30 @@ from collections.abc import Callable
 
 import numpy as np
 
-from genkit.schedulers.noise import Levels, Noise
+from genkit.schedulers.noise import Array, Levels, Noise
 
-Array = np.ndarray
 RHO = 7.0  # Karras et al. 2022, equation 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How a spacing lays n points over N training steps.
+    """How a spacing lays n points over `train` training steps.
 
-    spare: lay n + 1 and drop the last, as DPM-Solver does. whole: timesteps are rounded to whole numbers. offset: added
-    to `leading`. low: where `linspace` ends. inner: the spacing that gives Karras' end points, None for the whole schedule.
+    spare: lay n + 1 and drop the last, as DPM-Solver does. rounding: what makes timesteps whole numbers, if anything.
+    offset: added to `leading`. low: where `linspace` ends. ends: the spacing that karras takes its end points from,
+    None for the ends of the noise schedule.
     """
 
     n: int
     train: int
     spare: bool = False
-    whole: bool = False
+    rounding: Callable[[Array], Array] | None = None
     offset: int = 0
     low: float = 0.0
-    inner: str | None = None
+    ends: str | None = None
+
+    def rounded(self, t: Array) -> Array:
+        return t if self.rounding is None else self.rounding(t)
 
 
 def leading(g: Grid) -> Array:
@@ -43,17 +46,16 @@ def trailing(g: Grid) -> Array:
 
 def linspace(g: Grid) -> Array:
     """Even from N - 1 to 0, both of them points."""
-    t = np.linspace(g.low, g.train - 1, g.n + g.spare)[::-1][: g.n]
-    return np.round(t) if g.whole else t
+    return g.rounded(np.linspace(g.low, g.train - 1, g.n + g.spare)[::-1][: g.n])
 
 
 def karras(g: Grid, noise: Noise) -> Levels:
-    """Even in (sigma / alpha)^(1/7)."""
-    ends = noise.at(TIMESTEPS[g.inner](g)).k if g.inner else noise.table.k[::-1]
+    """Even in (sigma / alpha)^(1/7), from the largest finite level (Karras et al. 2022, equation 5)."""
+    ends = noise.at(TIMESTEPS[g.ends](g)).k if g.ends else noise.table.k[::-1]
     finite = ends[np.isfinite(ends)]
     high, low = finite[0] ** (1 / RHO), finite[-1] ** (1 / RHO)
     levels = noise.at_k((high + np.linspace(0, 1, g.n) * (low - high)) ** RHO)
-    return dataclasses.replace(levels, t=np.round(levels.t)) if g.whole else levels
+    return levels._replace(t=g.rounded(levels.t))
 
 
 TIMESTEPS: dict[str, Callable[[Grid], Array]] = {"leading": leading, "trailing": trailing, "linspace": linspace}
