@@ -16,8 +16,10 @@ from PIL import Image
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a JSONL file; a line that is none is left out."""
+    """The JSON objects of a JSONL file; a line that is none is left out, and so is what follows the last newline."""
     found = []
+    if not path.exists():
+        return []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             found.append(json.loads(line))
@@ -43,7 +45,7 @@ def check(folder: Path, finished: bool = True) -> list[str]:
     wrong: list[str] = []
     rows = {row["id"]: row for row in lines_of(folder / "requests.jsonl")}
     records = newest(folder)
-    if not (folder / "results.jsonl").read_bytes().endswith(b"\n") and records:
+    if records and not (folder / "results.jsonl").read_bytes().endswith(b"\n"):
         wrong.append("I7 results.jsonl ends in a torn line")
     for row_id, row in rows.items() if finished else ():
         for index in range(row["num_images"]):
@@ -78,6 +80,11 @@ def _file(folder: Path, line: dict[str, Any]) -> list[str]:
     except Exception as error:
         return [f"does not load: {error}"]
     return []
+
+
+def check_run(folder: Path, finished: bool = False) -> None:
+    """Assert that nothing is wrong with a run folder."""
+    assert not (wrong := check(folder, finished)), "\n".join(wrong)
 
 
 def grown(before: bytes, after: bytes) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from genkit.errors import HostError
 from genkit.run import Run
@@ -54,6 +55,7 @@ def test_thirty_kills_at_random_moments(tmp_path: Path) -> None:
             child.communicate()
             journal = folder / "results.jsonl"
             before = journal.read_bytes() if journal.exists() else b""
+            assert early(folder) == []
             with Run.open(folder, CONFIG, rows_of(ROWS, IMAGES)):
                 pass
             assert grown(before, journal.read_bytes())
@@ -74,6 +76,7 @@ def test_a_kill_at_an_exact_call(function: str, when: str, tmp_path: Path) -> No
     for count in CALLS[function]:
         folder = tmp_path / f"killed-{count}"
         killed(folder, f"{function}:{when}:{count}")
+        assert early(folder) == []
         draw(folder, rows_of(2, 2))
         assert check(folder) == []
         assert outcome(folder) == outcome(tmp_path / "whole")
@@ -99,6 +102,18 @@ def killed(folder: Path, point: str) -> None:
     child = start(folder, 2, 2, 1, 0, point)
     assert child.wait() == -9, child.communicate()
     child.communicate()
+
+
+def early(folder: Path) -> list[str]:
+    """What is there too early: records without their picture, and pictures under their final name that do not load."""
+    found = [text for text in check(folder, finished=False) if text.startswith("I2")]
+    for path in folder.glob("images/*.png"):
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:
+            found.append(f"{path.name}: {error}")
+    return found
 
 
 class FailingCall:
@@ -132,6 +147,7 @@ def test_a_disk_that_fails_at_the_nth_call(function: str, code: int, lasting: bo
                 assert failing.calls < n
                 return
         assert not list((folder / "images").glob(".tmp-*"))
+        assert early(folder) == []
         draw(folder, rows_of(2, 2))
         assert check(folder) == []
         assert outcome(folder) == outcome(tmp_path / "whole")
@@ -153,6 +169,7 @@ def test_files_that_may_not_grow(limit: int, tmp_path: Path) -> None:
     assert child.returncode == 3
     assert message.count("\n") == 1
     assert "File too large" in message
+    assert early(tmp_path / "run") == []
     draw(tmp_path / "run", rows_of(2, 2))
     assert check(tmp_path / "run") == []
 
