@@ -135,6 +135,7 @@ def test_a_clip_config_with_everything_that_transformers_4_wrote(tmp_path: Path,
     before = load_components(inspect_model(tmp_path), device="cpu", dtype=torch.float32)
     halves = {half: {**GENERIC_4X, **config[f"{half}_config"]} for half in ("text", "vision")}
     config |= {"_commit_hash": None, "torch_dtype": "float32", "text_config_dict": None, "vision_config_dict": None}
+    config["text_config"]["num_hidden_layers"] = 5  # the old spelling goes before the new one
     config |= {"vision_config": halves["vision"], spelling: halves["text"]}
     path.write_text(json.dumps(config))
     after = load_components(inspect_model(tmp_path), device="cpu", dtype=torch.float32)

@@ -273,8 +273,8 @@ CASES = [
     case("auto_map, CLIP", "clip", inside("config.json", "vision_config", auto_map={}), "vision_config", "auto_map"),
     case("custom_pipeline", "sd", change(INDEX, custom_pipeline="model.py"), INDEX, "custom_pipeline", "never run"),
     case("trust_remote_code", "sd", change(INDEX, trust_remote_code=True), INDEX, "trust_remote_code", "never run"),
-    case("private key", "sd", change(TEXT, _attn_implementation_internal="x/y"), TEXT, "_attn_implementation_internal"),
-    case("private key of the index", "sd", change(INDEX, _module="model"), INDEX, "_module"),
+    case("private key", "sd", change(TEXT, _attn_implementation_internal="x/y"), TEXT, "private keys"),
+    case("private key of the index", "sd", change(INDEX, _module="model"), INDEX, "private keys"),
     # Sizes.
     case("2^31 channels", "sd", change(CONFIG, in_channels=2**31), CONFIG, "in_channels", "2147483648"),
     case("negative channels", "sd", change(CONFIG, block_out_channels=[8, -16]), CONFIG, "block_out_channels", "-16"),
