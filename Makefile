@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/genkit generate prompts/demo.txt -o runs/demo
+	$(BIN)/genkit generate prompts/demo.txt -o runs/demo --num-images 2 --keep 1
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest

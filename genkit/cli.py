@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, HostError, InputError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Diffusion generation toolbox: a prompt file in; scored, filtered, reproducible images out.",
 )  # fmt: skip
+
+UsageError: Any = typer.BadParameter.__mro__[1]  # click's, which newer releases of typer carry under another name
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder: made, or gone on with.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
@@ -78,7 +79,7 @@ def generate(
         raise InputError(f"--seed: {seed} is not within 0 to {2**32 - 1}")
     slots = _slots(batch_size)
     if prompts is not None:
-        rows = read_prompts(prompts)
+        rows = read_prompts(prompts, defaults)
     else:
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
     job = plan_job(rows, Options(model, clip, variant, device, dtype, slots, seed, quiet=as_json), defaults)
@@ -189,14 +190,11 @@ def _run(arguments: list[str]) -> int:
     try:
         _refuse_repeats(command, arguments)
         return command.main(arguments, prog_name="genkit", standalone_mode=False) or EXIT_OK
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return EXIT_INPUT
-    except click.UsageError as error:
-        return _say(error.format_message() if error.message else "bad usage; see genkit --help", EXIT_INPUT)
-    except click.exceptions.Exit as error:
+    except UsageError as error:
+        return _say(error.format_message().rstrip("."), EXIT_INPUT)
+    except typer.Exit as error:
         return error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return EXIT_SIGINT
     except InputError as error:
         return _say(str(error), EXIT_INPUT)

@@ -115,7 +115,7 @@ def generate(
     defaults: fields (num_inference_steps, guidance_scale, …) for rows that do not state them. Raises InputError, before
     anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
-    rows = read_prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
+    rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
     options = Options(model, clip, None, device, dtype, batch_size, seed, quiet)
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
