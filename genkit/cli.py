@@ -175,7 +175,8 @@ def main() -> None:
     """Run the command and leave with its exit code; errors are one line on standard error."""
     try:
         code = _run(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         code = EXIT_OK
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
