@@ -56,5 +56,6 @@ def _named(name: object) -> dict[str, Any]:
         solver = str(name).removesuffix(f"_{spacing}") if spacing else str(name)
         if isinstance(name, str) and (solver != name or not spacing) and (solver in SOLVERS or solver in ALIASES):
             return {"solver": ALIASES.get(solver, solver), **({"spacing": spacing} if spacing else {})}
-    close = nearest(str(name).lower(), [*SOLVERS, *ALIASES])
+    full = [f"{solver}_{spacing}" for solver in SOLVERS for spacing in SPACINGS]
+    close = nearest(str(name).lower(), [*SOLVERS, *ALIASES, *full])
     raise InputError(f"{shown(name)}: no solver{close}; there are {', '.join(SOLVERS)}, also with _karras and the like")

@@ -19,6 +19,7 @@ Config = Mapping[str, Any]
 SOLVER_OPTIONS = {option for solver in SOLVERS.values() for option in solver.options}
 UNREAD = {"style", "ends", "source"}  # what does not say which numbers come out, or only in diffusers' style
 SIZE_LIMIT = 2**20  # bytes; a config with a thousand trained betas takes some 20,000
+UNSTATED = "_use_default_values"
 META = ("_class_name", "_diffusers_version", "_name_or_path")
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -39,11 +40,10 @@ class Class:
 def read_config(config: str | Path | Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (options of a Scheduler, the keys that the config states). Raises InputError, naming file and key."""
     if isinstance(config, Mapping):
-        stated = {
-            k: v
-            for k, v in config.items()
-            if k != "_use_default_values" and k not in config.get("_use_default_values", ())
-        }
+        # diffusers' objects list the keys that nobody stated: another class takes its own defaults for them
+        unstated = config.get(UNSTATED, [])
+        open_keys = {UNSTATED, *map(str, unstated)} if isinstance(unstated, list | tuple) else set()
+        stated = {key: value for key, value in config.items() if key not in open_keys}
         return _options(stated), stated
     path = Path(config)
     try:
@@ -77,24 +77,17 @@ def write_config(scheduler: Scheduler) -> dict[str, Any]:
         "steps_offset": s.steps_offset, "rescale_betas_zero_snr": s.zero_snr,
         "use_karras_sigmas": s.spacing == "karras",
         "set_alpha_to_one": s.final == "zero", "final_sigmas_type": s.final, "clip_sample": s.clip is not None,
-        "clip_sample_range": 1.0 if s.clip is None else s.clip, "variance_type": s.variance, "solver_order": s.order,
-        "shift": s.shift, "lower_order_final": s.lower_order_final, "euler_at_final": s.euler_at_final, **keys,
+        "clip_sample_range": 1.0 if s.clip is None else s.clip, "solver_order": s.order, "shift": s.shift,
+        "lower_order_final": s.lower_order_final, "euler_at_final": s.euler_at_final,
+        **({"variance_type": s.variance} if s.solver == "ddpm" else {}), **keys,
     }  # fmt: skip
     defaults = {key: _default(value) for key, value in CLASSES[name].keys.items()}
-    config = {
-        key: said.get(key, value) if key != "variance_type" or s.solver == "ddpm" else value
-        for key, value in defaults.items()
-    }
-    stated = {*(s.source or config), *CLASSES[name].needs}
-    config = {k: v for k, v in config.items() if (k in stated or v != defaults[k]) and v != -math.inf}
-    config = {"_class_name": name, **config}
+    full = {key: said.get(key, value) for key, value in defaults.items()}
+    stated = {*(s.source or full), *CLASSES[name].needs} - {"lambda_min_clipped"}  # whose -Infinity is not JSON
+    config = {"_class_name": name, **{k: v for k, v in full.items() if k in stated or v != defaults[k]}}
     back = type(s)(**_options(config))
-    ours = (
-        {f.name for f in dataclasses.fields(s)}
-        - UNREAD
-        - {o for o in SOLVER_OPTIONS if o not in SOLVERS[s.solver].options}
-    )
-    for field in sorted(ours):
+    unread = UNREAD | SOLVER_OPTIONS - {*SOLVERS[s.solver].options}
+    for field in sorted({f.name for f in dataclasses.fields(s)} - unread):
         if getattr(s, field) != getattr(back, field):
             raise InputError(f"{field}: {shown(getattr(s, field))} cannot be said in the config of a {name}")
     return config
@@ -133,7 +126,7 @@ def _checked(name: str, key: str, value: Any, known: Any) -> Any:
     if key == "trained_betas":
         good = value is None or (isinstance(value, list | tuple) and all(isinstance(b, float) for b in value))
     elif isinstance(known, float):
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
     else:
         good = type(value) is type(known) or (value is None and known is False)
     if not good:
@@ -271,8 +264,7 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sde-dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
 }
 
-# A saved config carries the keys of classes that its folder went through; a class passes over those that are not its
-# own.
+# A saved config carries the keys of classes that its folder went through; a class passes over those of others.
 FOREIGN = {key for name, known in CLASSES.items() if name != FLOW for key in known.keys} | {
     "predict_x0", "solver_p", "disable_corrector", "noise_sampler_seed", "lower_order_second", "s_noise",
 }  # fmt: skip

@@ -105,7 +105,7 @@ class Scheduler:
             if not (whole or (kind is float and isinstance(value, float))) or not low <= value <= high:
                 noun = "whole number" if kind is int else "number"
                 raise InputError(f"{field}: {shown(value)} is not a {noun} from {low:g} to {high:g}")
-        if self.clip is not None and not (type(self.clip) in (int, float) and 0 < self.clip < math.inf):
+        if self.clip is not None and not (type(self.clip) in (int, float) and 0 < self.clip < 1e6):
             raise InputError(f"clip: {shown(self.clip)} is not a positive number")
         self._check_betas()
 
@@ -197,8 +197,6 @@ class Scheduler:
 
     def _path(self, n: int, skip: int) -> Path:
         style, noise, train = STYLES[self.style], self._noise(), self.num_train_timesteps
-        if self.spacing == "leading" and self.steps_offset + (n - 1) * (train // n) >= train:
-            raise InputError(f"steps_offset: {self.steps_offset} leads past the {train} timesteps with {n} steps")
         low = train * float(noise.table.sigma[0]) - 1 if style.low else 0.0
         ends = self.ends if style.inner else None
         grid = Grid(n, train, style.spare, style.rounding, self.steps_offset, low, ends)
@@ -206,7 +204,7 @@ class Scheduler:
         least = Point(table[0].t, 1.0, table[0].k) if style.unscaled else table[0]
         end = Point(0.0, 1.0, 0.0) if self.final == "zero" else least
         points = _points(SPACINGS[self.spacing](grid, noise))
-        if math.isclose(points[-1].k, end.k) and not style.idle_end:
+        if math.isclose(points[-1].k, end.k) and n < train and not style.idle_end:
             points = _points(SPACINGS[self.spacing](dataclasses.replace(grid, n=n + 1), noise))[:n]
         targets = [*points[1:], end]
         if style.stride and self.spacing != "karras":
@@ -218,11 +216,8 @@ class Scheduler:
         n = self.num_train_timesteps
         if self.noise == "flow":
             return noises.flow(n, self.shift)
-        betas = (
-            BETAS[self.noise](n, self.beta_start, self.beta_end)
-            if self.trained_betas is None
-            else np.array(self.trained_betas)
-        )
+        formula = BETAS[self.noise](n, self.beta_start, self.beta_end)
+        betas = formula if self.trained_betas is None else np.array(self.trained_betas)
         bar = np.cumprod(1 - betas)
         if STYLES[self.style].single:  # the table with which networks were trained
             bar = np.cumprod(1 - betas.astype(np.float32), dtype=float).astype(np.float32)

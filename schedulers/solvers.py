@@ -162,12 +162,12 @@ def sde_dpmpp_2m(path: Path, options: SolverOptions) -> list[Row]:
 def _multistep(path: Path, options: SolverOptions, stochastic: bool) -> list[Row]:
     rows, before = [], 0.0
     for i, (here, to) in enumerate(zip(path.points, path.points[1:], strict=False)):
-        h = to.lam - here.lam
+        h = max(0.0, to.lam - here.lam)  # rounding may put equal levels in the wrong order
         decay = h if stochastic else 0.0
         gain = to.alpha * -math.expm1(-h - decay)
         first_order = options.order == 1 or i == 0 or (i == path.n - 1 and (to.sigma == 0 or options.easy_end))
         # before is infinite after a step from pure noise: this one is then of first order too
-        extra = 0.0 if first_order else 0.5 * h / before
+        extra = 0.5 * h / before if before and not first_order else 0.0
         noise = to.sigma * math.sqrt(-math.expm1(-2 * h)) if stochastic else 0.0
         cx = to.sigma / here.sigma * math.exp(-decay)
         rows.append(Row(here, cx=cx, c0=gain * (1 + extra), cn=noise, c=(-gain * extra,)))

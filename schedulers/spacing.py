@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from genkit.errors import InputError
 from genkit.schedulers.noise import Array, Levels, Noise
 
 RHO = 7.0  # Karras et al. 2022, equation 5
@@ -36,7 +37,12 @@ class Grid:
 def leading(g: Grid) -> Array:
     """0, r, 2r, … from below, r = N // n: never reaches pure noise. Table 2 of Lin et al. 2024, like the next two."""
     count = g.n + g.spare
-    return (np.arange(count) * (g.train // count))[::-1][: g.n].astype(float) + g.offset
+    t = (np.arange(count) * (g.train // count))[::-1][: g.n].astype(float) + g.offset
+    if count > g.train or t[0] >= g.train:
+        raise InputError(
+            f"num_inference_steps: {g.n} with steps_offset {g.offset} do not fit {g.train} timesteps, leading"
+        )
+    return t
 
 
 def trailing(g: Grid) -> Array:

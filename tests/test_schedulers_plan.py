@@ -69,6 +69,18 @@ def test_every_point_on_the_axes_runs_and_stays_finite(noise: str) -> None:
         ), point
 
 
+@pytest.mark.parametrize("steps", [1, 2, 999])
+def test_the_fewest_and_the_most_steps_make_finite_plans(steps: int) -> None:
+    """Repeated and nearly equal levels, in our style and in diffusers', to zero noise and to the least trained."""
+    zero = Scheduler(zero_snr=True, prediction="v_prediction")
+    emoji = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    for start, solver, spacing, final in itertools.product(
+        (zero, Scheduler.from_config(emoji)), SOLVERS, SPACINGS, ("zero", "sigma_min")
+    ):
+        plan = start.with_options(solver=solver, spacing=spacing, final=final).plan(steps)
+        assert np.isfinite(np.delete(plan.table, COLUMNS.index("clip"), axis=1)).all(), (solver, spacing, final)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("noise", ["scaled_linear", "flow"])
 def test_predicting_the_target_gives_the_picture(noise: str, prediction: str) -> None:
