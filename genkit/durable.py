@@ -18,7 +18,7 @@ from genkit.errors import HostError
 
 TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may be called ".tmp-fox": finished names end in .png
 # Line breaks to str.splitlines and to JavaScript, though not to JSON: written as escapes so that a line stays a line.
-_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+_BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 @contextlib.contextmanager
@@ -36,7 +36,9 @@ def json_line(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False)
-    return text.translate(_BREAKS) + "\n"
+    for character, escape in _BREAKS.items():
+        text = text.replace(character, escape)
+    return text + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ from genkit.records import GALLERY
 from genkit.request import Request, Result
 
 # What must not stand in a JSON block within HTML: "</script>" would end it, "<!--" would change how it is read.
-_HTML = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
+_HTML = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 _SETTINGS_OF_IMAGE = ("seed", "index", "file", "status", "scores", "width", "height", "nfe", "seconds")
 
 
@@ -34,7 +34,9 @@ def write_gallery(
     and its policy lets nothing else run or load. Raises HostError.
     """
     template = files("genkit").joinpath("gallery.html").read_text("utf-8")
-    data = json_line(_data(folder.resolve().name, rows, results, selection, config)).strip().translate(_HTML)
+    data = json_line(_data(folder.resolve().name, rows, results, selection, config)).strip()
+    for character, escape in _HTML.items():
+        data = data.replace(character, escape)
     parts = {"policy": _policy(template), "title": html.escape(folder.resolve().name), "data": data}
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
     path = folder / GALLERY

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from genkit.durable import disk, read_lines
@@ -20,6 +21,8 @@ CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
 )
 REPLACED = "replaced"  # status of a record whose picture was moved to the folder of this name: it is drawn again
 Key = tuple[str, int]  # (row id, image number)
+# Where a picture may be, relative to the run folder: a record must not name somebody else's files.
+PICTURE = re.compile(r"images/(?:[0-9]{3,}/)?[A-Za-z0-9._-]+-[0-9]{2,}\.png")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -90,14 +93,6 @@ def _result(line: Any) -> Result | None:
         and result.index >= 0
         and isinstance(result.status, str)
         and isinstance(result.scores, dict)
-        and (_inside(result.file) if result.status == "done" else True)
+        and (result.status != "done" or PICTURE.fullmatch(str(result.file)) is not None)
     )
     return result if sound else None
-
-
-def _inside(file: Any) -> bool:
-    """Return whether `file` is a path that stays in the run's images folder: a record must not name another's files."""
-    if not isinstance(file, str) or "\x00" in file:
-        return False
-    parts = PurePosixPath(file).parts
-    return parts[:1] == ("images",) and len(parts) > 1 and ".." not in parts

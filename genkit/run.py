@@ -6,14 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.destination import check_binding, check_folder, free_name
 from genkit.durable import Journal, disk, is_temporary, json_line, lock_folder, read_lines, sync_folder, write_whole
-from genkit.records import CONFIG, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
+from genkit.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
 from genkit.request import Request, Result
 from genkit.stock import announcements, damaged, outdated
 
@@ -21,7 +20,6 @@ __all__ = ["Run", "check_folder", "free_name", "read_config", "read_results"]
 
 BLOCK = 1000  # rows in a subfolder of images/, in a run of more rows than that
 SHOWN = 10  # notes of one kind
-_PICTURE = re.compile(r"[A-Za-z0-9._-]+-\d{2,}\.png")
 
 
 class Run:
@@ -142,7 +140,7 @@ class Run:
             name = path.relative_to(self.folder).as_posix()
             if is_temporary(path.name):
                 path.unlink()
-            elif name.startswith("images/") and _PICTURE.fullmatch(path.name) and name not in recorded:
+            elif PICTURE.fullmatch(name) and name not in recorded:
                 stray.append(f"{name}: finished but not recorded; now {self._set_aside(path)}")
         self._note(stray)
 

@@ -55,7 +55,7 @@ def check(folder: Path, finished: bool = True) -> list[str]:
     for key, line in done.items():
         wrong += [f"I2 {key}: {text}" for text in _file(folder, line)]
     present = {p.relative_to(folder).as_posix() for p in (folder / "images").rglob("*") if not p.is_dir()}
-    present |= {p.name for p in folder.iterdir() if p.name.startswith(".tmp-")}
+    present |= {p.name for p in folder.glob(".tmp-*")}
     for name in sorted(present - {line["file"] for line in done.values()}):
         if finished or not name.split("/")[-1].startswith(".tmp-"):
             wrong.append(f"I3 {name}: no record is about it")

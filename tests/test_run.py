@@ -159,8 +159,8 @@ def test_leftovers_of_a_crash_go_and_a_users_own_files_stay(folder: Path) -> Non
     assert (folder / "images/notes.txt").read_text() == "mine"
 
 
-def test_a_row_may_be_called_like_a_temporary_file(tmp_path: Path) -> None:
-    rows = [Request(id=".tmp-x.part", prompt="a fox")]
+def test_a_row_may_have_an_odd_name(tmp_path: Path) -> None:
+    rows = [Request(id=".tmp-x.part", prompt="a fox"), Request(id="a..b", prompt="two dots")]
     draw(tmp_path / "run", rows)
     assert draw(tmp_path / "run", rows) == []
 
