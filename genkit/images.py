@@ -67,7 +67,8 @@ def read_image(path: str | Path) -> Image.Image:
 def list_images(folder: str | Path) -> list[Path]:
     """Return the .png, .jpg, .jpeg and .webp files in `folder` and below, sorted.
 
-    Hidden files and folders are left out, and linked folders are not entered: they could lead round in circles. Raises InputError when the folder, or one below, cannot be read.
+    Hidden files and folders are left out, and linked folders are not entered: they could lead round in circles.
+    Raises InputError when the folder, or one below, cannot be read.
     """
 
     def refuse(error: OSError) -> None:

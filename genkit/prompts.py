@@ -81,6 +81,8 @@ def _prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _picture(folder: Path, field: str, text: str) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file):", text):
         raise InputError(f"{field}: {shown(text)} is a URL; pictures are read from local files only")
+    if len(text) > 4096:
+        raise InputError(f"{field}: {shown(text)} is too long for a path")
     path = Path(os.path.abspath(folder), text)
     try:
         check_image(path, contained=True)

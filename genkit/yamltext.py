@@ -20,6 +20,8 @@ _AMBIGUOUS = re.compile(
     r"(?i:y|n|yes|no|on|off|[-+]?\.(inf|nan))|[-+]?[0-9][0-9_.]*([eE][-+]?[0-9]*)?|[-+]?0[box][0-9a-fA-F_]+"
     r"|[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?|=|<<"
 )
+# Control characters, which YAML forbids, and those that it takes for the end of a line while nothing else does.
+_ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Block(dict[Any, Any]):
@@ -36,10 +38,12 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     import yaml
 
-    separator = re.search("[\x85\u2028\u2029]", text)
-    if separator:
-        line = text.count("\n", 0, separator.start()) + 1
-        raise InputError(f"{where}:{line}: {shown(separator[0])}: YAML takes it for a line end; write it as an escape")
+    odd = _ODD.search(text)
+    if odd:
+        line = text.count("\n", 0, odd.start()) + 1
+        raise InputError(
+            f"{where}:{line}: {shown(odd[0])} cannot stand in YAML; write it as an escape in double quotes"
+        )
     builder = _Builder(where)
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

@@ -16,7 +16,7 @@ from typing import Any
 from genkit.errors import InputError, nearest, shown
 
 MAX_LENGTH = 2000
-MAX_DEPTH = 40
+MAX_DEPTH = 100
 MAX_NUMBER = 1e9
 
 Scores = Mapping[str, Any]
@@ -38,9 +38,9 @@ class Expression:
     """An expression over scores, checked once and then called for every image.
 
     Names: clip (-1 to 1), nan and flat (true or false), p['label'] (0 to 1) for each of `labels`, and the scores that
-    the caller adds in `names` (numbers or truth values, of any size). Operators: and, or, not, comparisons, chained too,
-    + - * /, min, max, abs, parentheses. Raises InputError, in one line, for anything else, and for a comparison whose
-    outcome the ranges settle beforehand ("clip > 2").
+    the caller adds in `names` (numbers or truth values, of any size). Operators: and, or, not, comparisons (also in
+    chains), + - * /, min, max, abs, parentheses. Raises InputError, in one line, for anything else, and for a
+    comparison whose outcome the ranges settle beforehand ("clip > 2").
 
     `names`, `labels`: those used. `needs_scorer`: whether clip or a label is. `decides`: whether the value is true or
     false, as a gate's must be, and not a number.
