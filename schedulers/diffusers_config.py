@@ -41,7 +41,7 @@ def read_config(config: str | Path | Config) -> tuple[dict[str, Any], dict[str, 
     """Return (options of a Scheduler, the keys that the config states). Raises InputError, naming file and key."""
     if isinstance(config, Mapping):
         # diffusers' objects list the keys that nobody stated: another class takes its own defaults for them
-        unstated = config.get(UNSTATED, [])
+        unstated = config.get(UNSTATED)
         open_keys = {UNSTATED, *map(str, unstated)} if isinstance(unstated, list | tuple) else set()
         stated = {key: value for key, value in config.items() if key not in open_keys}
         return _options(stated), stated
