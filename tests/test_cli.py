@@ -63,7 +63,11 @@ BAD_USAGE: list[tuple[str, list[str], str]] = [
     ("55 nan", ["generate", "{p}", "-o", "{o}", "--gate", "clip > nan"], "gate"),
     ("55 two", ["generate", "{p}", "-o", "{o}", "--gate", "clip > 2"], "gate"),
     ("55 minus five", ["generate", "{p}", "-o", "{o}", "--gate", "clip > -5"], "gate"),
-    ("gate without a scorer", ["generate", "{p}", "-o", "{o}", "--gate", "clip > 0.2", "--clip", "none"], "give --clip"),
+    (
+        "gate without a scorer",
+        ["generate", "{p}", "-o", "{o}", "--gate", "clip > 0.2", "--clip", "none"],
+        "give --clip",
+    ),
     ("steps", ["generate", "{p}", "-o", "{o}", "--steps", "0"], "--num-inference-steps: 0"),
     ("width", ["generate", "{p}", "-o", "{o}", "--width", "100"], "width: 100 is not a multiple of 8 (nearest: 96)"),
     ("strength", ["generate", "{p}", "-o", "{o}", "--strength", "2"], "--strength: 2"),
@@ -107,9 +111,13 @@ def test_52_bare_environment_and_53_odd_outputs(prompts: Path) -> None:
     arguments = ["generate", prompts, "-o", prompts.parent / "run", "--dry-run"]
     assert genkit(*arguments, env=bare).returncode == 0
     command = [sys.executable, "-m", "genkit", *map(str, arguments)]
-    full = subprocess.run(f"{' '.join(command)} > /dev/full", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    full = subprocess.run(
+        f"{' '.join(command)} > /dev/full", shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert full.returncode == 3 and "Traceback" not in full.stderr
-    closed = subprocess.run(f"{' '.join(command)} >&-", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    closed = subprocess.run(
+        f"{' '.join(command)} >&-", shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert "Traceback" not in closed.stderr
 
 
@@ -138,7 +146,9 @@ def test_what_needs_no_network_does_not_import_torch(prompts: Path, arguments: l
 
 
 def test_dry_run_says_what_it_would_do(prompts: Path) -> None:
-    result = genkit("generate", prompts, "-o", prompts.parent / "run", "-n", "4", "--steps", "10", "--dry-run", "--json")
+    result = genkit(
+        "generate", prompts, "-o", prompts.parent / "run", "-n", "4", "--steps", "10", "--dry-run", "--json"
+    )
     found = json.loads(result.stdout)
     assert (found["rows"], found["images"], found["network_calls"]) == (3, 12, 12 * 10 * 2)
     assert not (prompts.parent / "run").exists()
@@ -214,7 +224,9 @@ def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals
     whole = genkit("generate", prompts, "-o", prompts.parent / "whole", "-n", "8", "--batch-size", "2", *QUICK)
     assert whole.returncode == 0
     found, expected = records(run), records(prompts.parent / "whole")
-    assert {k: (r["seed"], r["status"]) for k, r in found.items()} == {k: (r["seed"], r["status"]) for k, r in expected.items()}
+    assert {k: (r["seed"], r["status"]) for k, r in found.items()} == {
+        k: (r["seed"], r["status"]) for k, r in expected.items()
+    }
 
 
 def test_a_second_process_on_the_folder_is_refused(prompts: Path) -> None:
@@ -228,7 +240,9 @@ def test_a_second_process_on_the_folder_is_refused(prompts: Path) -> None:
     assert second.returncode == 3 and "in use by another" in second.stderr
 
 
-def test_a_failed_image_is_exit_1_and_tried_again(prompts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_image_is_exit_1_and_tried_again(
+    prompts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import torch
 
     from genkit.codec import Codec
@@ -249,7 +263,9 @@ def test_a_failed_image_is_exit_1_and_tried_again(prompts: Path, monkeypatch: py
     assert {r["status"] for r in records(tmp_path / "run").values()} == {"done"}
 
 
-def test_disk_full_is_exit_3_and_leaves_nothing_torn(prompts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_disk_full_is_exit_3_and_leaves_nothing_torn(
+    prompts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import errno
 
     from genkit import durable
@@ -275,12 +291,16 @@ def test_disk_full_is_exit_3_and_leaves_nothing_torn(prompts: Path, monkeypatch:
 def test_score_and_classify_any_folder(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    run = genkit("generate", "--prompt", "a red fox", "-n", "2", "--steps", "8", "--device", "cpu", "-o", tmp_path / "run")
+    run = genkit(
+        "generate", "--prompt", "a red fox", "-n", "2", "--steps", "8", "--device", "cpu", "-o", tmp_path / "run"
+    )
     assert run.returncode == 0, run.stderr
     for k, file in enumerate(sorted((tmp_path / "run" / "images").iterdir())):
         Image.open(file).resize((90 + 40 * k, 77)).save(pictures / f"{k}.jpg")
     (pictures / "torn.png").write_bytes(file.read_bytes()[:500])
-    scored = genkit("score", pictures, "--prompt", "a red fox", "--labels", "a red fox,a green apple", "-o", tmp_path / "s.jsonl")
+    scored = genkit(
+        "score", pictures, "--prompt", "a red fox", "--labels", "a red fox,a green apple", "-o", tmp_path / "s.jsonl"
+    )
     assert scored.returncode == 1 and "torn.png" in scored.stderr, "one picture could not be read"
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and sum("error" in line for line in lines) == 1
@@ -289,7 +309,9 @@ def test_score_and_classify_any_folder(tmp_path: Path) -> None:
     assert whole.returncode == 0, whole.stderr
     recorded = {r["file"]: r["scores"]["clip"] for r in records(tmp_path / "run").values()}
     for line in map(json.loads, whole.stdout.splitlines()):
-        assert line["scores"]["clip"] == pytest.approx(recorded[str(Path(line["file"]).relative_to(tmp_path / "run"))], abs=2e-3)
+        assert line["scores"]["clip"] == pytest.approx(
+            recorded[str(Path(line["file"]).relative_to(tmp_path / "run"))], abs=2e-3
+        )
     chosen = genkit("classify", tmp_path / "run", "--labels", "a red fox,a green apple", "--json")
     assert [json.loads(line)["label"] for line in chosen.stdout.splitlines()] == ["a red fox"] * 2
 

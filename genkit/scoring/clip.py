@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BATCH = 32
 # A label's direction is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
-TEMPLATES = ("{}", "a picture of a {}", "a photo of a {}", "a drawing of a {}", "an emoji of a {}")
+TEMPLATES = ("{}", "a picture of {}", "a photo of {}", "an emoji of {}")
 
 Pictures = "torch.Tensor | Sequence[Image.Image]"
 
@@ -107,7 +107,7 @@ class ClipScorer:
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Return unit embeddings, float32, of shape (len(texts), width)."""
-        return normalize(torch.stack(self.texts(texts)).float(), dim=-1)
+        return normalize(torch.stack(self.texts(texts)).float(), dim=-1) if texts else torch.empty(0, 0)
 
     def _probabilities(
         self, embedded: torch.Tensor, labels: Sequence[str], templates: Sequence[str]
