@@ -76,6 +76,6 @@ def speed_up_attention(network: Any) -> int:
                 attn is not None and attn.norm_q is None and attn.added_kv_proj_dim is None and attn.norm_cross is None
             )
             if plain and attn.to_q.out_features // attn.heads <= NARROW:
-                attn.set_processor(NarrowAttention())
+                attn.set_processor(NarrowAttention())  # type: ignore[arg-type]
                 changed += 1
     return changed

@@ -33,7 +33,7 @@ def pack_linears(network: Any) -> int:
             with contextlib.suppress(AttributeError, RuntimeError, TypeError, NotImplementedError):  # another torch
                 forward = _PackedLinear(module)
                 forward(torch.zeros(1, module.in_features))
-                module.forward = forward
+                module.forward = forward  # type: ignore[method-assign, assignment]
                 packed += 1
     return packed
 

@@ -44,8 +44,8 @@ class Denoiser:
             return self._rows(x, t, cond)
         assert cond is not None and uncond is not None
         every = len(guided) == len(x)  # the usual case needs no gather
-        rows = [torch.cat([a, a if every else a[guided]]) for a in (x, t)]
-        both = self._rows(*rows, torch.cat([cond, uncond if every else uncond[guided]]))
+        xs, ts = (torch.cat([a, a if every else a[guided]]) for a in (x, t))
+        both = self._rows(xs, ts, torch.cat([cond, uncond if every else uncond[guided]]))
         out, without = both[: len(x)], both[len(x) :]
         weight = scale.to(x.device)[:, None, None, None]
         if every:

@@ -156,7 +156,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
 def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:
     """Return the row with the model's defaults written out: requests.jsonl says all that the picture depends on."""
     s = settings(row, geometry, defaults)
-    found = {"num_inference_steps": s.steps, "width": s.width, "height": s.height}
+    found: dict[str, Any] = {"num_inference_steps": s.steps, "width": s.width, "height": s.height}
     if geometry.text:
         found["guidance_scale"] = s.guidance
     if row.image is not None:

@@ -61,8 +61,14 @@ class Progress:
         self.failed += result.status == "failed"
         self.passed += passed
         if self._bar is not None:
-            fields = {"rate": f"{self.rate:.2f}", "passed": self.passed, "failed": self.failed}
-            self._bar.update(self._bar.task_ids[0], total=total, completed=self.done, **fields)
+            self._bar.update(
+                self._bar.task_ids[0],
+                total=total,
+                completed=self.done,
+                rate=f"{self.rate:.2f}",
+                passed=self.passed,
+                failed=self.failed,
+            )
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
             left = (self.total - self.done) / max(self.rate, 1e-9)

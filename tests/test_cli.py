@@ -108,7 +108,7 @@ def test_bad_usage_is_one_line_and_leaves_nothing(
 
 def test_52_bare_environment_and_53_odd_outputs(prompts: Path) -> None:
     bare = {"PATH": os.environ["PATH"], "LANG": "C", "PYTHONHASHSEED": "0"}
-    arguments = ["generate", prompts, "-o", prompts.parent / "run", "--dry-run"]
+    arguments: list[str | Path] = ["generate", prompts, "-o", prompts.parent / "run", "--dry-run"]
     assert genkit(*arguments, env=bare).returncode == 0
     command = [sys.executable, "-m", "genkit", *map(str, arguments)]
     full = subprocess.run(
@@ -204,7 +204,7 @@ def test_a_run_from_prompts_to_gallery_and_a_changed_row(prompts: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals, code: int) -> None:
     run = prompts.parent / "run"
-    arguments = ["generate", prompts, "-o", run, "-n", "8", "--batch-size", "2", *QUICK]
+    arguments: list[str | Path] = ["generate", prompts, "-o", run, "-n", "8", "--batch-size", "2", *QUICK]
     command = [sys.executable, "-m", "genkit", *map(str, arguments)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         journal, deadline = run / "results.jsonl", time.monotonic() + 120

@@ -76,11 +76,11 @@ def test_twelve_different_requests_in_one_engine_equal_their_solo_runs(gen: Text
     mixed = finals(Engine(denoiser, torch.device("cpu"), slots=7), [start(r) for r in rows])
     assert len(mixed) == 12
     for row in rows:
-        alone = finals(Engine(denoiser, torch.device("cpu"), slots=1), [start(row)])[row.id]
+        alone = finals(Engine(denoiser, torch.device("cpu"), slots=1), [start(row)])[str(row.id)]
         if exact:
-            assert torch.equal(mixed[row.id], alone), row.id
+            assert torch.equal(mixed[str(row.id)], alone), row.id
         else:
-            assert (mixed[row.id] - alone).abs().max() <= 1e-4 * alone.abs().max().clamp(min=1), row.id
+            assert (mixed[str(row.id)] - alone).abs().max() <= 1e-4 * alone.abs().max().clamp(min=1), row.id
 
 
 def test_slots_are_refilled_as_trajectories_end(gen: TextToImage) -> None:

@@ -73,7 +73,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_light_modules_do_not_import_torch() -> None:
-    """The command line, the readers, the run folder and the schedulers start without torch, diffusers or transformers."""
+    """Command line, readers, run folder and schedulers start without torch, diffusers or transformers."""
     modules = (
         "cli job request prompts run selection gallery images settings draws schedulers scoring.gates components judge"
     )

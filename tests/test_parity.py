@@ -49,7 +49,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(n) for n in numbers]
 
 
-SOLVERS = [
+SOLVERS: list[tuple[str, dict, Any, dict]] = [
     ("ddim", {}, diffusers.DDIMScheduler, {}),
     ("euler", {}, diffusers.EulerDiscreteScheduler, {}),
     ("dpmpp_2m", {}, diffusers.DPMSolverMultistepScheduler, {}),
@@ -94,7 +94,7 @@ def test_guidance_one_is_no_guidance(gen: TextToImage, pipe: Any) -> None:
 
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
 def test_image_to_image(gen: TextToImage, pipe: Any, picture: Image.Image, strength: float) -> None:
-    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other: Any = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     other.scheduler = diffusers.DDIMScheduler.from_pretrained(EMOJI / "scheduler")
     made = other("a blue fox", image=picture, strength=strength, num_inference_steps=10, guidance_scale=5.0,
