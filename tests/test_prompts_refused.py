@@ -102,6 +102,7 @@ BAD: list[tuple[str, str, str | bytes, str, str]] = [
     *[(f"27-{v[:9]}", "a.jsonl", GOOD + row(id=v), ":2:", "id: ") for v in
       ("../../x", "/abs", "CON", "a/b", "x" * 300, ".", "", "..", "a b", "nul.png")],
     ("28-case", "a.jsonl", row(id="Fox") + row(id="fox"), ":2:", "id: 'fox' is the id of line 1 too"),
+    ("28-case-up", "a.jsonl", row(id="fox") + row(id="FOX"), ":2:", "id: 'FOX' is the id of line 1 too"),
     ("28-nfc", "a.jsonl", row(id="caf\u00e9"), ":1:", "id: 'caf\\xe9'"),
     ("28-nfd", "a.jsonl", row(id="cafe\u0301"), ":1:", "id: 'cafe\\u0301'"),
     *[(f"29-{v}", "a.jsonl", GOOD + f'{{"seed": {v}}}', ":2:", "seed: ") for v in
