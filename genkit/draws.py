@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from genkit.request import Request, Result
 from genkit.scoring.gates import Expression
+from genkit.selection import passes
 
 
 @dataclasses.dataclass
@@ -82,5 +83,5 @@ class Draws:
 
     def _count(self, row: _Row, result: Result) -> None:
         row.in_flight -= 1
-        if result.status == "done" and (row.gate is None or row.gate(result.scores)):
+        if result.status == "done" and passes(row.gate, result.scores):
             row.passed += 1

@@ -172,7 +172,8 @@ class Generator:
             picture, mask = condition(request, s.width, s.height, shape)
             x0 = self.codec.encode(picture.to(self.device), generator)
         noise = torch.randn((1, *shape), generator=generator)[0]
-        latent = plan.start[1] * noise if x0 is None else plan.start[0] * x0 + plan.start[1] * noise
+        # A picture is noised to the first level also at strength 1, where the schedule may leave a trace of it
+        latent = plan.start[1] * noise if x0 is None else plan.alphas[0] * x0 + plan.sigmas[0] * noise
         cond, uncond = (None, None) if self.text is None else self.text([request.prompt, request.negative_prompt])
         return Trajectory(
             tag=(request, index, seed),

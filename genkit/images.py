@@ -11,9 +11,9 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genkit.components.files import file_size, place
 from genkit.durable import json_line
 from genkit.errors import InputError
+from genkit.files import file_size, place
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,7 +26,7 @@ from genkit.request import Request, Result
 from genkit.run import Run, read_config
 from genkit.schedulers import Plan, Scheduler, scheduler_options
 from genkit.scoring.gates import Expression
-from genkit.selection import decide, write_selection
+from genkit.selection import decide, passes, write_selection
 from genkit.settings import Geometry, settings
 
 if TYPE_CHECKING:
@@ -279,8 +279,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
             signals.armed = True
             for result in stream:
                 writers.put(result)
-                gate = gates.get(result.id)
-                passed = result.status == "done" and (gate is None or bool(gate(result.scores)))
+                passed = result.status == "done" and passes(gates.get(result.id), result.scores)
                 progress.advance(result, passed, draws.total)
                 if result.status == "failed":
                     progress.say(f"row {result.id}, image {result.index}: failed: {result.reason}")
@@ -323,12 +322,10 @@ class _Writers:
             future.result()
 
     def _write(self, result: Result) -> None:
-        row = self.rows[result.id]
-        result.fingerprint = row.fingerprint()
         if result.status != "done":
             self.run.fail(result)
             return
-        text = png_text(row.to_json(), result, self.job.info.name, __version__)
+        text = png_text(self.rows[result.id].to_json(), result, self.job.info.name, __version__)
         self.run.save(result, encode_png(result.pixels, text))
         result.pixels = None  # it is on disk now; thousands of them would not fit in memory
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from genkit.components.files import place
 from genkit.errors import InputError, shown
+from genkit.files import place
 from genkit.images import check_image
 from genkit.request import Request, canonical, over
 from genkit.rowfiles import RowFile, open_rows

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from genkit.components.files import file_size, parse_json, place
 from genkit.errors import InputError, nearest, shown
+from genkit.files import file_size, parse_json, place
 from genkit.request import ALIASES, Request, canonical
 from genkit.typed import typed
 

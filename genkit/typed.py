@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from genkit.components.files import parse_json
 from genkit.errors import InputError, shown
+from genkit.files import parse_json
 
 
 def typed(field: str, text: str) -> Any:

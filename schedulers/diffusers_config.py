@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError, nearest, shown
+from genkit.files import place, read_json
 from genkit.schedulers.solvers import SOLVERS
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 SOLVER_OPTIONS = {option for solver in SOLVERS.values() for option in solver.options}
 UNREAD = {"style", "ends", "source"}  # what does not say which numbers come out, or only in diffusers' style
-SIZE_LIMIT = 2**20  # bytes; a config with a thousand trained betas takes some 20,000
 UNSTATED = "_use_default_values"
 META = ("_class_name", "_diffusers_version", "_name_or_path")
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -46,12 +45,12 @@ def read_config(config: str | Path | Config) -> tuple[dict[str, Any], dict[str, 
         stated = {key: value for key, value in config.items() if key not in open_keys}
         return _options(stated), stated
     path = Path(config)
+    path = path / "scheduler_config.json" if path.is_dir() else path
+    stated = read_json(path, infinite=True)  # diffusers writes lambda_min_clipped as -Infinity
     try:
-        path = path / "scheduler_config.json" if path.is_dir() else path
-        stated = _parse(path)
         return _options(stated), stated
     except InputError as error:
-        raise InputError(f"{shown(str(path), 200)}: {error}") from None
+        raise InputError(f"{place(path)}: {error}") from None
 
 
 def swap_solver(source: Config, solver: str) -> dict[str, Any]:
@@ -268,32 +267,3 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
 FOREIGN = {key for name, known in CLASSES.items() if name != FLOW for key in known.keys} | {
     "predict_x0", "solver_p", "disable_corrector", "noise_sampler_seed", "lower_order_second", "s_noise",
 }  # fmt: skip
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise InputError(f"{shown(next(n for n in names if names.count(n) > 1))}: key is given twice")
-        return found
-
-    def constant(word: str) -> float:
-        if word == "NaN":
-            raise InputError("NaN is not JSON")
-        return float(word)  # diffusers writes lambda_min_clipped as -Infinity
-
-    try:
-        if not path.is_file():
-            raise InputError("no such file")
-        size = path.stat().st_size
-        if size > SIZE_LIMIT:
-            raise InputError(f"has {size} bytes, more than the {SIZE_LIMIT} that such a file may have")
-        found = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot be read as JSON: {shown(str(error), 100)}") from None
-    if not isinstance(found, dict):
-        raise InputError("holds no JSON object")
-    return found

@@ -67,8 +67,8 @@ def test_a_bad_config_is_one_line_that_says_what_and_what_instead(config: dict[s
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "cannot be read as JSON"), ("[]", "holds no JSON object"), ('{"a": 1, "a": 2}', "'a': key is given twice"),
-     ('{"beta_end": NaN}', "NaN is not JSON"), ("[" * 100_000, "cannot be read as JSON"),
+    [("", "is empty"), ("[]", "not a JSON object"), ('{"a": 1, "a": 2}', "'a': key is given twice"),
+     ('{"beta_end": NaN}', "NaN is not JSON"), ("[" * 100_000, "nested too deeply"),
      ("x" * 2**21, "has 2097152 bytes")],
     ids=["empty", "list", "twice", "nan", "deep", "large"],
 )  # fmt: skip

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.components.files import place, read_json
 from genkit.components.hub import fetch_configs, fetch_weights, is_hub_id
 from genkit.components.info import ModelInfo, Part
 from genkit.components.preprocessor import read_preprocessor
@@ -17,6 +16,7 @@ from genkit.components.rules import check_config, refuse_code
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import CONVERT, PICKLES, canonical_tensors, check_shapes, find_weights, wanted_weights
 from genkit.errors import InputError, nearest, shown
+from genkit.files import place, read_json
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # Steps and guidance that suit an embedded model; others go by the field's habits (genkit.settings).
@@ -186,7 +186,7 @@ def _read_scheduler(folder: Path, cls: str | None) -> dict[str, Any]:
     from genkit.schedulers import Scheduler
 
     path = _part_folder(folder, "scheduler", "scheduler_config.json") / "scheduler_config.json"
-    config = read_json(path)
+    config = read_json(path, infinite=True)  # diffusers writes lambda_min_clipped as -Infinity
     stated = config.setdefault("_class_name", cls)
     if cls is not None and stated != cls:
         raise InputError(f"{place(path)}: _class_name: {shown(stated)}, but model_index.json says {shown(cls)}")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genkit.components.files import place
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
 from genkit.components.weights import Tensor, check_shapes
 from genkit.errors import InputError, shown
+from genkit.files import place
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from genkit.components.files import place, read_json
 from genkit.components.rules import (
     ANYTHING,
     FLAG,
@@ -21,6 +20,7 @@ from genkit.components.rules import (
     whole,
 )
 from genkit.errors import InputError, shown
+from genkit.files import place, read_json
 
 _SIDE = whole(1, 8192)
 _EXACT = Rule(

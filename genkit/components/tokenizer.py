@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.components.files import place, read_json, read_text
 from genkit.components.rules import (
     ANYTHING,
     FLAG,
@@ -21,6 +20,7 @@ from genkit.components.rules import (
     refuse_code,
 )
 from genkit.errors import InputError, shown
+from genkit.files import place, read_json, read_text
 
 TOKENIZER_LIMIT = 2**25  # bytes; CLIP's tokenizer.json has 2.2 million
 VOCAB_LIMIT = 2**24

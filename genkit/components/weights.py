@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.components.files import file_size, parse_json, place, read_json
 from genkit.components.shapes import Shapes
 from genkit.errors import InputError, nearest, shown
+from genkit.files import file_size, parse_json, place, read_json
 
 HEADER_LIMIT = 2**24  # bytes; the header of a UNet of 2,600 million parameters has 0.2 million
 TENSOR_LIMIT = 2**16

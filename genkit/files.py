@@ -1,4 +1,4 @@
-"""Small text files of a model folder, read with care: regular, capped in size, strict JSON."""
+"""Files from elsewhere, read with care: regular, capped in size, strict JSON."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
         raise InputError(f"{place(path)}: byte {error.start} is not UTF-8") from None
 
 
-def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+def read_json(path: Path, limit: int = JSON_LIMIT, infinite: bool = False) -> dict[str, Any]:
     """Return the object in a JSON file. Raises InputError for what `parse_json` refuses."""
-    return parse_json(read_text(path, limit), place(path))
+    return parse_json(read_text(path, limit), place(path), infinite)
 
 
-def parse_json(text: str, where: str) -> dict[str, Any]:
+def parse_json(text: str, where: str, infinite: bool = False) -> dict[str, Any]:
     """Return the object that strict JSON `text` holds.
 
     Raises InputError, naming `where`, for comments, repeated keys, NaN and infinities, nesting without end, and
-    anything but an object at the top.
+    anything but an object at the top. infinite: let Infinity and -Infinity pass, which Python's own writer puts out.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,6 +88,8 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
         return int(digits)
 
     def constant(word: str) -> float:
+        if infinite and word != "NaN":
+            return float(word)
         raise InputError(f"{where}: {word} is not JSON")
 
     try:
