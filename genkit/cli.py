@@ -74,6 +74,7 @@ def generate(
         "max_images": max_images, "labels": None if labels is None else typed("labels", labels),
     }  # fmt: skip
     defaults = {name: value for name, value in given.items() if value is not None}
+    defaults |= {name: str(Path(defaults[name]).absolute()) for name in ("image", "mask_image") if name in defaults}
     _check(defaults)
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed: {seed} is not within 0 to {2**32 - 1}")

@@ -87,10 +87,18 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
 
 
 def _image_size(request: Request) -> tuple[int, int] | tuple[None, None]:
-    if request.image is None or (request.width and request.height):
-        return None, None
-    if hasattr(request.image, "size"):
-        return request.image.size
+    """Return the size of the picture to start from, having opened every picture that the row names."""
+    sizes = [_size_of(request, field) for field in ("image", "mask_image") if getattr(request, field) is not None]
+    return sizes[0] if sizes else (None, None)
+
+
+def _size_of(request: Request, field: str) -> tuple[int, int]:
+    picture = getattr(request, field)
+    if hasattr(picture, "size"):
+        return picture.size
     from genkit.images import check_image
 
-    return check_image(request.image)
+    try:
+        return check_image(picture)
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None

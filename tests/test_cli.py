@@ -71,6 +71,8 @@ BAD_USAGE: list[tuple[str, list[str], str]] = [
     ("steps", ["generate", "{p}", "-o", "{o}", "--steps", "0"], "--num-inference-steps: 0"),
     ("width", ["generate", "{p}", "-o", "{o}", "--width", "100"], "width: 100 is not a multiple of 8 (nearest: 96)"),
     ("strength", ["generate", "{p}", "-o", "{o}", "--strength", "2"], "--strength: 2"),
+    ("image", ["generate", "{p}", "-o", "{o}", "--image", "{d}/none.png"], "image: "),
+    ("mask", ["generate", "{p}", "-o", "{o}", "--image", "{i}", "--mask-image", "{b}"], "mask_image: "),
     ("model", ["generate", "{p}", "-o", "{o}", "--model", "emojj"], "emoji"),
     ("model is a scorer", ["generate", "{p}", "-o", "{o}", "--model", "emoji-clip"], "CLIP model"),
     ("scorer is a model", ["generate", "{p}", "-o", "{o}", "--clip", "emoji"], "not a CLIP model"),

@@ -1,4 +1,4 @@
-"""On a GPU: half precision by default, decoding beside denoising, and the pictures of the CPU. Skips itself elsewhere."""
+"""On a GPU: half precision by default, decoding beside denoising, the pictures of the CPU. Skipped elsewhere."""
 
 from __future__ import annotations
 
