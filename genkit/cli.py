@@ -6,11 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, HostError, InputError
+
+if TYPE_CHECKING:
+    from genkit.job import Job
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -59,8 +62,7 @@ def generate(
     as_json: AsJson = False,
 ) -> int:
     """Make the images of a prompt file; the same command again goes on where it stopped."""
-    from genkit.device import reuse_memory
-    from genkit.job import Options, plan_job, run_job
+    from genkit.job import Options, plan_job
     from genkit.prompts import read_prompts, typed
     from genkit.request import Request
     from genkit.run import check_folder, free_name
@@ -89,12 +91,7 @@ def generate(
     if dry_run:
         _print(job.describe(), as_json)
         return EXIT_OK
-    reuse_memory()
-    summary = run_job(job, folder)
-    _print({**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}, as_json)
-    if not as_json:
-        print(f"gallery: {folder / 'index.html'}", file=sys.stderr)
-    return summary.exit_code
+    return _run_job(job, folder, as_json)
 
 
 @app.command("filter")
@@ -245,6 +242,18 @@ def _check(fields: dict[str, Any]) -> None:
             Request(**{**_PARTNERS.get(name, {}), name: value})
         except InputError as error:
             raise InputError(f"--{str(error).replace('_', '-', str(error).split(':')[0].count('_'))}") from None
+
+
+def _run_job(job: Job, folder: Path, as_json: bool) -> int:
+    from genkit.device import reuse_memory
+    from genkit.job import run_job
+
+    reuse_memory()
+    summary = run_job(job, folder)
+    _print({**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}, as_json)
+    if not as_json:
+        print(f"gallery: {folder / 'index.html'}", file=sys.stderr)
+    return summary.exit_code
 
 
 def _slots(text: str) -> int | None:

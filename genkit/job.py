@@ -250,7 +250,8 @@ def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] |
     generator = loaded[0]
     binding["device"] = generator.device.type
     binding["dtype"] = str(generator.unet.dtype).removeprefix("torch.")
-    return {"binding": binding, "info": _versions()}
+    attention = "batched products for narrow heads, else sdpa" if generator.device.type == "cpu" else "sdpa"
+    return {"binding": binding, "info": {**_versions(), "attention": attention}}
 
 
 def _versions() -> dict[str, Any]:
@@ -263,7 +264,6 @@ def _versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "attention": "sdpa",
         **{name: version(name) for name in packages},
     }
 
