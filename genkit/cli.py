@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +70,7 @@ def generate(
 
     if prompts is not None and prompt is not None:
         raise InputError("PROMPTS, --prompt: give one of them, not both")
-    given = {
+    given: dict[str, Any] = {
         "negative_prompt": negative_prompt, "scheduler": scheduler, "num_inference_steps": steps,
         "guidance_scale": guidance_scale, "width": width, "height": height, "image": image, "strength": strength,
         "mask_image": mask_image, "num_images": num_images, "keep": keep, "gate": gate, "rank_by": rank_by,
@@ -85,6 +86,7 @@ def generate(
         rows = read_prompts(prompts, defaults)
     else:
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
+        rows[0]._source = "command line"
     job = plan_job(rows, Options(model, clip, variant, device, dtype, slots, seed, quiet=as_json), defaults)
     folder = free_name(out) if new_run else out
     check_folder(folder, prompts)
@@ -268,9 +270,19 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
-    width = max(map(len, found))
-    for name, value in found.items():
+    lines = list(_flat(found))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
         print(f"{name:<{width}}  {value}")
+
+
+def _flat(found: dict[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield name and value, "unet.dtype" for a value within a value."""
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{under}{name}.")
+        else:
+            yield under + name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals
 
 def test_a_second_process_on_the_folder_is_refused(prompts: Path) -> None:
     run = prompts.parent / "run"
-    command = [sys.executable, "-m", "genkit", "generate", str(prompts), "-o", str(run), "-n", "50", *QUICK]
+    command = [sys.executable, "-m", "genkit", "generate", str(prompts), "-o", str(run), "-n", "400", *QUICK]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         while not (run / "results.jsonl").is_file():
             time.sleep(0.05)
