@@ -31,19 +31,18 @@ class Progress:
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
             self._bar = Progress(
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn(
-                    "{task.fields[rate]} images/s  kept {task.fields[passed]}  failed {task.fields[failed]}  ETA"
-                ),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[rate]} images/s  passed {task.fields[passed]}  failed {task.fields[failed]}"),
+                TextColumn("ETA {task.fields[eta]}  after"),
+                TimeElapsedColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._bar.add_task("", total=self.total, completed=self.done, rate="-", passed=0, failed=0)
+            self._bar.add_task("", total=self.total, completed=self.done, rate="-", eta="-", passed=0, failed=0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,6 +53,11 @@ class Progress:
     def rate(self) -> float:
         """Images a second since the start, those of earlier runs not counted."""
         return (self.done - self.earlier) / max(1e-9, time.monotonic() - self.began)
+
+    @property
+    def left(self) -> float:
+        """Seconds to go at the rate so far: batches end all at once, which rich's own estimate is not made for."""
+        return (self.total - self.done) / max(self.rate, 1e-9)
 
     def advance(self, result: Result, passed: bool, total: int) -> None:
         """Count one more image; `total` is what the run now expects."""
@@ -66,15 +70,14 @@ class Progress:
                 total=total,
                 completed=self.done,
                 rate=f"{self.rate:.2f}",
+                eta=_clock(self.left),
                 passed=self.passed,
                 failed=self.failed,
             )
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
-            left = (self.total - self.done) / max(self.rate, 1e-9)
-            self.say(
-                f"{self.done} of {self.total} images, {self.rate:.2f} a second, {left:.0f} s left, {self.failed} failed"
-            )
+            done = f"{self.done} of {self.total} images, {self.rate:.2f} a second"
+            self.say(f"{done}, {_clock(self.left)} to go, {self.passed} passed, {self.failed} failed")
 
     def say(self, text: str) -> None:
         """Print one line to standard error."""
@@ -84,3 +87,9 @@ class Progress:
             self._bar.console.print(printable(text), markup=False, highlight=False)
         else:
             print(printable(text), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    """Return "1:02:03", or "2:03" below an hour."""
+    minutes, rest = divmod(round(min(seconds, 360_000)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
