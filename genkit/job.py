@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from genkit import __version__
 from genkit.components import inspect_model, load_components, weight_hashes
-from genkit.device import CPU_SLOTS, check_device, pick_device, usable_cores
+from genkit.device import CPU_SLOTS, DTYPES, check_device, pick_device, usable_cores
 from genkit.draws import Draws
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.gallery import write_gallery
@@ -223,10 +223,9 @@ def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
     from genkit.generators import Generator
     from genkit.scoring.clip import ClipScorer
 
-    info = (recorded or {}).get("info", {})
-    names = [given if given != "auto" else info.get(key, "auto")
-             for key, given in (("device", job.options.device), ("dtype", job.options.dtype))]  # fmt: skip
-    device, dtype = pick_device(*names)
+    before = (recorded or {}).get("binding", {})
+    asked = {"device": job.options.device, "dtype": job.options.dtype}
+    device, dtype = pick_device(*(before.get(key, "auto") if name == "auto" else name for key, name in asked.items()))
     generator = Generator.from_components(load_components(job.info, device=device, dtype=dtype))
     scorer = None
     if job.clip is not None:
@@ -243,9 +242,10 @@ def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] |
         binding[name] = None if info is None else {"name": info.name, "weights": weight_hashes(info)}
     binding["scheduler"] = job.info.scheduler_config
     if recorded is not None:
-        asked = {k: getattr(o, k) for k in ("device", "dtype") if getattr(o, k) != "auto"}
-        return {"binding": {**binding, **{k: asked.get(k, recorded["binding"].get(k)) for k in ("device", "dtype")}},
-                "info": recorded["info"]}  # fmt: skip
+        same = {"device": o.device.split(":")[0], "dtype": DTYPES.get(o.dtype, o.dtype)}
+        for key, asked in same.items():
+            binding[key] = recorded["binding"].get(key) if asked == "auto" else asked
+        return {"binding": binding, "info": recorded["info"]}
     assert loaded is not None
     generator = loaded[0]
     binding["device"] = generator.device.type

@@ -194,6 +194,10 @@ def test_a_run_from_prompts_to_gallery_and_a_changed_row(prompts: Path) -> None:
 
     other = genkit("generate", prompts, "-o", run, "-n", "2", "--keep", "1", *QUICK, "--seed", "7")
     assert other.returncode == 2 and "seed: 0 -> 7" in other.stderr and "--new-run" in other.stderr
+    rounded = genkit("generate", prompts, "-o", run, "-n", "2", "--keep", "1", *QUICK, "--dtype", "bf16")
+    assert rounded.returncode == 2 and "dtype: float32 -> bfloat16" in rounded.stderr
+    same = genkit("generate", prompts, "-o", run, "-n", "2", "--keep", "1", *QUICK, "--dtype", "fp32")
+    assert same.returncode == 0, same.stderr
     new = genkit("generate", prompts, "-o", run, *QUICK, "--seed", "7", "--new-run", "--json")
     assert json.loads(new.stdout)["folder"] == f"{run}-2"
 
