@@ -32,7 +32,14 @@ def narrow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 
 class NarrowAttention:
-    """Processor for the transformer blocks of a diffusers UNet: projections, `narrow_attention`, output projection."""
+    """Processor for the transformer blocks of a diffusers UNet: projections, `narrow_attention`, output projection.
+
+    first: this is the first attention of the network. Guidance computes a sample twice, with its prompt and without,
+    and until something looks at the prompt the two rows are the same: here they are computed once.
+    """
+
+    def __init__(self, first: bool = False) -> None:
+        self.first = first
 
     def __call__(
         self,
@@ -43,6 +50,9 @@ class NarrowAttention:
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """hidden_states: (B, L, C); encoder_hidden_states: (B, S, D) for cross-attention. Returns (B, L, C)."""
+        half = len(hidden_states) // 2
+        if self.first and encoder_hidden_states is None and torch.equal(hidden_states[:half], hidden_states[half:]):
+            return self(attn, hidden_states[:half], temb=temb).repeat(2, 1, 1)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         batch, length, channels = q.shape
@@ -76,6 +86,6 @@ def speed_up_attention(network: Any) -> int:
                 attn is not None and attn.norm_q is None and attn.added_kv_proj_dim is None and attn.norm_cross is None
             )
             if plain and attn.to_q.out_features // attn.heads <= NARROW:
-                attn.set_processor(NarrowAttention())  # type: ignore[arg-type]
+                attn.set_processor(NarrowAttention(first=changed == 0))  # type: ignore[arg-type]
                 changed += 1
     return changed

@@ -1,0 +1,84 @@
+"""The CPU's faster paths compute what the plain ones compute, and notice when they no longer apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from genkit.attention import NarrowAttention, narrow_attention, speed_up_attention
+from genkit.cpu import pack_linears, suit_cpu
+
+EMOJI = Path(__file__).parent.parent / "genkit" / "components" / "embedded" / "emoji"
+
+
+@pytest.fixture
+def unet() -> Any:
+    return (
+        UNet2DConditionModel.from_pretrained(EMOJI, subfolder="unet", dtype=torch.float32).eval().requires_grad_(False)
+    )
+
+
+@pytest.mark.parametrize(("heads", "length", "context", "width"), [(32, 256, 256, 3), (600, 70, 32, 6), (3, 5, 7, 16)])
+def test_narrow_attention_is_attention(heads: int, length: int, context: int, width: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(heads, n, width) for n in (length, context, context))
+    expected = scaled_dot_product_attention(q[None], k[None], v[None])[0]
+    assert (narrow_attention(q, k, v) - expected).abs().max() < 1e-5
+
+
+def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(rows, 8, 16, 16), torch.linspace(20, 900, rows), torch.randn(rows, 32, 256)
+
+
+def test_a_suited_network_computes_the_same(unet: Any) -> None:
+    x, t, text = inputs(4)
+    with torch.inference_mode():
+        expected = unet(x, t, text).sample
+        suit_cpu(unet)
+        found = unet(x, t, text).sample
+    assert any(isinstance(getattr(m, "processor", None), NarrowAttention) for m in unet.modules())
+    assert 0 < (found - expected).abs().max() < 1e-4, "to rounding, and by another path"
+
+
+def test_rows_that_differ_in_the_prompt_only_share_the_first_attention(unet: Any) -> None:
+    x, t, text = inputs(4)
+    x[2:], t[2:] = x[:2], t[:2]
+    assert speed_up_attention(unet)
+    (first,) = [m for m in unet.modules() if getattr(getattr(m, "processor", None), "first", False)]
+    rows: list[int] = []
+    first.to_q.register_forward_hook(lambda module, given, out: rows.append(len(out)))
+    with torch.inference_mode():
+        shared = unet(x, t, text).sample
+        first.processor.first = False
+        apart = unet(x, t, text).sample
+    assert rows == [2, 4]
+    assert (shared - apart).abs().max() < 1e-5 and (shared[:2] - shared[2:]).abs().max() > 1e-3
+
+
+def test_packed_layers_follow_their_weights() -> None:
+    torch.manual_seed(2)
+    layer = torch.nn.Linear(96, 128)
+    plain = torch.nn.Linear(4, 4)
+    assert pack_linears(torch.nn.ModuleList([layer, plain])) == 1, "a small layer is left alone"
+    x = torch.randn(3, 5, 96)
+
+    def check() -> None:
+        with torch.inference_mode():
+            assert (layer(x) - linear(x, layer.weight, layer.bias)).abs().max() < 1e-4
+
+    check()
+    with torch.no_grad():
+        layer.weight.mul_(2)  # as merging a LoRA does
+    check()
+    layer.weight = torch.nn.Parameter(torch.randn(128, 96))
+    check()
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None, "training goes through the plain layer"
+    layer.to(torch.bfloat16)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
