@@ -146,7 +146,8 @@ class Engine:
             for trajectory in live:
                 trajectory.error = "out of memory"
             return group.remove_finished()
-        group.x, new = step(group.x, output, rows, group.history, self._noise(live))
+        threshold = any(t.plan.threshold for t in live)
+        group.x, new = step(group.x, output, rows, group.history, self._noise(live), threshold)
         group.history = torch.cat([new[None], group.history[:-1]])
         for i, trajectory in enumerate(live):
             trajectory.step += 1

@@ -78,12 +78,19 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         sizes.append(value)
     guidance = defaults.get("guidance_scale", GUIDANCE) if request.guidance_scale is None else request.guidance_scale
     return Settings(
-        steps=request.num_inference_steps or defaults.get("num_inference_steps", STEPS),
+        steps=request.num_inference_steps or _given(request) or defaults.get("num_inference_steps", STEPS),
         guidance=float(guidance) if g.text else 1.0,
         width=sizes[0],
         height=sizes[1],
         strength=1.0 if request.image is None else request.strength or STRENGTH,
     )
+
+
+def _given(request: Request) -> int | None:
+    """Return how many timesteps or sigmas the row's scheduler lists, if it does."""
+    options = request.scheduler if isinstance(request.scheduler, dict) else {}
+    levels = options.get("timesteps") or options.get("sigmas")
+    return len(levels) if isinstance(levels, list | tuple) else None
 
 
 def _image_size(request: Request) -> tuple[int, int] | tuple[None, None]:

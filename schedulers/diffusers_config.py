@@ -1,9 +1,9 @@
-"""diffusers' scheduler_config.json: a closed table of classes and keys, read into a Scheduler's options and back."""
+"""diffusers' scheduler_config.json: a closed list of classes and keys, read into a Scheduler's options and back."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,24 +16,34 @@ if TYPE_CHECKING:
     from genkit.schedulers.scheduler import Scheduler
 
 Config = Mapping[str, Any]
-SOLVER_OPTIONS = {option for solver in SOLVERS.values() for option in solver.options}
-UNREAD = {"style", "ends", "source"}  # what does not say which numbers come out, or only in diffusers' style
 UNSTATED = "_use_default_values"
 META = ("_class_name", "_diffusers_version", "_name_or_path")
-BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-FLOW = "FlowMatchEulerDiscreteScheduler"
-
-
-@dataclasses.dataclass(frozen=True)
-class Class:
-    """A diffusers class. keys: each with its default there, or with the tuple of supported values, default first.
-
-    options: what they are in a Scheduler. needs: keys whose default in diffusers is not supported.
-    """
-
-    keys: dict[str, Any]
-    options: Callable[[Config], dict[str, Any]]
-    needs: tuple[str, ...] = ()
+BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+# The keys of each class with its defaults.
+KEYS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("diffusers_classes.json").read_bytes())
+FLOW, HEUN, PNDM = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "PNDMScheduler"
+SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+# What keys may be besides their default, in classes that have them; keys of no entry here may not.
+VALUES: dict[str, tuple[Any, ...] | type] = {
+    "num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": (*BETAS,),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace"), "steps_offset": int, "rescale_betas_zero_snr": bool,
+    "clip_sample": bool, "clip_sample_range": float, "thresholding": bool, "dynamic_thresholding_ratio": float,
+    "sample_max_value": float, "set_alpha_to_one": bool, "final_sigmas_type": ("zero", "sigma_min"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"), "skip_prk_steps": (True,),
+    **dict.fromkeys(SIGMAS, bool),
+    "use_lu_lambdas": bool, "use_flow_sigmas": bool, "flow_shift": float, "shift": float,
+    "solver_order": (1, 2, 3), "predictor_order": (1, 2, 3, 4), "corrector_order": (1, 2, 3, 4),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis"),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"), "lower_order_final": bool, "euler_at_final": bool,
+    "predict_x0": bool, "original_inference_steps": int, "sigma_min": float, "sigma_max": float,
+    "sigma_schedule": ("karras", "exponential"), "use_dynamic_shifting": bool, "base_shift": float, "max_shift": float,
+    "base_image_seq_len": int, "max_image_seq_len": int, "time_shift_type": ("exponential", "linear"),
+}  # fmt: skip
+# A saved config carries the keys of classes that its folder went through; a class passes over those of others.
+FOREIGN = {key for name, keys in KEYS.items() if name not in (FLOW, HEUN) for key in keys} | {
+    "lower_order_second", "s_noise",
+}  # fmt: skip
 
 
 def read_config(config: str | Path | Config) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -56,40 +66,70 @@ def read_config(config: str | Path | Config) -> tuple[dict[str, Any], dict[str, 
 def swap_solver(source: Config, solver: str) -> dict[str, Any]:
     """Return the options of the class of `solver` made from another class's config, as diffusers' `from_config` does.
 
-    What the config states stays; what it leaves open takes the new class's default.
+    What the config states stays; what it leaves open takes the new class's default. A solver that no class has takes
+    the rest of DPM-Solver's.
     """
-    if source["_class_name"] == FLOW:
+    name = str(source["_class_name"])
+    if name in (FLOW, HEUN) or name.startswith("EDM"):
         return {**_options(source), "solver": solver}
-    name, keys = DIFFUSERS[solver]
-    return _options({**source, "_class_name": name, **keys})
+    name, keys = DIFFUSERS.get(solver, DIFFUSERS["dpmpp_2m"])
+    found = {"solver": solver} if solver not in DIFFUSERS else {}
+    return {**_options({**source, "_class_name": name, **keys}), **found}
 
 
 def write_config(scheduler: Scheduler) -> dict[str, Any]:
     """Return the diffusers config of a scheduler. Raises InputError for an option that diffusers has no key for."""
     s = scheduler
-    name, keys = (FLOW, {}) if s.noise == "flow" else DIFFUSERS[s.solver]
-    said: dict[str, Any] = {
-        "num_train_timesteps": s.num_train_timesteps, "beta_start": s.beta_start, "beta_end": s.beta_end,
-        "beta_schedule": {new: old for old, new in BETAS.items()}.get(s.noise),
-        "trained_betas": None if s.trained_betas is None else list(s.trained_betas),
-        "prediction_type": s.prediction, "timestep_spacing": s.ends if s.spacing == "karras" else s.spacing,
-        "steps_offset": s.steps_offset, "rescale_betas_zero_snr": s.zero_snr,
-        "use_karras_sigmas": s.spacing == "karras",
-        "set_alpha_to_one": s.final == "zero", "final_sigmas_type": s.final, "clip_sample": s.clip is not None,
-        "clip_sample_range": 1.0 if s.clip is None else s.clip, "solver_order": s.order, "shift": s.shift,
-        "lower_order_final": s.lower_order_final, "euler_at_final": s.euler_at_final,
-        **({"variance_type": s.variance} if s.solver == "ddpm" else {}), **keys,
-    }  # fmt: skip
-    defaults = {key: _default(value) for key, value in CLASSES[name].keys.items()}
-    full = {key: said.get(key, value) for key, value in defaults.items()}
-    stated = {*(s.source or full), *CLASSES[name].needs} - {"lambda_min_clipped"}  # whose -Infinity is not JSON
-    config = {"_class_name": name, **{k: v for k, v in full.items() if k in stated or v != defaults[k]}}
+    if s.solver not in DIFFUSERS:
+        raise InputError(f"solver: diffusers has no class for {s.solver!r}")
+    name, keys = DIFFUSERS[s.solver]
+    if s.noise == "flow" and s.solver in ("euler", "heun"):
+        name, keys = (FLOW if s.solver == "euler" else HEUN), {}
+    elif s.noise == "edm":
+        name = "EDMEulerScheduler" if s.solver == "euler" else "EDMDPMSolverMultistepScheduler"
+    said = {**keys, **_said(s)} if s.order else {**_said(s), **keys}
+    full = {**KEYS[name], **{key: value for key, value in said.items() if key in KEYS[name]}}
+    stated = {*(s.source or full)} - {"lambda_min_clipped"}  # whose -Infinity is not JSON
+    config = {"_class_name": name, **{k: v for k, v in full.items() if k in stated or v != KEYS[name][k]}}
+    config |= {"skip_prk_steps": True} if name == PNDM else {}
+    config |= {"rescale_betas_zero_snr": True} if s.zero_snr else {}  # also where diffusers has no key for it
     back = type(s)(**_options(config))
-    unread = UNREAD | SOLVER_OPTIONS - {*SOLVERS[s.solver].options}
-    for field in sorted({f.name for f in dataclasses.fields(s)} - unread):
+    solver_options = {option for solver in SOLVERS.values() for option in solver.options}
+    # what does not say which numbers come out, or only in diffusers' style
+    unread = {"style", "ends", "source", "solver", "order"} | solver_options - {*SOLVERS[s.solver].options}
+    unread |= set() if s.spacing == "leading" else {"steps_offset"}
+    same = {"order_or_default"} if back.solver == s.solver else {"solver"}
+    for field in sorted({f.name for f in dataclasses.fields(s)} - unread | same):
         if getattr(s, field) != getattr(back, field):
             raise InputError(f"{field}: {shown(getattr(s, field))} cannot be said in the config of a {name}")
     return config
+
+
+def _said(s: Scheduler) -> dict[str, Any]:
+    """Return every key that says something of a scheduler, whichever class it is for."""
+    in_t = s.spacing in ("leading", "trailing", "linspace")
+    base, most, few, many, kind = s.dynamic_shift or (0.5, 1.15, 256, 4096, "exponential")
+    edm = {"edm": "epsilon", "edm_v": "v_prediction"}
+    return {
+        "num_train_timesteps": s.num_train_timesteps, "beta_start": s.beta_start, "beta_end": s.beta_end,
+        "beta_schedule": {new: old for old, new in BETAS.items()}.get(s.noise, "linear"),
+        "trained_betas": None if s.trained_betas is None else list(s.trained_betas),
+        "prediction_type": edm.get(s.prediction, s.prediction), "timestep_spacing": s.spacing if in_t else s.ends,
+        "steps_offset": s.steps_offset, "rescale_betas_zero_snr": s.zero_snr,
+        **{key: s.spacing == spacing for key, spacing in SIGMAS.items()}, "use_lu_lambdas": s.spacing == "lu",
+        "use_flow_sigmas": s.noise == "flow", "flow_shift": s.shift, "shift": s.shift,
+        "set_alpha_to_one": s.final == "zero", "final_sigmas_type": s.final, "clip_sample": s.clip is not None,
+        "clip_sample_range": 1.0 if s.clip is None else s.clip, "thresholding": s.threshold is not None,
+        "dynamic_thresholding_ratio": (s.threshold or (0.995,))[0], "sample_max_value": (s.threshold or (0, 1.0))[1],
+        "solver_order": s.order_or_default, "predictor_order": s.order_or_default, "corrector_order": s.corrector_order,
+        "lower_order_final": s.lower_order_final, "euler_at_final": s.euler_at_final, "predict_x0": not s.predict_eps,
+        **({"solver_type": s.solver_type} if s.solver_type else {}),
+        **({"sigma_min": s.sigma_min, "sigma_max": s.sigma_max} if s.noise == "edm" else {}),
+        "sigma_schedule": s.spacing, "original_inference_steps": s.original_inference_steps,
+        **({"variance_type": s.variance} if s.solver == "ddpm" else {}),
+        "use_dynamic_shifting": s.dynamic_shift is not None, "base_shift": base, "max_shift": most,
+        "base_image_seq_len": few, "max_image_seq_len": many, "time_shift_type": kind,
+    }  # fmt: skip
 
 
 def _options(config: Config) -> dict[str, Any]:
@@ -98,172 +138,191 @@ def _options(config: Config) -> dict[str, Any]:
         raise InputError(
             f"_class_name: {shown(name)} is not supported{nearest(name, CLASSES)}; supported: {', '.join(CLASSES)}"
         )
-    known = CLASSES[name]
-    full = {key: _default(value) for key, value in known.keys.items()}
+    known = KEYS[name]
+    full = dict(known)
     for key, value in config.items():
-        if key in META:
-            continue
-        if key in known.keys:
-            full[key] = _checked(name, key, value, known.keys[key])
-        elif key not in FOREIGN:
-            raise InputError(f"{shown(key)}: unknown key of {name}{nearest(key, [*known.keys, *META])}")
-    for key in known.needs:
-        if key not in config:
-            raise InputError(f"{key}: missing, and the default of {name} is not supported; {known.keys[key][0]!r} is")
-    return known.options(full)
+        if key in known:
+            full[key] = _checked(name, key, value)
+        elif key == "rescale_betas_zero_snr" and "beta_schedule" in known:  # what the network was trained with stays
+            full[key] = _checked("DDIMScheduler", key, value)
+        elif key not in FOREIGN and key not in META:
+            raise InputError(f"{shown(key)}: unknown key of {name}{nearest(key, [*known, *META])}")
+    if name == PNDM and "skip_prk_steps" not in config:
+        raise InputError(f"skip_prk_steps: missing, and the default of {name} is not supported; True is")
+    found = {"num_train_timesteps": full["num_train_timesteps"], **_axes(full), **CLASSES[name](full)}
+    return found
 
 
-def _default(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) else value
-
-
-def _checked(name: str, key: str, value: Any, known: Any) -> Any:
-    if isinstance(known, tuple):
-        if not any(value == v and type(value) is type(v) for v in known):
-            raise InputError(f"{key}: {shown(value)} is not supported for {name}; {' or '.join(map(repr, known))} is")
+def _checked(name: str, key: str, value: Any) -> Any:
+    default, known = KEYS[name][key], VALUES.get(key, ())
+    if name == PNDM and key == "skip_prk_steps":
+        known, default = (True,), True
+    if value is None and default is False:
+        return False
+    if value == default and type(value) is type(default):
         return value
     if key == "trained_betas":
-        good = value is None or (isinstance(value, list | tuple) and all(isinstance(b, float) for b in value))
-    elif isinstance(known, float):
+        good = isinstance(value, list | tuple) and all(isinstance(b, float) for b in value)
+    elif isinstance(known, tuple):
+        some = (default, *(v for v in known if v != default and not (key == "variance_type" and default is None)))
+        if not any(value == v and type(value) is type(v) for v in some):
+            raise InputError(f"{key}: {shown(value)} is not supported for {name}; {' or '.join(map(repr, some))} is")
+        return value
+    elif known is float:
         good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
     else:
-        good = type(value) is type(known) or (value is None and known is False)
+        good = type(value) is known
     if not good:
-        raise InputError(f"{key}: {shown(value)} is not of the kind of {known!r}")
+        raise InputError(f"{key}: {shown(value)} is not of the kind of {default!r}")
     return value
 
 
 def _axes(c: Config) -> dict[str, Any]:
-    """The options that every class with betas has."""
-    betas = c["trained_betas"]
-    return {
-        "noise": BETAS[c["beta_schedule"]],
-        "num_train_timesteps": c["num_train_timesteps"],
-        "beta_start": c["beta_start"],
-        "beta_end": c["beta_end"],
-        "trained_betas": None if betas is None else tuple(betas),
-        "zero_snr": bool(c["rescale_betas_zero_snr"]),
-        "spacing": c["timestep_spacing"],
-        "steps_offset": c["steps_offset"],
-        "prediction": c["prediction_type"],
-    }
-
-
-def _clip(c: Config) -> float | None:
-    return float(c["clip_sample_range"]) if c["clip_sample"] else None
-
-
-def _karras(c: Config) -> dict[str, Any]:
-    return {"spacing": "karras" if c["use_karras_sigmas"] else c["timestep_spacing"], "ends": c["timestep_spacing"]}
-
-
-def _final(c: Config) -> str:
-    return "zero" if c["set_alpha_to_one"] else "sigma_min"
-
-
-def _ddim(c: Config) -> dict[str, Any]:
-    return {**_axes(c), "solver": "ddim", "style": "ddim", "clip": _clip(c), "final": _final(c)}
+    """The options that keys say whatever the class."""
+    found: dict[str, Any] = {}
+    if "beta_schedule" in c:
+        betas = c["trained_betas"]
+        found = {
+            "noise": BETAS[c["beta_schedule"]], "beta_start": c["beta_start"], "beta_end": c["beta_end"],
+            "trained_betas": None if betas is None else tuple(betas), "prediction": c["prediction_type"],
+            "zero_snr": bool(c.get("rescale_betas_zero_snr")), "steps_offset": c.get("steps_offset", 0),
+        }  # fmt: skip
+        plain = c.get("timestep_spacing", "linspace")
+        in_k = [spacing for key, spacing in SIGMAS.items() if c.get(key)] + ["lu"] * bool(c.get("use_lu_lambdas"))
+        found |= {"spacing": (in_k or [plain])[0], "ends": plain}
+    if c.get("thresholding"):
+        found["threshold"] = (float(c["dynamic_thresholding_ratio"]), float(c["sample_max_value"]))
+    elif c.get("clip_sample"):
+        found["clip"] = float(c["clip_sample_range"])
+    for key, option in (("final_sigmas_type", "final"), ("lower_order_final", "lower_order_final"),
+                        ("euler_at_final", "euler_at_final")):  # fmt: skip
+        if key in c:
+            found[option] = c[key]
+    if "set_alpha_to_one" in c:
+        found["final"] = "zero" if c["set_alpha_to_one"] else "sigma_min"
+    if c.get("use_flow_sigmas"):
+        found |= {"noise": "flow", "shift": float(c["flow_shift"]), "spacing": "linspace", "style": "flow-dpm"}
+    return found
 
 
 def _ddpm(c: Config) -> dict[str, Any]:
-    variance = c["variance_type"].removesuffix("_log")  # for fixed_small the logarithm is taken and undone
-    return {**_axes(c), "solver": "ddpm", "style": "ddpm", "clip": _clip(c), "variance": variance}
+    # for fixed_small the logarithm is taken and undone
+    return {"solver": "ddpm", "style": "ddpm", "variance": c["variance_type"].removesuffix("_log")}
 
 
-def _pndm(c: Config) -> dict[str, Any]:
-    return {**_axes(c), "solver": "pndm", "style": "ddim", "final": _final(c)}
+def _styled(c: Config, style: str) -> dict[str, Any]:
+    return {} if c.get("use_flow_sigmas") else {"style": style}
 
 
-def _euler(c: Config) -> dict[str, Any]:
-    return {**_axes(c), **_karras(c), "solver": "euler", "style": "euler", "final": c["final_sigmas_type"]}
-
-
-def _ancestral(c: Config) -> dict[str, Any]:
-    return {**_axes(c), "solver": "euler_ancestral", "style": "euler"}
-
-
-def _heun(c: Config) -> dict[str, Any]:
-    return {**_axes(c), **_karras(c), "solver": "heun", "style": "euler", "clip": _clip(c)}
-
-
-def _dpm(c: Config) -> dict[str, Any]:
-    solver = "sde-dpmpp_2m" if c["algorithm_type"] == "sde-dpmsolver++" else "dpmpp_2m"
-    same = {"final": c["final_sigmas_type"], **{key: c[key] for key in ("lower_order_final", "euler_at_final")}}
-    return {**_axes(c), **_karras(c), **same, "solver": solver, "style": "dpm", "order": c["solver_order"]}
-
-
-def _flow(c: Config) -> dict[str, Any]:
+def _dpm(c: Config, letter: str = "m", style: str = "dpm") -> dict[str, Any]:
+    kind = str(c["algorithm_type"]).replace("deis", "dpmsolver++").replace("dpmsolver++", "dpmpp")
+    solver = f"{kind}_{max(2, c['solver_order'])}{letter}"
+    if solver not in SOLVERS:
+        raise InputError(f"solver_order: {c['solver_order']} is not supported for {c['algorithm_type']}; 1 or 2 is")
+    order = {"order": 1} if c["solver_order"] == 1 else {}
     return {
-        "noise": "flow",
-        "spacing": "linspace",
-        "prediction": "flow_prediction",
-        "solver": "euler",
-        "style": "flow",
-        "shift": float(c["shift"]),
-        "num_train_timesteps": c["num_train_timesteps"],
+        "solver": solver,
+        **order,
+        "solver_type": "heun" if c["solver_type"] == "heun" else None,
+        **_styled(c, style),
     }
 
 
-_BETAS: dict[str, Any] = {
-    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": tuple(BETAS),
-    "trained_betas": None,
-    "prediction_type": ("epsilon", "v_prediction", "sample"), "timestep_spacing": ("linspace", "leading", "trailing"),
-    "steps_offset": 0, "rescale_betas_zero_snr": False,
-}  # fmt: skip
-_LEADING = {**_BETAS, "timestep_spacing": ("leading", "trailing", "linspace")}
-_CLIP = {"clip_sample": True, "clip_sample_range": 1.0}
-_THRESHOLD = {"thresholding": (False,), "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
-_OFF = (False, None)
-_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": _OFF, "use_beta_sigmas": _OFF}
-_FINAL = {"final_sigmas_type": ("zero", "sigma_min")}
+def _deis(c: Config) -> dict[str, Any]:
+    # with spacings in sigma diffusers ends at the last level, called at twice; flow's is far from the picture
+    final = "zero" if c["use_flow_sigmas"] else "sigma_min"
+    return {"solver": "deis", "order": c["solver_order"], "final": final, **_styled(c, "dpm")}
 
-CLASSES = {
-    "DDIMScheduler": Class({**_LEADING, **_CLIP, **_THRESHOLD, "set_alpha_to_one": True}, _ddim),
-    "DDPMScheduler": Class(
-        {**_LEADING, **_CLIP, **_THRESHOLD, "variance_type": ("fixed_small", "fixed_large", "fixed_small_log")}, _ddpm
-    ),
-    "PNDMScheduler": Class(
-        {**_LEADING, "set_alpha_to_one": False, "skip_prk_steps": (True,)}, _pndm, needs=("skip_prk_steps",)
-    ),
-    "EulerDiscreteScheduler": Class(
-        {**_BETAS, **_SIGMAS, **_FINAL, "interpolation_type": ("linear",), "timestep_type": ("discrete",),
-         "sigma_min": (None,), "sigma_max": (None,)},
-        _euler,
-    ),
-    "EulerAncestralDiscreteScheduler": Class(_BETAS, _ancestral),
-    "HeunDiscreteScheduler": Class(
-        {**_BETAS, **_SIGMAS, **_CLIP, "clip_sample": False, "beta_start": 0.00085, "beta_end": 0.012}, _heun
-    ),
-    "DPMSolverMultistepScheduler": Class(
-        {**_BETAS, **_SIGMAS, **_FINAL, **_THRESHOLD, "solver_order": (2, 1), "lower_order_final": True,
-         "euler_at_final": False, "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
-         "solver_type": ("midpoint", "logrho", "bh1", "bh2"), "use_lu_lambdas": _OFF, "use_flow_sigmas": _OFF,
-         "flow_shift": 1.0, "lambda_min_clipped": (-math.inf,), "use_dynamic_shifting": (False,),
-         "time_shift_type": ("exponential",), "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large")},
-        _dpm,
-    ),
-    FLOW: Class(
-        {"num_train_timesteps": 1000, "shift": 1.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
-         "max_image_seq_len": 4096, "time_shift_type": ("exponential", "linear"), "use_dynamic_shifting": (False,),
-         "invert_sigmas": (False,), "shift_terminal": (None,), "stochastic_sampling": (False,),
-         **_SIGMAS, "use_karras_sigmas": _OFF},
-        _flow,
-    ),
-}  # fmt: skip
 
+def _unipc(c: Config) -> dict[str, Any]:
+    flow = {"style": "flow-unipc"} if c["use_flow_sigmas"] else {"style": "dpm"}
+    kind = {"solver_type": "bh1"} if c["solver_type"] == "bh1" else {}
+    return {"solver": "unipc", "order": c["solver_order"], "predict_eps": not c["predict_x0"], **kind, **flow}
+
+
+def _sa(c: Config) -> dict[str, Any]:
+    final = "zero" if c["use_flow_sigmas"] else "sigma_min"
+    orders = {"order": c["predictor_order"], "corrector_order": c["corrector_order"]}
+    return {"solver": "sa", **orders, "final": final, **_styled(c, "dpm")}
+
+
+def _edm(c: Config) -> dict[str, Any]:
+    prediction = "edm_v" if c["prediction_type"] == "v_prediction" else "edm"
+    ends = {"sigma_min": float(c["sigma_min"]), "sigma_max": float(c["sigma_max"])}
+    return {"noise": "edm", "prediction": prediction, "spacing": c["sigma_schedule"], **ends}
+
+
+def _flow(c: Config) -> dict[str, Any]:
+    found = {"noise": "flow", "spacing": "linspace", "prediction": "flow_prediction", "style": "flow"}
+    if not c.get("use_dynamic_shifting"):
+        return {**found, "solver": "euler", "shift": float(c["shift"])}
+    ends = (float(c["base_shift"]), float(c["max_shift"]), c["base_image_seq_len"], c["max_image_seq_len"])
+    return {**found, "solver": "euler", "shift": float(c["shift"]), "dynamic_shift": (*ends, c["time_shift_type"])}
+
+
+def _plain(solver: str, style: str, **more: Any) -> Callable[[Config], dict[str, Any]]:
+    return lambda c: {"solver": solver, "style": style, **more}
+
+
+def _lcm(solver: str, **more: Any) -> Callable[[Config], dict[str, Any]]:
+    return lambda c: {
+        "solver": solver, "style": "lcm", "spacing": "lcm", "final": "zero",
+        "original_inference_steps": c["original_inference_steps"], **more,
+    }  # fmt: skip
+
+
+CLASSES: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "DDIMScheduler": _plain("ddim", "ddim"),
+    "DDIMParallelScheduler": _plain("ddim", "ddim"),
+    "DDPMScheduler": _ddpm,
+    "DDPMParallelScheduler": _ddpm,
+    PNDM: _plain("pndm", "ddim"),
+    "EulerDiscreteScheduler": _plain("euler", "euler"),
+    "EulerAncestralDiscreteScheduler": _plain("euler_ancestral", "euler"),
+    "HeunDiscreteScheduler": _plain("heun", "euler"),
+    "LMSDiscreteScheduler": _plain("lms", "euler"),
+    "KDPM2DiscreteScheduler": _plain("dpm2", "dpm2"),
+    "KDPM2AncestralDiscreteScheduler": _plain("dpm2_ancestral", "dpm2"),
+    "DPMSolverSDEScheduler": _plain("dpmpp_sde", "euler"),
+    "DPMSolverMultistepScheduler": _dpm,
+    "DPMSolverSinglestepScheduler": lambda c: _dpm(c, "s", "singlestep"),
+    "DEISMultistepScheduler": _deis,
+    "UniPCMultistepScheduler": _unipc,
+    "SASolverScheduler": _sa,
+    "LCMScheduler": _lcm("lcm"),
+    "TCDScheduler": _lcm("tcd", eta=0.3),
+    "EDMEulerScheduler": lambda c: {**_edm(c), "solver": "euler", "style": "edm"},
+    "EDMDPMSolverMultistepScheduler": lambda c: {**_dpm({**c, "use_flow_sigmas": False}), **_edm(c), "style": "edm"},
+    FLOW: _flow,
+    HEUN: lambda c: {**_flow(c), "solver": "heun"},
+}
+
+_MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
 # Where a solver's options are kept in diffusers, and the keys that pick it there.
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "pndm": (PNDM, {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "sde-dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "sa": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    **{
+        f"{kind}_{order}{letter}": (
+            _MULTI if letter == "m" else _SINGLE,
+            {"algorithm_type": kind.replace("dpmpp", "dpmsolver++"), "solver_order": order},
+        )
+        for kind in ("dpmpp", "dpmsolver", "sde-dpmpp", "sde-dpmsolver")
+        for order in (2, 3)
+        for letter in "ms"
+        if f"{kind}_{order}{letter}" in SOLVERS
+    },
 }
-
-# A saved config carries the keys of classes that its folder went through; a class passes over those of others.
-FOREIGN = {key for name, known in CLASSES.items() if name != FLOW for key in known.keys} | {
-    "predict_x0", "solver_p", "disable_corrector", "noise_sampler_seed", "lower_order_second", "s_noise",
-}  # fmt: skip

@@ -56,6 +56,11 @@ def cosine(n: int, start: float, end: float) -> Array:
     return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
 
 
+def sigmoid(n: int, start: float, end: float) -> Array:
+    """Betas of GeoDiff (Xu et al. 2022): from start to end along a sigmoid of -6 … 6."""
+    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, n)))
+
+
 def check_betas(betas: Array) -> None:
     """Refuse betas that no diffusion has: not within (0, 1), not finite, or fewer than two."""
     if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
@@ -70,12 +75,15 @@ def zero_terminal_snr(alpha_bar: Array) -> Array:
     return np.cumprod(1 - (1 - np.concatenate([scaled[:1], scaled[1:] / scaled[:-1]])))
 
 
-def from_alpha_bar(alpha_bar: Array) -> Noise:
-    """Variance-preserving noise, alpha^2 = alpha_bar; between timesteps sigma / alpha is linear in t."""
+def from_alpha_bar(alpha_bar: Array, straight: bool = False) -> Noise:
+    """Variance-preserving noise, alpha^2 = alpha_bar; between timesteps log(sigma / alpha) is linear in t.
+
+    straight: `at` takes sigma / alpha itself as linear in t, as diffusers does (but not for the way back).
+    """
     steps = np.arange(len(alpha_bar), dtype=float)
     table = Levels(steps, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
-    with np.errstate(divide="ignore"):
-        log_k = np.log(table.k)
+    finite = np.isfinite(table.k)
+    log_k = np.log(table.k[finite])
 
     def level(t: Array, k: Array) -> Levels:
         alpha = 1 / np.sqrt(1 + k**2)
@@ -85,10 +93,11 @@ def from_alpha_bar(alpha_bar: Array) -> Noise:
         whole = np.rint(t).astype(int)
         if np.array_equal(whole, t):
             return Levels(t, table.alpha[whole], table.sigma[whole])
-        return level(t, np.interp(t, steps, table.k))
+        between = np.interp(t, steps, table.k) if straight else np.exp(np.interp(t, steps[finite], log_k))
+        return level(t, np.where(whole == t, table.k[whole], between))
 
     def at_k(k: Array) -> Levels:
-        return level(np.interp(np.log(np.maximum(k, 1e-10)), log_k, steps), k)
+        return level(np.interp(np.log(np.maximum(k, 1e-10)), log_k, steps[finite]), k)
 
     return Noise(table, at, at_k)
 
@@ -96,8 +105,7 @@ def from_alpha_bar(alpha_bar: Array) -> Noise:
 def flow(n: int, shift: float) -> Noise:
     """Rectified flow: alpha = 1 - s, sigma = s, and the network is told n s.
 
-    Training step t = 0 … n-1 is s = u shift / (1 + (shift - 1) u) with u = (t + 1) / n (Esser et al. 2024, equation
-    23).
+    Training step t = 0 … n-1 is s = u shift / (1 + (shift - 1) u) with u = (t + 1) / n (Esser et al. 2024, eq. 23).
     """
 
     def level(s: Array) -> Levels:
@@ -107,8 +115,17 @@ def flow(n: int, shift: float) -> Noise:
         u = (t + 1) / n
         return level(shift * u / (1 + (shift - 1) * u))
 
+    return Noise(at(np.arange(n, dtype=float)), at, lambda k: level(1 - 1 / (1 + k)))
+
+
+def edm(n: int, low: float, high: float) -> Noise:
+    """Variance-exploding noise of Karras et al. 2022: alpha = 1; the network is told log(sigma) / 4."""
+
     def at_k(k: Array) -> Levels:
-        return level(1 - 1 / (1 + k))
+        return Levels(np.log(np.maximum(k, 1e-10)) / 4, np.ones_like(k), k)
+
+    def at(t: Array) -> Levels:  # even in sigma^(1/7), equation 5
+        return at_k((low ** (1 / 7) + t / (n - 1) * (high ** (1 / 7) - low ** (1 / 7))) ** 7)
 
     return Noise(at(np.arange(n, dtype=float)), at, at_k)
 
@@ -117,5 +134,6 @@ BETAS: dict[str, Callable[[int, float, float], Array]] = {
     "linear": linear,
     "scaled_linear": scaled_linear,
     "cosine": cosine,
+    "sigmoid": sigmoid,
 }
-NOISES = (*BETAS, "flow")
+NOISES = (*BETAS, "flow", "edm")

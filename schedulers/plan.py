@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
     import torch
 
 # t: what the network is told. c_in: scale of x before the network. px, pm: x0_raw = px x + pm output. clip: bound on
-# |x0|. cx, c0, cr, cn: the step. hx, h0: what is left for later calls, h = hx x + h0 x0. c1 …: weights of those, newest
-# first.
-COLUMNS = ("t", "c_in", "px", "pm", "clip", "cx", "c0", "cr", "cn", "hx", "h0", *(f"c{i + 1}" for i in range(HISTORY)))
+# |x0|, or on the `quantile` of |x0| that x0 is divided by when there is one. cx, c0, cr, cn: the step. hx, h0: what is
+# left for later calls, h = hx x + h0 x0. c1 …: weights of those, newest first.
+COLUMNS = (
+    "t", "c_in", "px", "pm", "clip", "quantile", "cx", "c0", "cr", "cn", "hx", "h0",
+    *(f"c{i + 1}" for i in range(HISTORY)),
+)  # fmt: skip
 _C1 = COLUMNS.index("c1")
 
 
@@ -26,13 +30,14 @@ class Plan:
     """The table of one trajectory: a line for each network call, a column for each name in COLUMNS, float64.
 
     alphas, sigmas: the level at each call, and at the end (calls + 1 values). start: the first x is start[0] * the
-    clean picture + start[1] * unit noise.
+    clean picture + start[1] * unit noise. draws: whether a call's step draws noise, (calls,) bool.
     """
 
     table: np.ndarray
     alphas: np.ndarray
     sigmas: np.ndarray
     start: tuple[float, float]
+    draws: np.ndarray
 
     @property
     def nfe(self) -> int:
@@ -44,45 +49,73 @@ class Plan:
         """What the network is told at each call."""
         return self["t"]
 
-    @property
-    def draws(self) -> np.ndarray:
-        """Whether a call's step adds noise, (calls,) bool."""
-        return self["cn"] != 0
+    @functools.cached_property
+    def threshold(self) -> bool:
+        """Whether x0 is bounded by its own quantile (dynamic thresholding)."""
+        return bool(self["quantile"].any())
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return the column `name` of COLUMNS, (calls,)."""
         return self.table[:, COLUMNS.index(name)]
 
 
-def make_plan(rows: list[Row], end: Point, prediction: str, clip: float | None, start: tuple[float, float]) -> Plan:
+def make_plan(
+    rows: list[Row],
+    end: Point,
+    prediction: str,
+    start: tuple[float, float],
+    clip: float | None = None,
+    threshold: tuple[float, float] | None = None,
+) -> Plan:
     """Lay a solver's rows out as the plan of a trajectory that ends at the level `end`."""
     alpha, sigma = (
         np.array([getattr(point, name) for point in (*(r.at for r in rows), end)]) for name in ("alpha", "sigma")
     )
     px, pm = PREDICTIONS[prediction].to_x0(alpha[:-1], sigma[:-1])
+    scale = PREDICTIONS[prediction].c_in(alpha[:-1], sigma[:-1])
+    quantile, bound = threshold or (0.0, np.inf if clip is None else clip)
     table = np.zeros((len(rows), len(COLUMNS)))
-    for i, row in enumerate(rows):
-        hx, h0 = (1 / sigma[i], -alpha[i] / sigma[i]) if row.leaves_eps else (0.0, 1.0)
-        bound = np.inf if clip is None else clip
-        table[i, :_C1] = row.at.t, 1.0, px[i], pm[i], bound, row.cx, row.c0, row.cr, row.cn, hx, h0
-        table[i, _C1 : _C1 + len(row.c)] = row.c
-    return Plan(table, alpha, sigma, start)
+    for i, r in enumerate(rows):
+        table[i, :_C1] = r.at.t, scale[i], px[i], pm[i], bound, quantile, r.cx, r.c0, r.cr, r.cn, *r.leaves
+        table[i, _C1 : _C1 + len(r.c)] = r.c[:HISTORY]
+    return Plan(table, alpha, sigma, start, np.array([r.cn != 0 or r.draws for r in rows]))
 
 
 def step(
-    x: torch.Tensor, output: torch.Tensor, rows: torch.Tensor, history: torch.Tensor, noise: torch.Tensor | float
+    x: torch.Tensor,
+    output: torch.Tensor,
+    rows: torch.Tensor,
+    history: torch.Tensor,
+    noise: torch.Tensor | float,
+    threshold: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x', h): the next sample, and what goes to the front of the history.
 
     x, output, noise: (B, C, H, W), the noise 0 where no sample draws; rows: (len(COLUMNS), B, 1, 1, 1), every sample's
     own line of its own plan; history: (HISTORY, B, C, H, W), newest first and 0 where there is none yet. No branch on
-    values: samples at any step of any solver go together, each as if alone.
+    values: samples at any step of any solver go together, each as if alone. threshold: some plan has a quantile.
     """
-    _, _, px, pm, clip, cx, c0, cr, cn, hx, h0 = rows[:_C1]
+    _, _, px, pm, clip, quantile, cx, c0, cr, cn, hx, h0 = rows[:_C1]
     raw = px * x + pm * output
     x0 = raw.minimum(clip).maximum(-clip)
+    if threshold:
+        x0 = dynamic_threshold(raw, quantile, clip).where(quantile > 0, x0)
     past = (rows[_C1:] * history).sum(dim=0)
     return cx * x + c0 * x0 + cr * raw + cn * noise + past, hx * x + h0 * x0
+
+
+def dynamic_threshold(x0: torch.Tensor, quantile: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """Bound each sample of x0 (B, …) by the quantile of its absolute values, from 1 to `most`, and divide by that.
+
+    quantile, most: (B, 1, 1, 1). Saharia et al. 2022 (Imagen), section 2.3.
+    """
+    import torch
+
+    sizes = x0.abs().flatten(1)
+    wanted = quantile.expand(len(x0), *quantile.shape[1:]).flatten().to(sizes.dtype)
+    found = torch.stack([torch.quantile(size, q) for size, q in zip(sizes, wanted, strict=True)])
+    bound = found.view(-1, *[1] * (x0.ndim - 1)).clamp(min=1).minimum(most)
+    return x0.minimum(bound).maximum(-bound) / bound
 
 
 def sample(
@@ -111,6 +144,6 @@ def sample(
             device = x.device if generator is None else generator.device
             drawn = torch.randn(x.shape, generator=generator, device=device, dtype=dtype).to(x.device)
         output = model(rows[1] * x, line[0].expand(len(x)))
-        x, new = step(x, output.to(dtype), rows, history, drawn)
+        x, new = step(x, output.to(dtype), rows, history, drawn, plan.threshold)
         history = torch.cat([new[None], history[:-1]])
     return x

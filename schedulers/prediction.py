@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
+DATA = 0.5  # sigma_data: the standard deviation of the data in EDM's preconditioning
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """to_x0(alpha, sigma) -> (px, pm); target(x0, eps, alpha, sigma) -> what the network is trained to give.
 
-    The target takes arrays or tensors that broadcast.
+    The target takes arrays or tensors that broadcast. c_in(alpha, sigma): scale of x before the network.
     """
 
     to_x0: Callable[[Array, Array], tuple[Array, Array]]
     target: Callable[[Any, Any, Any, Any], Any]
+    c_in: Callable[[Array, Array], Array] = lambda alpha, sigma: np.ones_like(alpha)
 
 
 def _epsilon(alpha: Array, sigma: Array) -> tuple[Array, Array]:
@@ -39,9 +41,25 @@ def _flow(alpha: Array, sigma: Array) -> tuple[Array, Array]:
     return 1 / (alpha + sigma), -sigma / (alpha + sigma)
 
 
+def _edm(sign: float) -> Prediction:
+    """Karras et al. 2022, table 1: x0 = c_skip x + c_out output, sign -1 for the v of diffusers' EDM classes."""
+
+    def to_x0(alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        square = sigma**2 + (alpha * DATA) ** 2
+        return alpha * DATA**2 / square, sign * sigma * DATA / square**0.5
+
+    def target(x0: Any, eps: Any, alpha: Any, sigma: Any) -> Any:
+        px, pm = to_x0(alpha, sigma)
+        return (x0 - px * (alpha * x0 + sigma * eps)) / pm
+
+    return Prediction(to_x0, target, lambda alpha, sigma: 1 / np.sqrt(sigma**2 + (alpha * DATA) ** 2))
+
+
 PREDICTIONS = {
     "epsilon": Prediction(_epsilon, lambda x0, eps, alpha, sigma: eps),  # Ho et al. 2020
     "v_prediction": Prediction(_v, lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0),  # Salimans and Ho 2022
     "sample": Prediction(_sample, lambda x0, eps, alpha, sigma: x0),
     "flow_prediction": Prediction(_flow, lambda x0, eps, alpha, sigma: eps - x0),  # Lipman et al. 2023, Liu et al. 2023
+    "edm": _edm(1.0),
+    "edm_v": _edm(-1.0),
 }

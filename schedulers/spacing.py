@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,21 +21,23 @@ RHO = 7.0  # Karras et al. 2022, equation 5
 class Grid:
     """How a spacing lays n points over `train` training steps.
 
-    spare: lay n + 1 and drop the last, as DPM-Solver does. rounding: what makes timesteps whole numbers, if anything.
-    offset: added to `leading`. low: where `linspace` ends. ends: the spacing that karras takes its end points from,
-    None for the ends of the noise schedule.
+    spare: lay n + 1 and drop the last, as DPM-Solver does. rounding: what is done to linspace's timesteps, told: to
+    what the network is told. offset: added to `leading`. low, high: ends of `linspace`. ends: the spacing whose first
+    and last level the spacings in sigma go between, None for those of the noise schedule. original: steps of LCM's
+    training. given: explicit timesteps, or sigmas.
     """
 
     n: int
     train: int
     spare: bool = False
     rounding: Callable[[Array], Array] | None = None
+    told: Callable[[Array], Array] | None = None
     offset: int = 0
     low: float = 0.0
+    high: float = 0.0
     ends: str | None = None
-
-    def rounded(self, t: Array) -> Array:
-        return t if self.rounding is None else self.rounding(t)
+    original: int = 50
+    given: tuple[float, ...] = ()
 
 
 def leading(g: Grid) -> Array:
@@ -52,22 +58,80 @@ def trailing(g: Grid) -> Array:
 
 def linspace(g: Grid) -> Array:
     """Even from N - 1 to 0, both of them points."""
-    return g.rounded(np.linspace(g.low, g.train - 1, g.n + g.spare)[::-1][: g.n])
+    t = np.linspace(g.low, g.train - 1 + g.high, g.n + g.spare)[::-1][: g.n]
+    return g.rounding(t) if g.rounding else t
 
 
-def karras(g: Grid, noise: Noise) -> Levels:
-    """Even in (sigma / alpha)^(1/7), from the largest finite level (Karras et al. 2022, equation 5)."""
-    ends = noise.at(TIMESTEPS[g.ends](g)).k if g.ends else noise.table.k[::-1]
-    finite = ends[np.isfinite(ends)]
-    high, low = finite[0] ** (1 / RHO), finite[-1] ** (1 / RHO)
-    levels = noise.at_k((high + np.linspace(0, 1, g.n) * (low - high)) ** RHO)
-    return levels._replace(t=g.rounded(levels.t))
+def lcm(g: Grid) -> Array:
+    """Every so many of the `original` timesteps that a consistency model was distilled on (Luo et al. 2023)."""
+    origin = (np.arange(1, g.original + 1) * (g.train // g.original) - 1)[::-1]
+    if g.n > g.original or g.original > g.train:
+        raise InputError(f"num_inference_steps: {g.n} is more than the {g.original} of original_inference_steps")
+    return origin[np.floor(np.linspace(0, len(origin), g.n, endpoint=False)).astype(int)].astype(float)
 
 
-TIMESTEPS: dict[str, Callable[[Grid], Array]] = {"leading": leading, "trailing": trailing, "linspace": linspace}
-SPACINGS: dict[str, Callable[[Grid, Noise], Levels]] = {
-    "leading": lambda g, noise: noise.at(leading(g)),
-    "trailing": lambda g, noise: noise.at(trailing(g)),
-    "linspace": lambda g, noise: noise.at(linspace(g)),
-    "karras": karras,
-}
+def timesteps(g: Grid) -> Array:
+    """The timesteps that were given."""
+    return np.array(g.given)
+
+
+def karras(u: Array, high: float, low: float) -> Array:
+    """Even in (sigma / alpha)^(1/7) (Karras et al. 2022, equation 5)."""
+    return (high ** (1 / RHO) + u * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO
+
+
+def exponential(u: Array, high: float, low: float) -> Array:
+    """Even in log(sigma / alpha), the uniform log-SNR of Lu et al. 2022."""
+    return np.exp(np.log(high) + u * (np.log(low) - np.log(high)))
+
+
+def beta(u: Array, high: float, low: float) -> Array:
+    """Quantiles of the distribution beta(0.6, 0.6), of sigma as diffusers has it (Lee et al. 2024)."""
+    return low + _beta_quantile(1 - u) * (high - low)
+
+
+def _beta_quantile(p: Array) -> Array:
+    """Return the quantiles of beta(0.6, 0.6) at p: it is symmetric, and in y = x^0.6 smooth up to x = 1/2."""
+    y = np.linspace(0, 0.5**0.6, 20_001)
+    density = (1 - y ** (1 / 0.6)) ** -0.4
+    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    x = np.interp(np.minimum(p, 1 - p), mass / mass[-1] / 2, y) ** (1 / 0.6)
+    return np.where(p > 0.5, 1 - x, x)
+
+
+@functools.cache
+def tables() -> dict[str, Any]:
+    """Published levels sigma / alpha, n + 1 of them for n steps."""
+    read: dict[str, Any] = json.loads(Path(__file__).with_name("tables.json").read_bytes())
+    return read
+
+
+def table(name: str, n: int) -> Array:
+    """Return n levels of a published table; between its own lengths log sigma is interpolated, as its authors do."""
+    rows = tables()[name]
+    row = next((r for r in rows if len(r) == n + 1), rows[-1])
+    places = np.linspace(0, len(row) - 1, n + 1)
+    return np.exp(np.interp(places, np.arange(len(row)), np.log(row)))[:n]
+
+
+IN_T: dict[str, Callable[[Grid], Array]] = {
+    "leading": leading, "trailing": trailing, "linspace": linspace, "lcm": lcm, "timesteps": timesteps,
+}  # fmt: skip
+IN_K: dict[str, Callable[[Array, float, float], Array]] = {
+    "karras": karras, "exponential": exponential, "lu": exponential, "beta": beta,
+}  # fmt: skip
+TABLES = ("align_your_steps", "align_your_steps_xl", "align_your_steps_video", "gits")
+SPACINGS = (*IN_T, *IN_K, *TABLES, "sigmas")
+
+
+def levels(name: str, g: Grid, noise: Noise) -> Levels:
+    """Return the n levels of the spacing `name`, most noise first."""
+    if name in IN_T:
+        found = noise.at(IN_T[name](g))
+    elif name in IN_K:
+        ends = noise.at(IN_T[g.ends](g)).k if g.ends else noise.table.k[::-1]
+        finite = ends[np.isfinite(ends)]
+        found = noise.at_k(IN_K[name](np.linspace(0, 1, g.n) if g.n > 1 else np.zeros(1), finite[0], finite[-1]))
+    else:
+        found = noise.at_k(np.array(g.given) if name == "sigmas" else table(name, g.n))
+    return found._replace(t=g.told(found.t)) if g.told else found
