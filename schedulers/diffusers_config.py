@@ -46,8 +46,10 @@ FOREIGN = {key for name, keys in KEYS.items() if name not in (FLOW, HEUN) for ke
 }  # fmt: skip
 
 
-def read_config(config: str | Path | Config) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (options of a Scheduler, the keys that the config states). Raises InputError, naming file and key."""
+    if hasattr(config, "config"):  # a scheduler of diffusers, whose config names its class only once it was saved
+        config = {**config.config, "_class_name": type(config).__name__}
     if isinstance(config, Mapping):
         # diffusers' objects list the keys that nobody stated: another class takes its own defaults for them
         unstated = config.get(UNSTATED)
@@ -164,7 +166,7 @@ def _checked(name: str, key: str, value: Any) -> Any:
     if key == "trained_betas":
         good = isinstance(value, list | tuple) and all(isinstance(b, float) for b in value)
     elif isinstance(known, tuple):
-        some = (default, *(v for v in known if v != default and not (key == "variance_type" and default is None)))
+        some = (default, *(v for v in known if v != default))
         if not any(value == v and type(value) is type(v) for v in some):
             raise InputError(f"{key}: {shown(value)} is not supported for {name}; {' or '.join(map(repr, some))} is")
         return value
@@ -290,7 +292,7 @@ CLASSES: dict[str, Callable[[Config], dict[str, Any]]] = {
     "UniPCMultistepScheduler": _unipc,
     "SASolverScheduler": _sa,
     "LCMScheduler": _lcm("lcm"),
-    "TCDScheduler": _lcm("tcd", eta=0.3),
+    "TCDScheduler": _lcm("tcd", eta=0.3, clip=None, threshold=None),  # it has the keys and does not read them
     "EDMEulerScheduler": lambda c: {**_edm(c), "solver": "euler", "style": "edm"},
     "EDMDPMSolverMultistepScheduler": lambda c: {**_dpm({**c, "use_flow_sigmas": False}), **_edm(c), "style": "edm"},
     FLOW: _flow,

@@ -196,8 +196,8 @@ class Scheduler:
         return SOLVERS[self.solver].orders[0] if self.order is None else self.order
 
     @classmethod
-    def from_config(cls, config: str | FilePath | Mapping[str, Any]) -> Scheduler:
-        """Read a diffusers scheduler config: a dictionary, a scheduler_config.json, or the folder that holds it.
+    def from_config(cls, config: str | FilePath | Mapping[str, Any] | Any) -> Scheduler:
+        """Read a diffusers scheduler: its config, a scheduler_config.json, the folder that holds it, or the object.
 
         Raises InputError for an unsupported class, an unknown key, or a value that this does not express.
         """

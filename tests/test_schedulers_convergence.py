@@ -30,7 +30,7 @@ ORDERS: list[tuple[str, dict[str, Any], int]] = [
     ("unipc", {"order": 3}, 3), ("unipc", {"order": 2, "predict_eps": True}, 3), ("unipc", {"order": (1, 2, 2)}, 2),
     *[("sa", {"order": n, "corrector_order": m, "tau": 0.0}, n) for n, m in ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3))],
 ]  # fmt: skip
-PROCESSES = [
+PROCESSES: list[dict[str, Any]] = [
     {"prediction": "epsilon"},
     {"prediction": "v_prediction"},
     {"prediction": "sample"},
