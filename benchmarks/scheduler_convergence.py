@@ -76,15 +76,13 @@ PROCESSES: dict[str, dict[str, Any]] = {
 }
 # genkit: every solver with every spacing and end; what does not exist, or not together, is left out.
 SOLVERS: tuple[dict[str, Any], ...] = (
-    {"solver": "dpmpp_2m"},
-    {"solver": "ddim"},
-    {"solver": "heun"},
-    {"solver": "pndm"},
-    {"solver": "unipc", "order": 2},
-    {"solver": "unipc", "order": 3},
-    {"solver": "pc", "order": 2},
-    {"solver": "pc", "order": 3},
-)
+    {"solver": "dpmpp_2m"}, {"solver": "unipc", "order": 2}, {"solver": "unipc", "order": 3},
+    {"solver": "unipc", "order": 2, "solver_type": "bh1"}, {"solver": "unipc", "order": 3, "solver_type": "bh1"},
+    {"solver": "pc", "order": 2}, {"solver": "pc", "order": 3}, {"solver": "pndm"}, {"solver": "dpmpp_3m"},
+    {"solver": "deis", "order": 2}, {"solver": "deis", "order": 3}, {"solver": "dpmsolver_2m"},
+    {"solver": "dpmsolver_3m"}, {"solver": "dpmpp_2s"}, {"solver": "dpmpp_3s"}, {"solver": "sa", "tau": 0.0},
+    {"solver": "ipndm"}, {"solver": "lms"}, {"solver": "dpm2"}, {"solver": "heun"}, {"solver": "ddim"},
+)  # fmt: skip
 SPACES: tuple[dict[str, Any], ...] = tuple(
     {"spacing": spacing, **({"shift": shift} if shift != 1 else {}), **({"final": final} if final != "zero" else {})}
     for spacing in ("trailing", "linspace", "karras", "exponential")
@@ -94,8 +92,8 @@ SPACES: tuple[dict[str, Any], ...] = tuple(
 OURS = tuple({**solver, **space} for solver in SOLVERS for space in SPACES)
 OURS_EMBEDDED = tuple(
     options for options in OURS
-    if options["solver"] not in ("ddim", "heun") and options["spacing"] in ("trailing", "linspace")
-    and options.get("final") != "sigma_min"
+    if options["solver"] in ("dpmpp_2m", "unipc", "pc", "pndm") and "solver_type" not in options
+    and (options["spacing"] == "trailing" or (options["spacing"] == "linspace" and "final" not in options))
 )  # fmt: skip
 # What genkit.schedulers.tune.fit starts from: the first of these that there is, with the spacing of the process.
 TUNED: tuple[dict[str, Any], ...] = (
@@ -478,7 +476,11 @@ def run_plan(problem: Problem, cache: Cache, plan: Plan | None) -> Result:
 
 def label(options: dict[str, Any]) -> str:
     known = {"solver", "spacing", "final"}
-    extra = [f"{name} {value:g}" for name, value in options.items() if name not in known]
+    extra = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in options.items()
+        if name not in known
+    ]
     return " ".join([options["solver"], *extra, options.get("spacing", ""), options.get("final", "")]).strip()
 
 
@@ -528,13 +530,11 @@ def tuned(problem: Problem, cache: Cache, scheduler: Scheduler, calls: int) -> P
     def make() -> dict[str, Any]:
         model, noise = problem.train()
         plan: Plan = fit(model, scheduler, calls, noise)
-        return {"table": plan.table.tolist(), "alphas": plan.alphas.tolist(), "sigmas": plan.sigmas.tolist(),
-                "start": list(plan.start)}  # fmt: skip
+        return {field.name: np.asarray(getattr(plan, field.name)).tolist() for field in dataclasses.fields(Plan)}
 
     sources = [path.read_bytes() for path in sorted((ROOT / "schedulers").glob("*.py"))]
     kept = cache.get(f"tuned {scheduler} {calls} {digest(*sources)}", make)
-    table, alphas, sigmas = (np.array(kept[name]) for name in ("table", "alphas", "sigmas"))
-    return Plan(table, alphas, sigmas, (kept["start"][0], kept["start"][1]))
+    return Plan(**{name: tuple(value) if name == "start" else np.array(value) for name, value in kept.items()})
 
 
 def report(problem: Problem, text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,32 +18,63 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 UNSTATED = "_use_default_values"
 META = ("_class_name", "_diffusers_version", "_name_or_path")
-BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
-# The keys of each class with its defaults.
-KEYS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("diffusers_classes.json").read_bytes())
+# Of each class the solver that it is when its keys say no other, its style, and its keys with their defaults.
+CLASSES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("diffusers_classes.json").read_bytes())
+KEYS: dict[str, dict[str, Any]] = {name: known["keys"] for name, known in CLASSES.items()}
 FLOW, HEUN, PNDM = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "PNDMScheduler"
-SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
-# What keys may be besides their default, in classes that have them; keys of no entry here may not.
-VALUES: dict[str, tuple[Any, ...] | type] = {
-    "num_train_timesteps": int, "beta_start": float, "beta_end": float, "beta_schedule": (*BETAS,),
-    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
-    "timestep_spacing": ("leading", "trailing", "linspace"), "steps_offset": int, "rescale_betas_zero_snr": bool,
-    "clip_sample": bool, "clip_sample_range": float, "thresholding": bool, "dynamic_thresholding_ratio": float,
-    "sample_max_value": float, "set_alpha_to_one": bool, "final_sigmas_type": ("zero", "sigma_min"),
+MULTI, SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+SIGMAS = {
+    "use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "lu",
+}  # fmt: skip
+# Keys that are an option under another name, or under the same.
+SAME = {
+    "num_train_timesteps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end",
+    "prediction_type": "prediction", "rescale_betas_zero_snr": "zero_snr", "steps_offset": "steps_offset",
+    "final_sigmas_type": "final", "lower_order_final": "lower_order_final", "euler_at_final": "euler_at_final",
+    "shift": "shift", "original_inference_steps": "original_inference_steps", "corrector_order": "corrector_order",
+}  # fmt: skip
+# What keys may be besides their default: one of these, or anything of the default's kind; other keys may not.
+ANY = {
+    *SAME, *SIGMAS, "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio",
+    "sample_max_value", "set_alpha_to_one", "use_flow_sigmas", "flow_shift", "predict_x0", "use_dynamic_shifting",
+    "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
+}  # fmt: skip
+VALUES: dict[str, tuple[Any, ...]] = {
+    "beta_schedule": (*BETAS,), "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace"), "final_sigmas_type": ("zero", "sigma_min"),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"), "skip_prk_steps": (True,),
-    **dict.fromkeys(SIGMAS, bool),
-    "use_lu_lambdas": bool, "use_flow_sigmas": bool, "flow_shift": float, "shift": float,
     "solver_order": (1, 2, 3), "predictor_order": (1, 2, 3, 4), "corrector_order": (1, 2, 3, 4),
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis"),
-    "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"), "lower_order_final": bool, "euler_at_final": bool,
-    "predict_x0": bool, "original_inference_steps": int, "sigma_min": float, "sigma_max": float,
-    "sigma_schedule": ("karras", "exponential"), "use_dynamic_shifting": bool, "base_shift": float, "max_shift": float,
-    "base_image_seq_len": int, "max_image_seq_len": int, "time_shift_type": ("exponential", "linear"),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"), "sigma_schedule": ("karras", "exponential"),
+    "time_shift_type": ("exponential", "linear"),
 }  # fmt: skip
 # A saved config carries the keys of classes that its folder went through; a class passes over those of others.
-FOREIGN = {key for name, keys in KEYS.items() if name not in (FLOW, HEUN) for key in keys} | {
-    "lower_order_second", "s_noise",
-}  # fmt: skip
+FOREIGN = {key for name in KEYS if name not in (FLOW, HEUN) for key in KEYS[name]} | {"lower_order_second", "s_noise"}
+# Where a solver's options are kept in diffusers, and the keys that pick it there.
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        known["solver"]: (name, {})
+        for name, known in reversed(CLASSES.items())
+        if known["style"] not in ("edm", "flow")
+    },
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": (PNDM, {"skip_prk_steps": True}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
+    "sa": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
+    **{
+        f"{kind}_{order}{letter}": (
+            MULTI if letter == "m" else SINGLE,
+            {"algorithm_type": kind.replace("dpmpp", "dpmsolver++"), "solver_order": order},
+        )
+        for kind in ("dpmpp", "dpmsolver", "sde-dpmpp", "sde-dpmsolver")
+        for order in (2, 3)
+        for letter in "ms"
+        if f"{kind}_{order}{letter}" in SOLVERS
+    },
+}
 
 
 def read_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -71,12 +102,10 @@ def swap_solver(source: Config, solver: str) -> dict[str, Any]:
     What the config states stays; what it leaves open takes the new class's default. A solver that no class has takes
     the rest of DPM-Solver's.
     """
-    name = str(source["_class_name"])
-    if name in (FLOW, HEUN) or name.startswith("EDM"):
+    if CLASSES[str(source["_class_name"])]["style"] in ("edm", "flow"):
         return {**_options(source), "solver": solver}
     name, keys = DIFFUSERS.get(solver, DIFFUSERS["dpmpp_2m"])
-    found = {"solver": solver} if solver not in DIFFUSERS else {}
-    return {**_options({**source, "_class_name": name, **keys}), **found}
+    return {**_options({**source, "_class_name": name, **keys}), "solver": solver}
 
 
 def write_config(scheduler: Scheduler) -> dict[str, Any]:
@@ -109,25 +138,21 @@ def write_config(scheduler: Scheduler) -> dict[str, Any]:
 
 def _said(s: Scheduler) -> dict[str, Any]:
     """Return every key that says something of a scheduler, whichever class it is for."""
-    in_t = s.spacing in ("leading", "trailing", "linspace")
     base, most, few, many, kind = s.dynamic_shift or (0.5, 1.15, 256, 4096, "exponential")
-    edm = {"edm": "epsilon", "edm_v": "v_prediction"}
+    quantile, bound = s.threshold or (0.995, 1.0)
     return {
-        "num_train_timesteps": s.num_train_timesteps, "beta_start": s.beta_start, "beta_end": s.beta_end,
+        **{key: getattr(s, option) for key, option in SAME.items()},
         "beta_schedule": {new: old for old, new in BETAS.items()}.get(s.noise, "linear"),
         "trained_betas": None if s.trained_betas is None else list(s.trained_betas),
-        "prediction_type": edm.get(s.prediction, s.prediction), "timestep_spacing": s.spacing if in_t else s.ends,
-        "steps_offset": s.steps_offset, "rescale_betas_zero_snr": s.zero_snr,
-        **{key: s.spacing == spacing for key, spacing in SIGMAS.items()}, "use_lu_lambdas": s.spacing == "lu",
-        "use_flow_sigmas": s.noise == "flow", "flow_shift": s.shift, "shift": s.shift,
-        "set_alpha_to_one": s.final == "zero", "final_sigmas_type": s.final, "clip_sample": s.clip is not None,
-        "clip_sample_range": 1.0 if s.clip is None else s.clip, "thresholding": s.threshold is not None,
-        "dynamic_thresholding_ratio": (s.threshold or (0.995,))[0], "sample_max_value": (s.threshold or (0, 1.0))[1],
-        "solver_order": s.order_or_default, "predictor_order": s.order_or_default, "corrector_order": s.corrector_order,
-        "lower_order_final": s.lower_order_final, "euler_at_final": s.euler_at_final, "predict_x0": not s.predict_eps,
+        "prediction_type": {"edm": "epsilon", "edm_v": "v_prediction"}.get(s.prediction, s.prediction),
+        "timestep_spacing": s.spacing if s.spacing in VALUES["timestep_spacing"] else s.ends,
+        **{key: s.spacing == spacing for key, spacing in SIGMAS.items()}, "sigma_schedule": s.spacing,
+        "use_flow_sigmas": s.noise == "flow", "flow_shift": s.shift, "set_alpha_to_one": s.final == "zero",
+        "clip_sample": s.clip is not None, "clip_sample_range": 1.0 if s.clip is None else s.clip,
+        "thresholding": s.threshold is not None, "dynamic_thresholding_ratio": quantile, "sample_max_value": bound,
+        "solver_order": s.order_or_default, "predictor_order": s.order_or_default, "predict_x0": not s.predict_eps,
         **({"solver_type": s.solver_type} if s.solver_type else {}),
         **({"sigma_min": s.sigma_min, "sigma_max": s.sigma_max} if s.noise == "edm" else {}),
-        "sigma_schedule": s.spacing, "original_inference_steps": s.original_inference_steps,
         **({"variance_type": s.variance} if s.solver == "ddpm" else {}),
         "use_dynamic_shifting": s.dynamic_shift is not None, "base_shift": base, "max_shift": most,
         "base_image_seq_len": few, "max_image_seq_len": many, "time_shift_type": kind,
@@ -151,29 +176,25 @@ def _options(config: Config) -> dict[str, Any]:
             raise InputError(f"{shown(key)}: unknown key of {name}{nearest(key, [*known, *META])}")
     if name == PNDM and "skip_prk_steps" not in config:
         raise InputError(f"skip_prk_steps: missing, and the default of {name} is not supported; True is")
-    found = {"num_train_timesteps": full["num_train_timesteps"], **_axes(full), **CLASSES[name](full)}
+    found = {"solver": CLASSES[name]["solver"], "style": CLASSES[name]["style"], **_axes(full), **_choices(name, full)}
     return found
 
 
 def _checked(name: str, key: str, value: Any) -> Any:
-    default, known = KEYS[name][key], VALUES.get(key, ())
-    if name == PNDM and key == "skip_prk_steps":
-        known, default = (True,), True
+    default = KEYS[name][key]
+    known = (True,) if key == "skip_prk_steps" else (default, *(v for v in VALUES.get(key, ()) if v != default))
     if value is None and default is False:
         return False
-    if value == default and type(value) is type(default):
+    if any(value == v and type(value) is type(v) for v in known):
         return value
     if key == "trained_betas":
         good = isinstance(value, list | tuple) and all(isinstance(b, float) for b in value)
-    elif isinstance(known, tuple):
-        some = (default, *(v for v in known if v != default))
-        if not any(value == v and type(value) is type(v) for v in some):
-            raise InputError(f"{key}: {shown(value)} is not supported for {name}; {' or '.join(map(repr, some))} is")
-        return value
-    elif known is float:
+    elif key in VALUES or not (key in ANY or (key in ("sigma_min", "sigma_max") and default)):
+        raise InputError(f"{key}: {shown(value)} is not supported for {name}; {' or '.join(map(repr, known))} is")
+    elif isinstance(default, float):
         good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
     else:
-        good = type(value) is known
+        good = type(value) is type(default)
     if not good:
         raise InputError(f"{key}: {shown(value)} is not of the kind of {default!r}")
     return value
@@ -181,25 +202,16 @@ def _checked(name: str, key: str, value: Any) -> Any:
 
 def _axes(c: Config) -> dict[str, Any]:
     """The options that keys say whatever the class."""
-    found: dict[str, Any] = {}
+    found = {option: c[key] for key, option in SAME.items() if key in c}
     if "beta_schedule" in c:
-        betas = c["trained_betas"]
-        found = {
-            "noise": BETAS[c["beta_schedule"]], "beta_start": c["beta_start"], "beta_end": c["beta_end"],
-            "trained_betas": None if betas is None else tuple(betas), "prediction": c["prediction_type"],
-            "zero_snr": bool(c.get("rescale_betas_zero_snr")), "steps_offset": c.get("steps_offset", 0),
-        }  # fmt: skip
-        plain = c.get("timestep_spacing", "linspace")
-        in_k = [spacing for key, spacing in SIGMAS.items() if c.get(key)] + ["lu"] * bool(c.get("use_lu_lambdas"))
+        betas, plain = c["trained_betas"], c.get("timestep_spacing", "linspace")
+        in_k = [spacing for key, spacing in SIGMAS.items() if c.get(key)]
+        found |= {"noise": BETAS[c["beta_schedule"]], "trained_betas": None if betas is None else tuple(betas)}
         found |= {"spacing": (in_k or [plain])[0], "ends": plain}
     if c.get("thresholding"):
         found["threshold"] = (float(c["dynamic_thresholding_ratio"]), float(c["sample_max_value"]))
     elif c.get("clip_sample"):
         found["clip"] = float(c["clip_sample_range"])
-    for key, option in (("final_sigmas_type", "final"), ("lower_order_final", "lower_order_final"),
-                        ("euler_at_final", "euler_at_final")):  # fmt: skip
-        if key in c:
-            found[option] = c[key]
     if "set_alpha_to_one" in c:
         found["final"] = "zero" if c["set_alpha_to_one"] else "sigma_min"
     if c.get("use_flow_sigmas"):
@@ -207,124 +219,37 @@ def _axes(c: Config) -> dict[str, Any]:
     return found
 
 
-def _ddpm(c: Config) -> dict[str, Any]:
-    # for fixed_small the logarithm is taken and undone
-    return {"solver": "ddpm", "style": "ddpm", "variance": c["variance_type"].removesuffix("_log")}
+def _choices(name: str, c: Config) -> dict[str, Any]:
+    """The options that a class's keys say in its own way."""
+    solver, style, flow = CLASSES[name]["solver"], CLASSES[name]["style"], bool(c.get("use_flow_sigmas"))
+    if solver == "ddpm":  # for fixed_small the logarithm is taken and undone
+        return {"variance": c["variance_type"].removesuffix("_log")}
+    if style == "lcm":  # TCD has keys for a clip and does not read them
+        tcd = {"eta": 0.3, "clip": None, "threshold": None} if solver == "tcd" else {}
+        return {"spacing": "lcm", "final": "zero", **tcd}
+    if style == "flow":
+        ends = [c.get(key) for key in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")]
+        dynamic = {"dynamic_shift": (*ends, c["time_shift_type"])} if c.get("use_dynamic_shifting") else {}
+        return {"noise": "flow", "spacing": "linspace", "prediction": "flow_prediction", **dynamic}
+    if solver in ("deis", "sa"):
+        # with spacings in sigma diffusers ends at the last level, called at twice; flow's is far from the picture
+        return {"order": c.get("solver_order") or c["predictor_order"], "final": "zero" if flow else "sigma_min"}
+    if solver == "unipc":
+        near = {"style": "flow-unipc"} if flow else {}
+        kind = {"solver_type": "bh1"} if c["solver_type"] == "bh1" else {}
+        return {"order": c["solver_order"], "predict_eps": not c["predict_x0"], **kind, **near}
+    found = _dpm(solver[-1], c) if "solver_order" in c else {}
+    if style == "edm":
+        prediction = "edm_v" if c["prediction_type"] == "v_prediction" else "edm"
+        ends_of = {"sigma_min": float(c["sigma_min"]), "sigma_max": float(c["sigma_max"])}
+        found |= {"noise": "edm", "prediction": prediction, "spacing": c["sigma_schedule"], **ends_of}
+    return found
 
 
-def _styled(c: Config, style: str) -> dict[str, Any]:
-    return {} if c.get("use_flow_sigmas") else {"style": style}
-
-
-def _dpm(c: Config, letter: str = "m", style: str = "dpm") -> dict[str, Any]:
+def _dpm(letter: str, c: Config) -> dict[str, Any]:
     kind = str(c["algorithm_type"]).replace("deis", "dpmsolver++").replace("dpmsolver++", "dpmpp")
     solver = f"{kind}_{max(2, c['solver_order'])}{letter}"
     if solver not in SOLVERS:
         raise InputError(f"solver_order: {c['solver_order']} is not supported for {c['algorithm_type']}; 1 or 2 is")
     order = {"order": 1} if c["solver_order"] == 1 else {}
-    return {
-        "solver": solver,
-        **order,
-        "solver_type": "heun" if c["solver_type"] == "heun" else None,
-        **_styled(c, style),
-    }
-
-
-def _deis(c: Config) -> dict[str, Any]:
-    # with spacings in sigma diffusers ends at the last level, called at twice; flow's is far from the picture
-    final = "zero" if c["use_flow_sigmas"] else "sigma_min"
-    return {"solver": "deis", "order": c["solver_order"], "final": final, **_styled(c, "dpm")}
-
-
-def _unipc(c: Config) -> dict[str, Any]:
-    flow = {"style": "flow-unipc"} if c["use_flow_sigmas"] else {"style": "dpm"}
-    kind = {"solver_type": "bh1"} if c["solver_type"] == "bh1" else {}
-    return {"solver": "unipc", "order": c["solver_order"], "predict_eps": not c["predict_x0"], **kind, **flow}
-
-
-def _sa(c: Config) -> dict[str, Any]:
-    final = "zero" if c["use_flow_sigmas"] else "sigma_min"
-    orders = {"order": c["predictor_order"], "corrector_order": c["corrector_order"]}
-    return {"solver": "sa", **orders, "final": final, **_styled(c, "dpm")}
-
-
-def _edm(c: Config) -> dict[str, Any]:
-    prediction = "edm_v" if c["prediction_type"] == "v_prediction" else "edm"
-    ends = {"sigma_min": float(c["sigma_min"]), "sigma_max": float(c["sigma_max"])}
-    return {"noise": "edm", "prediction": prediction, "spacing": c["sigma_schedule"], **ends}
-
-
-def _flow(c: Config) -> dict[str, Any]:
-    found = {"noise": "flow", "spacing": "linspace", "prediction": "flow_prediction", "style": "flow"}
-    if not c.get("use_dynamic_shifting"):
-        return {**found, "solver": "euler", "shift": float(c["shift"])}
-    ends = (float(c["base_shift"]), float(c["max_shift"]), c["base_image_seq_len"], c["max_image_seq_len"])
-    return {**found, "solver": "euler", "shift": float(c["shift"]), "dynamic_shift": (*ends, c["time_shift_type"])}
-
-
-def _plain(solver: str, style: str, **more: Any) -> Callable[[Config], dict[str, Any]]:
-    return lambda c: {"solver": solver, "style": style, **more}
-
-
-def _lcm(solver: str, **more: Any) -> Callable[[Config], dict[str, Any]]:
-    return lambda c: {
-        "solver": solver, "style": "lcm", "spacing": "lcm", "final": "zero",
-        "original_inference_steps": c["original_inference_steps"], **more,
-    }  # fmt: skip
-
-
-CLASSES: dict[str, Callable[[Config], dict[str, Any]]] = {
-    "DDIMScheduler": _plain("ddim", "ddim"),
-    "DDIMParallelScheduler": _plain("ddim", "ddim"),
-    "DDPMScheduler": _ddpm,
-    "DDPMParallelScheduler": _ddpm,
-    PNDM: _plain("pndm", "ddim"),
-    "EulerDiscreteScheduler": _plain("euler", "euler"),
-    "EulerAncestralDiscreteScheduler": _plain("euler_ancestral", "euler"),
-    "HeunDiscreteScheduler": _plain("heun", "euler"),
-    "LMSDiscreteScheduler": _plain("lms", "euler"),
-    "KDPM2DiscreteScheduler": _plain("dpm2", "dpm2"),
-    "KDPM2AncestralDiscreteScheduler": _plain("dpm2_ancestral", "dpm2"),
-    "DPMSolverSDEScheduler": _plain("dpmpp_sde", "euler"),
-    "DPMSolverMultistepScheduler": _dpm,
-    "DPMSolverSinglestepScheduler": lambda c: _dpm(c, "s", "singlestep"),
-    "DEISMultistepScheduler": _deis,
-    "UniPCMultistepScheduler": _unipc,
-    "SASolverScheduler": _sa,
-    "LCMScheduler": _lcm("lcm"),
-    "TCDScheduler": _lcm("tcd", eta=0.3, clip=None, threshold=None),  # it has the keys and does not read them
-    "EDMEulerScheduler": lambda c: {**_edm(c), "solver": "euler", "style": "edm"},
-    "EDMDPMSolverMultistepScheduler": lambda c: {**_dpm({**c, "use_flow_sigmas": False}), **_edm(c), "style": "edm"},
-    FLOW: _flow,
-    HEUN: lambda c: {**_flow(c), "solver": "heun"},
-}
-
-_MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
-# Where a solver's options are kept in diffusers, and the keys that pick it there.
-DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": (PNDM, {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "sa": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-    **{
-        f"{kind}_{order}{letter}": (
-            _MULTI if letter == "m" else _SINGLE,
-            {"algorithm_type": kind.replace("dpmpp", "dpmsolver++"), "solver_order": order},
-        )
-        for kind in ("dpmpp", "dpmsolver", "sde-dpmpp", "sde-dpmsolver")
-        for order in (2, 3)
-        for letter in "ms"
-        if f"{kind}_{order}{letter}" in SOLVERS
-    },
-}
+    return {"solver": solver, **order, "solver_type": "heun" if c["solver_type"] == "heun" else None}
