@@ -44,18 +44,19 @@ class Mixture:
     def x0(self, x: Tensor, alpha: Tensor, sigma: Tensor, modes: int | None = None) -> Tensor:
         """Return E[x0 | x] for x (B, D) at alpha, sigma (B, 1), of the first `modes` modes only when given."""
         means, axes, power = self.means[:modes], self.axes[:modes], self.power[:modes] + self.floor**2
-        away = x[:, None] - alpha[..., None] * means  # (B, K, D)
-        inner = torch.einsum("bkd,kdr->bkr", away, axes)
+        modes, dim, rank = axes.shape
+        flat = axes.permute(1, 0, 2).reshape(dim, modes * rank)  # matrix products alone: nothing of size (B, K, D)
+        inner = (x @ flat).view(-1, modes, rank) - alpha[..., None] * torch.einsum("kd,kdr->kr", means, axes)
+        away = (x**2).sum(1, keepdim=True) - 2 * alpha * (x @ means.T) + alpha**2 * (means**2).sum(1)  # squared, (B, K)
         rest = alpha**2 * self.floor**2 + sigma**2  # (B, 1)
         along = alpha[..., None] ** 2 * power + sigma[..., None] ** 2  # (B, K, R)
-        dim, rank = axes.shape[1:]
-        distance = (inner**2 / along).sum(-1) + ((away**2).sum(-1) - (inner**2).sum(-1)) / rest
+        distance = (inner**2 / along).sum(-1) + (away - (inner**2).sum(-1)) / rest
         spread = along.log().sum(-1) + (dim - rank) * rest.log()
         weight = (self.weights[:modes].log() - (distance + spread) / 2).softmax(1)
         gain = alpha[..., None] * (power / along - self.floor**2 / rest[..., None])
-        each = means + alpha[..., None] * self.floor**2 / rest[..., None] * away
-        each = each + torch.einsum("bkr,kdr->bkd", gain * inner, axes)
-        return (weight[..., None] * each).sum(1)
+        share = alpha * self.floor**2 / rest
+        detail = (weight[..., None] * gain * inner).flatten(1) @ flat.T
+        return share * x + (1 - share * alpha) * (weight @ means) + detail
 
 
 @dataclasses.dataclass(frozen=True)

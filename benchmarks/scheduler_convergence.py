@@ -475,13 +475,11 @@ def run_plan(problem: Problem, cache: Cache, plan: Plan | None) -> Result:
 
 
 def label(options: dict[str, Any]) -> str:
-    known = {"solver", "spacing", "final"}
-    extra = [
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in options.items()
-        if name not in known
-    ]
-    return " ".join([options["solver"], *extra, options.get("spacing", ""), options.get("final", "")]).strip()
+    plain = ("solver", "order", "solver_type")
+    first = [str(options[name]) for name in plain if name in options]
+    rest = {name: value for name, value in options.items() if name not in (*plain, "spacing", "final")}
+    extra = [f"{name} {value:g}" for name, value in rest.items()]
+    return " ".join([*first, *extra, options.get("spacing", ""), options.get("final", "")]).strip()
 
 
 def schedulers(problem: Problem, settings: tuple[dict[str, Any], ...]) -> Iterator[tuple[str, Scheduler]]:
@@ -534,7 +532,8 @@ def tuned(problem: Problem, cache: Cache, scheduler: Scheduler, calls: int) -> P
 
     sources = [path.read_bytes() for path in sorted((ROOT / "schedulers").glob("*.py"))]
     kept = cache.get(f"tuned {scheduler} {calls} {digest(*sources)}", make)
-    return Plan(**{name: tuple(value) if name == "start" else np.array(value) for name, value in kept.items()})
+    fields: dict[str, Any] = {name: np.array(value) for name, value in kept.items()}
+    return Plan(**{**fields, "start": tuple(kept["start"])})
 
 
 def report(problem: Problem, text: str) -> None:

@@ -17,6 +17,10 @@ def narrow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     channels a head the work is the L x S weights, and those go fastest through memory as one block in cache. The second
     product is made transposed, which spares it an output of `width` columns.
     """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(
+            dim=-1
+        ) @ v  # what is written in place has no gradient
     n, length, width = q.shape
     at_once = max(1, SCORES // (length * k.shape[1]))
     q, k, v = q * width**-0.5, k.transpose(1, 2), v.transpose(1, 2).contiguous()

@@ -37,7 +37,7 @@ def generate(
     model: Annotated[str, typer.Option(help="emoji (embedded), a diffusers-layout folder, or a hub id.")] = "emoji",
     variant: Annotated[str | None, typer.Option(help="Weight files to take, say fp16.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="A solver, say dpmpp_2m, or dpmpp_2m_karras.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="A solver, say unipc or dpmpp_2m_karras, or tuned.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "--num-inference-steps", help="Steps an image.")] = None,
     guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is off.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
@@ -94,6 +94,31 @@ def generate(
         _print(job.describe(), as_json)
         return EXIT_OK
     return _run_job(job, folder, as_json)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="emoji (embedded), a diffusers-layout folder, or a hub id.")],
+    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Network calls of the plan.")],
+    prompts: Annotated[Path | None, typer.Option(help="A prompt file to fit on; default: some plain prompts.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The folder to write to; default: the model's scheduler folder.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", "--cfg-scale", help="Default: the model's own."),
+    ] = None,
+    noises: Annotated[int, typer.Option(help="Pictures to fit on; a quarter of them only to compare.")] = 48,
+    variant: Annotated[str | None, typer.Option(help="Weight files to take, say fp16.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noises.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Fit step schedule and solver coefficients to a model, for `generate --scheduler tuned`; stopped, it goes on."""
+    from genkit.tuning import tune_model
+
+    _print(tune_model(model, steps, prompts, out, guidance_scale, noises, variant, seed, device, as_json), as_json)
+    return EXIT_OK
 
 
 @app.command("filter")

@@ -18,6 +18,7 @@ from genkit.device import default_slots, pick_device
 from genkit.draws import Draws
 from genkit.engine import Trajectory
 from genkit.errors import InputError
+from genkit.plans import plan_for
 from genkit.request import Request, Result
 from genkit.schedulers import Plan, Scheduler, scheduler_options
 from genkit.settings import Geometry, Settings, settings
@@ -56,6 +57,7 @@ class Generator:
         tokenizer: Any = None,
         name: str = "custom",
         defaults: dict[str, Any] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
         self.scheduler = (
@@ -64,7 +66,7 @@ class Generator:
         self.geometry = Geometry.of(unet.config, None if vae is None else vae.config)
         if self.geometry.text != (text_encoder is not None) or (text_encoder is None) != (tokenizer is None):
             raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
-        self.defaults = defaults or {}
+        self.defaults, self.folder = defaults or {}, folder
         self.codec = Codec(vae)
         self.text = None if text_encoder is None else TextEncoder(tokenizer, text_encoder)
         self.denoiser = Denoiser(unet)
@@ -95,6 +97,7 @@ class Generator:
             scheduler=parts.scheduler,
             name=parts.info.name,
             defaults=parts.info.defaults,
+            folder=parts.info.folder,
         )
 
     @classmethod
@@ -150,12 +153,11 @@ class Generator:
     def plan(self, request: Request) -> Plan:
         """Return the plan of a request, made once for all requests that agree on steps, scheduler and strength."""
         s = self.settings(request)
-        key = json.dumps([request.scheduler, s.steps, s.strength])
+        key = json.dumps([request.scheduler, s.steps, s.strength, s.guidance])
         if key not in self._plans:
-            scheduler = self.scheduler
-            if request.scheduler is not None:
-                scheduler = scheduler.with_options(**scheduler_options(request.scheduler))
-            self._plans[key] = scheduler.plan(s.steps, strength=s.strength)
+            self._plans[key] = plan_for(
+                self.scheduler, request.scheduler, s.steps, s.strength, s.guidance, folder=self.folder
+            )
         return self._plans[key]
 
     def begin(self, request: Request, index: int, seed: int) -> Trajectory:

@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from genkit import __version__
 from genkit.components import inspect_model, load_components, weight_hashes
+from genkit.components.weights import sha256
 from genkit.device import CPU_SLOTS, DTYPES, check_device, pick_device, usable_cores
 from genkit.draws import Draws
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.gallery import write_gallery
 from genkit.images import encode_png, png_text
+from genkit.plans import is_tuned, plan_for, tuned_file
 from genkit.progress import Progress
 from genkit.prompts import read_prompts
 from genkit.request import Request, Result
 from genkit.run import Run, read_config
-from genkit.schedulers import Plan, Scheduler, scheduler_options
+from genkit.schedulers import Plan, Scheduler
 from genkit.scoring.gates import Expression
 from genkit.selection import decide, passes, write_selection
 from genkit.settings import Geometry, settings
@@ -145,7 +147,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
         try:
             row = given.filled({"id": f"{number:06d}", **defaults})
             row = _complete(row, geometry, info.defaults)
-            calls += row.num_images * _calls_for(row, scheduler, plans)
+            calls += row.num_images * _calls_for(row, scheduler, plans, info.folder)
             _check_scores(row, clip)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -164,13 +166,13 @@ def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Req
     return row.filled(found)
 
 
-def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan]) -> int:
+def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folder: Path) -> int:
     """Return the network rows that one image takes, and find out whether its scheduler settings work at all."""
-    key = repr((row.scheduler, row.num_inference_steps, row.strength))
+    steps, strength, guidance = row.num_inference_steps or 1, row.strength or 1.0, row.guidance_scale or 1.0
+    key = repr((row.scheduler, steps, strength, guidance))
     if key not in plans:
-        options = {} if row.scheduler is None else scheduler_options(row.scheduler)
-        plans[key] = scheduler.with_options(**options).plan(row.num_inference_steps or 1, strength=row.strength or 1.0)
-    return plans[key].nfe * (2 if (row.guidance_scale or 0) > 1 else 1)
+        plans[key] = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
+    return plans[key].nfe * (2 if guidance > 1 else 1)
 
 
 def _check_scores(row: Request, clip: ModelInfo | None) -> None:
@@ -241,6 +243,8 @@ def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] |
     for name, info in models.items():
         binding[name] = None if info is None else {"name": info.name, "weights": weight_hashes(info)}
     binding["scheduler"] = job.info.scheduler_config
+    used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
+    binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
     if recorded is not None:
         same = {"device": o.device.split(":")[0], "dtype": DTYPES.get(o.dtype, o.dtype)}
         for key, asked in same.items():

@@ -93,3 +93,33 @@ def _clock(seconds: float) -> str:
     """Return "1:02:03", or "2:03" below an hour."""
     minutes, rest = divmod(round(min(seconds, 360_000)), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class Steps:
+    """Progress of work other than images: called with (done, total, what is being done). Use as a context manager."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet, self.last_line = quiet, 0.0
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Steps:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %  {task.description}  left"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), TimeElapsedColumn(), console=Console(stderr=True))
+            self._bar.start()
+            self._bar.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=text)
+        elif not self.quiet and (done == total or time.monotonic() - self.last_line > LINE_SECONDS):
+            self.last_line = time.monotonic()
+            print(f"{100 * done // max(1, total):3d} %  {text}", file=sys.stderr, flush=True)

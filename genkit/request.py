@@ -144,9 +144,9 @@ class Request(BaseModel):
     @classmethod
     def _check_scheduler(cls, value: Any) -> Any:
         if value is not None:
-            from genkit.schedulers import scheduler_options
+            from genkit.plans import check_scheduler
 
-            scheduler_options(value)
+            check_scheduler(value)
         return value
 
     @model_validator(mode="after")

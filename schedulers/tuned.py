@@ -1,0 +1,186 @@
+"""Tuned plans, the file that keeps them beside the model, and the file that keeps a fit that was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genkit.errors import HostError, InputError, shown
+from genkit.files import place, read_json
+from genkit.schedulers.plan import Plan, make_plan
+from genkit.schedulers.scheduler import Scheduler
+from genkit.schedulers.solvers import HISTORY, Point, Row
+
+if TYPE_CHECKING:
+    import torch
+
+    State = dict[str, torch.Tensor]
+
+FILE = "tuned_scheduler.json"
+FORMAT = 1
+SAVE_EVERY = 5.0  # seconds, or 20 times as long as saving takes
+NAMES = ("t", "alpha", "sigma", "cx", "c0", *(f"c{i + 1}" for i in range(HISTORY)))  # of the columns that are kept
+# What a network was trained with: a plan tuned for one of these means nothing for another.
+TRAINED = (
+    "noise", "prediction", "num_train_timesteps", "beta_start", "beta_end", "trained_betas", "zero_snr", "shift",
+    "dynamic_shift", "sigma_min", "sigma_max", "clip",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuned:
+    """The outcome of a fit: `plan` is the tuned one if it is better on noises that it was not fitted to, else stock.
+
+    stock, fitted: {"mean", "p99"} over those noises of the error, the root mean square over coordinates of the distance
+    to where the teacher ends. better: whether the fitted plan was taken.
+    """
+
+    plan: Plan
+    stock: dict[str, float]
+    fitted: dict[str, float]
+    better: bool
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The plan's levels as whole, strictly falling timesteps, for diffusers' `set_timesteps(timesteps=…)`."""
+        whole = np.rint(self.plan.timesteps).astype(int)
+        room = np.arange(len(whole))[::-1]  # every timestep leaves as many below it as are still to come
+        return [int(t) for t in np.maximum(np.minimum.accumulate(whole + room[::-1]) - room[::-1], room)]
+
+
+def plan_of(rows: list[list[float]], scheduler: Scheduler) -> Plan:
+    """Return the plan of rows of NAMES, which starts from noise at the first row's level and ends at the picture."""
+    made = [Row(Point(*row[:3]), cx=row[3], c0=row[4], c=tuple(row[5:])) for row in rows]
+    start = (0.0, math.hypot(made[0].at.alpha, made[0].at.sigma))  # the scale of x there for data of unit variance
+    return make_plan(made, Point(0.0, 1.0, 0.0), scheduler.prediction, start, scheduler.clip)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, whole or not at all. Raises HostError."""
+    temp = path.with_name(f".tmp-{path.name}.{os.getpid()}.part")
+    try:
+        with open(temp, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise HostError(f"{place(path)}: {error.strerror or error}") from error
+
+
+def write_plan(
+    path: str | os.PathLike[str], tuned: Tuned, scheduler: Scheduler, *, guidance: float = 1.0, identity: str = ""
+) -> None:
+    """Add a tuned plan to the file `path` (FILE, beside the model), which holds one for each number of steps.
+
+    identity: of the weights, for instance their hash. Raises InputError when the plan is a stock plan, or the file
+    belongs to another model, scheduler or guidance.
+    """
+    path, steps = Path(path), tuned.plan.nfe
+    if not tuned.better:
+        raise InputError(f"{steps} steps: the stock plan was not beaten; there is nothing to write")
+    about = _about(scheduler) | {"model": identity, "guidance": float(guidance)}
+    kept = _read(path, about)["plans"] if path.exists() else {}
+    levels = np.stack([tuned.plan.timesteps, tuned.plan.alphas[:-1], tuned.plan.sigmas[:-1]], axis=1)
+    rows = np.concatenate([levels, np.stack([tuned.plan[name] for name in NAMES[3:]], axis=1)], axis=1).tolist()
+    errors = {"stock": tuned.stock, "tuned": tuned.fitted}
+    plans = kept | {str(steps): {"errors": errors, "columns": list(NAMES), "rows": rows}}
+    whole = about | {"plans": dict(sorted(plans.items(), key=lambda item: int(item[0])))}
+    write_whole(path, (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_plans(
+    path: str | os.PathLike[str], scheduler: Scheduler, *, guidance: float | None = None, identity: str | None = None
+) -> dict[int, Plan]:
+    """Return the plans of a file by their number of steps; guidance, identity: those that they must be tuned for.
+
+    Raises InputError naming the file, and what in it is wrong or was made for something else.
+    """
+    about = _about(scheduler)
+    about |= {} if guidance is None else {"guidance": float(guidance)}
+    about |= {} if identity is None else {"model": identity}
+    return {int(steps): plan_of(plan["rows"], scheduler) for steps, plan in _read(Path(path), about)["plans"].items()}
+
+
+def _about(scheduler: Scheduler) -> dict[str, Any]:
+    trained = {name: getattr(scheduler, name) for name in TRAINED}
+    return {"format": FORMAT, "trained": json.loads(json.dumps(trained))}  # as a reader finds it: lists for tuples
+
+
+def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the file's content, checked; `about` is what must be in it."""
+    where, found = place(path), read_json(path)
+    if "trained" in about and isinstance(found.get("trained"), dict):
+        for name, value in about["trained"].items():
+            if found["trained"].get(name) != value:
+                given = shown(found["trained"].get(name))
+                raise InputError(f"{where}: is for a model trained with {name} {given}, not {shown(value)}")
+    for name, value in about.items():
+        if found.get(name) != value:
+            raise InputError(f"{where}: {name}: is {shown(found.get(name))}, not {shown(value)}")
+    plans = found.get("plans")
+    if not isinstance(plans, dict):
+        raise InputError(f"{where}: plans: is absent")
+    for steps, plan in plans.items():
+        rows = plan.get("rows") if isinstance(plan, dict) else None
+        if not isinstance(rows, list) or plan.get("columns") != list(NAMES) or str(len(rows)) != steps or not rows:
+            raise InputError(f"{where}: plans: {shown(steps)}: is not a table of so many rows of {', '.join(NAMES)}")
+        whole = all(isinstance(row, list) and len(row) == len(NAMES) and all(map(_number, row)) for row in rows)
+        if not whole or not all(row[1] >= 0 and row[2] > 0 for row in rows):
+            raise InputError(f"{where}: plans: {shown(steps)}: has a row that is not {len(NAMES)} numbers of a step")
+        levels = [row[2] / max(row[1], 1e-300) for row in rows]
+        if any(after >= before for before, after in itertools.pairwise(levels)):
+            raise InputError(f"{where}: plans: {shown(steps)}: sigma / alpha does not fall")
+    return found
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def pick(plans: dict[int, Plan], steps: int, strength: float = 1.0) -> Plan:
+    """Return the plan of `steps` steps. Raises InputError when there is none, or part of one is asked for."""
+    if strength != 1:
+        raise InputError(f"strength: {shown(strength)}: a tuned plan starts from noise; only strength 1 can use it")
+    if steps not in plans:
+        known = ", ".join(map(str, sorted(plans))) or "none"
+        raise InputError(f"num_inference_steps: no tuned plan of {shown(steps)}; there are {known}")
+    return plans[steps]
+
+
+class Memory:
+    """The state of a fit on disk: what a stopped one left, if it had the same fingerprint. path: None for none."""
+
+    def __init__(self, path: Path | None, fingerprint: str) -> None:
+        self.path, self.fingerprint, self.due = path, fingerprint, time.monotonic() + SAVE_EVERY
+        self.state: State = {}
+        if path is not None and path.exists():
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                with safe_open(path, "pt") as file:
+                    found = (file.metadata() or {}).get("tuning")
+                    names = file.keys() if found == fingerprint else []
+                    self.state = {name: file.get_tensor(name) for name in names}
+            except (SafetensorError, OSError):
+                found = None
+            if found is None:
+                raise InputError(f"{place(path)}: is not the state of a fit; name another file")
+
+    def keep(self, state: State, last: bool = False) -> None:
+        """Write the state if that is due, as SAVE_EVERY says, and at the end."""
+        began = time.monotonic()
+        if self.path is not None and (last or began >= self.due):
+            from safetensors.torch import save
+
+            write_whole(self.path, save({k: v.contiguous() for k, v in state.items()}, {"tuning": self.fingerprint}))
+            self.due = time.monotonic() + (max(SAVE_EVERY, 20 * (time.monotonic() - began)) if SAVE_EVERY else 0)
