@@ -8,9 +8,9 @@ from typing import Any
 from genkit.errors import InputError
 from genkit.files import place
 from genkit.schedulers import Plan, Scheduler, scheduler_options
+from genkit.schedulers.tuned import FILE, read_plans
 
 TUNED = "tuned"
-FILE = "tuned_scheduler.json"
 
 
 def is_tuned(value: Any) -> bool:
@@ -48,8 +48,6 @@ def plan_for(
     if not is_tuned(value):
         options = {} if value is None else scheduler_options(value)
         return scheduler.with_options(**options).plan(steps, strength=strength)
-    from genkit.schedulers.tuned import read_plans
-
     path = tuned_file(str(value), folder)
     if not path.exists():
         raise InputError(f"scheduler: {place(path)} is not there; make it with: genkit tune MODEL --steps {steps}")

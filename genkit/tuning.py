@@ -12,10 +12,10 @@ from genkit.device import pick_device
 from genkit.durable import write_whole
 from genkit.errors import HostError, InputError
 from genkit.files import place, read_json
-from genkit.plans import FILE
 from genkit.progress import Steps
 from genkit.prompts import read_prompts
 from genkit.schedulers import Scheduler
+from genkit.schedulers.tuned import FILE
 from genkit.settings import GUIDANCE, Geometry
 
 if TYPE_CHECKING:
