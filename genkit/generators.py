@@ -18,9 +18,9 @@ from genkit.device import default_slots, pick_device
 from genkit.draws import Draws
 from genkit.engine import Trajectory
 from genkit.errors import InputError
-from genkit.plans import plan_for
+from genkit.plans import plan_for, scheduler_options
 from genkit.request import Request, Result
-from genkit.schedulers import Plan, Scheduler, scheduler_options
+from genkit.schedulers import Plan, Scheduler
 from genkit.settings import Geometry, Settings, settings
 from genkit.stream import Stream
 from genkit.text import TextEncoder

@@ -65,21 +65,21 @@ def fit(
     batch: noises an iteration, by default some 8,192 numbers, at least 4. lean: compute each call twice rather than
     keep what its gradient needs. progress(done, total, text): called often; may raise. checkpoint: a file that holds
     the state, by which a fit that was stopped goes on to the same plan; it serves the same arguments only, `identity`
-    standing for the model. Raises InputError for what cannot be tuned.
+    standing for the model, its guidance and its prompts. Raises InputError for what cannot be tuned.
     """
     import torch
 
-    batch = batch or max(4, min(64, 8192 // max(1, noise[0].numel())))
-    ladder = Ladder.of(scheduler)
-    stock = _stock(scheduler, steps)
-    order = torch.randperm(len(noise), generator=torch.Generator().manual_seed(seed))
+    ladder, stock = Ladder.of(scheduler), _stock(scheduler, steps)
     apart = max(1, round(held_out * len(noise)))
     if len(noise) - apart < 1:
         raise InputError(f"noise: {len(noise)} cannot be divided into noises to fit to and noises to compare on")
-    used = [repr(scheduler), steps, held_out, seed, iterations, batch, identity, TEACHER, str(noise.dtype)]
-    fingerprint = hashlib.sha256(json.dumps(used).encode() + noise.detach().cpu().numpy().tobytes()).hexdigest()
-    memory = Memory(None if checkpoint is None else Path(checkpoint), fingerprint)
-    parts = -(-len(noise) // (4 * batch))
+    order = torch.randperm(len(noise), generator=torch.Generator().manual_seed(seed))
+    batch = batch or max(4, min(64, 8192 // noise[0].numel()))
+    used = [repr(scheduler), steps, held_out, seed, iterations, batch, identity, str(noise.dtype)]
+    numbers = json.dumps([*used, TEACHER, STRIDE, TAUGHT, PACE]).encode()
+    numbers += noise.detach().cpu().double().numpy().tobytes()
+    memory = Memory(None if checkpoint is None else Path(checkpoint), hashlib.sha256(numbers).hexdigest())
+    parts = math.ceil(len(noise) / (4 * batch))
     job = Job(_told(model, noise, ladder), ladder, noise, lean, memory, progress, parts + iterations + 1)
     taught = job.teach(4 * batch, parts)
     plan = job.optimise(steps, order[apart:], taught, batch, iterations)
@@ -95,6 +95,8 @@ def fit(
 def _stock(scheduler: Scheduler, steps: int) -> Plan:
     if scheduler.threshold is not None:
         raise InputError("threshold: a plan with dynamic thresholding cannot be tuned")
+    if scheduler.dynamic_shift is not None:
+        raise InputError("dynamic_shift: a plan that depends on the size of the picture cannot be tuned")
     plan = scheduler.plan(steps)
     if plan.draws.any():
         raise InputError(f"solver: {shown(scheduler.solver)} draws noise; a tuned plan needs one that does not")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from genkit import InputError
-from genkit.schedulers import SOLVERS, Scheduler, scheduler_options
+from genkit.plans import scheduler_options
+from genkit.schedulers import SOLVERS, Scheduler
 from genkit.schedulers.diffusers_config import CLASSES
 
 EMOJI = Path(__file__).parent.parent / "genkit" / "components" / "embedded" / "emoji" / "scheduler"
