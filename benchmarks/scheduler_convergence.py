@@ -34,7 +34,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import importlib
 import inspect
 import itertools
 import json
@@ -54,6 +53,7 @@ from mixtures import Exact, Mixture, solve
 from safetensors.torch import load_file, save_file
 
 from genkit.errors import InputError
+from genkit.plans import plan_for
 from genkit.schedulers import Plan, Scheduler, sample
 
 Tensor = torch.Tensor
@@ -63,6 +63,7 @@ Result = dict[str, Any]  # calls, mean, rms, median; or failed: the reason
 Runs = dict[str, dict[int, Result]]  # setting -> budget -> result
 
 ROOT = Path(__file__).parent.parent
+EMOJI = ROOT / "genkit" / "components" / "embedded" / "emoji"
 CALLS = (6, 8, 10, 12, 16, 20, 25)
 QUICK = (8, 12, 20)
 SHOWN = 5  # diffusers settings beside those that are best somewhere
@@ -78,7 +79,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
 SOLVERS: tuple[dict[str, Any], ...] = (
     {"solver": "dpmpp_2m"}, {"solver": "unipc", "order": 2}, {"solver": "unipc", "order": 3},
     {"solver": "unipc", "order": 2, "solver_type": "bh1"}, {"solver": "unipc", "order": 3, "solver_type": "bh1"},
-    {"solver": "pc", "order": 2}, {"solver": "pc", "order": 3}, {"solver": "pndm"}, {"solver": "dpmpp_3m"},
+    {"solver": "pndm"}, {"solver": "dpmpp_3m"},
     {"solver": "deis", "order": 2}, {"solver": "deis", "order": 3}, {"solver": "dpmsolver_2m"},
     {"solver": "dpmsolver_3m"}, {"solver": "dpmpp_2s"}, {"solver": "dpmpp_3s"}, {"solver": "sa", "tau": 0.0},
     {"solver": "ipndm"}, {"solver": "lms"}, {"solver": "dpm2"}, {"solver": "heun"}, {"solver": "ddim"},
@@ -89,17 +90,19 @@ SPACES: tuple[dict[str, Any], ...] = tuple(
     for final in ("zero", "sigma_min")
     for shift in (1.0, 3.0)
 )
-OURS = tuple({**solver, **space} for solver in SOLVERS for space in SPACES)
-OURS_EMBEDDED = tuple(
-    options for options in OURS
-    if options["solver"] in ("dpmpp_2m", "unipc", "pc", "pndm") and "solver_type" not in options
-    and (options["spacing"] == "trailing" or (options["spacing"] == "linspace" and "final" not in options))
+PC: tuple[dict[str, Any], ...] = tuple(
+    {"solver": "pc", "order": order, **space}
+    for order in (1, 2, 3)
+    for space in ({"spacing": "bounded"}, {"spacing": "karras"}, {"spacing": "karras", "final": "sigma_min"})
+)
+OURS = (*({**solver, **space} for solver in SOLVERS for space in SPACES), *PC)
+OURS_EMBEDDED: tuple[dict[str, Any], ...] = (
+    PC[0], PC[3], {"solver": "dpmpp_2m", "spacing": "trailing", "final": "sigma_min", "style": "dpm"},
+    {"solver": "dpmpp_2m", "spacing": "trailing"}, {"solver": "unipc", "order": 2, "spacing": "trailing"},
+    {"solver": "pndm", "spacing": "linspace"},
 )  # fmt: skip
-# What genkit.schedulers.tune.fit starts from: the first of these that there is, with the spacing of the process.
-TUNED: tuple[dict[str, Any], ...] = (
-    {"solver": "pc", "order": 2}, {"solver": "unipc", "order": 2}, {"solver": "dpmpp_2m"},
-)  # fmt: skip
-TUNED_FROM = {"vp": "karras", "zsnr": "trailing", "flow": "trailing"}
+# The stock plan that a tuned one has to beat on noises of its own.
+TUNED: dict[str, Any] = {"solver": "pc", "order": 2, "spacing": "bounded"}
 
 _SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -506,32 +509,36 @@ def run_genkit(problem: Problem, cache: Cache, wanted: tuple[dict[str, Any], ...
 
 def run_tuned(problem: Problem, cache: Cache, budgets: tuple[int, ...]) -> Runs:
     runs: Runs = {}
-    starts = tuple({**options, "spacing": TUNED_FROM[problem.process]} for options in TUNED)
-    for name, scheduler in itertools.islice(schedulers(problem, starts), 1):
+    for name, scheduler in schedulers(problem, (TUNED,)):
         for calls in budgets:
             report(problem, f"tuning: {name}, {calls} calls")
             plan = tuned(problem, cache, scheduler, calls)
             cache.save()
             if plan is not None:
-                runs.setdefault(f"tuned {name}", {})[calls] = run_plan(problem, cache, plan)
+                runs.setdefault("tuned", {})[calls] = run_plan(problem, cache, plan)
     cache.save()
     return runs
 
 
 def tuned(problem: Problem, cache: Cache, scheduler: Scheduler, calls: int) -> Plan | None:
-    """Return the scheduler's plan fitted to the problem's network on its training noise; None where nothing fits."""
-    try:
-        fit = importlib.import_module("genkit.schedulers.tune").fit
-    except ImportError:
-        return None
+    """Return the plan fitted to the problem's network on its training noise; None where there is none.
+
+    That of the embedded model is the one that `genkit tune` left beside it.
+    """
+    if problem.name == "embedded":
+        try:
+            return plan_for(Scheduler.from_config(EMOJI / "scheduler"), "tuned", calls, guidance=5.0, folder=EMOJI)
+        except InputError:
+            return None
+    from genkit.schedulers.tune import fit
 
     def make() -> dict[str, Any]:
         model, noise = problem.train()
-        plan: Plan = fit(model, scheduler, calls, noise)
+        plan = fit(lambda x, t, index: model(x, t), scheduler, calls, noise).plan
         return {field.name: np.asarray(getattr(plan, field.name)).tolist() for field in dataclasses.fields(Plan)}
 
-    sources = [path.read_bytes() for path in sorted((ROOT / "schedulers").glob("*.py"))]
-    kept = cache.get(f"tuned {scheduler} {calls} {digest(*sources)}", make)
+    source = (ROOT / "schedulers" / "tune.py").read_bytes()
+    kept = cache.get(f"tuned {scheduler} {calls} {digest(source)}", make)
     fields: dict[str, Any] = {name: np.array(value) for name, value in kept.items()}
     return Plan(**{**fields, "start": tuple(kept["start"])})
 

@@ -119,7 +119,7 @@ def _tune(
 
 def stock(scheduler: Scheduler) -> Scheduler:
     """Return the untrained scheduler that a tuned plan has to beat, for a network trained with `scheduler`."""
-    return scheduler.with_options(solver="dpmpp_2m")
+    return scheduler.with_options(solver="pc")
 
 
 def _unet_hash(info: Any) -> str:
@@ -153,5 +153,6 @@ def _for_diffusers(folder: Path, scheduler: Scheduler, timesteps: list[int]) -> 
     known = read_json(path) if path.exists() else {}
     write_whole(path, (json.dumps({**known, str(len(timesteps)): timesteps}, indent=1) + "\n").encode())
     if not config.exists():
-        write_whole(config, (json.dumps(stock(scheduler).to_config(), indent=1) + "\n").encode())
+        text = json.dumps(scheduler.with_options(solver="dpmpp_2m").to_config(), indent=1)
+        write_whole(config, (text + "\n").encode())
     return str(path)

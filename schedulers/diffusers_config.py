@@ -105,7 +105,8 @@ def swap_solver(source: Config, solver: str) -> dict[str, Any]:
     if CLASSES[str(source["_class_name"])]["style"] in ("edm", "flow"):
         return {**_options(source), "solver": solver}
     name, keys = DIFFUSERS.get(solver, DIFFUSERS["dpmpp_2m"])
-    return {**_options({**source, "_class_name": name, **keys}), "solver": solver}
+    style = {} if solver in DIFFUSERS else {"style": SOLVERS[solver].style}
+    return {**_options({**source, "_class_name": name, **keys}), "solver": solver, **style}
 
 
 def write_config(scheduler: Scheduler) -> dict[str, Any]:

@@ -235,6 +235,8 @@ class Scheduler:
         solver = changes.get("solver", self.solver)
         if solver == self.solver or not isinstance(solver, str) or solver not in SOLVERS:
             return dataclasses.replace(self, **changes)
+        if SOLVERS[solver].spacing:
+            changes = {"spacing": SOLVERS[solver].spacing, **changes}
         read, plain = SOLVERS[solver].options, {f.name: f.default for f in dataclasses.fields(self)}
         dropped = {o for s in SOLVERS.values() for o in s.options} - {*read} | {"order", "solver_type"}
         if self.source is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -323,14 +324,15 @@ class Job:
 
         state = {name: value for name, value in self.memory.state.items() if name != "taught"}
         if not state:
-            y, size = self.ladder.spread(steps, 0.8 / steps, 15.0), float(taught[-1].double().square().mean().sqrt())
+            first, size = index[: 2 * batch], float(taught[-1].double().square().mean().sqrt())
+            order, y = self.begin(steps, first, taught[-1])
             start = {"y": y, "theta": y.new_zeros(steps, 2 + HISTORY)}
             moments = {f"{name}.{m}": torch.zeros_like(value) for name, value in start.items() for m in ("m1", "m2")}
-            done = torch.zeros(1, dtype=torch.int64)
-            state = {"basis": self.whiten(y, index[: 2 * batch], size), "done": done, **start, **moments}
+            counts = {"done": torch.tensor([0]), "order": torch.tensor([order])}
+            state = {"basis": self.whiten(y, order, first, size), **counts, **start, **moments}
 
         def table(y: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-            return self.table(y, (theta[:, None] @ state["basis"])[:, 0], order=2)
+            return self.table(y, (theta[:, None] @ state["basis"])[:, 0], int(state["order"]))
 
         for i in range(int(state["done"]), iterations):
             rows = index[_turn(len(index), batch, i)]
@@ -346,7 +348,19 @@ class Job:
             self.report(self.total - iterations + i, f"tuning {steps} steps: error {error.item():.4f}")
         return self.plan(state["y"], table(state["y"], state["theta"]))
 
-    def whiten(self, y: torch.Tensor, index: torch.Tensor, size: float) -> torch.Tensor:
+    def begin(self, steps: int, index: torch.Tensor, target: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Return the order and y of the plain method that does best from the noises `index`, of a few."""
+        import torch
+
+        found = []
+        for order, low in itertools.product((1, 2), (0.8, 1.6)):
+            y = self.ladder.spread(steps, low / steps, 15.0)
+            with torch.no_grad():
+                error = _error(self.run(self.table(y, 0.0, order), index)[-1], target[index]).mean()
+            found.append((float(error.nan_to_num(nan=math.inf)), order, y))
+        return min(found, key=lambda one: one[0])[1:]
+
+    def whiten(self, y: torch.Tensor, order: int, index: torch.Tensor, size: float) -> torch.Tensor:
         """Return the basis of corrections, (calls, 2 + HISTORY, 2 + HISTORY), `size` being x's standard deviation.
 
         A call's correction adds a sum of features (x, x0, h1, …) to x'. Those are nearly the same picture: the basis
@@ -356,7 +370,7 @@ class Job:
 
         seen: list[torch.Tensor] = []
         with torch.no_grad():
-            self.run(self.table(y, 0.0, order=2), index, seen)
+            self.run(self.table(y, 0.0, order), index, seen)
         basis = torch.zeros(len(seen), 2 + HISTORY, 2 + HISTORY, dtype=torch.float64)
         for i, features in enumerate(seen):
             flat = features.flatten(1).double().cpu()
