@@ -28,7 +28,7 @@ ORDERS: list[tuple[str, dict[str, Any], int]] = [
     *[("unipc", {"order": n, "corrector": False}, n) for n in (1, 2, 3)],
     *[("unipc", {"order": n, "solver_type": form}, n + 1) for n in (1, 2) for form in ("bh1", "bh2")],
     ("unipc", {"order": 3}, 3), ("unipc", {"order": 2, "predict_eps": True}, 3), ("unipc", {"order": (1, 2, 2)}, 2),
-    ("pc", {"order": 1}, 2), ("pc", {"order": 2, "corrector": False}, 2), ("pc", {"order": 2}, 3), ("pc", {"order": 3}, 3),
+    *[("pc", {"order": n}, m) for n, m in ((1, 2), (2, 3), (3, 3))], ("pc", {"order": 2, "corrector": False}, 2),
     *[("sa", {"order": n, "corrector_order": m, "tau": 0.0}, n) for n, m in ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3))],
 ]  # fmt: skip
 PROCESSES: list[dict[str, Any]] = [
