@@ -252,9 +252,9 @@ class Problem:
 
 # Data -> the mixture's seed, the test noise's seed, and what Mixture.draw takes.
 DATA: dict[str, tuple[int, int, tuple[Any, ...]]] = {
-    "gm64": (11, 12, (64, 16, 10, 0.08)),
-    "gm2": (13, 14, (2, 16, 2, 0.08)),
-    "gmc64": (15, 16, (64, 12, 28, 0.08, 0.5)),
+    "gm64": (31, 32, (64, 16, 10, 0.08)),
+    "gm2": (33, 34, (2, 16, 2, 0.08)),
+    "gmc64": (35, 36, (64, 12, 28, 0.08, 0.5)),
 }
 # Name -> data, process, guidance.
 MIXTURES: dict[str, tuple[str, str, float]] = {

@@ -40,12 +40,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return json.dumps(self.scheduler.to_config(), indent=2, sort_keys=True) + "\n"
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None,
-    ) -> None:
+        self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
+        timesteps: list[float] | None = None, sigmas: list[float] | None = None,
+    ) -> None:  # fmt: skip
         """Make the plan of so many steps, or through the given timesteps or sigmas (the last 0 goes without)."""
         following = self.scheduler
         if timesteps is not None:
@@ -83,13 +80,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return mixed
 
     def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: Any,
-        sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None, return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:  # fmt: skip
         """Take the plan's next step. Raises ValueError for another timestep than the plan's next one."""
         line = self.plan.table[self._index] if self._index < self.plan.nfe else None
         if line is None or abs(float(timestep) - line[0]) > 1e-2:

@@ -54,27 +54,14 @@ VALUES: dict[str, tuple[Any, ...]] = {
 FOREIGN = {key for name in KEYS if name not in (FLOW, HEUN) for key in KEYS[name]} | {"lower_order_second", "s_noise"}
 # Where a solver's options are kept in diffusers, and the keys that pick it there.
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        known["solver"]: (name, {})
-        for name, known in reversed(CLASSES.items())
-        if known["style"] not in ("edm", "flow")
-    },
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
+    **{k["solver"]: (name, {}) for name, k in reversed(CLASSES.items()) if k["style"] not in ("edm", "flow")},
     "pndm": (PNDM, {"skip_prk_steps": True}),
     "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
     "sa": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
-    **{
-        f"{kind}_{order}{letter}": (
-            MULTI if letter == "m" else SINGLE,
-            {"algorithm_type": kind.replace("dpmpp", "dpmsolver++"), "solver_order": order},
-        )
-        for kind in ("dpmpp", "dpmsolver", "sde-dpmpp", "sde-dpmsolver")
-        for order in (2, 3)
-        for letter in "ms"
-        if f"{kind}_{order}{letter}" in SOLVERS
-    },
 }
+for _solver in (name for name in SOLVERS if "dpm" in name and name[-2:] in ("2m", "3m", "2s", "3s")):
+    _kind = {"algorithm_type": _solver[:-3].replace("dpmpp", "dpmsolver++"), "solver_order": int(_solver[-2])}
+    DIFFUSERS[_solver] = (MULTI if _solver[-1] == "m" else SINGLE, _kind)
 
 
 def read_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -177,8 +164,7 @@ def _options(config: Config) -> dict[str, Any]:
             raise InputError(f"{shown(key)}: unknown key of {name}{nearest(key, [*known, *META])}")
     if name == PNDM and "skip_prk_steps" not in config:
         raise InputError(f"skip_prk_steps: missing, and the default of {name} is not supported; True is")
-    found = {"solver": CLASSES[name]["solver"], "style": CLASSES[name]["style"], **_axes(full), **_choices(name, full)}
-    return found
+    return {"solver": CLASSES[name]["solver"], "style": CLASSES[name]["style"], **_axes(full), **_choices(name, full)}
 
 
 def _checked(name: str, key: str, value: Any) -> Any:

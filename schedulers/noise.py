@@ -131,9 +131,6 @@ def edm(n: int, low: float, high: float) -> Noise:
 
 
 BETAS: dict[str, Callable[[int, float, float], Array]] = {
-    "linear": linear,
-    "scaled_linear": scaled_linear,
-    "cosine": cosine,
-    "sigmoid": sigmoid,
-}
+    "linear": linear, "scaled_linear": scaled_linear, "cosine": cosine, "sigmoid": sigmoid,
+}  # fmt: skip
 NOISES = (*BETAS, "flow", "edm")

@@ -60,13 +60,9 @@ class Plan:
 
 
 def make_plan(
-    rows: list[Row],
-    end: Point,
-    prediction: str,
-    start: tuple[float, float],
-    clip: float | None = None,
+    rows: list[Row], end: Point, prediction: str, start: tuple[float, float], clip: float | None = None,
     threshold: tuple[float, float] | None = None,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Lay a solver's rows out as the plan of a trajectory that ends at the level `end`."""
     alpha, sigma = (
         np.array([getattr(point, name) for point in (*(r.at for r in rows), end)]) for name in ("alpha", "sigma")
@@ -82,13 +78,9 @@ def make_plan(
 
 
 def step(
-    x: torch.Tensor,
-    output: torch.Tensor,
-    rows: torch.Tensor,
-    history: torch.Tensor,
-    noise: torch.Tensor | float,
+    x: torch.Tensor, output: torch.Tensor, rows: torch.Tensor, history: torch.Tensor, noise: torch.Tensor | float,
     threshold: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return (x', h): the next sample, and what goes to the front of the history.
 
     x, output, noise: (B, C, H, W), the noise 0 where no sample draws; rows: (len(COLUMNS), B, 1, 1, 1), every sample's
@@ -119,12 +111,9 @@ def dynamic_threshold(x0: torch.Tensor, quantile: torch.Tensor, most: torch.Tens
 
 
 def sample(
-    model: Callable[[Any, Any], Any],
-    noise: torch.Tensor,
-    plan: Plan,
-    generator: torch.Generator | None = None,
+    model: Callable[[Any, Any], Any], noise: torch.Tensor, plan: Plan, generator: torch.Generator | None = None,
     x0: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return the sample that `plan` reaches from unit noise (B, C, H, W), or from the picture x0 noised with it.
 
     model(x, t) -> raw prediction, t of shape (B,). Step noise comes from `generator`. Computes in float64 when the

@@ -142,9 +142,8 @@ class Scheduler:
             value, known = getattr(self, field.name), field.metadata
             if "choices" in known and not any(value == v and type(value) is type(v) for v in known["choices"]):
                 names = [str(v) for v in known["choices"] if v is not None]
-                raise InputError(
-                    f"{field.name}: {shown(value)} is not one of {', '.join(names)}{nearest(value, names)}"
-                )
+                close = f"{', '.join(names)}{nearest(value, names)}"
+                raise InputError(f"{field.name}: {shown(value)} is not one of {close}")
             if "range" in known:
                 _check_number(field.name, value, *known["range"])
         if self.clip is not None:
@@ -176,10 +175,8 @@ class Scheduler:
         if self.trained_betas is not None:
             if not isinstance(self.trained_betas, tuple) or not all(isinstance(b, float) for b in self.trained_betas):
                 raise InputError(f"trained_betas: {shown(self.trained_betas)} is not a tuple of numbers")
-            if len(self.trained_betas) != self.num_train_timesteps:
-                raise InputError(
-                    f"trained_betas: {len(self.trained_betas)} for num_train_timesteps {self.num_train_timesteps}"
-                )
+            if (given := len(self.trained_betas)) != self.num_train_timesteps:
+                raise InputError(f"trained_betas: {given} for num_train_timesteps {self.num_train_timesteps}")
             noises.check_betas(np.array(self.trained_betas))
         elif self.beta_end < self.beta_start:
             raise InputError(f"beta_end: {self.beta_end} is less than beta_start {self.beta_start}")
@@ -258,10 +255,7 @@ class Scheduler:
         """
         given = self.timesteps or self.sigmas
         n = num_inference_steps if num_inference_steps is not None else len(given or ())
-        if type(n) is not int or not 1 <= n <= self.num_train_timesteps:
-            raise InputError(
-                f"num_inference_steps: {shown(n)} is not a whole number from 1 to {self.num_train_timesteps}"
-            )
+        _check_number("num_inference_steps", n, int, 1, self.num_train_timesteps)
         if given and n != len(given):
             raise InputError(f"num_inference_steps: {n}, and {len(given)} {self.spacing} are given")
         if not 0 < strength <= 1:
@@ -281,12 +275,8 @@ class Scheduler:
         """The scale of unit noise: in diffusers' Euler family sigma_max, and sqrt(sigma_max^2 + 1) for leading."""
         if self.noise == "edm":
             return math.hypot(first.sigma, 1)
-        return 1.0 if self.placing.unit or (self.ends_of_spacing or self.spacing) == "leading" else first.sigma
-
-    @property
-    def ends_of_spacing(self) -> str | None:
-        """The spacing whose ends this one goes between, None for those of the noise schedule."""
-        return self.ends if self.placing.inner and self.spacing not in IN_T else None
+        placed = self.spacing if self.spacing in IN_T else self.ends
+        return 1.0 if self.placing.unit or placed == "leading" else first.sigma
 
     def _path(self, n: int, skip: int, tokens: int | None) -> Path:
         style, noise, train = self.placing, self._noise(tokens), self.num_train_timesteps
@@ -297,10 +287,9 @@ class Scheduler:
         rounding, told = style.told.get("linspace"), style.told.get(self.spacing if self.spacing in IN_K else "")
         if self.noise == "flow":
             rounding, told = None, style.told.get("flow")
-        grid = Grid(
-            n, train, style.spare, rounding, told, self.steps_offset, low, high, self.ends_of_spacing,
-            self.original_inference_steps, given,
-        )  # fmt: skip
+        ends = self.ends if style.inner and self.spacing not in IN_T else None
+        where = (self.steps_offset, low, high, ends, self.original_inference_steps, given)
+        grid = Grid(n, train, style.spare, rounding, told, *where)
         table = _points(noise.table)
         least = Point(table[0].t, 1.0, table[0].k) if style.unscaled else table[0]
         end = Point(0.0, 1.0, 0.0) if self.final == "zero" else least

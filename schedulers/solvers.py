@@ -10,6 +10,7 @@ that a step leads to, k = sigma / alpha, lambda = -log k, h = lambda' - lambda.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,7 +80,7 @@ class Path:
 
     @property
     def steps(self) -> list[tuple[Point, Point]]:
-        return list(zip(self.points, self.points[1:], strict=False))
+        return list(itertools.pairwise(self.points))
 
     def at(self, k: float) -> Point:
         return Point(*map(float, self.noise.at_k(np.array(k))))
@@ -103,9 +104,7 @@ def _row(at: Point, step: Step, eps: bool = False, draws: bool = False) -> Row:
 
 
 def _add(first: Sequence[float], second: Sequence[float], scale: float) -> tuple[float, ...]:
-    size = max(len(first), len(second))
-    a, b = ((*values, *[0.0] * (size - len(values))) for values in (first, second))
-    return tuple(p + scale * q for p, q in zip(a, b, strict=True))
+    return tuple(p + scale * q for p, q in itertools.zip_longest(first, second, fillvalue=0.0))
 
 
 # ---------------------------------------------------------------------------------------------- one-step formulas
@@ -126,11 +125,8 @@ def ddim(path: Path, s: Scheduler) -> list[Row]:
 
     A clip bounds x0 and leaves eps as it was predicted.
     """
-    rows = []
-    for here, to in zip(path.points, path.targets, strict=False):
-        direction, noise = _transfer(here, to, s.eta)
-        rows.append(Row(here, cx=direction, c0=to.alpha, cr=-here.alpha * direction, cn=noise))
-    return rows
+    steps = [(here, to, *_transfer(here, to, s.eta)) for here, to in zip(path.points, path.targets, strict=False)]
+    return [Row(here, cx=turn, c0=to.alpha, cr=-here.alpha * turn, cn=noise) for here, to, turn, noise in steps]
 
 
 def _euler(here: Point, to: Point, eta: float = 0.0) -> Row:
@@ -280,12 +276,9 @@ def multistep(path: Path, s: Scheduler) -> list[Row]:
     (Zhao et al. 2023, algorithm 7) and SA-Solver's (Xue et al. 2023, equation 17; the noise stays the same).
     """
     rule = SOLVERS[s.solver].rule
-    rule = dataclasses.replace(
-        rule,
-        eps=rule.eps or (s.predict_eps and s.solver == "unipc"),
-        half=rule.half and s.placing.half,
-        pair={"heun": "exact", "bh1": "bh1"}.get(s.solver_type or "", rule.pair),
-    )
+    pair = {"heun": "exact", "bh1": "bh1"}.get(s.solver_type or "", rule.pair)
+    eps = rule.eps or (s.predict_eps and s.solver == "unipc")
+    rule = dataclasses.replace(rule, eps=eps, half=rule.half and s.placing.half, pair=pair)
     orders, rules, redone = _orders(path, s, rule.ending), [rule] * path.n, [0] * path.n
     if s.solver == "sa":
         end = 0.2 * (path.noise.table.t[-1] + 1)

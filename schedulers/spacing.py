@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +86,7 @@ def exponential(u: Array, high: float, low: float) -> Array:
 
 
 def bounded(u: Array, high: float, low: float) -> Array:
-    """Even in ((k + 0.0525) / (k + 12.2))^0.173, finite from pure noise to none, and ending one step above none (ours)."""
+    """Even in ((k + 0.0525) / (k + 12.2))^0.173, finite from pure noise to none; ends one step above none (ours)."""
     a, b, power = BOUNDED
     first, last = ((1.0 if np.isinf(k) else (k + a) / (k + b)) ** power for k in (high, 0.0))
     y = (first + u * (len(u) - 1) / len(u) * (last - first)) ** (1 / power)
@@ -109,17 +108,13 @@ def _beta_quantile(p: Array) -> Array:
     return np.where(p > 0.5, 1 - x, x)
 
 
-@functools.cache
-def tables() -> dict[str, Any]:
-    """Published levels sigma / alpha, n + 1 of them for n steps."""
-    read: dict[str, Any] = json.loads(Path(__file__).with_name("tables.json").read_bytes())
-    return read
+# Published levels sigma / alpha, n + 1 of them for n steps.
+LEVELS: dict[str, Any] = json.loads(Path(__file__).with_name("tables.json").read_bytes())
 
 
 def table(name: str, n: int) -> Array:
     """Return n levels of a published table; between its own lengths log sigma is interpolated, as its authors do."""
-    rows = tables()[name]
-    row = next((r for r in rows if len(r) == n + 1), rows[-1])
+    row = next((row for row in LEVELS[name] if len(row) == n + 1), LEVELS[name][-1])
     places = np.linspace(0, len(row) - 1, n + 1)
     return np.exp(np.interp(places, np.arange(len(row)), np.log(row)))[:n]
 
@@ -130,8 +125,7 @@ IN_T: dict[str, Callable[[Grid], Array]] = {
 IN_K: dict[str, Callable[[Array, float, float], Array]] = {
     "karras": karras, "exponential": exponential, "lu": exponential, "beta": beta, "bounded": bounded,
 }  # fmt: skip
-TABLES = ("align_your_steps", "align_your_steps_xl", "align_your_steps_video", "gits")
-SPACINGS = (*IN_T, *IN_K, *TABLES, "sigmas")
+SPACINGS = (*IN_T, *IN_K, *(name for name in LEVELS if name != "source"), "sigmas")
 
 
 def levels(name: str, g: Grid, noise: Noise) -> Levels:
