@@ -83,6 +83,7 @@ SOLVERS: tuple[dict[str, Any], ...] = (
     {"solver": "deis", "order": 2}, {"solver": "deis", "order": 3}, {"solver": "dpmsolver_2m"},
     {"solver": "dpmsolver_3m"}, {"solver": "dpmpp_2s"}, {"solver": "dpmpp_3s"}, {"solver": "sa", "tau": 0.0},
     {"solver": "ipndm"}, {"solver": "lms"}, {"solver": "dpm2"}, {"solver": "heun"}, {"solver": "ddim"},
+    {"solver": "unipc", "order": 2, "style": "dpm"}, {"solver": "unipc", "order": 3, "style": "dpm"},
 )  # fmt: skip
 SPACES: tuple[dict[str, Any], ...] = tuple(
     {"spacing": spacing, **({"shift": shift} if shift != 1 else {}), **({"final": final} if final != "zero" else {})}
@@ -151,11 +152,9 @@ FLOW_GRIDS: dict[str, dict[str, Any]] = {
 }
 # What is run on the embedded model, where a setting takes minutes: what can do zero SNR, without those that never lead.
 EMBEDDED = (
-    "DPM++2M trailing sigma_min", "UniPC-2 bh2 trailing sigma_min", "DPM++2M trailing", "UniPC-2 bh2 trailing",
-    "DPM++3M trailing", "DDIM trailing", "UniPC-3 bh2 trailing", "Euler trailing", "DPM++2M linspace sigma_min",
-    "DPM++3M trailing sigma_min", "UniPC-2 bh2 linspace", "UniPC-2 bh1 trailing sigma_min",
-    "UniPC-3 bh1 trailing sigma_min", "UniPC-3 bh2 trailing sigma_min", "DPM++2M linspace", "DPM++2M karras",
-    "UniPC-2 bh2 karras", "UniPC-2 bh2 exponential", "Euler linspace",
+    "DPM++2M trailing sigma_min", "DPM++2M trailing", "UniPC-2 bh2 trailing sigma_min", "UniPC-2 bh2 trailing",
+    "DPM++3M trailing", "DPM++3M trailing sigma_min", "UniPC-3 bh2 trailing", "UniPC-2 bh1 trailing sigma_min",
+    "UniPC-2 bh2 linspace", "DPM++2M linspace sigma_min", "DDIM trailing", "Euler trailing", "UniPC-2 bh2 karras",
 )  # fmt: skip
 LEADING = ("DDIM", "PNDM", "Euler")  # the default of Stable Diffusion's folders; for the others it only loses
 ENDS: dict[str, dict[str, Any]] = {
@@ -481,7 +480,7 @@ def label(options: dict[str, Any]) -> str:
     plain = ("solver", "order", "solver_type")
     first = [str(options[name]) for name in plain if name in options]
     rest = {name: value for name, value in options.items() if name not in (*plain, "spacing", "final")}
-    extra = [f"{name} {value:g}" for name, value in rest.items()]
+    extra = [f"{name} {value}" for name, value in rest.items()]
     return " ".join([*first, *extra, options.get("spacing", ""), options.get("final", "")]).strip()
 
 

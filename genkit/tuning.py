@@ -147,12 +147,15 @@ def _network(generator: Generator, texts: list[str], guidance: float) -> Any:
 def _for_diffusers(folder: Path, scheduler: Scheduler, timesteps: list[int]) -> str:
     """Write what a list of timesteps can say of the plan: tuned_timesteps.json, and a config to use it with.
 
-    A model's own scheduler_config.json stays as it is.
+    Of order 1: the levels are fitted with coefficients of their own, and those of order 2 suit them less. A model's own
+    scheduler_config.json stays as it is.
     """
     path, config = folder / TIMESTEPS, folder / "scheduler_config.json"
     known = read_json(path) if path.exists() else {}
-    write_whole(path, (json.dumps({**known, str(len(timesteps)): timesteps}, indent=1) + "\n").encode())
+    known |= {str(len(timesteps)): timesteps}
+    lines = ",\n".join(f' "{steps}": {json.dumps(known[steps])}' for steps in sorted(known, key=int))
+    write_whole(path, f"{{\n{lines}\n}}\n".encode())
     if not config.exists():
-        text = json.dumps(scheduler.with_options(solver="dpmpp_2m").to_config(), indent=1)
+        text = json.dumps(scheduler.with_options(solver="dpmpp_2m", order=1).to_config(), indent=1)
         write_whole(config, (text + "\n").encode())
     return str(path)
