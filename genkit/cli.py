@@ -40,6 +40,9 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="A solver, say unipc or dpmpp_2m_karras, or tuned.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "--num-inference-steps", help="Steps an image.")] = None,
     guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is off.")] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="Guide only here: 0.1,0.8 of the steps, or '{\"sigma\": [0.3, 5]}'.")
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     image: Annotated[str | None, typer.Option(help="The picture to start from.")] = None,
@@ -72,7 +75,9 @@ def generate(
         raise InputError("PROMPTS, --prompt: give one of them, not both")
     given: dict[str, Any] = {
         "negative_prompt": negative_prompt, "scheduler": scheduler, "num_inference_steps": steps,
-        "guidance_scale": guidance_scale, "width": width, "height": height, "image": image, "strength": strength,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": None if guidance_interval is None else typed("guidance_interval", guidance_interval),
+        "width": width, "height": height, "image": image, "strength": strength,
         "mask_image": mask_image, "num_images": num_images, "keep": keep, "gate": gate, "rank_by": rank_by,
         "max_images": max_images, "labels": None if labels is None else typed("labels", labels),
     }  # fmt: skip

@@ -6,13 +6,7 @@ from typing import Any
 
 import torch
 
-
-def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return uncond + scale * (cond - uncond), classifier-free guidance (Ho and Salimans 2022, equation 6).
-
-    Linear in the prediction, so it may act on eps, v, x0 or flow alike. `scale` broadcasts over (rows, C, H, W).
-    """
-    return uncond + scale * (cond - uncond)
+from genkit.guidance import guide
 
 
 class Denoiser:

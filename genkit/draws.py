@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 
 from genkit.request import Request, Result
@@ -68,6 +68,24 @@ class Draws:
                 return row.request, index
             self._count(row, earlier)
         return None
+
+    def repeated(self) -> Counter[tuple[str, int]]:
+        """Return how often each (`Request.drawing`, seed) will be drawn that two rows, or one row twice, ask for.
+
+        Rows without a seed of their own derive one from their id, and never repeat another.
+        """
+        groups: dict[str, list[Request]] = defaultdict(list)
+        for row in self._rows.values():
+            if row.request.seed is not None:
+                groups[row.request.drawing()].append(row.request)
+        found = Counter(
+            (drawing, r.seed_of(k))
+            for drawing, rows in groups.items()
+            if len(rows) > 1 or isinstance(rows[0].seed, list)
+            for r in rows
+            for k in range(r.max_images or r.num_images)
+        )
+        return Counter({key: times for key, times in found.items() if times > 1})
 
     def has_next(self) -> bool:
         """Return whether `take` has an image to draw right now."""

@@ -22,6 +22,7 @@ class Trajectory:
     """One image on its way from noise: what it is, where it starts, and the plan it follows.
 
     latent: (C, H, W) float32 at the plan's first level, on any device. cond, uncond: (tokens, width) or None.
+    scales: guidance of each call of the plan, (nfe,), 1 where the row goes without `uncond`; None is 1 throughout.
     keep_mask, known: where keep_mask (1, H, W) is 0 the latent follows `known` = (x0, noise), each (C, H, W).
     cost: slots that it takes (1 for the model's own picture size, 4 for twice the sides). began: time.monotonic().
     """
@@ -32,7 +33,7 @@ class Trajectory:
     generator: torch.Generator | None = None
     cond: torch.Tensor | None = None
     uncond: torch.Tensor | None = None
-    guidance: float = 1.0
+    scales: np.ndarray | None = None
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
     cost: float = 1.0
@@ -140,7 +141,7 @@ class Engine:
                 rows[COLUMN["t"]].flatten(),
                 group.cond,
                 group.uncond,
-                torch.tensor([t.guidance for t in live]),
+                torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
             )
         except torch.OutOfMemoryError:
             for trajectory in live:

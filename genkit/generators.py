@@ -18,6 +18,7 @@ from genkit.device import default_slots, pick_device
 from genkit.draws import Draws
 from genkit.engine import Trajectory
 from genkit.errors import InputError
+from genkit.guidance import guidance_scales
 from genkit.plans import plan_for, scheduler_options
 from genkit.request import Request, Result
 from genkit.schedulers import Plan, Scheduler
@@ -184,7 +185,7 @@ class Generator:
             generator=generator,
             cond=cond,
             uncond=uncond,
-            guidance=s.guidance,
+            scales=guidance_scales(plan, s.guidance, request.guidance_interval),
             keep_mask=mask,
             known=None if mask is None or x0 is None else (x0, noise),
             cost=self.cost(request),

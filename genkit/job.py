@@ -20,6 +20,7 @@ from genkit.device import CPU_SLOTS, DTYPES, check_device, pick_device, usable_c
 from genkit.draws import Draws
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.gallery import write_gallery
+from genkit.guidance import network_rows
 from genkit.images import encode_png, png_text
 from genkit.plans import is_tuned, plan_for, tuned_file
 from genkit.progress import Progress
@@ -172,7 +173,7 @@ def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folde
     key = repr((row.scheduler, steps, strength, guidance))
     if key not in plans:
         plans[key] = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
-    return plans[key].nfe * (2 if guidance > 1 else 1)
+    return network_rows(plans[key], guidance, row.guidance_interval)
 
 
 def _check_scores(row: Request, clip: ModelInfo | None) -> None:

@@ -41,7 +41,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for
 # What decides on the pixels; the other fields decide on keeping and labelling them.
 _PIXEL_FIELDS = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
-    "width", "height", "scheduler", "strength", "image", "mask_image",
+    "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval",
 )  # fmt: skip
 
 
@@ -63,6 +63,7 @@ class Request(BaseModel):
     num_images: Count = 1
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    guidance_interval: Any = None
     width: Side | None = None
     height: Side | None = None
     scheduler: str | dict[str, Any] | None = None
@@ -140,6 +141,18 @@ class Request(BaseModel):
             return value
         raise ValueError("must be a path or a PIL image")
 
+    @field_validator("guidance_interval")
+    @classmethod
+    def _check_interval(cls, value: Any) -> Any:
+        sigma = isinstance(value, dict) and list(value) == ["sigma"]
+        pair = value["sigma"] if sigma else value
+        numbers = isinstance(pair, list | tuple) and [type(v) in (int, float) for v in pair] == [True, True]
+        if value is None or (numbers and 0 <= pair[0] < pair[1] <= (1e6 if sigma else 1)):
+            return value
+        raise ValueError(
+            'must be two fractions of the steps, as in [0.1, 0.8], or noise levels, as in {"sigma": [0.3, 5]}'
+        )
+
     @field_validator("scheduler")
     @classmethod
     def _check_scheduler(cls, value: Any) -> Any:
@@ -196,6 +209,13 @@ class Request(BaseModel):
         digest = hashlib.sha256(f"{run_seed}/{self.id}/{index}".encode()).digest()
         return int.from_bytes(digest[:4], "little")
 
+    def drawing(self) -> str:
+        """Return a text that two rows share when they differ in nothing but seeds that decides on the pixels.
+
+        Input images count as the same only when they are the same path or object.
+        """
+        return repr([getattr(self, name) for name in _PIXEL_FIELDS if name != "seed"])
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; a PIL image becomes the SHA-256 of its pixels."""
         return {name: _plain(value) for name, value in self if value is not None}
@@ -203,6 +223,8 @@ class Request(BaseModel):
     def fingerprint(self) -> str:
         """Return 16 hex digits that change when anything that decides on the pixels changes, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
+        if self.guidance_interval is None:
+            del fields["guidance_interval"]  # rows drawn before there was one keep their fingerprint
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -36,6 +37,12 @@ class Stream:
         self.again: deque[Draw] = deque()  # came out as NaN in half precision: to be redone in float32
         self.pending: deque[Future[list[Result]]] = deque()
         self.results: deque[Result] = deque()  # to be reported and yielded
+        self.repeated = draws.repeated()  # identical images still to come: all but the first share its latent
+        self.waiting: dict[tuple[str, int], list[Draw]] = {}  # … for one that is under way
+        self.kept: dict[tuple[str, int], Trajectory] = {}  # … one that ended
+        self.shared: list[Trajectory] = []  # … for those that came after it
+        self.ready: list[Trajectory] = []  # ended, and to be decoded
+        self.starved = False  # slots are free and nothing is there to draw
         self.half = next(generator.unet.parameters()).dtype != torch.float32
 
     def run(self, slots: int) -> Iterator[Result]:
@@ -64,16 +71,23 @@ class Stream:
         progress = False
         for ended in engine.run(lambda free, alone: self._take(draw, free, alone)):
             progress = True
-            self._submit(ended, pool)
+            self.ready += ended + self._shared_by(ended)
+            self._submit(pool)
             yield from self._completed(PENDING)
+        self.ready += self.shared
+        self.shared = []
+        self._submit(pool, everything=True)
         for result in self._completed(0):
             progress = True
             yield result
         return progress
 
     def _draw(self) -> Draw | None:
-        drawn = self.draws.take()
-        return None if drawn is None else (*drawn, drawn[0].seed_of(drawn[1], self.seed))
+        while (drawn := self.draws.take()) is not None:
+            draw = (*drawn, drawn[0].seed_of(drawn[1], self.seed))
+            if not self._repeats(draw):
+                return draw
+        return None
 
     def _take(self, draw: Callable[[], Draw | None], free: float, alone: bool) -> list[Trajectory]:
         started: list[Trajectory] = []
@@ -87,10 +101,58 @@ class Stream:
                 started.append(self.generator.begin(*drawn))
                 free -= cost
             except InputError as error:  # say, an init picture that is gone by now
-                self.results.append(_result(drawn, "failed", str(error)))
+                same = self.waiting.pop((drawn[0].drawing(), drawn[2]), [])
+                self.results += [_result(d, "failed", str(error)) for d in (drawn, *same)]
+        self.starved = free > 0 and not self.held
         return started
 
-    def _submit(self, ended: list[Trajectory], pool: ThreadPoolExecutor | None) -> None:
+    def _repeats(self, drawn: Draw) -> bool:
+        """Whether an identical image is under way or has ended; this one then needs no drawing of its own."""
+        key = drawn[0].drawing(), drawn[2]
+        if not self.repeated or key not in self.repeated:
+            return False
+        self.repeated[key] -= 1
+        if key in self.kept:
+            self.shared.append(dataclasses.replace(self.kept[key], tag=drawn))
+            if not self.repeated[key]:
+                del self.kept[key]
+        elif key in self.waiting:
+            self.waiting[key].append(drawn)
+        else:
+            self.waiting[key] = []
+            return False
+        return True
+
+    def _shared_by(self, ended: list[Trajectory]) -> list[Trajectory]:
+        """Return trajectories for the draws that share the latent of one that ended, now or before."""
+        for trajectory in ended if self.waiting else ():
+            request, _, seed = trajectory.tag
+            key = request.drawing(), seed
+            if key not in self.waiting:
+                continue
+            self.shared += [dataclasses.replace(trajectory, tag=draw) for draw in self.waiting.pop(key)]
+            if self.repeated[key] > 0:
+                self.kept[key] = dataclasses.replace(trajectory, cond=None, uncond=None, keep_mask=None, known=None)
+        shared, self.shared = self.shared, []
+        return shared
+
+    def _submit(self, pool: ThreadPoolExecutor | None, everything: bool = False) -> None:
+        """Hand what has ended to be decoded, one shape at a time.
+
+        A GPU decodes several pictures for less than as many times one: there, `ready` gathers them while all slots are
+        taken.
+        """
+        shapes: dict[tuple[int, ...], list[Trajectory]] = {}
+        for trajectory in self.ready:
+            shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
+        self.ready = []
+        for ended in shapes.values():
+            if pool is None or everything or self.starved or len(ended) >= self.generator.codec.batch:
+                self._decode(ended, pool)
+            else:
+                self.ready += ended
+
+    def _decode(self, ended: list[Trajectory], pool: ThreadPoolExecutor | None) -> None:
         if pool is not None:
             event = torch.cuda.Event()
             event.record()
@@ -145,10 +207,8 @@ class Stream:
                 continue
             result = _result(t.tag, "done", None, {**scores[k], **found}, t.began)
             result.pixels, (result.height, result.width) = pixels, pixels.shape[:2]
-            result.steps, result.nfe = (
-                self.generator.settings(t.tag[0]).steps,
-                t.plan.nfe * (2 if t.guidance > 1 else 1),
-            )
+            result.steps = self.generator.settings(t.tag[0]).steps
+            result.nfe = t.plan.nfe + (0 if t.scales is None else int((t.scales > 1).sum()))
             results.append(result)
         return results
 

@@ -47,6 +47,12 @@ def _labels(field: str, text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
+def _interval(field: str, text: str) -> list[float] | dict[str, Any]:
+    if text.lstrip().startswith("{"):
+        return _json(field, text)
+    return [_number(field, part) for part in text.strip(" []").split(",")]
+
+
 def _json(field: str, text: str) -> dict[str, Any]:
     return parse_json(text, field)
 
@@ -58,6 +64,7 @@ def _scheduler(field: str, text: str) -> str | dict[str, Any]:
 _TYPED: dict[str, Callable[[str, str], Any]] = {
     **dict.fromkeys(("num_images", "num_inference_steps", "width", "height", "keep", "max_images"), _integer),
     **dict.fromkeys(("guidance_scale", "strength"), _number),
+    "guidance_interval": _interval,
     "seed": _seeds,
     "labels": _labels,
     "meta": _json,

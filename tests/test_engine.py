@@ -213,3 +213,88 @@ def test_settings_that_the_model_cannot_draw_are_named_before_any_work(gen: Text
         gen("")
     with pytest.raises(InputError, match=r"strength: 1\.5"):
         ImageToImage.from_generator(gen)("a fox", image="nowhere.png", strength=1.5)
+
+
+class Counting(torch.nn.Module):
+    """The real UNet, and how many rows it computed."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet, self.config, self.rows = unet, unet.config, 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def forward(self, x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        self.rows += len(x)
+        return self.unet(x, *rest, **options)
+
+
+@pytest.fixture
+def counted(gen: TextToImage, monkeypatch: pytest.MonkeyPatch) -> Counting:
+    network = Counting(gen.unet)
+    monkeypatch.setattr(gen.denoiser, "unet", network)
+    return network
+
+
+SMALL: dict[str, Any] = {"num_inference_steps": 4, "width": 64, "height": 64, "guidance_scale": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("interval", "second"),
+    [(None, 4), ([0, 1], 4), ([0.5, 1], 2), ([0.0, 0.25], 1), ({"sigma": [1e-3, 2]}, None), ({"sigma": [0, 1e6]}, 4)],
+)  # fmt: skip
+def test_rows_outside_the_guidance_interval_are_not_computed(
+    gen: TextToImage, counted: Counting, interval: Any, second: int | None
+) -> None:
+    row = Request(id="a", prompt="a fox", seed=1, guidance_interval=interval, scheduler="euler", **SMALL)
+    plan = gen.plan(row)
+    levels = plan.sigmas[:4] / np.maximum(plan.alphas[:4], 1e-9)
+    expected = sum(1e-3 < k <= 2 for k in levels) if second is None else second
+    assert second is not None or 0 < expected < 4
+    (result,) = gen.stream([row])
+    assert counted.rows == result.nfe == 4 + expected
+
+
+def test_the_interval_leaves_calls_inside_and_outside_as_they_are(gen: TextToImage) -> None:
+    def latent(**options: Any) -> torch.Tensor:
+        row = Request(prompt="a fox", seed=1, **{**SMALL, **options})
+        engine = Engine(Denoiser(gen.unet), torch.device("cpu"), 1)
+        return finals(engine, [gen.begin(row, 0, 1)])[None]  # type: ignore[index]
+
+    assert torch.equal(latent(guidance_interval=[0, 1]), latent())
+    nowhere = latent(guidance_interval={"sigma": [1e-9, 1e-8]})
+    assert torch.equal(nowhere, latent(guidance_scale=1.0))
+    assert not torch.equal(latent(guidance_interval=[0, 0.5]), latent())
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_identical_images_are_drawn_once(gen: TextToImage, counted: Counting, slots: int) -> None:
+    same = {"prompt": "a fox", **SMALL}
+    rows = [
+        Request(id="first", seed=7, num_images=2, **same),
+        Request(id="other", seed=7, **{**same, "prompt": "a cat"}),
+        Request(id="list", seed=[8, 8, 7], **same),
+        Request(id="unseeded", num_images=2, **same),
+        Request(id="labelled", seed=8, meta={"note": 1}, **same),
+        Request(id="last", seed=7, **same),
+    ]
+    results = {(r.id, r.index): r for r in gen.stream(rows, slots=slots)}
+    assert len(results) == 10 and {r.status for r in results.values()} == {"done"}
+    assert counted.rows == 5 * 8, "seven and eight of the fox, seven of the cat, and two without a seed"
+    alone = {(r.id, r.index): r for row in rows for r in gen.stream([row], seed=3)}
+    for key in alone:
+        if key[0] != "unseeded":
+            assert np.abs(results[key].pixels.astype(int) - alone[key].pixels.astype(int)).max() <= 1
+            assert results[key].seed == alone[key].seed and results[key].nfe == 8
+    assert np.array_equal(results["first", 0].pixels, results["last", 0].pixels)
+    assert np.array_equal(results["first", 1].pixels, results["labelled", 0].pixels)
+
+
+def test_identical_images_fail_together_when_their_picture_is_gone(gen: TextToImage, tmp_path: Any) -> None:
+    gen("a fox", num_inference_steps=1).images[0].save(tmp_path / "a.png")
+    rows = [Request(id=k, prompt="a fox", seed=1, image=tmp_path / "a.png", num_inference_steps=2) for k in "ab"]
+    stream = gen.stream(rows)
+    (tmp_path / "a.png").unlink()
+    assert [(r.id, r.status) for r in stream] == [("a", "failed"), ("b", "failed")]

@@ -51,6 +51,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("31-huge", {"guidance_scale": 1e30}, "at most 100"),
     ("31-text", {"guidance_scale": "7"}, "must be a number"),
     ("31-true", {"guidance_scale": True}, "must be a number"),
+    *[(f"interval-{v}", {"guidance_interval": v}, f"guidance_interval: {v!r} must be two fractions") for v in
+      [[0.5], [0.5, 0.5], [0.8, 0.1], [-0.1, 1], [0, 2], [0, NAN], [False, True], "0,1", 0.5, {"sigma": [2, 1]},
+       {"sigma": 3}, {"sigma": [0, INF]}, {"sigmas": [0, 1]}, {"sigma": [0, 1], "x": 1}, {}, [[0], [1]]]],
     *[(f"32-{v}", {"width": v}, "width: ") for v in (0, 7, 65_536, "512", 512.5)],
     ("32-height", {"height": 7}, "height: 7 must be at least 8"),
     ("33-zero", {"num_images": 0}, "num_images: 0 must be at least 1"),
@@ -163,6 +166,12 @@ def test_canonical_names() -> None:
         with pytest.raises(InputError) as caught:
             canonical(fields)  # type: ignore[arg-type]
         assert words in str(caught.value)
+
+
+def test_a_guidance_interval_is_part_of_the_fingerprint_and_its_absence_is_not() -> None:
+    plain = Request(prompt="a")
+    assert plain.fingerprint() == "5fe023af1ecc3c1f", "runs of before there was such a field go on"
+    assert len({Request(prompt="a", guidance_interval=v).fingerprint() for v in (None, [0, 1], {"sigma": [0, 1]})}) == 3
 
 
 def test_fingerprint_follows_what_decides_on_pixels(tmp_path: Path) -> None:

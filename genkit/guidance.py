@@ -1,0 +1,51 @@
+"""Classifier-free guidance: how two predictions become one, and at which calls of a plan there are two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from genkit.schedulers.plan import Plan
+
+MOST = 1e6  # the highest noise level that an interval may name; levels without any signal count as this
+Interval = Sequence[float] | Mapping[str, Sequence[float]]
+
+
+def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return uncond + scale * (cond - uncond), classifier-free guidance (Ho and Salimans 2022, equation 6).
+
+    Linear in the prediction, so it may act on eps, v, x0 or flow alike. `scale` broadcasts over (rows, C, H, W).
+    """
+    return uncond + scale * (cond - uncond)
+
+
+def guidance_scales(plan: Plan, scale: float, interval: Interval | None = None) -> np.ndarray:
+    """Return the guidance scale of every call of `plan`, shape (nfe,), float32; 1 where a call needs no second row.
+
+    interval: [lo, hi] guides the calls from fraction lo to fraction hi of the plan, {"sigma": [lo, hi]} those at noise
+    levels lo < sigma/alpha <= hi (Kynkäänniemi et al. 2024, equation 5: guidance harms at high noise levels and does
+    nothing at low ones). None guides all of them.
+    """
+    scales = np.full(plan.nfe, max(scale, 1.0), dtype=np.float32)
+    if interval is None:
+        return scales
+    if isinstance(interval, Mapping):
+        low, high = interval["sigma"]
+        with np.errstate(divide="ignore"):
+            at = np.minimum(plan.sigmas[: plan.nfe] / plan.alphas[: plan.nfe], MOST)
+        inside = (at > low) & (at <= high)
+    else:
+        low, high = interval
+        at = np.arange(plan.nfe) / plan.nfe
+        inside = (at >= low) & (at < high)
+    return np.where(inside, scales, np.float32(1))
+
+
+def network_rows(plan: Plan, scale: float, interval: Interval | None = None) -> int:
+    """Return how many rows the network computes for one image: a call, and one more where it is guided."""
+    return plan.nfe + int((guidance_scales(plan, scale, interval) > 1).sum())
