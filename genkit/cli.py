@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,6 +61,7 @@ def generate(
     batch_size: Annotated[str, typer.Option(help="Images in flight: auto, or a number.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile in the background, once cached.")] = False,
     clip: Annotated[str, typer.Option(help="auto, none, emoji-clip, a folder with a CLIPModel, or a hub id.")] = "auto",
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
@@ -92,7 +94,7 @@ def generate(
     else:
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
         rows[0]._source = "command line"
-    job = plan_job(rows, Options(model, clip, variant, device, dtype, slots, seed, quiet=as_json), defaults)
+    job = plan_job(rows, Options(model, clip, variant, device, dtype, slots, seed, as_json, compile), defaults)
     folder = free_name(out) if new_run else out
     check_folder(folder, prompts)
     if dry_run:
@@ -213,7 +215,9 @@ def main() -> None:
     except OSError as error:
         print(f"genkit: {error}", file=sys.stderr)
         code = EXIT_HOST
-    os._exit(code) if code == EXIT_HOST else sys.exit(code)
+    # Threads that are still compiling, or writing to a disk that hangs, must not hold the command up
+    busy = any(thread.name == "genkit-compile" for thread in threading.enumerate())
+    os._exit(code) if busy or code == EXIT_HOST else sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:

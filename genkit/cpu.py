@@ -49,7 +49,11 @@ class _PackedLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.module.weight, self.module.bias
         plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == x.device.type == "cpu"
-        if not plain or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)):
+        if (
+            torch.compiler.is_compiling()
+            or not plain
+            or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
+        ):
             return linear(x, weight, bias)
         state = weight.data_ptr(), weight._version
         if self.weight is None or state != self.state:

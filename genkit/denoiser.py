@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from genkit.compiled import Compiled, compile_network
+from genkit.graphs import Call, Graphs
 from genkit.guidance import guide
 
 
@@ -13,11 +17,36 @@ class Denoiser:
     """A UNet as a function of rows, split into smaller calls when memory does not suffice.
 
     `limit` is the most rows a call may have; it halves when the device runs out of memory, and stays there.
+    graphs: record calls as CUDA graphs (for a UNet that stays on a CUDA device). compiled: compile meanwhile.
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, *, graphs: bool = False, compiled: bool = False) -> None:
         self.unet = unet
         self.limit: int | None = None
+        self.graphs = Graphs(self._plain) if graphs else None
+        self.compiled = Compiled(lambda: compile_network(self.unet, network_call)) if compiled else None
+        self._float32 = False
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user may like to know of how the network is called: a line each."""
+        found = (self.graphs and self.graphs.reason, self.compiled and self.compiled.note)
+        return [note for note in found if note]
+
+    @contextlib.contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Run the network in float32 for a while; half-precision weights come back bit for bit."""
+        if self.compiled is not None:
+            self.compiled.wait()  # it may share the weights
+        dtype, self._float32 = self.unet.dtype, True
+        self.unet.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.unet.to(dtype)
+            self._float32 = False
+            if self.graphs is not None:
+                self.graphs.reset()  # the weights lie elsewhere now
 
     def __call__(
         self,
@@ -65,5 +94,21 @@ class Denoiser:
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _call(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        extra = () if cond is None else (cond.to(self.unet.dtype),)
-        return self.unet(x.to(self.unet.dtype), t, *extra, return_dict=False)[0].float()
+        inputs = (x, t) if cond is None else (x, t, cond)
+        if self._float32 or torch.is_grad_enabled():
+            return self._plain(*inputs)
+        call = self.graphs or self._plain
+        return call(*inputs) if self.compiled is None else self.compiled(call, *inputs)
+
+    def _plain(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return network_call(self.unet)(*inputs)
+
+
+def network_call(unet: Any) -> Call:
+    """Return the UNet as a function of float32 tensors: x (B, C, H, W), t (B,), and prompts (B, tokens, width)."""
+    dtype = unet.dtype
+
+    def call(x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
+        return unet(x.to(dtype), t, *(c.to(dtype) for c in cond), return_dict=False)[0].float()
+
+    return call

@@ -29,3 +29,9 @@ def shown(value: object, limit: int = 60) -> str:
     text = repr(value[: limit + 1]) if isinstance(value, str) else reprlib.repr(value)
     text = text.encode("ascii", "backslashreplace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what another library's exception says, or its kind when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

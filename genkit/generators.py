@@ -59,6 +59,7 @@ class Generator:
         name: str = "custom",
         defaults: dict[str, Any] | None = None,
         folder: Path | None = None,
+        compile: bool = False,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
         self.scheduler = (
@@ -70,22 +71,26 @@ class Generator:
         self.defaults, self.folder = defaults or {}, folder
         self.codec = Codec(vae)
         self.text = None if text_encoder is None else TextEncoder(tokenizer, text_encoder)
-        self.denoiser = Denoiser(unet)
+        self.denoiser = Denoiser(unet, graphs=self.device.type == "cuda", compiled=compile)
         self._plans: dict[str, Plan] = {}
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None
-    ) -> Self:
-        """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it."""
+        cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None,
+        compile: bool = False,
+    ) -> Self:  # fmt: skip
+        """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it.
+
+        compile: torch.compile the UNet in the background, and go over to that when it is ready and faster.
+        """
         from genkit.components import inspect_model, load_components
 
         info = inspect_model(name, variant=variant)
         target, precision = pick_device(device, dtype)
-        return cls.from_components(load_components(info, device=target, dtype=precision))
+        return cls.from_components(load_components(info, device=target, dtype=precision), compile=compile)
 
     @classmethod
-    def from_components(cls, parts: Components) -> Self:
+    def from_components(cls, parts: Components, *, compile: bool = False) -> Self:
         """Build a generator around loaded components; laid out for the CPU where they are on one."""
         for network in (parts.unet, parts.vae):
             if network is not None and network.device.type == "cpu":
@@ -99,6 +104,7 @@ class Generator:
             name=parts.info.name,
             defaults=parts.info.defaults,
             folder=parts.info.folder,
+            compile=compile,
         )
 
     @classmethod

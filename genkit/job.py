@@ -50,6 +50,7 @@ class Options:
     batch_size: int | None = None  # slots; None: by device and memory
     seed: int = 0  # rows without a seed derive theirs from it
     quiet: bool = False
+    compile: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,7 @@ def generate(
     seed: int = 0,
     defaults: dict[str, Any] | None = None,
     quiet: bool = False,
+    compile: bool = False,
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
@@ -119,7 +121,7 @@ def generate(
     anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
-    options = Options(model, clip, None, device, dtype, batch_size, seed, quiet)
+    options = Options(model, clip, None, device, dtype, batch_size, seed, quiet, compile)
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
         raise KeyboardInterrupt  # what is finished is saved: the same call goes on
@@ -229,7 +231,8 @@ def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
     before = (recorded or {}).get("binding", {})
     asked = {"device": job.options.device, "dtype": job.options.dtype}
     device, dtype = pick_device(*(before.get(key, "auto") if name == "auto" else name for key, name in asked.items()))
-    generator = Generator.from_components(load_components(job.info, device=device, dtype=dtype))
+    parts = load_components(job.info, device=device, dtype=dtype)
+    generator = Generator.from_components(parts, compile=job.options.compile)
     scorer = None
     if job.clip is not None:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype))
@@ -299,6 +302,8 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.say(
             f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
         )
+    for note in generator.denoiser.notes:
+        progress.say(note)
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):
         progress.say(f"prompt longer than the model reads, its end had no say: {prompt[:80]}")

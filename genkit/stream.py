@@ -16,6 +16,7 @@ from genkit.codec import quantise
 from genkit.draws import Draws
 from genkit.engine import Engine, Trajectory
 from genkit.errors import InputError
+from genkit.graphs import RECORDING
 from genkit.request import Request, Result
 
 if TYPE_CHECKING:
@@ -172,7 +173,8 @@ class Stream:
             yield result
 
     def _finish_on_gpu(self, ended: list[Trajectory], event: Any) -> list[Result]:
-        with torch.cuda.stream(torch.cuda.Stream(self.generator.device)) as _, torch.inference_mode():
+        stream = torch.cuda.Stream(self.generator.device)
+        with torch.cuda.stream(stream), torch.inference_mode(), RECORDING:
             torch.cuda.current_stream().wait_event(event)
             for trajectory in ended:
                 trajectory.latent.record_stream(torch.cuda.current_stream())
@@ -220,14 +222,11 @@ class Stream:
 
     @contextlib.contextmanager
     def _float32(self) -> Iterator[None]:
-        """Run the network in float32 for a while; half-precision weights come back bit for bit."""
-        unet, self.half = self.generator.unet, False
-        dtype = unet.dtype
-        unet.to(torch.float32)
+        self.half = False
         try:
-            yield
+            with self.generator.denoiser.in_float32():
+                yield
         finally:
-            unet.to(dtype)
             self.half = True
 
 
