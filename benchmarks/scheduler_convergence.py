@@ -655,9 +655,16 @@ ENVELOPE = "best of diffusers"  # at each number of calls
 
 
 def series(runs: dict[str, Runs], budgets: tuple[int, ...]) -> dict[str, tuple[str, list[float]]]:
-    """Return title -> (setting, errors) of the lines to draw; settings that do not run at every budget are left out."""
+    """Return title -> (setting, errors) of the lines to draw.
+
+    Settings that do not run at every budget are left out; a plan that was not tuned for one is NaN there.
+    """
     lines = {}
     for title, (side, starts, _) in DRAWN.items():
+        if side == "tuned":
+            tuned = runs[side].get("tuned", {})
+            lines[title] = ("tuned", [tuned.get(calls, {}).get("mean", math.nan) for calls in budgets])
+            continue
         group = {name: found for name, found in runs[side].items() if name.startswith(starts)}
         whole = {name for name, found in group.items() if all("mean" in found.get(calls, {}) for calls in budgets)}
         names = [name for name in leading(group, budgets, 1) if name in whole]
@@ -696,17 +703,21 @@ def draw(path: Path, panels: list[tuple[str, dict[str, Runs]]], budgets: tuple[i
         for name, (_, errors) in lines.items():
             side, _, colour = DRAWN.get(name, ("", (), "#20262e"))
             ours, envelope = side in ("genkit", "tuned"), name == ENVELOPE
-            axis.plot(budgets, errors, color=colour, linewidth=2.6 if ours else 1.5, zorder=3 if ours else 2,
+            there = [(calls, error) for calls, error in zip(budgets, errors, strict=True) if error > 0]
+            axis.plot(*zip(*there, strict=True), color=colour, linewidth=2.6 if ours else 1.5, zorder=3 if ours else 2,
                       linestyle=(0, (1.2, 1.6)) if envelope else "-", marker="" if envelope else "o",
                       markersize=5 if ours else 3, solid_capstyle="round")  # fmt: skip
-        low, high = (math.log(f(e for _, es in lines.values() for e in es)) for f in (min, max))
+        low, high = (math.log(f(e for _, es in lines.values() for e in es if e > 0)) for f in (min, max))
+        ends = [max(i for i, e in enumerate(errors) if e > 0) for _, errors in lines.values()]
         axis.set_ylim(math.exp(low - 0.05 * (high - low)), math.exp(high + 0.05 * (high - low)))
-        heights = apart([math.log(errors[-1]) for _, errors in lines.values()], 0.055 * (high - low))
-        for (name, (_, errors)), height in zip(lines.items(), heights, strict=True):
+        heights = apart([math.log(e[i]) for (_, e), i in zip(lines.values(), ends, strict=True)], 0.055 * (high - low))
+        for (name, (_, errors)), height, end in zip(lines.items(), heights, ends, strict=True):
             side, _, colour = DRAWN.get(name, ("", (), "#20262e"))
             heavy = "bold" if side in ("genkit", "tuned") else "normal"
             thread = {"arrowstyle": "-", "color": colour, "linewidth": 0.6}
-            axis.annotate(name, (budgets[-1], errors[-1]), (budgets[-1] * 1.11, math.exp(height)), va="center",
+            last = end == len(budgets) - 1  # a line that ends early is named on its left, where no other goes
+            axis.annotate(name, (budgets[end], errors[end]), (budgets[end] * (1.11 if last else 0.95),
+                          math.exp(height)), va="center", ha="left" if last else "right",
                           color=colour, fontweight=heavy, fontsize=9.5, annotation_clip=False,
                           arrowprops=thread)  # fmt: skip
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color="#20262e")
