@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --tiny          # the same code on a CPU, with tiny networks: does it run?
 
 Every line is a process of its own, started from scratch, in the order of the table; what would begin after the minutes
-are over is left out, and said. `images/s` counts from the first network call to the last picture, `late` only the last of
-them, a third or so (by then compiled code is in use), `10 s` the pictures that were there ten seconds after the first
+are over is left out, and said. `images/s` counts from the first network call to the last picture, `late` only the last
+third or so of them (by then compiled code is in use), `10 s` the pictures that were there ten seconds after the first
 network call, `first` the seconds from process start to the first picture. `roof` is what `late` is of what the GPU
 could do if the matrix products of UNet and VAE, at the speed of its best one, were all there is to do.
 

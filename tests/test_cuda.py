@@ -60,3 +60,55 @@ def test_real_lack_of_memory_is_survived() -> None:
     results = list(gen.stream(rows, slots=1000))
     del ballast
     assert {r.status for r in results} == {"done"}
+
+
+def test_recorded_calls_are_taken_and_give_the_pictures_of_plain_ones() -> None:
+    gen = TextToImage.from_pretrained("emoji", dtype="float32")
+    assert gen.denoiser.graphs is not None
+    replayed = {r.id: r.pixels for r in gen.stream(requests())}
+    assert gen.denoiser.graphs.reason is None and gen.denoiser.graphs._recorded
+    with gen.denoiser.in_float32():  # moves nothing here, and goes around the recordings
+        plain = {r.id: r.pixels for r in gen.stream(requests())}
+    for name in plain:
+        assert np.abs(replayed[name].astype(int) - plain[name].astype(int)).mean() < 0.5
+    again = {r.id: r.pixels for r in gen.stream(requests())}
+    for name in plain:
+        assert np.abs(again[name].astype(int) - plain[name].astype(int)).mean() < 0.5
+
+
+def test_recordings_are_made_while_pictures_are_decoded() -> None:
+    gen = TextToImage.from_pretrained("emoji")
+    rows = [Request(id=f"{k}", prompt="a red fox", seed=k, num_inference_steps=2 + k % 5) for k in range(24)]
+    results = list(gen.stream(rows, slots=7, scorer=ClipScorer.from_pretrained("emoji-clip")))
+    assert len(results) == 24 and {r.status for r in results} == {"done"}
+    assert gen.denoiser.graphs is not None and gen.denoiser.graphs.reason is None
+
+
+def test_a_nan_in_half_precision_is_redone_and_recordings_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    gen = TextToImage.from_pretrained("emoji")
+    plain = gen.denoiser._plain
+
+    def sick(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        out = plain(x, *rest)
+        return out if gen.unet.dtype == torch.float32 else out * float("nan")
+
+    assert gen.denoiser.graphs is not None
+    monkeypatch.setattr(gen.denoiser.graphs, "call", sick)
+    (result,) = gen.stream(requests()[:1])
+    assert result.status == "done" and gen.unet.dtype == torch.float16
+    monkeypatch.undo()
+    gen.denoiser.graphs.reset()
+    (result,) = gen.stream(requests()[:1])
+    assert result.status == "done" and gen.denoiser.graphs._recorded
+
+
+def test_compiled_code_gives_the_pictures_of_plain_code() -> None:
+    gen = TextToImage.from_pretrained("emoji", dtype="float32", compile=True)
+    rows = [Request(id=f"{k}", prompt="a red fox", seed=k, num_inference_steps=6) for k in range(4)]
+    plain = {r.id: r.pixels for r in gen.stream(rows)}
+    assert gen.denoiser.compiled is not None
+    gen.denoiser.compiled.wait()
+    compiled = {r.id: r.pixels for r in gen.stream(rows)}
+    assert gen.denoiser.compiled.note is not None and gen.denoiser.compiled.note.startswith("compiled in")
+    for name in plain:
+        assert np.abs(compiled[name].astype(int) - plain[name].astype(int)).mean() < 0.5
