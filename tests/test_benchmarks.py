@@ -1,0 +1,23 @@
+"""The benchmark that needs a GPU runs on a CPU with tiny networks: a first run on a GPU does not fail on a typo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_gpu_benchmark_runs_with_tiny_networks(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--tiny", "--only", "interval", "--json", str(out)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["results"]
+    assert [line["title"] for line in found] == ["genkit, all steps guided", "genkit, half of the steps guided"]
+    assert all(line["images"] == 6 and line["per_second"] > 0 for line in found), done.stdout
