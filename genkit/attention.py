@@ -1,95 +1,207 @@
-"""Attention on the CPU for networks with narrow heads, where PyTorch's own kernel spends its time on overhead."""
+"""Attention in the ways of torch and xformers: each is tried before it is used; the fastest that works is taken.
+
+torch's kernels are called by their own operators: torch.nn.attention.sdpa_kernel switches them for the whole process,
+under the hands of a thread that decodes meanwhile.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterable
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-NARROW = 16  # head width up to which this is the faster way (measured: 1.8x at 3, 1.6x at 6, even at 16, slower at 40)
-SCORES = 2**21  # attention weights at a time: 8 MB stay in the caches
+aten = torch.ops.aten
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+NARROW = 16  # head width up to which plain products are faster on a CPU (measured: 1.5x at 3, 1.1 to 1.7x at 6)
+CACHED = 2**21  # attention weights at a time on a CPU: 8 MB stay in the caches
+SLICE = 2**25  # … elsewhere: 64 MB in half precision, and enough work for a GPU
+TIMED = 4096  # positions, as at 512 x 512 pixels
+TOKENS = 77
+CLOSE = 1.05  # a backend has to be faster by more than this to be taken before one that stands above it
+# Widths of heads that networks have; cross-attention is common up to 160, 512 is the VAE's
+WIDTHS = {"cpu": (3, 16, 40, 64, 512), "cuda": (40, 64, 80, 160, 512)}
 
 
-def narrow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return softmax(q k^T / sqrt(width)) v as scaled_dot_product_attention does, to rounding.
+def sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return softmax(q k^T / sqrt(width)) v by plain products, for some heads, or some queries of one, at a time.
 
-    q: (n, L, width); k, v: (n, S, width), n = batch * heads. Plain batched products, some heads at a time: with so few
-    channels a head the work is the L x S weights, and those go fastest through memory as one block in cache. The second
-    product is made transposed, which spares it an output of `width` columns.
+    Little memory, on any device. On a CPU with so few channels a head that the work is the L x S weights, it is also
+    the fastest way: those go through memory as one block in cache, and the second product is made transposed, which
+    spares it an output of `width` columns.
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(
-            dim=-1
-        ) @ v  # what is written in place has no gradient
-    n, length, width = q.shape
-    at_once = max(1, SCORES // (length * k.shape[1]))
-    q, k, v = q * width**-0.5, k.transpose(1, 2), v.transpose(1, 2).contiguous()
-    weights = q.new_empty(min(at_once, n), length, k.shape[2])
+    batch, heads, length, width = q.shape
+    n, others = batch * heads, k.shape[2]
+    # What is written in place has no gradient, and is nothing to a compiler
+    in_place = q.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    most = CACHED if in_place else SLICE
+    at_once = min(n, max(1, most // (length * others)))
+    rows = min(length, max(1, most // others))
+    parts = [slice(i, min(i + at_once, n)) for i in range(0, n, at_once)]
+    queries = [slice(i, min(i + rows, length)) for i in range(0, length, rows)]
+    q, k = q.reshape(n, length, width), k.reshape(n, others, width).transpose(1, 2)
+    if not in_place:
+        q, v = q * width**-0.5, v.reshape(n, others, width)
+        return torch.cat(
+            [torch.cat([(q[p, r] @ k[p]).softmax(dim=-1) @ v[p] for r in queries], dim=1) for p in parts]
+        ).view(batch, heads, length, width)
+    v = v.transpose(2, 3).reshape(n, width, others)
+    weights = q.new_empty(at_once, rows, others)
     out = q.new_empty(n, width, length)
-    for i in range(0, n, at_once):
-        part = slice(i, min(i + at_once, n))
-        w = weights[: part.stop - i]
-        torch.bmm(q[part], k[part], out=w)
-        torch.softmax(w, dim=-1, out=w)
-        torch.bmm(v[part], w.transpose(1, 2), out=out[part])
-    return out.transpose(1, 2)
+    for p in parts:
+        for r in queries:
+            w = weights[: p.stop - p.start, : r.stop - r.start]
+            torch.baddbmm(w, q[p, r], k[p], beta=0, alpha=width**-0.5, out=w)
+            torch.softmax(w, dim=-1, out=w)
+            torch.bmm(v[p], w.transpose(1, 2), out=out[p, :, r])
+    return out.view(batch, heads, width, length).transpose(2, 3)
 
 
-class NarrowAttention:
-    """Processor for the transformer blocks of a diffusers UNet: projections, `narrow_attention`, output projection.
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """FlashAttention as torch has it: half precision and widths up to 256 on a GPU, anything on a CPU."""
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+    return aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
-    first: this is the first attention of the network. Guidance computes a sample twice, with its prompt and without,
-    and until something looks at the prompt the two rows are the same: here they are computed once.
+
+def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Call xformers, whose kernels do not load beside every torch."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """How a backend did: why it cannot be used, or None; and its milliseconds a call, on a GPU."""
+
+    reason: str | None = None
+    ms: float | None = None
+
+    @property
+    def shown(self) -> bool | float | str:
+        """What the table says: milliseconds, True where it works but was not timed, or the reason why it does not."""
+        return self.reason or (True if self.ms is None else round(self.ms, 3))
+
+
+@functools.cache
+def probe(attend: Attend, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> Probe:
+    """Run a backend once where it is to be used, compare its numbers with float64's, and on a GPU take its time.
+
+    q, k and v are parts of one tensor, as they are behind fused projections.
     """
-
-    def __init__(self, first: bool = False) -> None:
-        self.first = first
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """hidden_states: (B, L, C); encoder_hidden_states: (B, S, D) for cross-attention. Returns (B, L, C)."""
-        half = len(hidden_states) // 2
-        if self.first and encoder_hidden_states is None and torch.equal(hidden_states[:half], hidden_states[half:]):
-            return self(attn, hidden_states[:half], temb=temb).repeat(2, 1, 1)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        batch, length, channels = q.shape
-        heads = attn.heads
-
-        def split(x: torch.Tensor) -> torch.Tensor:
-            return (
-                x.view(batch, -1, heads, channels // heads)
-                .transpose(1, 2)
-                .reshape(batch * heads, -1, channels // heads)
-            )
-
-        out = narrow_attention(split(q), split(k), split(v))
-        out = out.view(batch, heads, length, -1).transpose(1, 2).reshape(batch, length, channels)
-        return attn.to_out[1](attn.to_out[0](out))
+    try:
+        with torch.no_grad():
+            q, k, v = _inputs(device, dtype, width, cross, rows=2, length=256)
+            expected = scaled_dot_product_attention(q.cpu().double(), k.cpu().double(), v.cpu().double())
+            error = float((attend(q, k, v).cpu().double() - expected).abs().max() / expected.abs().max())
+            exact = 1e-4 if device.type == "cpu" else 4e-3  # a GPU may multiply in TF32
+            if not error < max(exact, 8 * torch.finfo(dtype).eps):  # NaN is not either
+                return Probe(f"wrong numbers (off by {error:.2g})")
+            return Probe(ms=_milliseconds(attend, device, dtype, width, cross) if device.type == "cuda" else None)
+    except Exception as error:  # whatever a library says of what it cannot do, or of itself
+        return Probe(next((text for kind, text in _REASONS.items() if isinstance(error, kind)), _first_line(error)))
 
 
-def speed_up_attention(network: Any) -> int:
-    """Give a UNet's transformer blocks the faster attention where their heads are narrow; returns how many.
+def choose(asked: str, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> tuple[str, str | None]:
+    """Return the name of the backend for heads of `width` channels, and why it is not the one asked for, or None."""
+    reason = None
+    if asked != "auto":
+        reason = probe(BACKENDS[asked], device, dtype, width, cross).reason
+        if reason is None:
+            return asked, None
+    if device.type == "cuda":
+        times = {name: probe(BACKENDS[name], device, dtype, width, cross).ms for name in _TIMED}
+        working = {name: ms for name, ms in times.items() if ms is not None}
+        for name, ms in working.items():
+            if ms <= CLOSE * min(working.values()):
+                return name, reason
+    narrow = device.type == "cpu" and dtype == torch.float32 and width <= NARROW
+    for name in ("sliced", "sdpa", "math") if narrow else ("sdpa", "sliced", "math"):
+        if probe(BACKENDS[name], device, dtype, width, cross).reason is None:
+            return name, reason
+    return "sdpa", reason
 
-    Left alone: wide heads, which PyTorch does better, and attention with norms, masks or residuals of its own.
-    """
-    from diffusers.models.attention import BasicTransformerBlock
 
-    changed = 0
-    for block in network.modules():
-        if not isinstance(block, BasicTransformerBlock):
+def table(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, bool | float | str]]:
+    """Return for each backend and kind of attention ("self 40") how a probe went, and for "auto" what that takes."""
+    widths = WIDTHS.get(device.type, WIDTHS["cuda"])
+    kinds = {f"{'cross' if cross else 'self'} {w}": (w, cross) for cross in (False, True) for w in widths}
+    del kinds[f"cross {widths[-1]}"]
+    found = {
+        name: {kind: probe(attend, device, dtype, *key).shown for kind, key in kinds.items()}
+        for name, attend in BACKENDS.items()
+    }
+    return {"auto": {kind: choose("auto", device, dtype, *key)[0] for kind, key in kinds.items()}, **found}
+
+
+def table_lines(found: dict[str, dict[str, bool | float | str]]) -> list[str]:
+    """Return the lines that show a `table`; what does not work is a dash, with the reasons at the end of the line."""
+    kinds = list(found["auto"])
+    timed = any(isinstance(cell, float) for cells in found.values() for cell in cells.values())
+    lines = [["ms" if timed else "attention", *kinds]]
+    for name, cells in found.items():
+        if name == "auto":
+            lines.append([name, *map(str, cells.values())])
             continue
-        for attn in (block.attn1, block.attn2):
-            plain = (
-                attn is not None and attn.norm_q is None and attn.added_kv_proj_dim is None and attn.norm_cross is None
-            )
-            if plain and attn.to_q.out_features // attn.heads <= NARROW:
-                attn.set_processor(NarrowAttention(first=changed == 0))  # type: ignore[arg-type]
-                changed += 1
-    return changed
+        reasons = list(dict.fromkeys(cell for cell in cells.values() if isinstance(cell, str)))
+        shown = ["yes" if cell is True else "-" if cell in reasons else str(cell) for cell in cells.values()]
+        everywhere = len(reasons) == 1 and set(shown) == {"-"}
+        lines.append([name, *([] if everywhere else shown), *([f"- {', '.join(reasons)}"] if reasons else [])])
+    width = max(len(kind) for kind in kinds)
+    return [f"{name:<10}" + "  ".join(f"{cell:<{width}}" for cell in cells).rstrip() for name, *cells in lines]
+
+
+def _inputs(
+    device: torch.device, dtype: torch.dtype, width: int, cross: bool, rows: int, length: int
+) -> Iterable[torch.Tensor]:
+    """Return q (rows, 2, length, width), k and v, 77 long for cross-attention, as views of one tensor of noise."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = {1: length, 2: TOKENS} if cross else {3: length}
+    for parts, size in sizes.items():
+        noise = torch.randn(rows, size, parts * 2 * width, device=device, dtype=dtype, generator=generator)
+        yield from (x.view(rows, size, 2, width).transpose(1, 2) for x in noise.chunk(parts, dim=-1))
+
+
+def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> float:
+    """Return the median time of a call that keeps a GPU busy for longer than it takes to launch."""
+    with torch.cuda.device(device):
+        q, k, v = _inputs(device, dtype, width, cross, rows=32 if cross else max(1, 256 // width), length=TIMED)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(8)]
+        attend(q, k, v)
+        attend(q, k, v)
+        for event in events:
+            event.record()
+            attend(q, k, v)
+        torch.cuda.current_stream().synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:100]
+
+
+_REASONS: dict[type[Exception], str] = {
+    ModuleNotFoundError: "not installed",
+    NotImplementedError: "no kernel for this device, dtype or width",
+    torch.OutOfMemoryError: "out of memory",
+}
+# What a GPU may take, the first of those that are equally fast. Not "math": it computes in float32.
+_TIMED = ("sdpa", "flash", "cudnn", "efficient", "xformers", "sliced")
+# q (B, heads, L, width), k and v (B, heads, S, width) -> (B, heads, L, width). Names: genkit.device.ATTENTION
+BACKENDS: dict[str, Attend] = {
+    "sdpa": lambda q, k, v: scaled_dot_product_attention(q, k, v),  # torch's own choice
+    "flash": flash,
+    "cudnn": lambda q, k, v: aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0],
+    "efficient": lambda q, k, v: aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0],
+    "xformers": xformers,
+    "sliced": sliced,
+    "math": lambda q, k, v: aten._scaled_dot_product_attention_math(q, k, v)[0],
+}

@@ -27,6 +27,9 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # click's, which newer releases
 Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder: made, or gone on with.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
+Attention = Annotated[
+    str, typer.Option(help="auto (the fastest that works), sdpa, flash, cudnn, efficient, xformers, sliced or math.")
+]
 Dtype = Annotated[str, typer.Option(help="auto (float16 on a GPU, float32 on a CPU), float32, float16 or bfloat16.")]
 
 
@@ -61,6 +64,7 @@ def generate(
     batch_size: Annotated[str, typer.Option(help="Images in flight: auto, or a number.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    attention: Attention = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile in the background, once cached.")] = False,
     clip: Annotated[str, typer.Option(help="auto, none, emoji-clip, a folder with a CLIPModel, or a hub id.")] = "auto",
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
@@ -94,7 +98,8 @@ def generate(
     else:
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
         rows[0]._source = "command line"
-    job = plan_job(rows, Options(model, clip, variant, device, dtype, slots, seed, as_json, compile), defaults)
+    options = Options(model, clip, variant, device, dtype, slots, seed, as_json, compile, attention)
+    job = plan_job(rows, options, defaults)
     folder = free_name(out) if new_run else out
     check_folder(folder, prompts)
     if dry_run:
@@ -196,10 +201,15 @@ def inspect(
 
 @app.command()
 def env(as_json: AsJson = False) -> int:
-    """Print versions, devices and what a bug report needs."""
+    """Print versions, devices, which attention backends work here, and what else a bug report needs."""
+    from genkit.attention import table_lines
     from genkit.device import environment
 
-    _print(environment(), as_json)
+    found = environment()
+    lines = [] if as_json else table_lines(found.pop("attention"))
+    _print(found, as_json)
+    for line in lines:
+        print(line)
     return EXIT_OK
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ class Codec:
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
+        self._users = threading.Condition()
+        self._running = 0  # calls of the VAE in its own dtype
         self.batch = 8  # pictures a decode; halves when memory runs out
         config = {} if vae is None else vae.config
         self.scale = float(config.get("scaling_factor") or 1.0)
@@ -54,16 +58,40 @@ class Codec:
 
     def _run(self, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Call the VAE in its own dtype, and once more in float32 for the rows that overflow in half precision."""
-        dtype = self.vae.dtype
-        out = call(x.to(dtype)).float()
-        bad = ~torch.isfinite(out).flatten(1).all(dim=1) & torch.isfinite(x).flatten(1).all(dim=1)
-        if dtype != torch.float32 and bool(bad.any()):
-            self.vae.to(torch.float32)
-            try:
+        with self._as_it_is() as dtype:
+            out = call(x.to(dtype)).float()
+            bad = ~torch.isfinite(out).flatten(1).all(dim=1) & torch.isfinite(x).flatten(1).all(dim=1)
+            overflow = dtype != torch.float32 and bool(bad.any())  # waits: nothing reads the weights any more
+        if overflow:
+            with self._in_float32():
                 out[bad] = call(x[bad].float())
+        return out
+
+    @contextlib.contextmanager
+    def _as_it_is(self) -> Iterator[torch.dtype]:
+        """Keep the weights' dtype: one thread may encode while another decodes."""
+        with self._users:
+            self._running += 1
+        try:
+            yield self.vae.dtype
+        finally:
+            with self._users:
+                self._running -= 1
+                self._users.notify_all()
+
+    @contextlib.contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        """Have the weights in float32, and for this thread alone, for a while; they come back bit for bit."""
+        with self._users:
+            self._users.wait_for(lambda: self._running == 0)
+            dtype = self.vae.dtype
+            try:
+                self.vae.to(torch.float32)
+                yield
             finally:
                 self.vae.to(dtype)
-        return out
+                if self.vae.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()  # other streams may read the weights from here on
 
 
 def quantise(pictures: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:

@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from genkit.attention import speed_up_attention
-
 WORTH_PACKING = 64 * 64  # weights of a linear layer; below, the call is all overhead
 
 
 def suit_cpu(network: Any) -> None:
-    """Lay a float32 network out for the CPU: channels last, packed linear layers, and attention for narrow heads."""
+    """Lay a float32 network out for the CPU: channels last, and packed linear layers."""
     network.to(memory_format=torch.channels_last)
     if network.dtype == torch.float32:
         pack_linears(network)
-        speed_up_attention(network)
 
 
 def pack_linears(network: Any) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError, nearest, shown
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
           "bfloat16": "bfloat16", "bf16": "bfloat16"}  # fmt: skip
+ATTENTION = ("auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "sliced", "math")
 CPU_SLOTS = 16  # above 16 rows the CPU's caches are full: no more images a second, later first image
 CUDA_SLOTS = 32  # a row costs least from about 32 rows on
 CUDA_BYTES_PER_PIXEL = 2500  # activations of one guided half-precision row, per output pixel, with room to spare
@@ -30,6 +31,13 @@ def check_device(device: str, dtype: str) -> None:
         raise InputError(f"--dtype: {shown(dtype)} is not auto, float32, float16 or bfloat16{nearest(dtype, DTYPES)}")
     if device == "cpu" and DTYPES.get(dtype) == "float16":
         raise InputError("--dtype: float16 on a CPU overflows and is slow: use float32 or bfloat16")
+
+
+def check_attention(name: str) -> None:
+    """Refuse, without torch, an attention backend that there is not: raises InputError."""
+    if name not in ATTENTION:
+        known = f"{', '.join(ATTENTION[:-1])} or {ATTENTION[-1]}"
+        raise InputError(f"--attention: {shown(name)} is not {known}{nearest(name, ATTENTION)}")
 
 
 def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -80,16 +88,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def environment() -> dict[str, str]:
-    """Return what a bug report needs: versions, processor, and each device with its memory."""
+def environment() -> dict[str, Any]:
+    """Return what a bug report needs: versions, processor, each device with its memory, attention backends."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     from genkit import __version__
+    from genkit.attention import table
 
-    found = {"genkit": __version__, "python": platform.python_version(), "system": platform.platform()}
+    found: dict[str, Any] = {"genkit": __version__, "python": platform.python_version(), "system": platform.platform()}
     for package in ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "numpy"):
         try:
             found[package] = version(package)
@@ -105,4 +114,5 @@ def environment() -> dict[str, str]:
         )
     device, dtype = pick_device()
     found["auto"] = f"{device}, {str(dtype).removeprefix('torch.')}"
+    found["attention"] = table(device, dtype)
     return found

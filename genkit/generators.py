@@ -14,12 +14,13 @@ import torch
 from genkit.codec import Codec, condition
 from genkit.cpu import suit_cpu
 from genkit.denoiser import Denoiser
-from genkit.device import default_slots, pick_device
+from genkit.device import check_attention, default_slots, pick_device
 from genkit.draws import Draws
 from genkit.engine import Trajectory
 from genkit.errors import InputError
 from genkit.guidance import guidance_scales
 from genkit.plans import plan_for, scheduler_options
+from genkit.processor import AttentionChoice, fuse_projections
 from genkit.request import Request, Result
 from genkit.schedulers import Plan, Scheduler
 from genkit.settings import Geometry, Settings, settings
@@ -60,6 +61,7 @@ class Generator:
         defaults: dict[str, Any] | None = None,
         folder: Path | None = None,
         compile: bool = False,
+        attention: AttentionChoice | None = None,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
         self.scheduler = (
@@ -71,29 +73,39 @@ class Generator:
         self.defaults, self.folder = defaults or {}, folder
         self.codec = Codec(vae)
         self.text = None if text_encoder is None else TextEncoder(tokenizer, text_encoder)
+        self.attention = attention or AttentionChoice()
         self.denoiser = Denoiser(unet, graphs=self.device.type == "cuda", compiled=compile)
         self._plans: dict[str, Plan] = {}
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None,
-        compile: bool = False,
+        compile: bool = False, attention: str = "auto",
     ) -> Self:  # fmt: skip
         """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it.
 
         compile: torch.compile the UNet in the background, and go over to that when it is ready and faster.
+        attention: a backend of `genkit env`; where that does not work, `.attention.notes` says why and what was taken.
         """
         from genkit.components import inspect_model, load_components
 
+        check_attention(attention)
         info = inspect_model(name, variant=variant)
         target, precision = pick_device(device, dtype)
-        return cls.from_components(load_components(info, device=target, dtype=precision), compile=compile)
+        parts = load_components(info, device=target, dtype=precision)
+        return cls.from_components(parts, compile=compile, attention=attention)
 
     @classmethod
-    def from_components(cls, parts: Components, *, compile: bool = False) -> Self:
-        """Build a generator around loaded components; laid out for the CPU where they are on one."""
+    def from_components(cls, parts: Components, *, compile: bool = False, attention: str = "auto") -> Self:
+        """Build a generator around loaded components, which are changed to run faster on the device they are on."""
+        choice = AttentionChoice(attention)
         for network in (parts.unet, parts.vae):
-            if network is not None and network.device.type == "cpu":
+            if network is None:
+                continue
+            if network.device.type == "cuda":  # no gain on a CPU
+                fuse_projections(network)
+            choice.apply(network)
+            if network.device.type == "cpu":
                 suit_cpu(network)
         return cls(
             unet=parts.unet,
@@ -105,6 +117,7 @@ class Generator:
             defaults=parts.info.defaults,
             folder=parts.info.folder,
             compile=compile,
+            attention=choice,
         )
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from genkit import __version__
 from genkit.components import inspect_model, load_components, weight_hashes
 from genkit.components.weights import sha256
-from genkit.device import CPU_SLOTS, DTYPES, check_device, pick_device, usable_cores
+from genkit.device import CPU_SLOTS, DTYPES, check_attention, check_device, pick_device, usable_cores
 from genkit.draws import Draws
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.gallery import write_gallery
@@ -51,6 +51,7 @@ class Options:
     seed: int = 0  # rows without a seed derive theirs from it
     quiet: bool = False
     compile: bool = False
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,7 @@ def generate(
     defaults: dict[str, Any] | None = None,
     quiet: bool = False,
     compile: bool = False,
+    attention: str = "auto",
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
@@ -121,7 +123,7 @@ def generate(
     anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
-    options = Options(model, clip, None, device, dtype, batch_size, seed, quiet, compile)
+    options = Options(model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention)
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
         raise KeyboardInterrupt  # what is finished is saved: the same call goes on
@@ -133,6 +135,7 @@ def generate(
 def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Job:
     """Check everything that can be checked without torch; raises InputError naming the row and field at fault."""
     check_device(options.device, options.dtype)
+    check_attention(options.attention)
     info = inspect_model(options.model, variant=options.variant)
     if info.kind == "clip":
         raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
@@ -232,7 +235,7 @@ def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
     asked = {"device": job.options.device, "dtype": job.options.dtype}
     device, dtype = pick_device(*(before.get(key, "auto") if name == "auto" else name for key, name in asked.items()))
     parts = load_components(job.info, device=device, dtype=dtype)
-    generator = Generator.from_components(parts, compile=job.options.compile)
+    generator = Generator.from_components(parts, compile=job.options.compile, attention=job.options.attention)
     scorer = None
     if job.clip is not None:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype))
@@ -258,8 +261,7 @@ def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] |
     generator = loaded[0]
     binding["device"] = generator.device.type
     binding["dtype"] = str(generator.unet.dtype).removeprefix("torch.")
-    attention = "batched products for narrow heads, else sdpa" if generator.device.type == "cpu" else "sdpa"
-    return {"binding": binding, "info": {**_versions(), "attention": attention}}
+    return {"binding": binding, "info": {**_versions(), "attention": generator.attention.text}}
 
 
 def _versions() -> dict[str, Any]:
@@ -282,6 +284,9 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
     writers = _Writers(run, job)
     gates = {r.id: Expression(r.gate, labels=r.labels) for r in job.rows if r.gate is not None}
     stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
+    said = list(generator.attention.notes)
+    for note in said:
+        progress.say(note)
     with _Signals() as signals:
         try:
             signals.armed = True
@@ -302,7 +307,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.say(
             f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
         )
-    for note in generator.denoiser.notes:
+    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes]:
         progress.say(note)
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):

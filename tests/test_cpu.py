@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
-from genkit.attention import NarrowAttention, narrow_attention, speed_up_attention
 from genkit.cpu import pack_linears, suit_cpu
+from genkit.processor import AttentionChoice
 
 EMOJI = Path(__file__).parent.parent / "genkit" / "components" / "embedded" / "emoji"
 
@@ -23,14 +23,6 @@ def unet() -> Any:
     )
 
 
-@pytest.mark.parametrize(("heads", "length", "context", "width"), [(32, 256, 256, 3), (600, 70, 32, 6), (3, 5, 7, 16)])
-def test_narrow_attention_is_attention(heads: int, length: int, context: int, width: int) -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(heads, n, width) for n in (length, context, context))
-    expected = scaled_dot_product_attention(q[None], k[None], v[None])[0]
-    assert (narrow_attention(q, k, v) - expected).abs().max() < 1e-5
-
-
 def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     return torch.randn(rows, 8, 16, 16), torch.linspace(20, 900, rows), torch.randn(rows, 32, 256)
@@ -40,22 +32,24 @@ def test_a_suited_network_computes_the_same(unet: Any) -> None:
     x, t, text = inputs(4)
     with torch.inference_mode():
         expected = unet(x, t, text).sample
+        choice = AttentionChoice()
+        choice.apply(unet)
         suit_cpu(unet)
         found = unet(x, t, text).sample
-    assert any(isinstance(getattr(m, "processor", None), NarrowAttention) for m in unet.modules())
+    assert set(choice.chosen.values()) == {"sliced"}
     assert 0 < (found - expected).abs().max() < 1e-4, "to rounding, and by another path"
 
 
 def test_rows_that_differ_in_the_prompt_only_share_the_first_attention(unet: Any) -> None:
     x, t, text = inputs(4)
     x[2:], t[2:] = x[:2], t[:2]
-    assert speed_up_attention(unet)
-    (first,) = [m for m in unet.modules() if getattr(getattr(m, "processor", None), "first", False)]
+    AttentionChoice().apply(unet)
+    (first,) = [m for m in unet.modules() if getattr(getattr(m, "processor", None), "share", False)]
     rows: list[int] = []
     first.to_q.register_forward_hook(lambda module, given, out: rows.append(len(out)))
     with torch.inference_mode():
         shared = unet(x, t, text).sample
-        first.processor.first = False
+        first.processor.share = False
         apart = unet(x, t, text).sample
     assert rows == [2, 4]
     assert (shared - apart).abs().max() < 1e-5 and (shared[:2] - shared[2:]).abs().max() > 1e-3

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from genkit import ClipScorer, ImageToImage, Request, TextToImage, Unconditional, generate
+from genkit.attention import BACKENDS, probe
 from tests.check_run import check_run
-from tests.tiny import tiny_ddpm
+from tests.tiny import tiny_ddpm, tiny_stable_diffusion
 
 pytestmark = [
     pytest.mark.cuda,
@@ -112,3 +115,64 @@ def test_compiled_code_gives_the_pictures_of_plain_code() -> None:
     assert gen.denoiser.compiled.note is not None and gen.denoiser.compiled.note.startswith("compiled in")
     for name in plain:
         assert np.abs(compiled[name].astype(int) - plain[name].astype(int)).mean() < 0.5
+
+
+@pytest.mark.parametrize("width", [40, 64, 80, 160, 512])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_backends(name: str, width: int) -> None:
+    for dtype, most in ((torch.float16, 8e-3), (torch.bfloat16, 6e-2), (torch.float32, 4e-3)):
+        found = probe(BACKENDS[name], torch.device("cuda"), dtype, width, False)
+        if found.reason is not None:
+            assert name not in ("sdpa", "sliced", "math"), found.reason
+            continue
+        assert found.ms is not None and found.ms > 0
+        q, k, v = (torch.randn(2, 300, 4 * width, device="cuda").to(dtype) for _ in range(3))
+        q, k, v = (x.unflatten(-1, (4, width)).transpose(1, 2) for x in (q, k, v))
+        expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        with torch.inference_mode():
+            assert (BACKENDS[name](q, k, v).double() - expected).abs().max() < most * expected.abs().max()
+
+
+def test_networks_with_the_chosen_attention_never_wait_and_can_be_captured(tmp_path: Path) -> None:
+    tiny_stable_diffusion(tmp_path)
+    for name in ("auto", "sliced"):
+        gen = TextToImage.from_pretrained(tmp_path, attention=name)
+        assert gen.attention.chosen and any(hasattr(m, "to_qkv") for m in gen.unet.modules())
+        x, t = torch.randn(4, 4, 8, 8, device="cuda").half(), torch.rand(4, device="cuda") * 900
+        text = torch.randn(4, 32, 16, device="cuda").half()
+        with torch.inference_mode():
+            expected = gen.unet(x, t, text, return_dict=False)[0]
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                gen.unet(x, t, text, return_dict=False)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = gen.unet(x, t, text, return_dict=False)[0]
+            graph.replay()
+            assert (out - expected).abs().max() < 1e-2
+        assert not gen.attention.notes
+
+
+def test_fused_projections_compute_the_same(tmp_path: Path) -> None:
+    tiny_stable_diffusion(tmp_path)
+    gen = TextToImage.from_pretrained(tmp_path, dtype="float32")
+    plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet").to("cuda")
+    x, t = torch.randn(4, 4, 8, 8, device="cuda"), torch.rand(4, device="cuda") * 900
+    text = torch.randn(4, 32, 16, device="cuda")
+    with torch.inference_mode():
+        assert (gen.unet(x, t, text).sample - plain(x, t, text).sample).abs().max() < 1e-3
+
+
+def test_a_picture_that_overflows_while_others_are_encoded(tmp_path: Path) -> None:
+    gen = ImageToImage.from_pretrained(tiny_stable_diffusion(tmp_path))
+    before = {name: weight.clone() for name, weight in gen.vae.state_dict().items()}
+    picture = torch.zeros(3, 16, 16, device="cuda")
+    with ThreadPoolExecutor(1) as pool:
+        for k in range(20):
+            decoded = pool.submit(gen.codec.decode, torch.full((2, 4, 8, 8), 3e4, device="cuda"))
+            gen.codec.encode(picture, torch.Generator().manual_seed(k))
+            decoded.result()
+    after = gen.vae.state_dict()
+    assert gen.vae.dtype == torch.float16 and all(torch.equal(before[name], after[name]) for name in before)
