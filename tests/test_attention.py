@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,6 +253,32 @@ def test_a_gpu_takes_the_fastest_that_works(
     assert lines[1].split()[:2] == ["auto", expected]
     if times:
         assert lines[0].startswith("ms ")
+
+
+def test_time_is_taken_between_calls_once_the_first_are_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    class Event:  # a stand-in for CUDA's: a call takes as long as it is the number of
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = sum(range(len(calls) + 1))
+
+        def elapsed_time(self, later: Event) -> float:
+            return float(later.at - self.at)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append((*q.shape[2:], *k.shape[2:]))
+        return q
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    for cross, length in ((False, 4096), (True, 77)):
+        calls.clear()
+        assert attention._milliseconds(attend, CPU, torch.float32, 40, cross) == 6, "the middle one of calls 3 to 9"
+        assert set(calls) == {(4096, 40, length, 40)}
 
 
 def test_a_backend_that_fails_later_gives_way_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
