@@ -106,7 +106,7 @@ def probe(attend: Attend, device: torch.device, dtype: torch.dtype, width: int, 
                 return Probe(f"wrong numbers (off by {error:.2g})")
             return Probe(ms=_milliseconds(attend, device, dtype, width, cross) if device.type == "cuda" else None)
     except Exception as error:  # whatever a library says of what it cannot do, or of itself
-        return Probe(next((text for kind, text in _REASONS.items() if isinstance(error, kind)), _first_line(error)))
+        return Probe(next((text for kind, text in _REASONS.items() if isinstance(error, kind)), first_line(error)))
 
 
 def choose(asked: str, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> tuple[str, str | None]:
@@ -183,7 +183,8 @@ def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, widt
         return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says, as far as it fits into a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:100]
 

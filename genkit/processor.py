@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from genkit.attention import BACKENDS, Attend, choose
+from genkit.attention import BACKENDS, Attend, choose, first_line
 from genkit.device import check_attention
 
 EVERY_DTYPE = ("sdpa", "sliced", "math")  # what works in one dtype works in the others
@@ -74,7 +74,9 @@ class Processor:
         except Exception as error:  # a shape that the backend takes no part in, unlike those that it was tried with
             if self.attend is self.otherwise:
                 raise
-            self.notes.append(f"attention: {self.name} failed ({str(error)[:100]}); torch's own goes on in its place")
+            failed = f"attention: {self.name} failed"
+            if not any(note.startswith(failed) for note in self.notes):
+                self.notes.append(f"{failed} ({first_line(error)}); torch's own goes on in its place")
             self.attend = self.otherwise
             return self.attend(q, k, v)
 
@@ -116,10 +118,9 @@ class AttentionChoice:
 
     def _choose(self, network: Any, width: int, cross: bool) -> str:
         kind = f"{'cross' if cross else 'self'} {width}"
-        if kind not in self.chosen:
-            self.chosen[kind], reason = choose(self.asked, network.device, network.dtype, width, cross)
-            if reason is not None:
-                self._refused[kind] = reason
+        self.chosen[kind], reason = choose(self.asked, network.device, network.dtype, width, cross)
+        if reason is not None:
+            self._refused[kind] = reason
         return self.chosen[kind]
 
 

@@ -288,14 +288,15 @@ def test_a_backend_that_fails_later_gives_way_and_says_so(monkeypatch: pytest.Mo
         return BACKENDS["sdpa"](q, k, v)
 
     monkeypatch.setitem(BACKENDS, "cudnn", long_only)
-    module = Attention(query_dim=8, heads=2, dim_head=4).eval().requires_grad_(False)
+    modules = [Attention(query_dim=8, heads=2, dim_head=4).eval().requires_grad_(False) for _ in range(2)]
     x = torch.randn(2, 5, 8)
     choice = AttentionChoice("cudnn")
     with torch.inference_mode():
-        expected = module(x)
-        choice.apply(networklike(module))
+        expected = [module(x) for module in modules]
+        choice.apply(networklike(*modules))
         assert choice.chosen == {"self 4": "cudnn"} and not choice.notes
-        assert torch.allclose(module(x), expected, atol=1e-6) and torch.allclose(module(x), expected, atol=1e-6)
+        for module, out in zip(modules * 2, expected * 2, strict=True):
+            assert torch.allclose(module(x), out, atol=1e-6)
     assert choice.notes == ["attention: cudnn failed (sequences must be longer); torch's own goes on in its place"]
 
 
