@@ -39,8 +39,8 @@ class Denoiser:
         if self.compiled is not None:
             self.compiled.wait()  # it may share the weights
         dtype, self._float32 = self.unet.dtype, True
-        self.unet.to(torch.float32)
         try:
+            self.unet.to(torch.float32)
             yield
         finally:
             self.unet.to(dtype)
