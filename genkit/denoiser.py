@@ -12,6 +12,8 @@ from genkit.compiled import Compiled, compile_network
 from genkit.graphs import Call, Graphs
 from genkit.guidance import guide
 
+SIZES = 6  # SDXL is told the height and width of the picture before and after cropping, and where it was cropped
+
 
 class Denoiser:
     """A UNet as a function of rows, split into smaller calls when memory does not suffice.
@@ -55,34 +57,43 @@ class Denoiser:
         cond: torch.Tensor | None,
         uncond: torch.Tensor | None,
         scale: torch.Tensor,
+        added: torch.Tensor | None = None,
+        unadded: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the guided raw prediction, float32, of shape (B, C, H, W).
 
         x: (B, C, H, W); t: (B,); cond, uncond: (B, tokens, width) or None for an unconditional network; scale: (B,) on
-        the CPU. Only rows with scale > 1 are computed a second time, with uncond. Raises torch.OutOfMemoryError when
-        not even one row fits.
+        the CPU; added, unadded: (B, width), what SDXL is told beside cond and uncond. Only rows with scale > 1 are
+        computed a second time, with uncond. Raises torch.OutOfMemoryError when not even one row fits.
         """
         guided = (scale > 1).nonzero().flatten().to(x.device) if cond is not None else None
         if guided is None or not len(guided):
-            return self._rows(x, t, cond)
+            return self._rows(x, t, cond, added)
         assert cond is not None and uncond is not None
         every = len(guided) == len(x)  # the usual case needs no gather
         xs, ts = (torch.cat([a, a if every else a[guided]]) for a in (x, t))
-        both = self._rows(xs, ts, torch.cat([cond, uncond if every else uncond[guided]]))
+        conds = torch.cat([cond, uncond if every else uncond[guided]])
+        beside = None
+        if added is not None and unadded is not None:
+            beside = torch.cat([added, unadded if every else unadded[guided]])
+        both = self._rows(xs, ts, conds, beside)
         out, without = both[: len(x)], both[len(x) :]
         weight = scale.to(x.device)[:, None, None, None]
         if every:
             return guide(out, without, weight)
         return out.index_copy(0, guided, guide(out[guided], without, weight[guided]))
 
-    def _rows(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+    def _rows(
+        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None, added: torch.Tensor | None
+    ) -> torch.Tensor:
+        inputs = [i for i in (x, t, cond, added) if i is not None]
         size = min(self.limit or len(x), len(x))
         out: list[torch.Tensor] = []
         done = 0
         while done < len(x):
             part = slice(done, done + size)
             try:
-                out.append(self._call(x[part], t[part], None if cond is None else cond[part]))
+                out.append(self._call(*(i[part] for i in inputs)))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
@@ -93,8 +104,7 @@ class Denoiser:
             done += size
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _call(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        inputs = (x, t) if cond is None else (x, t, cond)
+    def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self._float32 or torch.is_grad_enabled():
             return self._plain(*inputs)
         call = self.graphs or self._plain
@@ -105,10 +115,18 @@ class Denoiser:
 
 
 def network_call(unet: Any) -> Call:
-    """Return the UNet as a function of float32 tensors: x (B, C, H, W), t (B,), and prompts (B, tokens, width)."""
+    """Return the UNet as a function of tensors with a row for each sample.
+
+    x (B, C, H, W); t (B,); prompts (B, tokens, width), unless it is unconditional; for SDXL then (B, projection + 6):
+    the prompt's vector and six sizes.
+    """
     dtype = unet.dtype
 
     def call(x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
-        return unet(x.to(dtype), t, *(c.to(dtype) for c in cond), return_dict=False)[0].float()
+        prompts, added = [c.to(dtype) for c in cond[:1]], {}
+        for beside in cond[1:]:
+            vector, sizes = beside.to(dtype).split([beside.shape[1] - SIZES, SIZES], dim=1)
+            added["added_cond_kwargs"] = {"text_embeds": vector, "time_ids": sizes}
+        return unet(x.to(dtype), t, *prompts, **added, return_dict=False)[0].float()
 
     return call

@@ -22,6 +22,7 @@ class Trajectory:
     """One image on its way from noise: what it is, where it starts, and the plan it follows.
 
     latent: (C, H, W) float32 at the plan's first level, on any device. cond, uncond: (tokens, width) or None.
+    added, unadded: (width,), what SDXL is told beside the prompt, and without it; or None.
     scales: guidance of each call of the plan, (nfe,), 1 where the row goes without `uncond`; None is 1 throughout.
     keep_mask, known: where keep_mask (1, H, W) is 0 the latent follows `known` = (x0, noise), each (C, H, W).
     cost: slots that it takes (1 for the model's own picture size, 4 for twice the sides). began: time.monotonic().
@@ -33,6 +34,8 @@ class Trajectory:
     generator: torch.Generator | None = None
     cond: torch.Tensor | None = None
     uncond: torch.Tensor | None = None
+    added: torch.Tensor | None = None
+    unadded: torch.Tensor | None = None
     scales: np.ndarray | None = None
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -52,6 +55,8 @@ class _Group:
         self.history = torch.empty(HISTORY, 0, *shape, device=device)
         self.cond: torch.Tensor | None = None
         self.uncond: torch.Tensor | None = None
+        self.added: torch.Tensor | None = None
+        self.unadded: torch.Tensor | None = None
 
     def add(self, new: list[Trajectory]) -> None:
         self.live += new
@@ -60,6 +65,8 @@ class _Group:
         self.history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
         self.cond = self._extend(self.cond, [t.cond for t in new])
         self.uncond = self._extend(self.uncond, [t.uncond for t in new])
+        self.added = self._extend(self.added, [t.added for t in new])
+        self.unadded = self._extend(self.unadded, [t.unadded for t in new])
 
     def _extend(self, old: torch.Tensor | None, new: list[torch.Tensor | None]) -> torch.Tensor | None:
         parts = [p.to(self.device) for p in new if p is not None]
@@ -82,6 +89,8 @@ class _Group:
         self.x, self.history = self.x[index], self.history[:, index]
         self.cond = None if self.cond is None else self.cond[index]
         self.uncond = None if self.uncond is None else self.uncond[index]
+        self.added = None if self.added is None else self.added[index]
+        self.unadded = None if self.unadded is None else self.unadded[index]
         return ended
 
 
@@ -142,6 +151,8 @@ class Engine:
                 group.cond,
                 group.uncond,
                 torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
+                group.added,
+                group.unadded,
             )
         except torch.OutOfMemoryError:
             for trajectory in live:

@@ -25,13 +25,16 @@ from genkit.request import Request, Result
 from genkit.schedulers import Plan, Scheduler
 from genkit.settings import Geometry, Settings, settings
 from genkit.stream import Stream
-from genkit.text import TextEncoder
+from genkit.text import Penultimate, TextEncoder, TextEncoderPair
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from genkit.components import Components
     from genkit.scoring.clip import ClipScorer
+
+
+Told = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Generator:
         vae: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
         name: str = "custom",
         defaults: dict[str, Any] | None = None,
         folder: Path | None = None,
@@ -72,7 +78,14 @@ class Generator:
             raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
         self.defaults, self.folder = defaults or {}, folder
         self.codec = Codec(vae)
-        self.text = None if text_encoder is None else TextEncoder(tokenizer, text_encoder)
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.zero_empty = text_encoder_2 is not None and force_zeros_for_empty_prompt
+        self.text: Any = None  # a TextEncoder, SDXL's TextEncoderPair, or nothing
+        if text_encoder_2 is not None:
+            first = TextEncoder(tokenizer, Penultimate(text_encoder))
+            self.text = TextEncoderPair(first, TextEncoder(tokenizer_2, Penultimate(text_encoder_2, pooled=True)))
+        elif text_encoder is not None:
+            self.text = TextEncoder(tokenizer, text_encoder)
         self.attention = attention or AttentionChoice()
         self.denoiser = Denoiser(unet, graphs=self.device.type == "cuda", compiled=compile)
         self._plans: dict[str, Plan] = {}
@@ -99,6 +112,8 @@ class Generator:
     def from_components(cls, parts: Components, *, compile: bool = False, attention: str = "auto") -> Self:
         """Build a generator around loaded components, which are changed to run faster on the device they are on."""
         choice = AttentionChoice(attention)
+        if parts.text_encoder_2 is not None and parts.vae.config.force_upcast and parts.vae.dtype == torch.float16:
+            parts.vae.to(torch.float32)  # SDXL's first VAE overflows in float16 in every picture
         for network in (parts.unet, parts.vae):
             if network is None:
                 continue
@@ -112,6 +127,9 @@ class Generator:
             vae=parts.vae,
             text_encoder=parts.text_encoder,
             tokenizer=parts.tokenizer,
+            text_encoder_2=parts.text_encoder_2,
+            tokenizer_2=parts.tokenizer_2,
+            force_zeros_for_empty_prompt=parts.info.zero_empty,
             scheduler=parts.scheduler,
             name=parts.info.name,
             defaults=parts.info.defaults,
@@ -187,6 +205,7 @@ class Generator:
         of one: first the VAE's sample of the init picture, then the starting noise, then one draw a stochastic step.
         """
         s, plan = self.settings(request), self.plan(request)
+        cond, uncond, added, unadded = self.embed(request.prompt, request.negative_prompt, s.width, s.height)
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = self.geometry.latent_shape(s.width, s.height)
         x0 = mask = None
@@ -196,7 +215,6 @@ class Generator:
         noise = torch.randn((1, *shape), generator=generator)[0]
         # A picture is noised to the first level also at strength 1, where the schedule may leave a trace of it
         latent = plan.start[1] * noise if x0 is None else plan.alphas[0] * x0 + plan.sigmas[0] * noise
-        cond, uncond = (None, None) if self.text is None else self.text([request.prompt, request.negative_prompt])
         return Trajectory(
             tag=(request, index, seed),
             latent=latent,
@@ -204,11 +222,29 @@ class Generator:
             generator=generator,
             cond=cond,
             uncond=uncond,
+            added=added,
+            unadded=unadded,
             scales=guidance_scales(plan, s.guidance, request.guidance_interval),
             keep_mask=mask,
             known=None if mask is None or x0 is None else (x0, noise),
             cost=self.cost(request),
         )
+
+    def embed(self, prompt: str, negative_prompt: str, width: int, height: int) -> Told:
+        """Return what the network is told of a prompt, and without it: cond, uncond, added, unadded of a Trajectory.
+
+        Without a negative prompt SDXL's network is told zeros, as it was trained, unless its model_index.json says no.
+        """
+        if self.text is None:
+            return None, None, None, None
+        with_prompt, without = self.text([prompt, negative_prompt])
+        if not isinstance(with_prompt, tuple):
+            return with_prompt, without, None, None
+        if self.zero_empty and not negative_prompt:
+            without = [torch.zeros_like(part) for part in without]
+        sizes = with_prompt[1].new_tensor([height, width, 0, 0, height, width])
+        added, unadded = (torch.cat([vector, sizes]) for _, vector in (with_prompt, without))
+        return with_prompt[0], without[0], added, unadded
 
     def _collect(self, request: Request, scorer: ClipScorer | None) -> Output:
         results = sorted(self.stream([request], scorer=scorer), key=lambda r: r.index)

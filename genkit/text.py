@@ -50,3 +50,48 @@ class TextEncoder:
             else None
         )
         return list(self.model(ids.input_ids.to(self.model.device), attention_mask=mask)[0])
+
+
+class TextEncoderPair:
+    """SDXL's two text encoders, whose embeddings stand side by side; the second also makes one vector of a prompt.
+
+    Of both, the layer before the last is taken (Podell et al. 2023, section 2.1).
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def truncated(self) -> set[str]:
+        """The prompts that were longer than the models read."""
+        return self.first.truncated | self.second.truncated
+
+    def __call__(self, prompts: Iterable[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return an embedding (tokens, width) and a vector (projection,) for each prompt."""
+        prompts = list(prompts)
+        width = self.second.model.config.hidden_size
+        found = []
+        for one, packed in zip(self.first(prompts), self.second(prompts), strict=True):
+            tokens = len(one)
+            other, vector = packed[: tokens * width].view(tokens, width), packed[tokens * width :]
+            found.append((torch.cat([one, other], dim=-1), vector))
+        return found
+
+
+class Penultimate:
+    """A CLIP text model as TextEncoder calls it; its output is the layer before the last, (B, tokens, width).
+
+    pooled: the model has a projection; the output is (B, tokens * width + projection), the layer and then its vector.
+    """
+
+    def __init__(self, model: Any, pooled: bool = False) -> None:
+        self.model, self.config, self.pooled = model, model.config, pooled
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def __call__(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+        out = self.model(ids, attention_mask=attention_mask, output_hidden_states=True)
+        layer = out.hidden_states[-2]
+        return (torch.cat([layer.flatten(1), out.text_embeds], dim=1) if self.pooled else layer,)

@@ -133,13 +133,15 @@ def _network(generator: Generator, texts: list[str], guidance: float) -> Any:
     if generator.text is None:
         return lambda x, t, index: generator.denoiser(x, t, None, None, torch.ones(len(x)))
     with torch.no_grad():
-        (uncond,) = generator.text([""])
-        cond = torch.stack(generator.text(texts))
+        g = generator.geometry
+        found = [generator.embed(text, "", g.width, g.height) for text in texts]
+        told = [torch.stack(each) if each[0] is not None else None for each in zip(*found, strict=True)]
 
     def model(x: torch.Tensor, t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        with_prompt = cond[index.to(cond.device) % len(cond)]
-        scale = torch.full((len(x),), guidance)
-        return generator.denoiser(x.float(), t, with_prompt, uncond.expand_as(with_prompt), scale)
+        cond, uncond, added, unadded = (
+            None if each is None else each[index.to(x.device) % len(texts)] for each in told
+        )
+        return generator.denoiser(x.float(), t, cond, uncond, torch.full((len(x),), guidance), added, unadded)
 
     return model
 

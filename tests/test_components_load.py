@@ -394,8 +394,8 @@ def test_only_wanted_files_are_asked_of_the_hub(tmp_path: Path, monkeypatch: pyt
     assert second == COMMIT and set(weights) == {p.relative_to(folder).as_posix() for p in hidden}
 
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(InputError, match="StableDiffusionXLPipeline"):
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
+    with pytest.raises(InputError, match="StableDiffusion3Pipeline"):
         inspect_model("owner/name")
     assert len(asked) == 3, "weights of a model that is not supported were asked for"
 

@@ -252,7 +252,13 @@ CASES = [
     case(
         "Flux", "sd", change(INDEX, _class_name="FluxPipeline"), "class 'FluxPipeline' is not supported", "DDPMPipeline"
     ),
-    case("SDXL", "sd", change(INDEX, _class_name="StableDiffusionXLPipeline"), "'StableDiffusionXLPipeline'"),
+    case("SD3", "sd", change(INDEX, _class_name="StableDiffusion3Pipeline"), "'StableDiffusion3Pipeline'"),
+    case(
+        "SDXL without its parts",
+        "sd",
+        change(INDEX, _class_name="StableDiffusionXLPipeline"),
+        "text_encoder_2: is missing",
+    ),
     case(
         "SDXL's UNet",
         "sd",

@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 EMBEDDED = Path(__file__).parent.parent / "genkit" / "components" / "embedded"
 # The ids of the emoji tokenizer, which every tiny text encoder is made for.
@@ -83,6 +83,51 @@ def tiny_stable_diffusion(
         "vae": ["diffusers", "AutoencoderKL"],
     }
     return _index(folder, "StableDiffusionPipeline", parts)
+
+
+def tiny_sdxl(folder: Path, **index: Any) -> Path:
+    """Write a StableDiffusionXLPipeline folder (32x32 pixels, 16x16x4 latents, emoji tokenizer twice) and return it.
+
+    The second tokenizer pads with another token, as SDXL's does. index: further keys of model_index.json.
+    """
+    torch.manual_seed(4)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 12,
+    )
+    unet.save_pretrained(folder / "unet")
+    _vae().save_pretrained(folder / "vae")
+    narrow = {**_clip_text(16), "num_hidden_layers": 3}
+    CLIPTextModel(CLIPTextConfig(**narrow)).save_pretrained(folder / "text_encoder")
+    wide = {**_clip_text(24), "num_hidden_layers": 3, "projection_dim": 12, "hidden_act": "gelu"}
+    CLIPTextModelWithProjection(CLIPTextConfig(**wide)).save_pretrained(folder / "text_encoder_2")
+    _copy_tokenizer(folder / "tokenizer")
+    _copy_tokenizer(folder / "tokenizer_2")
+    config = json.loads((folder / "tokenizer_2" / "tokenizer_config.json").read_text())
+    _write(folder / "tokenizer_2" / "tokenizer_config.json", {**config, "pad_token": "!"})
+    _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    parts = {
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    return _index(folder, "StableDiffusionXLPipeline", {**parts, **index})
 
 
 def tiny_ddpm(folder: Path, scheduler: str = "DDPMScheduler") -> Path:

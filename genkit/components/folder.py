@@ -11,7 +11,7 @@ from typing import Any
 from genkit.components.hub import fetch_configs, fetch_weights, is_hub_id
 from genkit.components.info import ModelInfo, Part
 from genkit.components.preprocessor import read_preprocessor
-from genkit.components.registry import COMPONENTS, EXTRAS, INDEX_OPTIONS, NETWORKS, PIPELINES, REQUIRED
+from genkit.components.registry import COMPONENTS, EXTRAS, INDEX_OPTIONS, NETWORKS, PIPELINES, REQUIRED, SECOND
 from genkit.components.rules import check_config, refuse_code
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import CONVERT, PICKLES, canonical_tensors, check_shapes, find_weights, wanted_weights
@@ -49,7 +49,7 @@ def inspect_model(name: str | Path, *, variant: str | None = None) -> ModelInfo:
         folder=folder,
         kind=kind,
         parts={part: _check_weights(part, *network, variant) for part, network in networks.items()},
-        defaults=dict(DEFAULTS.get(name, {})) if isinstance(name, str) else {},
+        defaults={**others.pop("defaults", {}), **(DEFAULTS.get(name, {}) if isinstance(name, str) else {})},
         variant=variant,
         revision=folder.name if on_hub else None,
         **others,
@@ -83,7 +83,7 @@ def _locate(name: str | Path) -> tuple[Path, bool]:
 
 def _read_pipeline(folder: Path) -> tuple[str, _Networks, dict[str, Any]]:
     """Read and cross-check the configs of a diffusers-layout folder."""
-    kind, parts, scheduler = _read_index(folder)
+    kind, parts, scheduler, options = _read_index(folder)
     networks: _Networks = {}
     for part, cls in parts.items():
         if cls in NETWORKS:
@@ -95,6 +95,11 @@ def _read_pipeline(folder: Path) -> tuple[str, _Networks, dict[str, Any]]:
         at, _, text = networks["text_encoder"]
         others["tokenizer"] = folder / "tokenizer"
         check_tokenizer(folder / "tokenizer", text["vocab_size"], place(at / "config.json"))
+    if "tokenizer_2" in parts:
+        at, _, text = networks["text_encoder_2"]
+        others |= {"tokenizer_2": folder / "tokenizer_2", "zero_empty": options["force_zeros_for_empty_prompt"]}
+        others["defaults"] = {"guidance_scale": 5.0}  # SDXL's own
+        check_tokenizer(folder / "tokenizer_2", text["vocab_size"], place(at / "config.json"))
     return kind, networks, others
 
 
@@ -106,8 +111,8 @@ def _read_clip(folder: Path) -> tuple[str, _Networks, dict[str, Any]]:
     return "clip", {"clip": (folder, "CLIPModel", config)}, {"tokenizer": folder, "preprocessor": preprocessor}
 
 
-def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None]:
-    """Return (kind, {component: class}, scheduler class) by model_index.json, or by the folders that are there."""
+def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None, dict[str, Any]]:
+    """Return (kind, {component: class}, scheduler class, options), by model_index.json or by the folders there are."""
     path = folder / "model_index.json"
     if not _there(path):
         return _guess_index(folder)
@@ -124,7 +129,7 @@ def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None]:
     known = [*COMPONENTS, "scheduler", *EXTRAS, *INDEX_OPTIONS]
     for key in index.keys() - options.keys() - set(known):
         raise InputError(f"{where}: {shown(key)}: unknown component{nearest(key, known)}")
-    check_config(options, INDEX_OPTIONS, where)
+    checked = check_config(options, INDEX_OPTIONS, where)
     parts = {}
     for key, value in index.items():
         if key in options or value == [None, None]:
@@ -139,13 +144,17 @@ def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None]:
             raise InputError(f"{where}: {key}: class {shown('.'.join(value))} is not supported; supported: {names}")
         if key in COMPONENTS:
             parts[key] = value[1]
-    for key in REQUIRED[kind]:
+    second = SECOND if "XL" in pipeline else ()
+    for key in (*REQUIRED[kind], *second):
         if key not in parts:
             raise InputError(f"{where}: {key}: is missing, which a {pipeline} needs")
-    return kind, parts, (index.get("scheduler") or [None, None])[1]
+    for key in SECOND:
+        if key in parts and key not in second:
+            raise InputError(f"{where}: {key}: does not belong in a {pipeline}")
+    return kind, parts, (index.get("scheduler") or [None, None])[1], checked
 
 
-def _guess_index(folder: Path) -> tuple[str, dict[str, str], str | None]:
+def _guess_index(folder: Path) -> tuple[str, dict[str, str], str | None, dict[str, Any]]:
     """Return what model_index.json would say of a folder without one."""
     path = folder / "unet" / "config.json"
     cls = read_json(path).get("_class_name")
@@ -153,8 +162,10 @@ def _guess_index(folder: Path) -> tuple[str, dict[str, str], str | None]:
         known = ", ".join(COMPONENTS["unet"][1])
         raise InputError(f"{place(path)}: _class_name: class {shown(cls)} is not supported; supported: {known}")
     kind = "unconditional" if cls == "UNet2DModel" else "text-to-image"
-    there = [key for key in COMPONENTS if key in REQUIRED[kind] or (key == "vae" and _there(folder / key))]
-    return kind, {key: cls if key == "unet" else COMPONENTS[key][1][0] for key in there}, None
+    optional = ("vae", *SECOND)
+    there = [key for key in COMPONENTS if key in REQUIRED[kind] or (key in optional and _there(folder / key))]
+    options = {key: option.default for key, option in INDEX_OPTIONS.items()}
+    return kind, {key: cls if key == "unet" else COMPONENTS[key][1][0] for key in there}, None, options
 
 
 def _part_folder(folder: Path, part: str, file: str) -> Path:
@@ -204,13 +215,37 @@ def _check_together(kind: str, networks: _Networks) -> None:
     if (cls == "UNet2DConditionModel") != (kind == "text-to-image"):
         raise InputError(f"{where}: _class_name: {cls} does not belong in a model that is {kind}")
     if "text_encoder" in networks:
-        at, _, text = networks["text_encoder"]
-        _same(where, unet, "cross_attention_dim", place(at / "config.json"), text, "hidden_size")
+        _check_texts(where, unet, networks)
     if "vae" in networks:
         at, _, vae = networks["vae"]
         _same(where, unet, "in_channels", place(at / "config.json"), vae, "latent_channels")
     elif unet["in_channels"] not in (1, 3):
         raise InputError(f"{where}: in_channels: {unet['in_channels']} is not 1 or 3, and there is no vae to decode it")
+
+
+def _check_texts(where: str, unet: Mapping[str, Any], networks: _Networks) -> None:
+    """Refuse a UNet that does not read what its text encoder, or SDXL's two encoders side by side, write."""
+    at, _, text = networks["text_encoder"]
+    sizes = unet["addition_embed_type"] is not None
+    if sizes != ("text_encoder_2" in networks):
+        needs = "needs" if sizes else "has no use for"
+        raise InputError(f"{where}: addition_embed_type: {unet['addition_embed_type']!r} {needs} a text_encoder_2")
+    if not sizes:
+        _same(where, unet, "cross_attention_dim", place(at / "config.json"), text, "hidden_size")
+        return
+    second_at, _, second = networks["text_encoder_2"]
+    both = text["hidden_size"] + second["hidden_size"]
+    if unet["cross_attention_dim"] != both:
+        raise InputError(
+            f"{where}: cross_attention_dim: {unet['cross_attention_dim']}, but {place(at / 'config.json')} and "
+            f"{place(second_at / 'config.json')} have hidden_size {text['hidden_size']} and {second['hidden_size']}"
+        )
+    added = 6 * unet["addition_time_embed_dim"] + second["projection_dim"]
+    if unet["projection_class_embeddings_input_dim"] != added:
+        raise InputError(
+            f"{where}: projection_class_embeddings_input_dim: {unet['projection_class_embeddings_input_dim']}, but 6 "
+            f"times addition_time_embed_dim and projection_dim of {place(second_at / 'config.json')} are {added}"
+        )
 
 
 def _same(

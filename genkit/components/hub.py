@@ -11,6 +11,7 @@ from genkit.errors import HostError, InputError, shown
 
 _CONFIGS = [
     *(f"{part}/*.json" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
+    *("text_encoder_2/*.json", "tokenizer_2/*.json", "tokenizer_2/merges.txt"),
     *("model_index.json", "config.json", "scheduler_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"),
     *("tokenizer/merges.txt", "merges.txt", "model.safetensors.index*.json"),

@@ -40,9 +40,10 @@ class Part:
 class ModelInfo:
     """A checked model: kind "text-to-image", "unconditional" or "clip"; its networks, and the configs of the rest.
 
-    name: as it was asked for. tokenizer: folder of its tokenizer, or None. scheduler_config: for Scheduler.from_config
-    (empty for "clip"). preprocessor: how a CLIP model's pictures are prepared (else empty). defaults: steps and
-    guidance that suit it, where known. revision: the hub's commit, or None.
+    name: as it was asked for. tokenizer: folder of its tokenizer, or None; tokenizer_2: of SDXL's second. zero_empty:
+    whether the lack of a negative prompt means zeros in place of an embedding. scheduler_config: for
+    Scheduler.from_config (empty for "clip"). preprocessor: how a CLIP model's pictures are prepared (else empty).
+    defaults: steps and guidance that suit it, where known. revision: the hub's commit, or None.
     """
 
     name: str
@@ -50,6 +51,8 @@ class ModelInfo:
     kind: str
     parts: Mapping[str, Part]
     tokenizer: Path | None = None
+    tokenizer_2: Path | None = None
+    zero_empty: bool = False
     scheduler_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessor: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)

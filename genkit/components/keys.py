@@ -73,7 +73,7 @@ UNET2D = {
     "num_train_timesteps": Key(optional(whole(1, 100_000)), None),
 }
 
-# What NULL refuses asks for inputs that no prompt gives: pictures, classes, sizes (SDXL), guidance (LCM).
+# What NULL refuses asks for inputs that no prompt gives: pictures, classes, guidance (LCM).
 UNET2D_CONDITION = {
     "sample_size": Key(SIDES, None),
     "in_channels": Key(CHANNELS, 4),
@@ -112,8 +112,8 @@ UNET2D_CONDITION = {
     "dual_cross_attention": Key(choice(False), False),
     "use_linear_projection": Key(FLAG, False),
     "class_embed_type": Key(NULL, None),
-    "addition_embed_type": Key(NULL, None),
-    "addition_time_embed_dim": Key(NULL, None),
+    "addition_embed_type": Key(choice(None, "text_time"), None),
+    "addition_time_embed_dim": Key(optional(WIDTH), None),
     "num_class_embeds": Key(NULL, None),
     "upcast_attention": Key(optional(FLAG), False),
     "resnet_time_scale_shift": Key(TIME_SHIFT, "default"),
@@ -126,7 +126,7 @@ UNET2D_CONDITION = {
     "time_cond_proj_dim": Key(NULL, None),
     "conv_in_kernel": Key(choice(1, 3, 5, 7), 3),
     "conv_out_kernel": Key(choice(1, 3, 5, 7), 3),
-    "projection_class_embeddings_input_dim": Key(NULL, None),
+    "projection_class_embeddings_input_dim": Key(optional(WIDTH), None),
     "attention_type": Key(choice("default"), "default"),
     "class_embeddings_concat": Key(choice(False), False),
     "mid_block_only_cross_attention": Key(optional(FLAG), None),
@@ -220,6 +220,8 @@ def _transformers_unused(model_types: tuple[str, ...], classes: tuple[str, ...])
     }
 
 
-TEXT_UNUSED = _transformers_unused(("clip_text_model", "clip"), ("CLIPTextModel", "CLIPModel"))
+TEXT_UNUSED = _transformers_unused(
+    ("clip_text_model", "clip"), ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
+)
 VISION_UNUSED = _transformers_unused(("clip_vision_model", "clip"), ("CLIPVisionModel", "CLIPModel"))
 CLIP_UNUSED = _transformers_unused(("clip",), ("CLIPModel",))

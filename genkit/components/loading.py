@@ -29,7 +29,9 @@ class Components:
     vae: Any = None
     text_encoder: Any = None
     clip: Any = None
+    text_encoder_2: Any = None
     tokenizer: Any = None
+    tokenizer_2: Any = None
     scheduler: Scheduler | None = None
 
 
@@ -46,7 +48,8 @@ def load_components(info: ModelInfo, *, device: torch.device | str, dtype: torch
         _fill(network, info.parts[name], device, dtype)
     return Components(
         info=info,
-        tokenizer=None if info.tokenizer is None else _load_tokenizer(info),
+        tokenizer=_load_tokenizer(info.tokenizer, _text_config(info)),
+        tokenizer_2=_load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
         scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None,
         **networks,
     )
@@ -109,16 +112,21 @@ def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dty
             raise InputError(f"{place(tensor.file)}: {tensor.key}: holds a NaN or an infinity as {kind}")
 
 
-def _load_tokenizer(info: ModelInfo) -> Any:
+def _text_config(info: ModelInfo) -> Mapping[str, Any]:
+    clip = info.configs.get("clip", {}).get("text_config", {})
+    return info.configs.get("text_encoder", clip)
+
+
+def _load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
     """Return the CLIPTokenizer, which cuts prompts to what the text encoder reads, whatever its own config says."""
     from transformers import CLIPTokenizer
 
-    assert info.tokenizer is not None
+    if folder is None:
+        return None
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(info.tokenizer, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust tokenizers raise plain Exception
-        raise InputError(f"{place(info.tokenizer)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
-    text = info.configs["text_encoder"] if "text_encoder" in info.parts else info.configs["clip"]["text_config"]
+        raise InputError(f"{place(folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, text["max_position_embeddings"])
     return tokenizer
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from genkit.components import keys, shapes
-from genkit.components.rules import FLAG, Key, Rule
+from genkit.components.rules import FLAG, Key, Rule, choice
 
 # Old spellings of weights, in files that are still in use: attention as diffusers wrote it before 0.15, the prefix that
 # transformers dropped in version 5, and a buffer that was saved as if it were a weight.
@@ -61,6 +61,15 @@ NETWORKS = {
         CLIP_TEXT_RENAMES,
         keys.TEXT_UNUSED,
     ),
+    "CLIPTextModelWithProjection": Network(
+        "transformers",
+        "model",
+        keys.CLIP_TEXT,
+        shapes.check_clip,
+        shapes.clip_text_projected,
+        CLIP_RENAMES,
+        keys.TEXT_UNUSED,
+    ),
     "CLIPModel": Network(
         "transformers",
         "model",
@@ -79,6 +88,8 @@ COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vae": ("diffusers", ("AutoencoderKL",)),
     "text_encoder": ("transformers", ("CLIPTextModel",)),
     "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+    "tokenizer_2": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
 # Parts that Stable Diffusion folders carry and that are never loaded here.
 EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -95,10 +106,18 @@ PIPELINES = {
     "StableDiffusionPipeline": "text-to-image",
     "StableDiffusionImg2ImgPipeline": "text-to-image",
     "StableDiffusionInpaintPipeline": "text-to-image",
+    "StableDiffusionXLPipeline": "text-to-image",
+    "StableDiffusionXLImg2ImgPipeline": "text-to-image",
+    "StableDiffusionXLInpaintPipeline": "text-to-image",
     "DDPMPipeline": "unconditional",
     "DDIMPipeline": "unconditional",
     "PNDMPipeline": "unconditional",
     "LDMPipeline": "unconditional",
 }
 REQUIRED = {"text-to-image": ("unet", "vae", "text_encoder", "tokenizer"), "unconditional": ("unet",)}
-INDEX_OPTIONS = {"requires_safety_checker": Key(FLAG, False)}
+SECOND = ("text_encoder_2", "tokenizer_2")  # what SDXL has besides
+INDEX_OPTIONS = {
+    "requires_safety_checker": Key(FLAG, False),
+    "force_zeros_for_empty_prompt": Key(FLAG, True),  # SDXL's; others have no say in it
+    "requires_aesthetics_score": Key(choice(False), False),  # of SDXL's refiner, which is not supported
+}

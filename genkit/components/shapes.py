@@ -39,6 +39,11 @@ def check_blocks(config: Config, where: str) -> None:
 def check_unet(config: Config, where: str) -> None:
     """Check a UNet2DConditionModel: `attention_head_dim` is its number of heads, a misnomer that diffusers keeps."""
     _check_unet(config, where)
+    sizes = config["addition_embed_type"] is not None
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        if (config[key] is not None) != sizes:
+            kind = "is" if sizes else "is not"
+            raise InputError(f"{where}: {key}: {config[key]}, but addition_embed_type {kind} 'text_time'")
     heads = _each(config["attention_head_dim"], config)
     for kind, width, number in zip(config["down_block_types"], config["block_out_channels"], heads, strict=True):
         if "CrossAttn" in kind and width % number:
@@ -94,6 +99,8 @@ def unet(config: Config) -> Shapes:
     }
     if config["time_embedding_dim"]:
         found["time_embedding.linear_2.bias"] = (config["time_embedding_dim"],)
+    if config.get("addition_embed_type"):
+        found["add_embedding.linear_1.weight"] = (4 * widths[0], config["projection_class_embeddings_input_dim"])
     for i, (kind, width, count, depth) in enumerate(
         zip(config["down_block_types"], widths, layers, depths, strict=True)
     ):
@@ -128,6 +135,12 @@ def clip_text(config: Config, prefix: str = "") -> Shapes:
         f"{prefix}embeddings.position_embedding.weight": (config["max_position_embeddings"], width),
         **_clip_layers(config, prefix),
     }
+
+
+def clip_text_projected(config: Config) -> Shapes:
+    """Landmarks of CLIPTextModelWithProjection."""
+    projection = {"text_projection.weight": (config["projection_dim"], config["hidden_size"])}
+    return {**clip_text(config, "text_model."), **projection}
 
 
 def clip(config: Config) -> Shapes:
