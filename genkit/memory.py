@@ -1,0 +1,237 @@
+"""What a job needs of the device's memory, by the configs and before anything is loaded; and what to do with less."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_strips
+from genkit.device import CPU_SLOTS, CUDA_SLOTS
+from genkit.errors import HostError, InputError, nearest, shown
+from genkit.settings import Geometry
+
+if TYPE_CHECKING:
+    from genkit.components import ModelInfo
+
+MEMORY = ("auto", "high", "low")
+PICTURES = 8  # most pictures a decode; more gain nothing
+FEW = 4  # images at once that are worth a costlier level
+MODEST = 256 * 2**20  # bytes of images in flight that --memory low takes without asking whether one would do
+RESERVE = {"cuda": 0.4 * 2**30, "cpu": 0.3 * 2**30}  # workspaces and kernels of the libraries; what else is running
+SPARE = 0.05  # of what is free: blocks that do not fit together
+LEAVES = 4  # of the UNet's largest layers are on the device when it comes layer by layer: one at work, one coming, norms
+STATE = 12  # float32 numbers per latent number and image: sample, solver history, noise, guided halves
+
+# From the least costly to the most. Where the UNet is not resident its calls cannot be captured in a graph.
+RESIDENT, PARTS, TURNS, LAYERS = LEVELS = ("resident", "parts", "turns", "layers")
+
+
+def check_memory(memory: str) -> None:
+    """Refuse a word that is no `--memory`: raises InputError with the nearest."""
+    if memory not in MEMORY:
+        raise InputError(f"--memory: {shown(memory)} is not auto, high or low{nearest(memory, MEMORY)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes that work takes on a device.
+
+    weights: by network ("unet", "vae", "text_encoder", "clip"); largest: the UNet's largest weight. image: of denoising
+    one image of the model's own size, guided. area: of that size in latent numbers a channel. decode, strips: of
+    decoding one of its pictures, whole and in strips. text, score: of a batch for CLIP. cost: the largest picture of the
+    job, in pictures of the model's own size. beside: whether decoding runs while others are denoised.
+    """
+
+    weights: Mapping[str, float]
+    largest: float
+    image: float
+    area: int
+    decode: float
+    strips: float
+    text: float = 0.0
+    score: float = 0.0
+    cost: float = 1.0
+    beside: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How a job goes about a device's memory: its level, images in flight, latent area a decode, bytes at the peak."""
+
+    level: str
+    slots: int
+    area: int
+    peak: float
+    free: float
+
+    def line(self, device: str) -> str:
+        """Return what the user is told."""
+        return (
+            f"memory: {_SAID[self.level]}; {self.slots} images at once, about {_gib(self.peak)} of "
+            f"{_gib(self.free)} GiB free on {device}"
+        )
+
+
+def need(configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, **more: Any) -> Need:
+    """Return what networks of these configs take, computing in numbers of `item` bytes. more: other fields of Need."""
+    unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
+    g = Geometry.of(unet, vae)
+    channels, height, width = g.latent_shape(g.width, g.height)
+    rows = 2 if g.text else 1
+    score = 0 if clip is None else max(clip_row(clip["text_config"]), clip_row(clip["vision_config"]))
+    return Need(
+        weights=weights,
+        image=rows * item * unet_row(unet, height, width) + 4 * STATE * channels * height * width,
+        area=height * width,
+        decode=0 if vae is None else item * vae_decode(vae, height, width),
+        strips=0 if vae is None else item * vae_strips(vae, height, width),
+        text=PICTURES * item * clip_row(configs["text_encoder"]) if "text_encoder" in configs else 0,
+        score=PICTURES * item * score,
+        **more,
+    )
+
+
+def model_need(
+    info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int] | None = None
+) -> Need:
+    """Return what a model and its scorer will take on "cuda" or "cpu", by headers and configs.
+
+    dtype: what they compute in; "float8" is half precision with the UNet stored in 8 bits. largest: width and height of
+    the largest picture of the job.
+    """
+    item = 4 if dtype == "float32" else 2
+    configs = {**info.configs, **({} if clip is None else clip.configs)}
+    parts = {**info.parts, **({} if clip is None else clip.parts)}
+    weights: dict[str, float] = {name: item * part.parameters for name, part in parts.items()}
+    if dtype == "float8":
+        weights["unet"] /= item
+    if device == "cpu":  # linear layers are laid out anew beside themselves (genkit.cpu)
+        for name in {"unet", "vae"} & weights.keys() if item == 4 else ():
+            weights[name] += item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
+    g = Geometry.of(configs["unet"], configs.get("vae"))
+    cost = 1.0 if largest is None else max(1.0, largest[0] * largest[1] / (g.width * g.height))
+    heaviest = item * max(math.prod(t.shape) for t in parts["unet"].tensors.values())
+    return need(configs, weights, item, largest=heaviest, cost=cost, beside=device == "cuda")
+
+
+def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = False) -> float:
+    """Return the bytes on the device at the peak, with `slots` images in flight and `pictures` of the largest a decode."""
+    rows = n.image * max(slots, n.cost)
+    decode = n.cost * (n.strips if strips else n.decode * pictures)
+    return _PEAKS[level](n, rows, decode)
+
+
+def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = None, *, device: str = "cuda",
+                host: float = math.inf) -> Budget:  # fmt: skip
+    """Return how to go about `free` bytes: the least costly level that fits a few images, else the first that fits one.
+
+    slots: images in flight that were asked for. host: bytes of RAM free for what is moved off the device. Raises
+    HostError when not one image fits at any level that `memory` allows.
+    """
+    kind = device.split(":")[0]
+    usable = free * (1 - SPARE) - RESERVE.get(kind, 0)
+    levels = _LEVELS[memory] if kind == "cuda" else (RESIDENT,)
+    levels = tuple(x for x in levels if _moved(n, x) < host) or levels[:1]
+    few = max(1, min(CUDA_SLOTS, int(MODEST // n.image))) if memory == "low" else FEW
+    wanted = slots or min(few, CPU_SLOTS)
+    for count in (wanted, 1):
+        for level in levels:
+            for strips in (False, True):
+                if peak(n, level, count, 1, strips) <= usable:
+                    return _share(n, usable, free, level, count, strips, grow=slots is None and memory != "low")
+    least = peak(n, levels[-1], 1, 1, True)
+    if least > free:
+        hint = "" if memory == "low" or len(_LEVELS[memory]) == len(LEVELS) else "; --memory low needs less"
+        raise HostError(f"memory: one image takes {_gib(least)} GiB on {device}, and {_gib(free)} are free{hint}")
+    return _share(n, usable, free, levels[-1], slots or 1, True, grow=False)
+
+
+def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: bool, *, grow: bool) -> Budget:
+    """Return the budget of a level: first a third of the room for decoding, then images, as many as there is room for."""
+    room = usable if grow else peak(n, level, slots, 1, strips)
+    pictures = 1
+    if not strips:
+        third = (usable - peak(n, level, 1, 0)) / 3 if n.beside and level in (RESIDENT, PARTS) else math.inf
+        fitting = [p for p in (2, 4, PICTURES) if peak(n, level, slots, p) <= room and n.decode * n.cost * p <= third]
+        pictures = max([1, *fitting])
+    if grow:
+        most = CUDA_SLOTS if n.beside else CPU_SLOTS
+        slots = max([1, *(s for s in range(1, most + 1) if peak(n, level, s, pictures, strips) <= usable)])
+    # In strips is what is larger than the largest that fits whole.
+    spare = n.strips * n.cost / n.decode if strips and n.decode else pictures * n.cost
+    return Budget(level, slots, int(n.area * spare), peak(n, level, slots, pictures, strips), free)
+
+
+def _moved(n: Need, level: str) -> float:
+    """Return the bytes of weights that are held in RAM."""
+    away = {RESIDENT: (), PARTS: n.weights.keys() - {"unet"}}.get(level, n.weights.keys())
+    return sum(n.weights[name] for name in away)
+
+
+def describe(info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int], memory: str,
+             slots: int | None) -> dict[str, Any]:  # fmt: skip
+    """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on."""
+    found: dict[str, Any] = {}
+    for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
+        if device.split(":")[0] in ("auto", kind):
+            n = model_need(info, clip, usual if dtype == "auto" else dtype, kind, largest)
+            few = slots or 1
+            found[kind] = {
+                "weights": _gib(sum(n.weights.values())), "an_image": _gib(n.image), "a_decode": _gib(n.decode * n.cost),
+                "high": _gib(peak(n, RESIDENT, few)),
+            }  # fmt: skip
+            found[kind] |= {"low": _gib(peak(n, TURNS, few))} if kind == "cuda" else {"free": _gib(host_memory())}
+    return {"memory": memory, "memory_gib": found}
+
+
+def host_memory() -> float:
+    """Return the bytes of RAM that a process may still take: what the system has, or its control group leaves."""
+    found = []
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):  # no Linux
+        if "SC_PHYS_PAGES" in os.sysconf_names:
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        used = int((group / "memory.current").read_text()) - int(cache)
+        found.append(int((group / "memory.max").read_text()) - used)
+    except (OSError, KeyError, ValueError):  # no group, or "max": no limit
+        pass
+    return float(min(found, default=math.inf))
+
+
+def _gib(size: float) -> float:
+    return round(size / 2**30, 2 if size > 2**30 else 3)
+
+
+def _guests(n: Need, decode: float) -> float:
+    """Return the bytes of the largest of the networks that come for their work, with that work."""
+    w = n.weights
+    return max(w.get("vae", 0) + decode, w.get("text_encoder", 0) + n.text, w.get("clip", 0) + n.score)
+
+
+def _resident(n: Need, rows: float, decode: float) -> float:
+    work = max(decode, n.text, n.score)
+    return sum(n.weights.values()) + (rows + work if n.beside else max(rows, work))
+
+
+_PEAKS: dict[str, Callable[[Need, float, float], float]] = {
+    RESIDENT: _resident,
+    PARTS: lambda n, rows, decode: n.weights["unet"] + rows + _guests(n, decode),
+    TURNS: lambda n, rows, decode: max(n.weights["unet"] + rows, _guests(n, decode)),
+    LAYERS: lambda n, rows, decode: max(LEAVES * n.largest + rows, _guests(n, decode)),
+}
+_LEVELS: dict[str, tuple[str, ...]] = {"auto": LEVELS, "high": (RESIDENT,), "low": (TURNS, LAYERS)}
+_SAID = {
+    RESIDENT: "every network stays on the device",
+    PARTS: "the UNet stays on the device, the other networks come for their work",
+    TURNS: "one network at a time is on the device",
+    LAYERS: "the UNet comes to the device layer by layer, which is slow",
+}
