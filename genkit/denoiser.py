@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from genkit.outofmemory import in_parts
+
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return uncond + scale * (cond - uncond), classifier-free guidance (Ho and Salimans 2022, equation 6).
@@ -18,11 +20,12 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torc
 class Denoiser:
     """A UNet as a function of rows, split into smaller calls when memory does not suffice.
 
-    `limit` is the most rows a call may have; it halves when the device runs out of memory, and stays there.
+    `limit` is the most rows a call may have; it halves when the device runs out of memory, and stays there. resident:
+    whether the UNet's weights stay where they are between calls, so that a call may be captured.
     """
 
-    def __init__(self, unet: Any) -> None:
-        self.unet = unet
+    def __init__(self, unet: Any, resident: bool = True) -> None:
+        self.unet, self.resident = unet, resident
         self.limit: int | None = None
 
     def __call__(
@@ -53,21 +56,13 @@ class Denoiser:
         return out.index_copy(0, guided, guide(out[guided], without, weight[guided]))
 
     def _rows(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
-        size = min(self.limit or len(x), len(x))
-        out: list[torch.Tensor] = []
-        done = 0
-        while done < len(x):
-            part = slice(done, done + size)
-            try:
-                out.append(self._call(x[part], t[part], None if cond is None else cond[part]))
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                self.limit = size = size // 2
-                if x.is_cuda:
-                    torch.cuda.empty_cache()
-                continue
-            done += size
+        def call(part: slice) -> torch.Tensor:
+            return self._call(x[part], t[part], None if cond is None else cond[part])
+
+        most = min(self.limit or len(x), len(x))
+        out, fitting = in_parts(len(x), most, call, "rows")
+        if fitting < most:
+            self.limit = fitting
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _call(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -68,6 +69,10 @@ class Draws:
                 return row.request, index
             self._count(row, earlier)
         return None
+
+    def upcoming(self, count: int) -> list[Request]:
+        """Return the next rows that images are drawn of, at most `count`."""
+        return [row.request for row in itertools.islice(self._next, count)]
 
     def has_next(self) -> bool:
         """Return whether `take` has an image to draw right now."""

@@ -14,12 +14,14 @@ import torch
 from genkit.codec import Codec, condition
 from genkit.cpu import suit_cpu
 from genkit.denoiser import Denoiser
-from genkit.device import default_slots, pick_device
+from genkit.device import pick_device
 from genkit.draws import Draws
 from genkit.engine import Trajectory
 from genkit.errors import InputError
+from genkit.memory import Budget, away, budget_for, budget_of, check_memory
 from genkit.plans import plan_for, scheduler_options
 from genkit.request import Request, Result
+from genkit.residency import Residency
 from genkit.schedulers import Plan, Scheduler
 from genkit.settings import Geometry, Settings, settings
 from genkit.stream import Stream
@@ -44,7 +46,8 @@ class Generator:
     """The parts of a diffusion model, and the work that all call forms share.
 
     Parts are used as they are, on the device and in the dtype that they have; generators may share them.
-    scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read.
+    scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read. residency: what brings the
+    parts to the device, where they are not all there; budget: how much work at once fits beside them.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class Generator:
         name: str = "custom",
         defaults: dict[str, Any] | None = None,
         folder: Path | None = None,
+        residency: Residency | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
         self.scheduler = (
@@ -67,27 +72,40 @@ class Generator:
         if self.geometry.text != (text_encoder is not None) or (text_encoder is None) != (tokenizer is None):
             raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
         self.defaults, self.folder = defaults or {}, folder
-        self.codec = Codec(vae)
-        self.text = None if text_encoder is None else TextEncoder(tokenizer, text_encoder)
-        self.denoiser = Denoiser(unet)
+        self.residency = residency or Residency(next(unet.parameters()).device)
+        self.budget = budget
+        self.most_slots: int | None = None  # that did not run out of memory, where more did
+        self.codec = Codec(vae, self.residency.add("vae", vae))
+        hold = self.residency.add("text_encoder", text_encoder)
+        self.text = None if text_encoder is None else TextEncoder(tokenizer, text_encoder, hold)
+        self.residency.add("unet", unet)
+        self.denoiser = Denoiser(unet, self.residency.steady)
         self._plans: dict[str, Plan] = {}
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None
-    ) -> Self:
-        """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it."""
+        cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None,
+        memory: str = "auto",
+    ) -> Self:  # fmt: skip
+        """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it.
+
+        memory: "high" keeps everything on the device, "low" takes the least, "auto" what fits. Raises HostError, before
+        anything is loaded, when not one image does.
+        """
         from genkit.components import inspect_model, load_components
 
+        check_memory(memory)
         info = inspect_model(name, variant=variant)
         target, precision = pick_device(device, dtype)
-        return cls.from_components(load_components(info, device=target, dtype=precision))
+        budget = budget_for(info, None, target, precision, memory)
+        in_ram = away(budget.level, info.parts)
+        return cls.from_components(load_components(info, device=target, dtype=precision, in_ram=in_ram), budget)
 
     @classmethod
-    def from_components(cls, parts: Components) -> Self:
-        """Build a generator around loaded components; laid out for the CPU where they are on one."""
+    def from_components(cls, parts: Components, budget: Budget | None = None) -> Self:
+        """Build a generator around loaded components; laid out for the CPU where they are to work on one."""
         for network in (parts.unet, parts.vae):
-            if network is not None and network.device.type == "cpu":
+            if network is not None and parts.device.type == "cpu":
                 suit_cpu(network)
         return cls(
             unet=parts.unet,
@@ -98,6 +116,8 @@ class Generator:
             name=parts.info.name,
             defaults=parts.info.defaults,
             folder=parts.info.folder,
+            residency=Residency(parts.device, *([] if budget is None else [budget.level])),
+            budget=budget,
         )
 
     @classmethod
@@ -116,8 +136,8 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return next(self.unet.parameters()).device
+        """Where the networks work."""
+        return self.residency.device
 
     def stream(
         self,
@@ -138,7 +158,10 @@ class Generator:
             for row in rows:
                 self.plan(row)
             requests = Draws(rows)
-        slots = slots or default_slots(self.device, self.geometry.width * self.geometry.height)
+        if self.budget is None:
+            self.budget = budget_of(self.unet, self.vae, self.device)
+        self.codec.area = min(self.codec.area, self.budget.area)
+        slots = min(slots or self.budget.slots, self.most_slots or 2**31)
         return Stream(self, requests, scorer, secrets.randbits(32) if seed is None else seed).run(slots)
 
     def settings(self, request: Request) -> Settings:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_strips
-from genkit.device import CPU_SLOTS, CUDA_SLOTS
+from genkit.device import CPU_SLOTS, CUDA_SLOTS, free_memory, host_memory
 from genkit.errors import HostError, InputError, nearest, shown
 from genkit.settings import Geometry
 
 if TYPE_CHECKING:
+    import torch
+
     from genkit.components import ModelInfo
 
 MEMORY = ("auto", "high", "low")
 PICTURES = 8  # most pictures a decode; more gain nothing
+CLIP_BATCH = 32  # texts or pictures a call of CLIP
 FEW = 4  # images at once that are worth a costlier level
 MODEST = 256 * 2**20  # bytes of images in flight that --memory low takes without asking whether one would do
 RESERVE = {"cuda": 0.4 * 2**30, "cpu": 0.3 * 2**30}  # workspaces and kernels of the libraries; what else is running
@@ -64,7 +65,7 @@ class Budget:
 
     level: str
     slots: int
-    area: int
+    area: float
     peak: float
     free: float
 
@@ -89,8 +90,8 @@ def need(configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float],
         area=height * width,
         decode=0 if vae is None else item * vae_decode(vae, height, width),
         strips=0 if vae is None else item * vae_strips(vae, height, width),
-        text=PICTURES * item * clip_row(configs["text_encoder"]) if "text_encoder" in configs else 0,
-        score=PICTURES * item * score,
+        text=CLIP_BATCH * item * clip_row(configs["text_encoder"]) if "text_encoder" in configs else 0,
+        score=CLIP_BATCH * item * score,
         **more,
     )
 
@@ -100,18 +101,18 @@ def model_need(
 ) -> Need:
     """Return what a model and its scorer will take on "cuda" or "cpu", by headers and configs.
 
-    dtype: what they compute in; "float8" is half precision with the UNet stored in 8 bits. largest: width and height of
-    the largest picture of the job.
+    dtype: "float32", "float16", "bfloat16", or "int8" for the UNet's weights in 8 bits and the device's usual precision
+    for everything else. largest: width and height of the largest picture of the job.
     """
-    item = 4 if dtype == "float32" else 2
+    item = 4 if dtype == "float32" or (dtype == "int8" and device == "cpu") else 2
     configs = {**info.configs, **({} if clip is None else clip.configs)}
     parts = {**info.parts, **({} if clip is None else clip.parts)}
     weights: dict[str, float] = {name: item * part.parameters for name, part in parts.items()}
-    if dtype == "float8":
-        weights["unet"] /= item
-    if device == "cpu":  # linear layers are laid out anew beside themselves (genkit.cpu)
-        for name in {"unet", "vae"} & weights.keys() if item == 4 else ():
+    if device == "cpu" and item == 4:  # linear layers are laid out anew beside themselves (genkit.cpu)
+        for name in {"unet", "vae"} & weights.keys():
             weights[name] += item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
+    if dtype == "int8":
+        weights["unet"] = parts["unet"].parameters
     g = Geometry.of(configs["unet"], configs.get("vae"))
     cost = 1.0 if largest is None else max(1.0, largest[0] * largest[1] / (g.width * g.height))
     heaviest = item * max(math.prod(t.shape) for t in parts["unet"].tensors.values())
@@ -135,7 +136,7 @@ def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = 
     kind = device.split(":")[0]
     usable = free * (1 - SPARE) - RESERVE.get(kind, 0)
     levels = _LEVELS[memory] if kind == "cuda" else (RESIDENT,)
-    levels = tuple(x for x in levels if _moved(n, x) < host) or levels[:1]
+    levels = tuple(x for x in levels if sum(n.weights[name] for name in away(x, n.weights)) < host) or levels[:1]
     few = max(1, min(CUDA_SLOTS, int(MODEST // n.image))) if memory == "low" else FEW
     wanted = slots or min(few, CPU_SLOTS)
     for count in (wanted, 1):
@@ -166,10 +167,28 @@ def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: 
     return Budget(level, slots, int(n.area * spare), peak(n, level, slots, pictures, strips), free)
 
 
-def _moved(n: Need, level: str) -> float:
-    """Return the bytes of weights that are held in RAM."""
-    away = {RESIDENT: (), PARTS: n.weights.keys() - {"unet"}}.get(level, n.weights.keys())
-    return sum(n.weights[name] for name in away)
+def away(level: str, names: Collection[str]) -> set[str]:
+    """Return which of a model's networks have their place in RAM at a level."""
+    return {RESIDENT: set(), PARTS: set(names) - {"unet"}}.get(level, set(names))
+
+
+def budget_for(info: ModelInfo, clip: ModelInfo | None, device: torch.device, dtype: torch.dtype, memory: str = "auto",
+               slots: int | None = None, largest: tuple[int, int] | None = None) -> Budget:  # fmt: skip
+    """Return how to load and run a model and its scorer on `device` as it is now; see `model_need`, `plan_memory`."""
+    n = model_need(info, clip, str(dtype).removeprefix("torch."), device.type, largest)
+    return plan_memory(n, free_memory(device), memory, slots, device=str(device), host=host_memory())
+
+
+def budget_of(unet: Any, vae: Any, device: torch.device) -> Budget:
+    """Return how to run networks that are loaded already, in what memory is left."""
+    try:
+        configs = {"unet": unet.config, **({} if vae is None else {"vae": vae.config})}
+        n = need(configs, {}, unet.dtype.itemsize, largest=0, beside=device.type == "cuda")
+        return plan_memory(n, free_memory(device), "high", device=str(device))
+    except HostError:  # it is here, so let it try
+        return Budget(RESIDENT, 1, 0, 0, 0)
+    except (KeyError, TypeError):  # networks of other classes
+        return Budget(RESIDENT, CPU_SLOTS, math.inf, 0, 0)
 
 
 def describe(info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int], memory: str,
@@ -186,25 +205,6 @@ def describe(info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, l
             }  # fmt: skip
             found[kind] |= {"low": _gib(peak(n, TURNS, few))} if kind == "cuda" else {"free": _gib(host_memory())}
     return {"memory": memory, "memory_gib": found}
-
-
-def host_memory() -> float:
-    """Return the bytes of RAM that a process may still take: what the system has, or its control group leaves."""
-    found = []
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):  # no Linux
-        if "SC_PHYS_PAGES" in os.sysconf_names:
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-        used = int((group / "memory.current").read_text()) - int(cache)
-        found.append(int((group / "memory.max").read_text()) - used)
-    except (OSError, KeyError, ValueError):  # no group, or "max": no limit
-        pass
-    return float(min(found, default=math.inf))
 
 
 def _gib(size: float) -> float:

@@ -30,17 +30,12 @@ class _Map:
 
 def can_strip(vae: Any) -> bool:
     """Whether the VAE is built as AutoencoderKL is, without attention where it would be cut in strips."""
-    ends = (
-        (getattr(vae, "decoder", None), "up_blocks", "upsamplers", slice(-STRIPED, None)),
-        (getattr(vae, "encoder", None), "down_blocks", "downsamplers", slice(STRIPED)),
-    )
-    for end, name, resize, part in ends:
-        blocks = list(getattr(end, name, ()))
-        if len(blocks) < 2 or any(getattr(block, "attentions", None) for block in blocks[part]):
-            return False
-        if any(len(getattr(block, resize, None) or ()) != 1 for block in (blocks[:-1])):
-            return False
-    return True
+    if not all(hasattr(vae, part) for part in ("decoder", "encoder", "quant_conv", "post_quant_conv")):
+        return False
+    up, down = list(vae.decoder.up_blocks), list(vae.encoder.down_blocks)
+    cut = [*up[-STRIPED:], *down[:STRIPED]]
+    resized = all(len(a.upsamplers or ()) == len(b.downsamplers or ()) == 1 for a, b in zip(up[:-1], down, strict=False))
+    return len(up) > 1 and resized and not any(getattr(block, "attentions", None) for block in cut)
 
 
 def decode_in_strips(vae: Any, latents: torch.Tensor) -> torch.Tensor:

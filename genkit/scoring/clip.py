@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from torch.nn.functional import interpolate, normalize
 
 from genkit.device import pick_device
 from genkit.errors import InputError
+from genkit.memory import CLIP_BATCH
+from genkit.outofmemory import in_parts
+from genkit.residency import Hold
 from genkit.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -19,7 +23,6 @@ if TYPE_CHECKING:
 
     from genkit.components import Components
 
-BATCH = 32
 # A label's direction is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
 TEMPLATES = ("{}", "a picture of {}", "a photo of {}", "an emoji of {}")
 
@@ -35,6 +38,8 @@ class ClipScorer:
 
     def __init__(self, model: Any, tokenizer: Any, preprocessor: dict[str, Any], name: str = "custom") -> None:
         self.model, self.name = model, name
+        self.batch = CLIP_BATCH  # pictures a call; halves when memory runs out
+        self.hold: Hold = contextlib.nullcontext
         self.texts = TextEncoder(tokenizer, _TextHead(model))
         size, crop = preprocessor.get("size", 224), preprocessor.get("crop_size", 224)
         self.shortest = size if isinstance(size, int) else size.get("shortest_edge")
@@ -61,6 +66,10 @@ class ClipScorer:
         """Build a scorer around loaded components."""
         return cls(parts.clip, parts.tokenizer, parts.info.preprocessor, name=parts.info.name)
 
+    def held_with(self, hold: Hold) -> None:
+        """Have the model come to its device for its work only (genkit.residency)."""
+        self.hold = self.texts.hold = hold
+
     def score(self, images: Any, prompts: str | Sequence[str]) -> list[float]:
         """Return the cosine of each picture's and its prompt's embedding, -1 to 1. One prompt serves all pictures.
 
@@ -69,7 +78,8 @@ class ClipScorer:
         prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(prompts) != len(images):
             raise InputError(f"prompts: {len(prompts)} for {len(images)} images; give one for each, or one for all")
-        return (self.embed_images(images) * self.embed_texts(prompts)).sum(dim=1).tolist()
+        embedded = self.embed_images(images)
+        return (embedded * self.embed_texts(prompts).to(embedded.device)).sum(dim=1).tolist()
 
     def classify(
         self, images: Any, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
@@ -88,7 +98,7 @@ class ClipScorer:
         A picture without a prompt has no "clip", one without labels no "p".
         """
         embedded = self.embed_images(images)
-        texts = self.embed_texts(prompts)
+        texts = self.embed_texts(prompts).to(embedded.device)
         found: list[dict[str, Any]] = []
         for image, text, prompt, names in zip(embedded, texts, prompts, labels, strict=True):
             scores: dict[str, Any] = {"clip": round(float(image @ text), 6)} if prompt else {}
@@ -101,8 +111,11 @@ class ClipScorer:
     @torch.inference_mode()
     def embed_images(self, images: Any) -> torch.Tensor:
         """Return unit embeddings, float32, of shape (B, width)."""
-        parts = [self._embed(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-        return torch.cat(parts) if parts else torch.empty(0, 0)
+        if not len(images):
+            return torch.empty(0, 0)
+        with self.hold():
+            parts, self.batch = in_parts(len(images), self.batch, lambda part: self._embed(images[part]), "pictures")
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -113,8 +126,9 @@ class ClipScorer:
         self, embedded: torch.Tensor, labels: Sequence[str], templates: Sequence[str]
     ) -> list[list[float]]:
         each = self.embed_texts([t.format(label) for label in labels for t in templates])
-        directions = normalize(each.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
-        return (self.model.logit_scale.exp().float() * embedded @ directions.T).softmax(dim=-1).tolist()
+        directions = normalize(each.view(len(labels), len(templates), -1).mean(dim=1), dim=-1).to(embedded.device)
+        scale = float(self.model.logit_scale.exp())
+        return (scale * embedded @ directions.T).softmax(dim=-1).tolist()
 
     def _embed(self, images: Any) -> torch.Tensor:
         if isinstance(images, torch.Tensor):
