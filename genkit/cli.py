@@ -26,7 +26,9 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # click's, which newer releases
 Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder: made, or gone on with.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto (float16 on a GPU, float32 on a CPU), float32, float16 or bfloat16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16, int8 (weights).")
+]
 
 
 @app.command()
@@ -57,6 +59,7 @@ def generate(
     batch_size: Annotated[str, typer.Option(help="Images in flight: auto, or a number.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory: Annotated[str, typer.Option(help="auto (what fits), high (all on the device) or low (least).")] = "auto",
     clip: Annotated[str, typer.Option(help="auto, none, emoji-clip, a folder with a CLIPModel, or a hub id.")] = "auto",
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
@@ -87,7 +90,7 @@ def generate(
     else:
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
         rows[0]._source = "command line"
-    job = plan_job(rows, Options(model, clip, variant, device, dtype, slots, seed, quiet=as_json), defaults)
+    job = plan_job(rows, Options(model, clip, variant, device, dtype, slots, seed, as_json, memory), defaults)
     folder = free_name(out) if new_run else out
     check_folder(folder, prompts)
     if dry_run:

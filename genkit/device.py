@@ -28,7 +28,8 @@ def check_device(device: str, dtype: str) -> None:
             f"--device: {shown(device)} is not auto, cpu, mps, cuda or cuda:N{nearest(device, ['cuda', 'cpu'])}"
         )
     if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"--dtype: {shown(dtype)} is not auto, float32, float16, bfloat16 or int8{nearest(dtype, DTYPES)}")
+        hint = nearest(dtype, DTYPES)
+        raise InputError(f"--dtype: {shown(dtype)} is not auto, float32, float16, bfloat16 or int8{hint}")
     if device == "cpu" and DTYPES.get(dtype) == "float16":
         raise InputError("--dtype: float16 on a CPU overflows and is slow: use float32 or bfloat16")
 

@@ -57,7 +57,8 @@ class _Group:
         """Take in trajectories: all of them, or none where it raises."""
         x = torch.stack([t.latent for t in new]).to(self.device, torch.float32)
         history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
-        cond, uncond = self._extend(self.cond, [t.cond for t in new]), self._extend(self.uncond, [t.uncond for t in new])
+        cond = self._extend(self.cond, [t.cond for t in new])
+        uncond = self._extend(self.uncond, [t.uncond for t in new])
         self.x, self.history, self.cond, self.uncond = torch.cat([self.x, x]), history, cond, uncond
         self.live += new
         return True

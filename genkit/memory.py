@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_strips
-from genkit.device import CPU_SLOTS, CUDA_SLOTS, free_memory, host_memory
+from genkit.device import CPU_SLOTS, CUDA_SLOTS, DTYPES, free_memory, host_memory
 from genkit.errors import HostError, InputError, nearest, shown
 from genkit.settings import Geometry
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from genkit.components import ModelInfo
+    from genkit.job import Options
 
 MEMORY = ("auto", "high", "low")
 PICTURES = 8  # most pictures a decode; more gain nothing
@@ -24,7 +25,7 @@ FEW = 4  # images at once that are worth a costlier level
 MODEST = 256 * 2**20  # bytes of images in flight that --memory low takes without asking whether one would do
 RESERVE = {"cuda": 0.4 * 2**30, "cpu": 0.3 * 2**30}  # workspaces and kernels of the libraries; what else is running
 SPARE = 0.05  # of what is free: blocks that do not fit together
-LEAVES = 4  # of the UNet's largest layers are on the device when it comes layer by layer: one at work, one coming, norms
+LEAVES = 4  # of the UNet's largest layers may be on the device when it comes layer by layer: one works, one is coming
 STATE = 12  # float32 numbers per latent number and image: sample, solver history, noise, guided halves
 
 # From the least costly to the most. Where the UNet is not resident its calls cannot be captured in a graph.
@@ -41,10 +42,10 @@ def check_memory(memory: str) -> None:
 class Need:
     """Bytes that work takes on a device.
 
-    weights: by network ("unet", "vae", "text_encoder", "clip"); largest: the UNet's largest weight. image: of denoising
-    one image of the model's own size, guided. area: of that size in latent numbers a channel. decode, strips: of
-    decoding one of its pictures, whole and in strips. text, score: of a batch for CLIP. cost: the largest picture of the
-    job, in pictures of the model's own size. beside: whether decoding runs while others are denoised.
+    weights: by network ("unet", "vae", "text_encoder", "clip"); largest: the UNet's largest weight. image: of
+    denoising one image of the model's own size, guided. area: of that size in latent numbers a channel. decode, strips:
+    of decoding one of its pictures, whole and in strips. text, score: of a batch for CLIP. cost: the largest picture of
+    the job, in pictures of the model's own size. beside: whether decoding runs while others are denoised.
     """
 
     weights: Mapping[str, float]
@@ -69,12 +70,13 @@ class Budget:
     peak: float
     free: float
 
-    def line(self, device: str) -> str:
-        """Return what the user is told."""
-        return (
-            f"memory: {_SAID[self.level]}; {self.slots} images at once, about {_gib(self.peak)} of "
-            f"{_gib(self.free)} GiB free on {device}"
-        )
+    def line(self, device: object, memory: str = "auto") -> str:
+        """Return what the user is told of it; nothing where nothing is out of the ordinary on a CPU."""
+        if str(device) == "cpu" and self.slots >= CPU_SLOTS and memory == "auto":
+            return ""
+        where = "" if str(device) == "cpu" else f"{_SAID[self.level]}; "
+        many = f"{self.slots} images at once" if self.slots > 1 else "one image at once"
+        return f"memory: {where}{many}, about {_gib(self.peak)} of {_gib(self.free)} GiB free on {device}"
 
 
 def need(configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, **more: Any) -> Need:
@@ -120,7 +122,7 @@ def model_need(
 
 
 def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = False) -> float:
-    """Return the bytes on the device at the peak, with `slots` images in flight and `pictures` of the largest a decode."""
+    """Return the bytes on the device at the peak: `slots` images in flight, `pictures` of the largest size a decode."""
     rows = n.image * max(slots, n.cost)
     decode = n.cost * (n.strips if strips else n.decode * pictures)
     return _PEAKS[level](n, rows, decode)
@@ -152,7 +154,7 @@ def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = 
 
 
 def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: bool, *, grow: bool) -> Budget:
-    """Return the budget of a level: first a third of the room for decoding, then images, as many as there is room for."""
+    """Return the budget of a level: up to a third of the room is for decoding, the rest for images in flight."""
     room = usable if grow else peak(n, level, slots, 1, strips)
     pictures = 1
     if not strips:
@@ -191,20 +193,26 @@ def budget_of(unet: Any, vae: Any, device: torch.device) -> Budget:
         return Budget(RESIDENT, CPU_SLOTS, math.inf, 0, 0)
 
 
-def describe(info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int], memory: str,
-             slots: int | None) -> dict[str, Any]:  # fmt: skip
-    """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on."""
+def describe(info: ModelInfo, clip: ModelInfo | None, options: Options, largest: tuple[int, int]) -> dict[str, Any]:
+    """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
+
+    weights, and what an image in flight and a decode take; the peak of one image with everything on the device (high),
+    and with one network at a time (low).
+    """
     found: dict[str, Any] = {}
     for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
-        if device.split(":")[0] in ("auto", kind):
-            n = model_need(info, clip, usual if dtype == "auto" else dtype, kind, largest)
-            few = slots or 1
+        if options.device.split(":")[0] in ("auto", kind):
+            dtype = usual if options.dtype == "auto" else DTYPES[options.dtype]
+            n = model_need(info, clip, dtype, kind, largest)
+            slots = options.batch_size or 1
             found[kind] = {
-                "weights": _gib(sum(n.weights.values())), "an_image": _gib(n.image), "a_decode": _gib(n.decode * n.cost),
-                "high": _gib(peak(n, RESIDENT, few)),
-            }  # fmt: skip
-            found[kind] |= {"low": _gib(peak(n, TURNS, few))} if kind == "cuda" else {"free": _gib(host_memory())}
-    return {"memory": memory, "memory_gib": found}
+                "weights": _gib(sum(n.weights.values())),
+                "an_image": _gib(n.image),
+                "a_decode": _gib(n.decode * n.cost),
+                "high": _gib(peak(n, RESIDENT, slots)),
+            }
+            found[kind] |= {"low": _gib(peak(n, TURNS, slots))} if kind == "cuda" else {"free": _gib(host_memory())}
+    return {"memory": options.memory, "memory_gib": found}
 
 
 def _gib(size: float) -> float:

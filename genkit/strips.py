@@ -34,8 +34,8 @@ def can_strip(vae: Any) -> bool:
         return False
     up, down = list(vae.decoder.up_blocks), list(vae.encoder.down_blocks)
     cut = [*up[-STRIPED:], *down[:STRIPED]]
-    resized = all(len(a.upsamplers or ()) == len(b.downsamplers or ()) == 1 for a, b in zip(up[:-1], down, strict=False))
-    return len(up) > 1 and resized and not any(getattr(block, "attentions", None) for block in cut)
+    resized = [len(a.upsamplers or ()) == len(b.downsamplers or ()) == 1 for a, b in zip(up[:-1], down, strict=False)]
+    return len(up) > 1 and all(resized) and not any(getattr(block, "attentions", None) for block in cut)
 
 
 def decode_in_strips(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -119,29 +119,29 @@ def _resnet(block: Any, x: _Map) -> torch.Tensor:
 
     def whole(part: torch.Tensor) -> torch.Tensor:
         inner = block.conv2(act(_norm(opened(part), *second)))
-        return (inner + (part if block.conv_shortcut is None else block.conv_shortcut(part))) / block.output_scale_factor
+        outer = part if block.conv_shortcut is None else block.conv_shortcut(part)
+        return (outer + inner) / block.output_scale_factor
 
     return _collect(_around(x, whole, 2), x.data if block.conv_shortcut is None else None)
 
 
 def _collect(x: _Map, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return a map as one tensor, `out` where given: each strip is written when the next no longer looks at it."""
-    done: tuple[int, int] | None = None
-    last = None
+    last: tuple[slice, torch.Tensor] | None = None
     for a, b in _strips(x.height):
         part = x.rows(a, b)
         if out is None:
             out = part.new_empty((*part.shape[:2], x.height, part.shape[3]))
-        if done is not None:
-            out[:, :, slice(*done)] = last
-        done, last = (a, b), part
-    assert out is not None and done is not None
-    out[:, :, slice(*done)] = last
+        if last is not None:
+            out[:, :, last[0]] = last[1]
+        last = slice(a, b), part
+    assert out is not None and last is not None
+    out[:, :, last[0]] = last[1]
     return out
 
 
 def _statistics(x: _Map, norm: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Return (norm, mean, variance) of a map for a GroupNorm, by channel: strip by strip, as Chan et al. add them up."""
+    """Return (norm, mean, variance) of a map for a GroupNorm, by channel: of strips, added up as Chan et al. do."""
     count, mean, spread = 0, torch.zeros(()), torch.zeros(())
     for a, b in _strips(x.height):
         part = x.rows(a, b).reshape(norm.num_groups, -1).float()

@@ -19,8 +19,9 @@ CACHED_PROMPTS = 4096  # 77 x 768 in half precision is 118 kB: half a gigabyte a
 class TextEncoder:
     """A tokenizer and a CLIP text model, with the embeddings of the prompts it has seen.
 
-    `truncated` holds the prompts that were longer than the model reads: their ends had no say in the picture. hold: what
-    the model is to be held with while it works (genkit.residency). batch: prompts a call; halves when memory runs out.
+    `truncated` holds the prompts that were longer than the model reads: their ends had no say in the picture. hold:
+    what the model is to be held with while it works (genkit.residency). batch: prompts a call; halves when memory runs
+    out.
     """
 
     def __init__(self, tokenizer: Any, model: Any, hold: Hold = contextlib.nullcontext) -> None:
@@ -31,7 +32,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def __call__(self, prompts: Iterable[str]) -> list[torch.Tensor]:
-        """Return an embedding of shape (tokens, width) for each prompt; in RAM where the model is only held for a while."""
+        """Return an embedding of shape (tokens, width) for each prompt; in RAM where the model is a guest."""
         prompts = list(prompts)
         new = [p for p in dict.fromkeys(prompts) if p not in self._seen]
         found = {p: self._seen[p] for p in prompts if p in self._seen}

@@ -1,9 +1,9 @@
 """What a network's config says about the memory of one call: the most numbers that are alive at once.
 
-Each function walks the network as diffusers runs it and adds up what is held: the skip connections, the arguments of the
-callers, and within a layer its inputs and outputs. Everything is per row (one picture, one prompt) and in numbers, not
-bytes: times the item size it is memory. `workspace` counts what a convolution takes to lay its input and output out in
-its own order, which libraries do unless the network is channels last.
+Each function walks the network as diffusers runs it and adds up what is held: the skip connections, the arguments of
+the callers, and within a layer its inputs and outputs. Everything is per row (one picture, one prompt) and in numbers,
+not bytes: times the item size it is memory. `workspace` counts what a convolution takes to lay its input and output out
+in its own order, which libraries do unless the network is channels last.
 """
 
 from __future__ import annotations

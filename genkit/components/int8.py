@@ -24,11 +24,11 @@ class _Codes:
         return self.codes * self.scale
 
 
-class _Linear(_Codes, torch.nn.Linear):
+class _Linear(_Codes, torch.nn.Linear):  # type: ignore[override]
     pass
 
 
-class _Conv2d(_Codes, torch.nn.Conv2d):
+class _Conv2d(_Codes, torch.nn.Conv2d):  # type: ignore[override]
     pass
 
 

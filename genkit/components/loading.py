@@ -45,8 +45,8 @@ def load_components(
 
     dtype: torch.int8 stores the UNet's weights in 8 bits, and everything computes in the device's usual precision.
     in_ram: parts that are to wait in RAM, pinned where a GPU will fetch them. Raises InputError, before memory is
-    taken, for a weight that the network lacks, has not, or has in another shape; and afterwards for weights that are all
-    zero, or not finite in `dtype`.
+    taken, for a weight that the network lacks, has not, or has in another shape; and afterwards for weights that are
+    all zero, or not finite in `dtype`.
     """
     import torch
 
