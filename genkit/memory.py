@@ -44,8 +44,9 @@ class Need:
 
     weights: by network ("unet", "vae", "text_encoder", "clip"); largest: the UNet's largest weight. image: of
     denoising one image of the model's own size, guided. area: of that size in latent numbers a channel. decode, strips:
-    of decoding one of its pictures, whole and in strips. text, score: of a batch for CLIP. cost: the largest picture of
-    the job, in pictures of the model's own size. beside: whether decoding runs while others are denoised.
+    of decoding one of its pictures, whole and in strips. text: of a batch of prompts; score: of a picture for CLIP.
+    cost: the largest picture of the job, in pictures of the model's own size. beside: whether decoding runs while
+    others are denoised.
     """
 
     weights: Mapping[str, float]
@@ -93,7 +94,7 @@ def need(configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float],
         decode=0 if vae is None else item * vae_decode(vae, height, width),
         strips=0 if vae is None else item * vae_strips(vae, height, width),
         text=CLIP_BATCH * item * clip_row(configs["text_encoder"]) if "text_encoder" in configs else 0,
-        score=CLIP_BATCH * item * score,
+        score=item * score,
         **more,
     )
 
@@ -125,7 +126,7 @@ def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = Fals
     """Return the bytes on the device at the peak: `slots` images in flight, `pictures` of the largest size a decode."""
     rows = n.image * max(slots, n.cost)
     decode = n.cost * (n.strips if strips else n.decode * pictures)
-    return _PEAKS[level](n, rows, decode)
+    return _PEAKS[level](n, rows, decode, n.score * min(slots, CLIP_BATCH))
 
 
 def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = None, *, device: str = "cuda",
@@ -141,11 +142,11 @@ def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = 
     levels = tuple(x for x in levels if sum(n.weights[name] for name in away(x, n.weights)) < host) or levels[:1]
     few = max(1, min(CUDA_SLOTS, int(MODEST // n.image))) if memory == "low" else FEW
     wanted = slots or min(few, CPU_SLOTS)
-    for count in (wanted, 1):
-        for level in levels:
-            for strips in (False, True):
-                if peak(n, level, count, 1, strips) <= usable:
-                    return _share(n, usable, free, level, count, strips, grow=slots is None and memory != "low")
+    quick, slow = [x for x in levels if x != LAYERS], [x for x in levels if x == LAYERS]
+    for level, count in [(x, c) for some in (quick, slow) for c in (wanted, 1) for x in some]:
+        for strips in (False, True):
+            if peak(n, level, count, 1, strips) <= usable:
+                return _share(n, usable, free, level, count, strips, grow=slots is None and memory != "low")
     least = peak(n, levels[-1], 1, 1, True)
     if least > free:
         hint = "" if memory == "low" or len(_LEVELS[memory]) == len(LEVELS) else "; --memory low needs less"
@@ -219,22 +220,22 @@ def _gib(size: float) -> float:
     return round(size / 2**30, 2 if size > 2**30 else 3)
 
 
-def _guests(n: Need, decode: float) -> float:
+def _guests(n: Need, decode: float, score: float) -> float:
     """Return the bytes of the largest of the networks that come for their work, with that work."""
     w = n.weights
-    return max(w.get("vae", 0) + decode, w.get("text_encoder", 0) + n.text, w.get("clip", 0) + n.score)
+    return max(w.get("vae", 0) + decode, w.get("text_encoder", 0) + n.text, w.get("clip", 0) + score)
 
 
-def _resident(n: Need, rows: float, decode: float) -> float:
-    work = max(decode, n.text, n.score)
+def _resident(n: Need, rows: float, decode: float, score: float) -> float:
+    work = max(decode, n.text, score)
     return sum(n.weights.values()) + (rows + work if n.beside else max(rows, work))
 
 
-_PEAKS: dict[str, Callable[[Need, float, float], float]] = {
+_PEAKS: dict[str, Callable[[Need, float, float, float], float]] = {
     RESIDENT: _resident,
-    PARTS: lambda n, rows, decode: n.weights["unet"] + rows + _guests(n, decode),
-    TURNS: lambda n, rows, decode: max(n.weights["unet"] + rows, _guests(n, decode)),
-    LAYERS: lambda n, rows, decode: max(LEAVES * n.largest + rows, _guests(n, decode)),
+    PARTS: lambda n, rows, *work: n.weights["unet"] + rows + _guests(n, *work),
+    TURNS: lambda n, rows, *work: max(n.weights["unet"] + rows, _guests(n, *work)),
+    LAYERS: lambda n, rows, *work: max(LEAVES * n.largest + rows, _guests(n, *work)),
 }
 _LEVELS: dict[str, tuple[str, ...]] = {"auto": LEVELS, "high": (RESIDENT,), "low": (TURNS, LAYERS)}
 _SAID = {
