@@ -95,7 +95,7 @@ class Engine:
     """
 
     def __init__(
-        self, denoiser: Denoiser, device: torch.device, slots: int, relieve: Callable[[], bool] = lambda: False
+        self, denoiser: Denoiser, device: torch.device, slots: float, relieve: Callable[[], bool] = lambda: False
     ) -> None:
         """relieve: waits for other work on the device and returns whether there was any, when memory runs out."""
         self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
@@ -127,9 +127,9 @@ class Engine:
                 yield ended
 
     def halve(self, held: float) -> None:
-        """Hold at most half of `held` slots from now on: memory ran out at as many."""
-        self.slots = max(1, int(min(self.slots, held) / 2))
-        log.warning("out of memory at %g images in flight: from now on at most %d", held, self.slots)
+        """Hold at most half of `held` slots from now on: memory ran out at as many. One image is always let in."""
+        self.slots = min(self.slots, held) / 2
+        log.warning("out of memory at %g slots of images in flight: from now on %g", held, self.slots)
 
     def _admit(self, take: Take) -> list[Trajectory]:
         """Fill the free slots; return the trajectory that fails at that, alone as it is."""

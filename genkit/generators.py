@@ -74,7 +74,7 @@ class Generator:
         self.defaults, self.folder = defaults or {}, folder
         self.residency = residency or Residency(next(unet.parameters()).device)
         self.budget = budget
-        self.most_slots: int | None = None  # that did not run out of memory, where more did
+        self.most_slots: float | None = None  # that did not run out of memory, where more did
         self.codec = Codec(vae, self.residency.add("vae", vae))
         hold = self.residency.add("text_encoder", text_encoder)
         self.text = None if text_encoder is None else TextEncoder(tokenizer, text_encoder, hold)

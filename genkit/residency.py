@@ -75,7 +75,7 @@ class Residency:
             # As plain tensors: what is made in inference mode would mark the parameter for good.
             with torch.inference_mode(False), torch.no_grad():
                 tensors = _tensors(self._networks[name])
-                there = [t.data.to(self.device, non_blocking=True) for t in tensors]
+                there = [t.data.to(self.device, non_blocking=True, copy=True) for t in tensors]
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()
                 self._homes[name] = [(t, t.data) for t in tensors]

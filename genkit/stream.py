@@ -42,7 +42,7 @@ class Stream:
         self.results: deque[Result] = deque()  # to be reported and yielded
         self.half = generator.unet.dtype != torch.float32
 
-    def run(self, slots: int) -> Iterator[Result]:
+    def run(self, slots: float) -> Iterator[Result]:
         """Yield the results as they finish. Gated rows may draw again after theirs: it goes round until none does."""
         cuda = self.generator.device.type == "cuda"
         # On a GPU a second thread, with a stream of its own, hides decoding and scoring behind denoising. A CPU has no
