@@ -2,9 +2,9 @@
 
     python benchmarks/loading.py [--device cpu] [--repeat 3]
 
-Makes a folder of random half-precision weights (2.1 GB, removed at the end), then loads it in processes of their own, in
-turns; the seconds are those of the call, imports not counted, the memory is the most that the process ever held (peak
-RSS) and, on a GPU, the most that torch held there. Medians. The files are in the system's cache, for both alike.
+Makes a folder of random half-precision weights (2.1 GB, removed at the end), then loads it in processes of their own,
+in turns; the seconds are those of the call, imports not counted, the memory is the most that the process ever held
+(peak RSS) and, on a GPU, the most that torch held there. Medians. The files are in the system's cache, for both alike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def load(way: str, folder: str, device: str, dtype_name: str) -> None:
         parts = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     else:
         import diffusers.models.autoencoders.autoencoder_kl
-        import diffusers.models.unets.unet_2d_condition
+        import diffusers.models.unets.unet_2d_condition  # noqa: F401
         import transformers.models.clip.modeling_clip  # noqa: F401
 
         from genkit.components import inspect_model, load_components
@@ -76,7 +76,8 @@ def main() -> None:
                     out = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
                     found.setdefault((dtype, way), []).append(json.loads(out.splitlines()[-1]))
     cores = len(os.sched_getaffinity(0))
-    print(f"1,030 million float16 weights on {given.device}, {platform.machine()}, {cores} cores; medians of {given.repeat}")
+    where = f"{given.device}, {platform.machine()}, {cores} cores"
+    print(f"1,030 million float16 weights; {where}; medians of {given.repeat}")
     print(f"{'':44}  {'seconds':>8}  {'peak RSS GiB':>12}  {'peak GPU GiB':>12}")
     for (dtype, way), runs in found.items():
         seconds, gib, gpu = (statistics.median(r.get(k, 0) for r in runs) for k in ("seconds", "gib", "gpu"))

@@ -248,7 +248,7 @@ def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
     scorer = None
     if job.clip is not None:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype, in_ram=in_ram))
-        scorer.held_with(generator.residency.add("clip", scorer.model))
+        scorer.texts.hold = generator.residency.add("clip", scorer.model)
     return generator, scorer
 
 

@@ -56,7 +56,7 @@ def generator(level: str, dtype: torch.dtype = torch.float32) -> tuple[TextToIma
         scheduler=parts.scheduler, residency=residency, budget=Budget(level, 2, 8 * 256, 0, 0), defaults={},
     )  # fmt: skip
     scorer = ClipScorer.from_pretrained("emoji-clip", device="cpu")
-    scorer.held_with(residency.add("clip", scorer.model))
+    scorer.texts.hold = residency.add("clip", scorer.model)
     return gen, scorer, residency
 
 

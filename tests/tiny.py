@@ -87,7 +87,7 @@ def tiny_stable_diffusion(
 
 
 def random_sd15(folder: Path) -> Path:
-    """Write a folder of Stable Diffusion 1.5's shapes, half precision, random weights, 2.1 GB; the tokenizer is emoji's."""
+    """Write a folder of Stable Diffusion 1.5's shapes with random half-precision weights (2.1 GB), emoji tokenizer."""
     blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     text["projection_dim"] = 768
@@ -127,7 +127,7 @@ def random_sd15(folder: Path) -> Path:
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        **dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), [None, None]),
+        **{key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")},
         "requires_safety_checker": False,
     }
     return _index(folder, "StableDiffusionPipeline", parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,7 @@ from torch.nn.functional import interpolate, normalize
 
 from genkit.device import pick_device
 from genkit.errors import InputError
-from genkit.memory import CLIP_BATCH
 from genkit.outofmemory import in_parts
-from genkit.residency import Hold
 from genkit.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -38,9 +35,8 @@ class ClipScorer:
 
     def __init__(self, model: Any, tokenizer: Any, preprocessor: dict[str, Any], name: str = "custom") -> None:
         self.model, self.name = model, name
-        self.batch = CLIP_BATCH  # pictures a call; halves when memory runs out
-        self.hold: Hold = contextlib.nullcontext
         self.texts = TextEncoder(tokenizer, _TextHead(model))
+        self.batch = self.texts.batch  # pictures a call; halves when memory runs out
         size, crop = preprocessor.get("size", 224), preprocessor.get("crop_size", 224)
         self.shortest = size if isinstance(size, int) else size.get("shortest_edge")
         self.exact = None if self.shortest else (size["height"], size["width"])
@@ -65,10 +61,6 @@ class ClipScorer:
     def from_components(cls, parts: Components) -> ClipScorer:
         """Build a scorer around loaded components."""
         return cls(parts.clip, parts.tokenizer, parts.info.preprocessor, name=parts.info.name)
-
-    def held_with(self, hold: Hold) -> None:
-        """Have the model come to its device for its work only (genkit.residency)."""
-        self.hold = self.texts.hold = hold
 
     def score(self, images: Any, prompts: str | Sequence[str]) -> list[float]:
         """Return the cosine of each picture's and its prompt's embedding, -1 to 1. One prompt serves all pictures.
@@ -113,7 +105,7 @@ class ClipScorer:
         """Return unit embeddings, float32, of shape (B, width)."""
         if not len(images):
             return torch.empty(0, 0)
-        with self.hold():
+        with self.texts.hold():
             parts, self.batch = in_parts(len(images), self.batch, lambda part: self._embed(images[part]), "pictures")
         return torch.cat(parts)
 
