@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -161,8 +162,8 @@ class Generator:
         if self.budget is None:
             self.budget = budget_of(self.unet, self.vae, self.device)
         self.codec.area = min(self.codec.area, self.budget.area)
-        slots = min(slots or self.budget.slots, self.most_slots or 2**31)
-        return Stream(self, requests, scorer, secrets.randbits(32) if seed is None else seed).run(slots)
+        most = min(slots or self.budget.slots, self.most_slots or math.inf)
+        return Stream(self, requests, scorer, secrets.randbits(32) if seed is None else seed).run(most)
 
     def settings(self, request: Request) -> Settings:
         """Return what the request comes to on this model; raises InputError where it does not fit."""

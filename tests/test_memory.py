@@ -115,7 +115,7 @@ def test_a_vae_whole_and_in_strips(config: dict[str, Any], side: int, device: st
 def test_weights_are_counted_from_headers() -> None:
     info, clip = inspect_model("emoji"), inspect_model("emoji-clip")
     half = model_need(info, clip, "float16", "cuda")
-    parameters = {name: part.parameters for name, part in (info.parts | clip.parts).items()}
+    parameters = {name: part.parameters for name, part in {**info.parts, **clip.parts}.items()}
     assert half.weights == {name: 2 * n for name, n in parameters.items()}
     assert model_need(info, None, "int8", "cuda").weights["unet"] == parameters["unet"]
     on_cpu = model_need(info, clip, "float32", "cpu").weights

@@ -89,8 +89,14 @@ def tiny_stable_diffusion(
 def random_sd15(folder: Path) -> Path:
     """Write a folder of Stable Diffusion 1.5's shapes with random half-precision weights (2.1 GB), emoji tokenizer."""
     blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    text["projection_dim"] = 768
+    text: dict[str, Any] = {
+        **TOKENS,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    }
     with torch.device("meta"):
         networks = {
             "unet": UNet2DConditionModel(
@@ -107,7 +113,7 @@ def random_sd15(folder: Path) -> Path:
                 layers_per_block=2,
                 sample_size=512,
             ),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**TOKENS, **text)),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
         }
     generator = torch.Generator().manual_seed(0)
     for name, network in networks.items():
