@@ -30,7 +30,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")]
 Attention = Annotated[
     str, typer.Option(help="auto (the fastest that works), sdpa, flash, cudnn, efficient, xformers, sliced or math.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto (float16 on a GPU, float32 on a CPU), float32, float16 or bfloat16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16, int8 (weights).")
+]
 
 
 @app.command()
@@ -66,6 +68,7 @@ def generate(
     dtype: Dtype = "auto",
     attention: Attention = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile in the background, once cached.")] = False,
+    memory: Annotated[str, typer.Option(help="auto (what fits), high (all on the device) or low (least).")] = "auto",
     clip: Annotated[str, typer.Option(help="auto, none, emoji-clip, a folder with a CLIPModel, or a hub id.")] = "auto",
     format: Annotated[str, typer.Option(help="Of the pictures: png, webp, jpeg or jxl.")] = "png",
     quality: Annotated[
@@ -103,7 +106,9 @@ def generate(
     else:
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
         rows[0]._source = "command line"
-    options = Options(model, clip, variant, device, dtype, slots, seed, as_json, compile, attention, format, quality)
+    options = Options(
+        model, clip, variant, device, dtype, slots, seed, as_json, compile, attention, format, quality, memory
+    )
     job = plan_job(rows, options, defaults)
     folder = free_name(out) if new_run else out
     check_folder(folder, prompts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,59 +14,81 @@ import torch
 from PIL import Image
 
 from genkit.images import read_image
+from genkit.memory import PICTURES
+from genkit.outofmemory import attempt
 from genkit.request import Request
+from genkit.residency import Hold
+from genkit.strips import can_strip, decode_in_strips, encode_in_strips
+
+log = logging.getLogger("genkit")
+
+Call = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 class Codec:
-    """Encode pictures to latents and decode latents to pictures. `vae` None: the latents are the picture, -1 to 1."""
+    """Encode pictures to latents and decode latents to pictures. `vae` None: the latents are the picture, -1 to 1.
 
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
+    hold: what the VAE is to be held with while it works (genkit.residency). area: most latent rows times columns a
+    decode; what is larger goes in strips. It shrinks when memory runs out, and stays there.
+    """
+
+    def __init__(self, vae: Any, hold: Hold = contextlib.nullcontext, area: float = math.inf) -> None:
+        self.vae, self.hold, self.area = vae, hold, area
         self._users = threading.Condition()
         self._running = 0  # calls of the VAE in its own dtype
-        self.batch = 8  # pictures a decode; halves when memory runs out
         config = {} if vae is None else vae.config
+        self.pixels = 4 ** (len(config.get("block_out_channels") or [1]) - 1)  # of a picture per latent
         self.scale = float(config.get("scaling_factor") or 1.0)
         self.shift = float(config.get("shift_factor") or 0.0)
 
     @torch.inference_mode()
     def encode(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Return a latent (C, h, w), drawn from the VAE's posterior of one picture (3, H, W) in -1 to 1."""
-        moments = self._run(lambda x: self.vae.encode(x).latent_dist.parameters, picture[None])
+        with self.hold():
+            moments = self._fitting(picture[None], picture[0].numel() / self.pixels, _ENCODE)
         mean, logvar = moments.float().cpu().chunk(2, dim=1)
         drawn = torch.randn(mean.shape, generator=generator)
         return ((mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * drawn)[0] - self.shift) * self.scale
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return pictures (B, 3, H, W), uint8 on the latents' device, and NaN rows as all-zero pictures (see `bad`)."""
-        pictures: list[torch.Tensor] = []
-        done = 0
-        while done < len(latents):
-            try:
-                pictures.append(self._decode(latents[done : done + self.batch]))
-            except torch.OutOfMemoryError:
-                if self.batch == 1:
-                    raise
-                self.batch //= 2
-                continue
-            done += len(pictures[-1])
-        return torch.cat(pictures)
+        """Return pictures (B, 3, H, W), values -1 to 1, of latents (B, C, h, w), on their device.
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        Raises torch.OutOfMemoryError when not even one of them fits in strips.
+        """
         if self.vae is None:
             return latents
-        return self._run(lambda z: self.vae.decode(z, return_dict=False)[0], latents / self.scale + self.shift)
+        z = latents / self.scale + self.shift
+        done: list[torch.Tensor] = []
+        with self.hold():
+            while (start := sum(map(len, done))) < len(z):
+                done.append(self._fitting(z[start:], z[0, 0].numel(), _DECODE))
+        return torch.cat(done)
 
-    def _run(self, call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def _fitting(self, x: torch.Tensor, each: float, ways: tuple[Call, Call]) -> torch.Tensor:
+        """Return what the VAE makes of the first of x (B, …), as many as memory allows; `each` is a latent's area."""
+        whole, strips = ways
+        while count := int(min(len(x), PICTURES, self.area / each)):
+            found = attempt(lambda part=x[:count]: self._run(whole, part))  # type: ignore[misc]
+            if found is not None:
+                return found
+            self.area = each * (count // 2 or 0.99)
+            how = f"{count // 2} at once" if count > 1 else "in strips"
+            log.warning("out of memory at %d pictures in the VAE: from now on %s", count, how)
+        found = attempt(lambda: self._run(strips, x[:1])) if can_strip(self.vae) else None
+        if found is None:
+            raise torch.OutOfMemoryError("out of memory in the VAE at one picture")
+        return found
+
+    def _run(self, call: Call, x: torch.Tensor) -> torch.Tensor:
         """Call the VAE in its own dtype, and once more in float32 for the rows that overflow in half precision."""
         with self._as_it_is() as dtype:
-            out = call(x.to(dtype)).float()
+            out = call(self.vae, x.to(dtype)).float()
             bad = ~torch.isfinite(out).flatten(1).all(dim=1) & torch.isfinite(x).flatten(1).all(dim=1)
             overflow = dtype != torch.float32 and bool(bad.any())  # waits: nothing reads the weights any more
         if overflow:
             with self._in_float32():
-                out[bad] = call(x[bad].float())
+                out[bad] = call(self.vae, x[bad].float())
         return out
 
     @contextlib.contextmanager
@@ -126,3 +150,8 @@ def condition(request: Request, width: int, height: int, latent: tuple[int, int,
 
 def _opened(image: Any) -> Image.Image:
     return image if isinstance(image, Image.Image) else read_image(image)
+
+
+# What a VAE is asked for, whole and in strips.
+_ENCODE: tuple[Call, Call] = (lambda vae, x: vae.encode(x).latent_dist.parameters, encode_in_strips)
+_DECODE: tuple[Call, Call] = (lambda vae, z: vae.decode(z, return_dict=False)[0], decode_in_strips)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from genkit.compiled import Compiled, compile_network
 from genkit.graphs import Call, Graphs
 from genkit.guidance import guide
+from genkit.outofmemory import in_parts
 
 SIZES = 6  # SDXL is told the height and width of the picture before and after cropping, and where it was cropped
 
@@ -19,11 +20,19 @@ class Denoiser:
     """A UNet as a function of rows, split into smaller calls when memory does not suffice.
 
     `limit` is the most rows a call may have; it halves when the device runs out of memory, and stays there.
-    graphs: record calls as CUDA graphs (for a UNet that stays on a CUDA device). compiled: compile meanwhile.
+    graphs: record calls as CUDA graphs, where the UNet's weights stay on a CUDA device. compiled: compile meanwhile.
     """
 
-    def __init__(self, unet: Any, *, graphs: bool = False, compiled: bool = False) -> None:
-        self.unet = unet
+    def __init__(
+        self,
+        unet: Any,
+        *,
+        graphs: bool = False,
+        compiled: bool = False,
+        float32: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        """float32: has a UNet compute in float32 for a while, for `in_float32` (Residency.float32)."""
+        self.unet, self._widened = unet, float32 or contextlib.nullcontext
         self.limit: int | None = None
         self.graphs = Graphs(self._plain) if graphs else None
         self.compiled = Compiled(lambda: compile_network(self.unet, network_call)) if compiled else None
@@ -37,15 +46,14 @@ class Denoiser:
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Run the network in float32 for a while; half-precision weights come back bit for bit."""
+        """Run the network in float32 for a while."""
         if self.compiled is not None:
             self.compiled.wait()  # it may share the weights
-        dtype, self._float32 = self.unet.dtype, True
+        self._float32 = True
         try:
-            self.unet.to(torch.float32)
-            yield
+            with self._widened(self.unet):
+                yield
         finally:
-            self.unet.to(dtype)
             self._float32 = False
             if self.graphs is not None:
                 self.graphs.reset()  # the weights lie elsewhere now
@@ -87,21 +95,10 @@ class Denoiser:
         self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None, added: torch.Tensor | None
     ) -> torch.Tensor:
         inputs = [i for i in (x, t, cond, added) if i is not None]
-        size = min(self.limit or len(x), len(x))
-        out: list[torch.Tensor] = []
-        done = 0
-        while done < len(x):
-            part = slice(done, done + size)
-            try:
-                out.append(self._call(*(i[part] for i in inputs)))
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                self.limit = size = size // 2
-                if x.is_cuda:
-                    torch.cuda.empty_cache()
-                continue
-            done += size
+        most = min(self.limit or len(x), len(x))
+        out, fitting = in_parts(len(x), most, lambda part: self._call(*(i[part] for i in inputs)), "rows")
+        if fitting < most:
+            self.limit = fitting
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:

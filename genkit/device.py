@@ -1,11 +1,13 @@
-"""Which device and dtype the networks run on, and how many images fit at once."""
+"""Which device and dtype the networks run on, and how much memory it has left."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError, nearest, shown
@@ -14,11 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
-          "bfloat16": "bfloat16", "bf16": "bfloat16"}  # fmt: skip
+          "bfloat16": "bfloat16", "bf16": "bfloat16", "int8": "int8"}  # fmt: skip
 ATTENTION = ("auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "sliced", "math")
 CPU_SLOTS = 16  # above 16 rows the CPU's caches are full: no more images a second, later first image
 CUDA_SLOTS = 32  # a row costs least from about 32 rows on
-CUDA_BYTES_PER_PIXEL = 2500  # activations of one guided half-precision row, per output pixel, with room to spare
 
 
 def check_device(device: str, dtype: str) -> None:
@@ -28,7 +29,8 @@ def check_device(device: str, dtype: str) -> None:
             f"--device: {shown(device)} is not auto, cpu, mps, cuda or cuda:N{nearest(device, ['cuda', 'cpu'])}"
         )
     if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"--dtype: {shown(dtype)} is not auto, float32, float16 or bfloat16{nearest(dtype, DTYPES)}")
+        hint = nearest(dtype, DTYPES)
+        raise InputError(f"--dtype: {shown(dtype)} is not auto, float32, float16, bfloat16 or int8{hint}")
     if device == "cpu" and DTYPES.get(dtype) == "float16":
         raise InputError("--dtype: float16 on a CPU overflows and is slow: use float32 or bfloat16")
 
@@ -60,14 +62,44 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
     return chosen, getattr(torch, DTYPES[dtype])
 
 
-def default_slots(device: torch.device, pixels: int) -> int:
-    """Return how many images of `pixels` output pixels to hold in flight on `device`."""
+def compute_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
+    """Return what a network computes in: the dtype itself, and where weights are stored as int8 the device's usual."""
     import torch
 
-    if device.type != "cuda":
-        return CPU_SLOTS
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(CUDA_SLOTS, int(free * 0.8) // (pixels * CUDA_BYTES_PER_PIXEL)))
+    if dtype != torch.int8:
+        return dtype
+    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that networks and their work may still take on `device`."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return host_memory()
+
+
+def host_memory() -> float:
+    """Return the bytes of RAM that a process may still take: what the system has, or its control group leaves."""
+    found = []
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):  # no Linux
+        if "SC_PHYS_PAGES" in os.sysconf_names:
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        used = int((group / "memory.current").read_text()) - int(cache)
+        found.append(int((group / "memory.max").read_text()) - used)
+    except (OSError, KeyError, ValueError):  # no group, or "max": no limit
+        pass
+    return float(min(found, default=math.inf))
 
 
 def reuse_memory() -> None:

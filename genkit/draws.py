@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 
@@ -86,6 +87,10 @@ class Draws:
             for k in range(r.max_images or r.num_images)
         )
         return Counter({key: times for key, times in found.items() if times > 1})
+
+    def upcoming(self, count: int) -> list[Request]:
+        """Return the next rows that images are drawn of, at most `count`."""
+        return [row.request for row in itertools.islice(self._next, count)]
 
     def has_next(self) -> bool:
         """Return whether `take` has an image to draw right now."""

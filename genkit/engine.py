@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from genkit.denoiser import Denoiser
+from genkit.outofmemory import attempt, log
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
@@ -58,15 +59,18 @@ class _Group:
         self.added: torch.Tensor | None = None
         self.unadded: torch.Tensor | None = None
 
-    def add(self, new: list[Trajectory]) -> None:
-        self.live += new
+    def add(self, new: list[Trajectory]) -> bool:
+        """Take in trajectories: all of them, or none where it raises."""
         x = torch.stack([t.latent for t in new]).to(self.device, torch.float32)
-        self.x = torch.cat([self.x, x])
-        self.history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
-        self.cond = self._extend(self.cond, [t.cond for t in new])
-        self.uncond = self._extend(self.uncond, [t.uncond for t in new])
-        self.added = self._extend(self.added, [t.added for t in new])
-        self.unadded = self._extend(self.unadded, [t.unadded for t in new])
+        history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
+        cond = self._extend(self.cond, [t.cond for t in new])
+        uncond = self._extend(self.uncond, [t.uncond for t in new])
+        added = self._extend(self.added, [t.added for t in new])
+        unadded = self._extend(self.unadded, [t.unadded for t in new])
+        self.x, self.history, self.cond, self.uncond = torch.cat([self.x, x]), history, cond, uncond
+        self.added, self.unadded = added, unadded
+        self.live += new
+        return True
 
     def _extend(self, old: torch.Tensor | None, new: list[torch.Tensor | None]) -> torch.Tensor | None:
         parts = [p.to(self.device) for p in new if p is not None]
@@ -101,10 +105,14 @@ class Engine:
     batch; with a network whose arithmetic does not depend on the batch, results are bitwise those of running alone.
     """
 
-    def __init__(self, denoiser: Denoiser, device: torch.device, slots: int) -> None:
-        self.denoiser, self.device, self.slots = denoiser, device, slots
+    def __init__(
+        self, denoiser: Denoiser, device: torch.device, slots: float, relieve: Callable[[], bool] = lambda: False
+    ) -> None:
+        """relieve: waits for other work on the device and returns whether there was any, when memory runs out."""
+        self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
         self.calls = 0  # network rows computed so far
         self._groups: dict[tuple[int, ...], _Group] = {}
+        self._waiting: list[Trajectory] = []  # taken, but there was no memory for them yet
 
     @property
     def live(self) -> int:
@@ -119,48 +127,65 @@ class Engine:
         says that nothing is in flight: one may then cost more. No trajectory then ends the run.
         """
         while True:
-            self._admit(take)
-            if not self.live:
+            ended = self._admit(take)
+            if not self.live and not ended and not self._waiting:
                 return
-            # The fullest shape goes first: most rows a call. Smaller groups grow until it is their turn.
-            ended = self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
+            if self.live:
+                # The fullest shape goes first: most rows a call. Smaller groups grow until it is their turn.
+                ended += self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
             self._groups = {shape: g for shape, g in self._groups.items() if g.live}
             if ended:
                 yield ended
 
-    def _admit(self, take: Take) -> None:
-        free = self.slots - sum(t.cost for g in self._groups.values() for t in g.live)
-        new = take(free, not self.live) if free > 0 else []
+    def halve(self, held: float) -> None:
+        """Hold at most half of `held` slots from now on: memory ran out at as many. One image is always let in."""
+        self.slots = min(self.slots, held) / 2
+        log.warning("out of memory at %g slots of images in flight: from now on %g", held, self.slots)
+
+    def _admit(self, take: Take) -> list[Trajectory]:
+        """Fill the free slots; return the trajectory that fails at that, alone as it is."""
         shapes: dict[tuple[int, ...], list[Trajectory]] = {}
-        for trajectory in new:
+        for trajectory in self._next(take):
             shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
-        for shape, trajectories in shapes.items():
-            if shape not in self._groups:
-                self._groups[shape] = _Group(shape, self.device)
-            self._groups[shape].add(trajectories)
+        failed: list[Trajectory] = []
+        for shape, new in shapes.items():
+            group = self._groups.get(shape) or _Group(shape, self.device)
+            if attempt(lambda g=group, t=new: g.add(t)):  # type: ignore[misc]
+                self._groups[shape] = group
+                continue
+            if len(new) == 1 and not self.live:
+                new[0].error = "out of memory"
+                failed += new
+            else:
+                self._waiting += new
+            self.halve(self._held + sum(t.cost for t in new))
+        return failed
+
+    @property
+    def _held(self) -> float:
+        return sum(t.cost for g in self._groups.values() for t in g.live)
+
+    def _next(self, take: Take) -> list[Trajectory]:
+        """Return trajectories for the free slots: those that had to wait before new ones."""
+        free = self.slots - self._held
+        if not self._waiting:
+            return take(free, not self.live) if free > 0 else []
+        new: list[Trajectory] = []
+        while self._waiting and (self._waiting[0].cost <= free or not (new or self.live)):
+            new.append(self._waiting.pop(0))
+            free -= new[-1].cost
+        return new
 
     def _tick(self, group: _Group) -> list[Trajectory]:
         """Advance every trajectory of `group` by one network call."""
         live = group.live
-        table = np.stack([t.plan.table[t.step] for t in live], axis=1).astype(np.float32)
-        rows = torch.from_numpy(table)[:, :, None, None, None].to(self.device, non_blocking=True)
-        try:
-            output = self.denoiser(
-                rows[COLUMN["c_in"]] * group.x,
-                rows[COLUMN["t"]].flatten(),
-                group.cond,
-                group.uncond,
-                torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
-                group.added,
-                group.unadded,
-            )
-        except torch.OutOfMemoryError:
+        noise = self._noise(live)  # once: its generators go on with each draw
+        if not attempt(lambda: self._advance(group, noise)) and not (
+            self.relieve() and attempt(lambda: self._advance(group, noise))
+        ):
             for trajectory in live:
                 trajectory.error = "out of memory"
             return group.remove_finished()
-        threshold = any(t.plan.threshold for t in live)
-        group.x, new = step(group.x, output, rows, group.history, self._noise(live), threshold)
-        group.history = torch.cat([new[None], group.history[:-1]])
         for i, trajectory in enumerate(live):
             trajectory.step += 1
             if trajectory.known is not None and trajectory.keep_mask is not None:
@@ -168,8 +193,28 @@ class Engine:
         self.calls += len(live)
         return group.remove_finished()
 
+    def _advance(self, group: _Group, noise: torch.Tensor | float) -> bool:
+        """Make one step of every trajectory; nothing is changed where it raises."""
+        live = group.live
+        table = np.stack([t.plan.table[t.step] for t in live], axis=1).astype(np.float32)
+        rows = torch.from_numpy(table)[:, :, None, None, None].to(self.device, non_blocking=True)
+        output = self.denoiser(
+            rows[COLUMN["c_in"]] * group.x,
+            rows[COLUMN["t"]].flatten(),
+            group.cond,
+            group.uncond,
+            torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
+            group.added,
+            group.unadded,
+        )
+        if isinstance(noise, torch.Tensor):
+            noise = noise.to(self.device, non_blocking=True)
+        x, new = step(group.x, output, rows, group.history, noise, any(t.plan.threshold for t in live))
+        group.x, group.history = x, torch.cat([new[None], group.history[:-1]])
+        return True
+
     def _noise(self, live: list[Trajectory]) -> torch.Tensor | float:
-        """Draw step noise, for each sample from its own generator and only where its row asks for it."""
+        """Draw step noise on the CPU, for each sample from its own generator and only where its row asks for it."""
         drawing = [bool(t.plan.draws[t.step]) for t in live]
         if not any(drawing):
             return 0.0
@@ -178,7 +223,7 @@ class Engine:
             torch.randn((1, *shape), generator=t.generator) if draws else torch.zeros((1, *shape))
             for t, draws in zip(live, drawing, strict=True)
         ]
-        return torch.cat(drawn).to(self.device, non_blocking=True)
+        return torch.cat(drawn)
 
 
 def _blend(x: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,14 +15,16 @@ import torch
 from genkit.codec import Codec, condition
 from genkit.cpu import suit_cpu
 from genkit.denoiser import Denoiser
-from genkit.device import check_attention, default_slots, pick_device
+from genkit.device import check_attention, pick_device
 from genkit.draws import Draws
 from genkit.engine import Trajectory
 from genkit.errors import InputError
 from genkit.guidance import guidance_scales
+from genkit.memory import Budget, away, budget_for, budget_of, check_memory
 from genkit.plans import plan_for, scheduler_options
 from genkit.processor import AttentionChoice, fuse_projections
 from genkit.request import Request, Result
+from genkit.residency import Residency
 from genkit.schedulers import Plan, Scheduler
 from genkit.settings import Geometry, Settings, settings
 from genkit.stream import Stream
@@ -49,7 +52,8 @@ class Generator:
     """The parts of a diffusion model, and the work that all call forms share.
 
     Parts are used as they are, on the device and in the dtype that they have; generators may share them.
-    scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read.
+    scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read. residency: what brings the
+    parts to the device, where they are not all there; budget: how much work at once fits beside them.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class Generator:
         folder: Path | None = None,
         compile: bool = False,
         attention: AttentionChoice | None = None,
+        residency: Residency | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
         self.scheduler = (
@@ -77,40 +83,59 @@ class Generator:
         if self.geometry.text != (text_encoder is not None) or (text_encoder is None) != (tokenizer is None):
             raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
         self.defaults, self.folder = defaults or {}, folder
-        self.codec = Codec(vae)
+        self.residency = residency or Residency(next(unet.parameters()).device)
+        self.budget = budget
+        self.most_slots: float | None = None  # that did not run out of memory, where more did
+        self.codec = Codec(vae, self.residency.add("vae", vae))
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.zero_empty = text_encoder_2 is not None and force_zeros_for_empty_prompt
         self.text: Any = None  # a TextEncoder, SDXL's TextEncoderPair, or nothing
+        hold = self.residency.add("text_encoder", text_encoder)
         if text_encoder_2 is not None:
-            first = TextEncoder(tokenizer, Penultimate(text_encoder))
-            self.text = TextEncoderPair(first, TextEncoder(tokenizer_2, Penultimate(text_encoder_2, pooled=True)))
+            other = self.residency.add("text_encoder_2", text_encoder_2)
+            first = TextEncoder(tokenizer, Penultimate(text_encoder), hold)
+            second = TextEncoder(tokenizer_2, Penultimate(text_encoder_2, pooled=True), other)
+            self.text = TextEncoderPair(first, second)
         elif text_encoder is not None:
-            self.text = TextEncoder(tokenizer, text_encoder)
+            self.text = TextEncoder(tokenizer, text_encoder, hold)
         self.attention = attention or AttentionChoice()
-        self.denoiser = Denoiser(unet, graphs=self.device.type == "cuda", compiled=compile)
+        self.residency.add("unet", unet)
+        steady = self.residency.steady  # a UNet that comes and goes can neither be recorded nor compiled
+        self.denoiser = Denoiser(
+            unet,
+            graphs=steady and self.device.type == "cuda",
+            compiled=steady and compile,
+            float32=self.residency.float32,
+        )
         self._plans: dict[str, Plan] = {}
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None,
-        compile: bool = False, attention: str = "auto",
+        compile: bool = False, attention: str = "auto", memory: str = "auto",
     ) -> Self:  # fmt: skip
         """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it.
 
         compile: torch.compile the UNet in the background, and go over to that when it is ready and faster.
         attention: a backend of `genkit env`; where that does not work, `.attention.notes` says why and what was taken.
+        memory: "high" keeps everything on the device, "low" takes the least, "auto" what fits. Raises HostError, before
+        anything is loaded, when not one image does.
         """
         from genkit.components import inspect_model, load_components
 
         check_attention(attention)
+        check_memory(memory)
         info = inspect_model(name, variant=variant)
         target, precision = pick_device(device, dtype)
-        parts = load_components(info, device=target, dtype=precision)
-        return cls.from_components(parts, compile=compile, attention=attention)
+        budget = budget_for(info, None, target, precision, memory)
+        parts = load_components(info, device=target, dtype=precision, in_ram=away(budget.level, info.parts))
+        return cls.from_components(parts, budget, compile=compile, attention=attention)
 
     @classmethod
-    def from_components(cls, parts: Components, *, compile: bool = False, attention: str = "auto") -> Self:
-        """Build a generator around loaded components, which are changed to run faster on the device they are on."""
+    def from_components(
+        cls, parts: Components, budget: Budget | None = None, *, compile: bool = False, attention: str = "auto"
+    ) -> Self:
+        """Build a generator around loaded components, which are changed to run faster where they are to work."""
         choice = AttentionChoice(attention)
         if parts.text_encoder_2 is not None and parts.vae.config.force_upcast and parts.vae.dtype == torch.float16:
             parts.vae.to(torch.float32)  # SDXL's first VAE overflows in float16 in every picture
@@ -119,8 +144,8 @@ class Generator:
                 continue
             if network.device.type == "cuda":  # no gain on a CPU
                 fuse_projections(network)
-            choice.apply(network)
-            if network.device.type == "cpu":
+            choice.apply(network, parts.device)
+            if parts.device.type == "cpu":
                 suit_cpu(network)
         return cls(
             unet=parts.unet,
@@ -136,6 +161,8 @@ class Generator:
             folder=parts.info.folder,
             compile=compile,
             attention=choice,
+            residency=Residency(parts.device, *([] if budget is None else [budget.level])),
+            budget=budget,
         )
 
     @classmethod
@@ -154,8 +181,8 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        return next(self.unet.parameters()).device
+        """Where the networks work."""
+        return self.residency.device
 
     def stream(
         self,
@@ -176,8 +203,11 @@ class Generator:
             for row in rows:
                 self.plan(row)
             requests = Draws(rows)
-        slots = slots or default_slots(self.device, self.geometry.width * self.geometry.height)
-        return Stream(self, requests, scorer, secrets.randbits(32) if seed is None else seed).run(slots)
+        if self.budget is None:
+            self.budget = budget_of(self.unet, self.vae, self.device)
+        self.codec.area = min(self.codec.area, self.budget.area)
+        most = min(slots or self.budget.slots, self.most_slots or math.inf)
+        return Stream(self, requests, scorer, secrets.randbits(32) if seed is None else seed).run(most)
 
     def settings(self, request: Request) -> Settings:
         """Return what the request comes to on this model; raises InputError where it does not fit."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +24,7 @@ from genkit.encoders import encoding
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.gallery import write_gallery
 from genkit.guidance import network_rows
+from genkit.memory import away, budget_for, check_memory, describe
 from genkit.metadata import texts
 from genkit.plans import is_tuned, plan_for, tuned_file
 from genkit.progress import Progress
@@ -59,6 +62,7 @@ class Options:
     attention: str = "auto"
     format: str = "png"  # webp, jpeg, jxl
     quality: int | None = None  # 1 to 100, of formats other than png; None: encoders.QUALITY
+    memory: str = "auto"  # high: everything on the device; low: as little as works; auto: what fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,13 @@ class Job:
             "model": self.info.name,
             "clip": None if self.clip is None else self.clip.name,
             "format": str(encoding(self.options.format, self.options.quality)),
+            **describe(self.info, self.clip, self.options, self.largest),
         }
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Width and height of the largest picture."""
+        return max(((r.width or 1, r.height or 1) for r in self.rows), key=lambda size: size[0] * size[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +129,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
+    memory: str = "auto",
     seed: int = 0,
     defaults: dict[str, Any] | None = None,
     quiet: bool = False,
@@ -134,7 +145,9 @@ def generate(
     anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
-    options = Options(model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention, format, quality)
+    options = Options(
+        model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention, format, quality, memory
+    )
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
         raise KeyboardInterrupt  # what is finished is saved: the same call goes on
@@ -148,6 +161,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     check_device(options.device, options.dtype)
     check_attention(options.attention)
     encoding(options.format, options.quality)
+    check_memory(options.memory)
     info = inspect_model(options.model, variant=options.variant)
     if info.kind == "clip":
         raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
@@ -246,11 +260,15 @@ def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
     before = (recorded or {}).get("binding", {})
     asked = {"device": job.options.device, "dtype": job.options.dtype}
     device, dtype = pick_device(*(before.get(key, "auto") if name == "auto" else name for key, name in asked.items()))
-    parts = load_components(job.info, device=device, dtype=dtype)
-    generator = Generator.from_components(parts, compile=job.options.compile, attention=job.options.attention)
+    o = job.options
+    budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest)
+    in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
+    parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)
+    generator = Generator.from_components(parts, budget, compile=o.compile, attention=o.attention)
     scorer = None
     if job.clip is not None:
-        scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype))
+        scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype, in_ram=in_ram))
+        scorer.texts.hold = generator.residency.add("clip", scorer.model)
     return generator, scorer
 
 
@@ -270,9 +288,11 @@ def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] |
             binding[key] = recorded["binding"].get(key) if asked == "auto" else asked
         return {"binding": binding, "info": recorded["info"]}
     assert loaded is not None
+    from genkit.components.int8 import is_8_bit
+
     generator = loaded[0]
     binding["device"] = generator.device.type
-    binding["dtype"] = str(generator.unet.dtype).removeprefix("torch.")
+    binding["dtype"] = "int8" if is_8_bit(generator.unet) else str(generator.unet.dtype).removeprefix("torch.")
     return {"binding": binding, "info": {**_versions(), "attention": generator.attention.text}}
 
 
@@ -293,13 +313,16 @@ def _versions() -> dict[str, Any]:
 def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any, Any]) -> int:
     """Draw what is missing; return 0, or the exit code of the signal that stopped it."""
     generator, scorer = parts
+    note = generator.budget.line(generator.device, job.options.memory)
+    if note:
+        progress.say(note)
     writers = _Writers(run, job)
     gates = {r.id: Expression(r.gate, labels=r.labels) for r in job.rows if r.gate is not None}
     stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
     said = list(generator.attention.notes)
     for note in said:
         progress.say(note)
-    with _Signals() as signals:
+    with _Signals() as signals, _notes(progress):
         try:
             signals.armed = True
             for result in stream:
@@ -325,6 +348,18 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
     for prompt in sorted(text.truncated if text is not None else ()):
         progress.say(f"prompt longer than the model reads, its end had no say: {prompt[:80]}")
     return stopped
+
+
+@contextlib.contextmanager
+def _notes(progress: Progress) -> Iterator[None]:
+    """Say beside the progress what parts of genkit log, say that memory ran out and what is done about it."""
+    handler, log = logging.Handler(), logging.getLogger("genkit")
+    handler.emit = lambda record: progress.say(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 class _Writers:

@@ -91,12 +91,16 @@ class AttentionChoice:
         self.chosen: dict[str, str] = {}  # "self 40" -> backend
         self._refused: dict[str, str] = {}  # … -> why not the one asked for
 
-    def apply(self, network: Any) -> None:
-        """Have the attention modules of `network` use what suits its device and dtype; the others stay as they are."""
+    def apply(self, network: Any, device: torch.device | None = None) -> None:
+        """Have the attention modules of `network` use what suits its dtype and device; the others stay as they are.
+
+        device: where it is to work, if that is not where its weights are.
+        """
+        device = device or network.device
         modules = _plain_modules(network)
-        guided = network.device.type == "cpu" and any(module.is_cross_attention for module in modules)
+        guided = device.type == "cpu" and any(module.is_cross_attention for module in modules)
         for module in modules:
-            name = self._choose(network, module.inner_dim // module.heads, module.is_cross_attention)
+            name = self._choose(device, network.dtype, module.inner_dim // module.heads, module.is_cross_attention)
             share = guided and not module.is_cross_attention
             module.set_processor(Processor(name, network.dtype, self.notes, share))
             guided = guided and not share
@@ -104,7 +108,7 @@ class AttentionChoice:
             kinds, reason = ", ".join(self._refused), next(iter(self._refused.values()))
             instead = ", ".join(dict.fromkeys(self.chosen[kind] for kind in self._refused))
             self.notes[:] = [f"--attention {self.asked}: {reason}; {instead} in its place (heads: {kinds})"]
-        if network.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.empty_cache()  # what the probes took is free again
 
     @property
@@ -116,9 +120,9 @@ class AttentionChoice:
         found = "; ".join(f"{name}: {', '.join(kinds)}" for name, kinds in backends.items())
         return "; ".join([found or "as diffusers has it", *self.notes])
 
-    def _choose(self, network: Any, width: int, cross: bool) -> str:
+    def _choose(self, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> str:
         kind = f"{'cross' if cross else 'self'} {width}"
-        self.chosen[kind], reason = choose(self.asked, network.device, network.dtype, width, cross)
+        self.chosen[kind], reason = choose(self.asked, device, dtype, width, cross)
         if reason is not None:
             self._refused[kind] = reason
         return self.chosen[kind]

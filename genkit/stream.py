@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,15 @@ from genkit.draws import Draws
 from genkit.engine import Engine, Trajectory
 from genkit.errors import InputError
 from genkit.graphs import RECORDING
+from genkit.memory import PICTURES
+from genkit.outofmemory import attempt
 from genkit.request import Request, Result
 
 if TYPE_CHECKING:
     from genkit import generators
     from genkit.scoring.clip import ClipScorer
 
+AHEAD = 256  # rows whose prompts are embedded together where the text encoder does not stay on the device
 PENDING = 2  # batches of finished latents that may wait for decoding before denoising waits for them
 FLAT = 2  # a picture whose channels each stay within so many of 255 levels shows nothing
 
@@ -44,27 +47,41 @@ class Stream:
         self.shared: list[Trajectory] = []  # … for those that came after it
         self.ready: list[Trajectory] = []  # ended, and to be decoded
         self.starved = False  # slots are free and nothing is there to draw
-        self.half = next(generator.unet.parameters()).dtype != torch.float32
+        self.half = generator.unet.dtype != torch.float32
 
-    def run(self, slots: int) -> Iterator[Result]:
+    def run(self, slots: float) -> Iterator[Result]:
         """Yield the results as they finish. Gated rows may draw again after theirs: it goes round until none does."""
         cuda = self.generator.device.type == "cuda"
         # On a GPU a second thread, with a stream of its own, hides decoding and scoring behind denoising. A CPU has no
         # idle part to hide them in: two torch threads only fight over the same cores.
-        pool = ThreadPoolExecutor(1, "genkit-decode") if cuda else None
-        engine = Engine(self.generator.denoiser, self.generator.device, slots)
+        pool = ThreadPoolExecutor(1, "genkit-decode") if cuda and self.generator.residency.steady else None
+        self.engine = engine = Engine(self.generator.denoiser, self.generator.device, slots, self._relieve)
         try:
             progress = True
             while progress:
                 progress = yield from self._pass(engine, self._draw, pool)
                 if self.again:
-                    with self._float32():
-                        progress |= yield from self._pass(
-                            engine, lambda: self.again.popleft() if self.again else None, pool
-                        )
+                    progress |= yield from self._again(engine, pool)
         finally:
+            if engine.slots < slots:
+                self.generator.most_slots = engine.slots
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
+
+    def _again(self, engine: Engine, pool: ThreadPoolExecutor | None) -> Generator[Result, None, bool]:
+        """Redo in float32 what came out as NaN; where that takes too much memory, it stays a NaN."""
+        with contextlib.ExitStack() as stack:
+            widened = attempt(lambda: stack.enter_context(self._float32()) or True)
+            if not widened:
+                self.results += [_result(draw, "failed", "nan", {"nan": True}) for draw in self.again]
+                self.again.clear()
+            return (yield from self._pass(engine, lambda: self.again.popleft() if self.again else None, pool))
+
+    def _relieve(self) -> bool:
+        """Wait for the decoding under way; return whether there was any."""
+        busy = [future for future in self.pending if not future.done()]
+        wait(busy)
+        return bool(busy)
 
     def _pass(
         self, engine: Engine, draw: Callable[[], Draw | None], pool: ThreadPoolExecutor | None
@@ -99,13 +116,26 @@ class Stream:
                 if cost > free and (started or not alone):
                     self.held = drawn
                     break
-                started.append(self.generator.begin(*drawn))
-                free -= cost
+                self._embed_ahead(drawn[0])
+                trajectory = attempt(lambda d=drawn: self.generator.begin(*d))  # type: ignore[misc]
             except InputError as error:  # say, an init picture that is gone by now
-                same = self.waiting.pop((drawn[0].drawing(), drawn[2]), [])
-                self.results += [_result(d, "failed", str(error)) for d in (drawn, *same)]
+                self._fail(drawn, str(error))
+                continue
+            if trajectory is not None:
+                started.append(trajectory)
+                free -= cost
+            elif started or not alone:
+                self.held = drawn
+                self.engine.halve(self.engine.slots - free + cost)
+                break
+            else:
+                self._fail(drawn, "out of memory")
         self.starved = free > 0 and not self.held
         return started
+
+    def _fail(self, drawn: Draw, reason: str) -> None:
+        same = self.waiting.pop((drawn[0].drawing(), drawn[2]), [])
+        self.results += [_result(d, "failed", reason) for d in (drawn, *same)]
 
     def _repeats(self, drawn: Draw) -> bool:
         """Whether an identical image is under way or has ended; this one then needs no drawing of its own."""
@@ -137,31 +167,38 @@ class Stream:
         shared, self.shared = self.shared, []
         return shared
 
-    def _submit(self, pool: ThreadPoolExecutor | None, everything: bool = False) -> None:
-        """Hand what has ended to be decoded, one shape at a time.
+    def _embed_ahead(self, request: Request) -> None:
+        """Embed the prompts of many rows at once where the text encoder has to be fetched for it."""
+        text = self.generator.text
+        if text is None or self.generator.residency.resident:
+            return
+        if not text.knows((request.prompt, request.negative_prompt)):
+            rows = [request, *self.draws.upcoming(AHEAD)]
+            attempt(lambda: text([prompt for row in rows for prompt in (row.prompt, row.negative_prompt)]))
 
-        A GPU decodes several pictures for less than as many times one: there, `ready` gathers them while all slots are
-        taken.
+    def _submit(self, pool: ThreadPoolExecutor | None, everything: bool = False) -> None:
+        """Have what has ended decoded, each latent shape by itself.
+
+        `ready` gathers some first where several pictures are decoded for less than as many times one, on a GPU while
+        its slots are taken, and where the UNet has to make room for the VAE.
         """
+        steady = self.generator.residency.steady
         shapes: dict[tuple[int, ...], list[Trajectory]] = {}
         for trajectory in self.ready:
             shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
         self.ready = []
         for ended in shapes.values():
-            if pool is None or everything or self.starved or len(ended) >= self.generator.codec.batch:
-                self._decode(ended, pool)
-            else:
+            patient = not (pool is None or self.starved) if steady else True
+            if patient and not everything and len(ended) < PICTURES:
                 self.ready += ended
-
-    def _decode(self, ended: list[Trajectory], pool: ThreadPoolExecutor | None) -> None:
-        if pool is not None:
-            event = torch.cuda.Event()
-            event.record()
-            self.pending.append(pool.submit(self._finish_on_gpu, ended, event))
-            return
-        done: Future[list[Result]] = Future()
-        done.set_result(self._finish(ended))
-        self.pending.append(done)
+            elif pool is not None:
+                event = torch.cuda.Event()
+                event.record()
+                self.pending.append(pool.submit(self._finish_on_gpu, ended, event))
+            else:
+                done: Future[list[Result]] = Future()
+                done.set_result(self._finish(ended))
+                self.pending.append(done)
 
     def _completed(self, waiting: int) -> Iterator[Result]:
         """Yield the results of finished batches, in order, until no more than `waiting` are under way."""
@@ -194,13 +231,13 @@ class Stream:
                 results.append(_result(trajectory.tag, "failed", "nan", {"nan": True}, trajectory.began))
         if not whole:
             return results
-        try:
-            pictures, bad = quantise(self.generator.codec.decode(torch.stack([t.latent for t in whole])))
-        except torch.OutOfMemoryError:
+        decoded = attempt(lambda: quantise(self.generator.codec.decode(torch.stack([t.latent for t in whole]))))
+        scores = None if decoded is None else attempt(lambda: self._score(whole, decoded[0]))
+        if decoded is None or scores is None:
             return results + [_result(t.tag, "failed", "out of memory", since=t.began) for t in whole]
+        pictures, bad = decoded
         spread = pictures.amax(dim=(2, 3)).int() - pictures.amin(dim=(2, 3)).int()
         flat = (spread <= FLAT).all(dim=1).tolist()
-        scores = self._score(whole, pictures)
         for k, pixels in enumerate(pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
             t = whole[k]
             found = {"nan": bad[k], "flat": flat[k]}

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from genkit.memory import CLIP_BATCH
+from genkit.outofmemory import in_parts
+from genkit.residency import Hold
+
 CACHED_PROMPTS = 4096  # 77 x 768 in half precision is 118 kB: half a gigabyte at the very most
-BATCH = 32
 
 
 class TextEncoder:
     """A tokenizer and a CLIP text model, with the embeddings of the prompts it has seen.
 
-    `truncated` holds the prompts that were longer than the model reads: their ends had no say in the picture.
+    `truncated` holds the prompts that were longer than the model reads: their ends had no say in the picture. hold:
+    what the model is to be held with while it works (genkit.residency). batch: prompts a call; halves when memory runs
+    out.
     """
 
-    def __init__(self, tokenizer: Any, model: Any) -> None:
-        self.tokenizer, self.model = tokenizer, model
+    def __init__(self, tokenizer: Any, model: Any, hold: Hold = contextlib.nullcontext) -> None:
+        self.tokenizer, self.model, self.hold = tokenizer, model, hold
+        self.batch = CLIP_BATCH
         self.truncated: set[str] = set()
         self._seen: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @torch.inference_mode()
     def __call__(self, prompts: Iterable[str]) -> list[torch.Tensor]:
-        """Return an embedding of shape (tokens, width) for each prompt."""
+        """Return an embedding of shape (tokens, width) for each prompt; in RAM where the model is a guest."""
         prompts = list(prompts)
         new = [p for p in dict.fromkeys(prompts) if p not in self._seen]
         found = {p: self._seen[p] for p in prompts if p in self._seen}
-        for i in range(0, len(new), BATCH):
-            found |= dict(zip(new[i : i + BATCH], self._encode(new[i : i + BATCH]), strict=True))
+        if new:
+            with self.hold():
+                parts, self.batch = in_parts(len(new), self.batch, lambda part: self._encode(new[part]), "prompts")
+            guest = self.hold is not contextlib.nullcontext  # what it made is to leave room as well
+            found |= dict(zip(new, (row for part in parts for row in (part.cpu() if guest else part)), strict=True))
         for prompt in found:
             self._seen[prompt] = found[prompt]
             self._seen.move_to_end(prompt)
@@ -38,7 +48,11 @@ class TextEncoder:
             self._seen.popitem(last=False)
         return [found[p] for p in prompts]
 
-    def _encode(self, prompts: list[str]) -> list[torch.Tensor]:
+    def knows(self, prompts: Iterable[str]) -> bool:
+        """Whether the embeddings of all these prompts are at hand."""
+        return all(p in self._seen for p in prompts)
+
+    def _encode(self, prompts: list[str]) -> torch.Tensor:
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         full = self.tokenizer(prompts, truncation=False)["input_ids"]
@@ -49,7 +63,7 @@ class TextEncoder:
             if getattr(self.model.config, "use_attention_mask", False)
             else None
         )
-        return list(self.model(ids.input_ids.to(self.model.device), attention_mask=mask)[0])
+        return self.model(ids.input_ids.to(self.model.device), attention_mask=mask)[0]
 
 
 class TextEncoderPair:
@@ -60,6 +74,10 @@ class TextEncoderPair:
 
     def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
         self.first, self.second = first, second
+
+    def knows(self, prompts: Iterable[str]) -> bool:
+        """Return whether these prompts need no encoding any more."""
+        return self.first.knows(prompts) and self.second.knows(prompts)
 
     @property
     def truncated(self) -> set[str]:

@@ -10,10 +10,13 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from genkit import ClipScorer, ImageToImage, Request, TextToImage, Unconditional, generate
+from genkit import ClipScorer, ImageToImage, Request, TextToImage, Unconditional, generate, generators
 from genkit.attention import BACKENDS, probe
+from genkit.codec import Codec
+from genkit.components import inspect_model, load_components
+from genkit.memory import LEVELS, Budget
 from tests.check_run import check_run
-from tests.tiny import tiny_ddpm, tiny_stable_diffusion
+from tests.tiny import random_sd15, tiny_ddpm, tiny_stable_diffusion
 
 pytestmark = [
     pytest.mark.cuda,
@@ -176,3 +179,75 @@ def test_a_picture_that_overflows_while_others_are_encoded(tmp_path: Path) -> No
             decoded.result()
     after = gen.vae.state_dict()
     assert gen.vae.dtype == torch.float16 and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_sd15(tmp_path_factory.mktemp("sd15"))
+
+
+def peak_of_one_image(folder: Path, memory: str) -> tuple[float, Budget]:
+    """Return the most bytes that torch held from before loading to the finished 512x512 image, and what was planned."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gen = TextToImage.from_pretrained(folder, memory=memory)
+    request = Request(id="0", prompt="a fox", seed=0, num_inference_steps=3, guidance_scale=7.5)
+    results = list(gen.stream([request], slots=1))  # random weights draw nothing, maybe one colour
+    assert len(results) == 1 and results[0].reason != "out of memory"
+    assert gen.budget is not None
+    return torch.cuda.max_memory_allocated() - before, gen.budget
+
+
+def test_one_image_of_stable_diffusion_in_less_than_2_5_gb(sd15: Path) -> None:
+    found, budget = peak_of_one_image(sd15, "low")
+    assert found < 2.5e9
+    assert found < 1.15 * budget.peak, "no more than was said"
+    high, _ = peak_of_one_image(sd15, "high")
+    assert found < high
+
+
+def test_layer_by_layer_it_takes_a_fraction(sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generators, "budget_for", lambda *_: Budget("layers", 1, 0, 1.5e9, 8e10))
+    found, _ = peak_of_one_image(sd15, "low")
+    assert found < 1.0e9
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_every_level_draws_the_same_pictures(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    pictures = {}
+    for level in LEVELS:
+        monkeypatch.setattr(generators, "budget_for", lambda *_, level=level: Budget(level, 2, 1e9, 1e9, 1e10))
+        gen = TextToImage.from_pretrained("emoji", dtype=dtype)
+        assert (gen.denoiser.graphs is not None) == (level in LEVELS[:2])
+        pictures[level] = {r.id: r.pixels.astype(int) for r in gen.stream(requests())}
+    for level in LEVELS[1:]:
+        for key, picture in pictures[level].items():
+            assert np.abs(picture - pictures[LEVELS[0]][key]).max() <= 2, (level, key)
+
+
+def test_weights_wait_in_pinned_memory_and_nothing_is_there_twice() -> None:
+    info = inspect_model("emoji")
+    parts = load_components(info, device="cuda", dtype=torch.float16, in_ram=("vae",))
+    assert all(w.is_pinned() for w in parts.vae.parameters()) and parts.unet.device.type == "cuda"
+    del parts
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    parts = load_components(info, device="cuda", dtype=torch.float16)
+    size = torch.cuda.memory_allocated() - before
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * size
+    del parts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_strips_are_the_whole_picture(dtype: torch.dtype) -> None:
+    vae = load_components(inspect_model("emoji"), device="cuda", dtype=dtype).vae
+    z = torch.randn(1, 8, 64, 64, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    torch.cuda.reset_peak_memory_stats()
+    whole = Codec(vae).decode(z)
+    most = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    strips = Codec(vae, area=0).decode(z)
+    assert torch.cuda.max_memory_allocated() < most
+    assert (whole.clamp(-1, 1) - strips.clamp(-1, 1)).abs().mean() * 127.5 < (0.5 if dtype == torch.float16 else 0.01)

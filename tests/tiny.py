@@ -11,6 +11,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -128,6 +129,59 @@ def tiny_sdxl(folder: Path, **index: Any) -> Path:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     return _index(folder, "StableDiffusionXLPipeline", {**parts, **index})
+
+
+def random_sd15(folder: Path) -> Path:
+    """Write a folder of Stable Diffusion 1.5's shapes with random half-precision weights (2.1 GB), emoji tokenizer."""
+    blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    text: dict[str, Any] = {
+        **TOKENS,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    }
+    with torch.device("meta"):
+        networks = {
+            "unet": UNet2DConditionModel(
+                sample_size=64,
+                down_block_types=blocks[0],
+                up_block_types=blocks[1],
+                cross_attention_dim=768,
+                attention_head_dim=8,
+            ),
+            "vae": AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                sample_size=512,
+            ),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
+        }
+    generator = torch.Generator().manual_seed(0)
+    for name, network in networks.items():
+        network.config.save_pretrained(folder / name) if name == "text_encoder" else network.save_config(folder / name)
+        weights = {
+            key: torch.empty(w.shape).normal_(1.0 if "norm" in key else 0.0, 0.02, generator=generator).half()
+            for key, w in network.state_dict().items()
+            if w.is_floating_point()
+        }
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        save_file(weights, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+    _copy_tokenizer(folder / "tokenizer")
+    _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    parts = {
+        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **{key: [None, None] for key in ("feature_extractor", "image_encoder", "safety_checker")},
+        "requires_safety_checker": False,
+    }
+    return _index(folder, "StableDiffusionPipeline", parts)
 
 
 def tiny_ddpm(folder: Path, scheduler: str = "DDPMScheduler") -> Path:

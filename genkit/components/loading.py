@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
 from genkit.components.weights import Tensor, check_shapes
+from genkit.device import compute_dtype
 from genkit.errors import InputError, shown
 from genkit.files import place
 
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """The loaded parts of a model, in eval mode and without gradients; None is a part that it does not have."""
+    """The loaded parts of a model, in eval mode and without gradients; None is a part that it does not have.
+
+    device: where they are to work; those that were asked for in RAM are not there yet.
+    """
 
     info: ModelInfo
+    device: torch.device
     unet: Any = None
     vae: Any = None
     text_encoder: Any = None
@@ -35,19 +40,33 @@ class Components:
     scheduler: Scheduler | None = None
 
 
-def load_components(info: ModelInfo, *, device: torch.device | str, dtype: torch.dtype) -> Components:
+def load_components(
+    info: ModelInfo, *, device: torch.device | str, dtype: torch.dtype, in_ram: Collection[str] = ()
+) -> Components:
     """Load what `inspect_model` found, on `device` and in `dtype`: the same numbers as from_pretrained reads.
 
-    Raises InputError, before memory is taken, for a weight that the network lacks, has not, or has in another shape;
-    and afterwards for weights that are all zero, or not finite in `dtype`.
+    dtype: torch.int8 stores the UNet's weights in 8 bits, and everything computes in the device's usual precision.
+    in_ram: parts that are to wait in RAM, pinned where a GPU will fetch them. Raises InputError, before memory is
+    taken, for a weight that the network lacks, has not, or has in another shape; and afterwards for weights that are
+    all zero, or not finite in `dtype`.
     """
+    import torch
+
+    from genkit.components.int8 import store_in_8_bits
     from genkit.schedulers import Scheduler
 
+    target, cpu = torch.device(device), torch.device("cpu")
     networks = {name: _build(part) for name, part in info.parts.items()}  # all are checked before any is read
     for name, network in networks.items():
-        _fill(network, info.parts[name], device, dtype)
+        stored = dtype == torch.int8 and name == "unet"
+        home = cpu if name in in_ram or stored else target  # what is stored in 8 bits need never be there in 16
+        _fill(network, info.parts[name], home, compute_dtype(target, dtype), pinned=name in in_ram and not stored)
+        if stored:
+            store_in_8_bits(network)
+            network.to(cpu if name in in_ram else target)
     return Components(
         info=info,
+        device=target,
         tokenizer=_load_tokenizer(info.tokenizer, _text_config(info)),
         tokenizer_2=_load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
         scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None,
@@ -72,14 +91,15 @@ def _build(part: Part) -> Any:
     return network
 
 
-def _fill(network: Any, part: Part, device: torch.device | str, dtype: torch.dtype) -> None:
+def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *, pinned: bool) -> None:
     """Read the weights of `part` into `network`."""
     from safetensors import SafetensorError
 
+    place_on = _placer(device, dtype, pinned)
     weights: dict[str, Any] = {}
     for file in part.files:
         try:
-            weights |= _read(file, {n: t for n, t in part.tensors.items() if t.file == file}, device, dtype)
+            weights |= _read(file, {n: t for n, t in part.tensors.items() if t.file == file}, device, place_on)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{place(file)}: {shown(str(error), 200)}") from None
     _check_values(weights, part.tensors, dtype)
@@ -87,13 +107,29 @@ def _fill(network: Any, part: Part, device: torch.device | str, dtype: torch.dty
     network.to(device).eval().requires_grad_(False)
 
 
-def _read(file: Path, tensors: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+def _read(
+    file: Path, tensors: Mapping[str, Tensor], device: torch.device, place_on: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """Return the weights of one file. One at a time: at no moment is anything there twice."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt", device=str(device)) as weights:
-        found = {name: weights.get_tensor(tensor.key) for name, tensor in tensors.items()}
-        # A copy, whatever the dtype: a view of the file would change, or crash, with the file.
-        return {n: w.to(dtype=dtype if w.is_floating_point() else w.dtype, copy=True) for n, w in found.items()}
+        return {name: place_on(weights.get_tensor(tensor.key)) for name, tensor in tensors.items()}
+
+
+def _placer(device: torch.device, dtype: torch.dtype, pinned: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what turns a weight as read into one of `dtype` in memory of its own.
+
+    On the CPU that is a copy, whatever the dtype: a view of the file would change, or crash, with the file.
+    """
+    import torch
+
+    def wanted(weight: torch.Tensor) -> torch.dtype:
+        return dtype if weight.is_floating_point() else weight.dtype
+
+    if pinned and torch.cuda.is_available():
+        return lambda w: torch.empty(w.shape, dtype=wanted(w), pin_memory=True).copy_(w)
+    return lambda w: w.to(dtype=wanted(w), copy=device.type == "cpu")
 
 
 def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate, normalize
 
 from genkit.device import pick_device
 from genkit.errors import InputError
+from genkit.outofmemory import in_parts
 from genkit.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from genkit.components import Components
 
-BATCH = 32
 # A label's direction is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
 TEMPLATES = ("{}", "a picture of {}", "a photo of {}", "an emoji of {}")
 
@@ -36,6 +36,7 @@ class ClipScorer:
     def __init__(self, model: Any, tokenizer: Any, preprocessor: dict[str, Any], name: str = "custom") -> None:
         self.model, self.name = model, name
         self.texts = TextEncoder(tokenizer, _TextHead(model))
+        self.batch = self.texts.batch  # pictures a call; halves when memory runs out
         size, crop = preprocessor.get("size", 224), preprocessor.get("crop_size", 224)
         self.shortest = size if isinstance(size, int) else size.get("shortest_edge")
         self.exact = None if self.shortest else (size["height"], size["width"])
@@ -69,7 +70,8 @@ class ClipScorer:
         prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(prompts) != len(images):
             raise InputError(f"prompts: {len(prompts)} for {len(images)} images; give one for each, or one for all")
-        return (self.embed_images(images) * self.embed_texts(prompts)).sum(dim=1).tolist()
+        embedded = self.embed_images(images)
+        return (embedded * self.embed_texts(prompts).to(embedded.device)).sum(dim=1).tolist()
 
     def classify(
         self, images: Any, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
@@ -88,7 +90,7 @@ class ClipScorer:
         A picture without a prompt has no "clip", one without labels no "p".
         """
         embedded = self.embed_images(images)
-        texts = self.embed_texts(prompts)
+        texts = self.embed_texts(prompts).to(embedded.device)
         found: list[dict[str, Any]] = []
         for image, text, prompt, names in zip(embedded, texts, prompts, labels, strict=True):
             scores: dict[str, Any] = {"clip": round(float(image @ text), 6)} if prompt else {}
@@ -101,8 +103,11 @@ class ClipScorer:
     @torch.inference_mode()
     def embed_images(self, images: Any) -> torch.Tensor:
         """Return unit embeddings, float32, of shape (B, width)."""
-        parts = [self._embed(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-        return torch.cat(parts) if parts else torch.empty(0, 0)
+        if not len(images):
+            return torch.empty(0, 0)
+        with self.texts.hold():
+            parts, self.batch = in_parts(len(images), self.batch, lambda part: self._embed(images[part]), "pictures")
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -113,8 +118,9 @@ class ClipScorer:
         self, embedded: torch.Tensor, labels: Sequence[str], templates: Sequence[str]
     ) -> list[list[float]]:
         each = self.embed_texts([t.format(label) for label in labels for t in templates])
-        directions = normalize(each.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
-        return (self.model.logit_scale.exp().float() * embedded @ directions.T).softmax(dim=-1).tolist()
+        directions = normalize(each.view(len(labels), len(templates), -1).mean(dim=1), dim=-1).to(embedded.device)
+        scale = float(self.model.logit_scale.exp())
+        return (scale * embedded @ directions.T).softmax(dim=-1).tolist()
 
     def _embed(self, images: Any) -> torch.Tensor:
         if isinstance(images, torch.Tensor):
