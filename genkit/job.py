@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from genkit.components import inspect_model, load_components, weight_hashes
 from genkit.components.weights import sha256
 from genkit.device import CPU_SLOTS, DTYPES, check_attention, check_device, pick_device, usable_cores
 from genkit.draws import Draws
+from genkit.embeddings import Store
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.gallery import write_gallery
 from genkit.guidance import network_rows
@@ -28,7 +30,10 @@ from genkit.prompts import read_prompts
 from genkit.request import Request, Result
 from genkit.run import Run, read_config
 from genkit.schedulers import Plan, Scheduler
-from genkit.scoring.gates import Expression
+from genkit.scoring.aesthetic import Head, check_head
+from genkit.scoring.gates import Expression, check_row
+from genkit.scoring.names import known_scores
+from genkit.scoring.plugins import Plugin, find_scorers
 from genkit.selection import decide, passes, write_selection
 from genkit.settings import Geometry, settings
 
@@ -52,6 +57,8 @@ class Options:
     quiet: bool = False
     compile: bool = False
     attention: str = "auto"
+    aesthetic: str | None = None  # a safetensors file with a head over CLIP embeddings
+    scorers: tuple[Any, ...] = ()  # names of installed ones, or functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Job:
     info: ModelInfo
     clip: ModelInfo | None
     calls: int  # network rows for all images that will certainly be drawn
+    scorers: list[Plugin] = dataclasses.field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
@@ -116,14 +124,19 @@ def generate(
     quiet: bool = False,
     compile: bool = False,
     attention: str = "auto",
+    aesthetic: str | None = None,
+    scorers: Sequence[Any] = (),
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
-    defaults: fields (num_inference_steps, guidance_scale, …) for rows that do not state them. Raises InputError, before
-    anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
+    defaults: fields (num_inference_steps, guidance_scale, …) for rows that do not state them. aesthetic: a file with
+    a head over CLIP embeddings. scorers: names of installed ones, or functions (scoring/plugins.py). Raises InputError,
+    before anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
-    options = Options(model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention)
+    options = Options(
+        model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention, aesthetic, tuple(scorers)
+    )
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
         raise KeyboardInterrupt  # what is finished is saved: the same call goes on
@@ -143,6 +156,14 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     clip = None if clip_name == "none" else inspect_model(clip_name)
     if clip is not None and clip.kind != "clip":
         raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
+    if options.aesthetic is not None and clip is None:
+        raise InputError("--aesthetic: is a head over CLIP embeddings, and there is no CLIP model: give --clip")
+    if options.aesthetic is not None and clip is not None:
+        check_head(Path(options.aesthetic), clip.configs["clip"]["projection_dim"])
+    scorers = find_scorers(options.scorers)
+    computed = known_scores(
+        clip is not None, options.aesthetic is not None, [name for plugin in scorers for name in plugin.names]
+    )
     geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
     scheduler = Scheduler.from_config(info.scheduler_config)
     plans: dict[str, Plan] = {}
@@ -154,11 +175,13 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             row = given.filled({"id": f"{number:06d}", **defaults})
             row = _complete(row, geometry, info.defaults)
             calls += row.num_images * _calls_for(row, scheduler, plans, info.folder)
-            _check_scores(row, clip)
+            check_row(row.gate, row.rank_by, row.labels, computed)
+            if row.labels is not None and clip is None:
+                raise InputError("labels: need a CLIP model, and there is none: give --clip")
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
-    return Job(filled, options, info, clip, calls)
+    return Job(filled, options, info, clip, calls, scorers)
 
 
 def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:
@@ -179,18 +202,6 @@ def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folde
     if key not in plans:
         plans[key] = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
     return network_rows(plans[key], guidance, row.guidance_interval)
-
-
-def _check_scores(row: Request, clip: ModelInfo | None) -> None:
-    """Refuse a row that decides on, or asks for, scores which nothing will compute."""
-    if clip is not None:
-        return
-    for field in ("gate", "rank_by"):
-        text = getattr(row, field)
-        if text is not None and Expression(text, labels=row.labels).needs_scorer:
-            raise InputError(f"{field}: {text!r} needs a CLIP model, and there is none: give --clip")
-    if row.labels is not None:
-        raise InputError("labels: need a CLIP model, and there is none: give --clip")
 
 
 def run_job(job: Job, out: Path) -> Summary:
@@ -227,19 +238,22 @@ def run_job(job: Job, out: Path) -> Summary:
 
 
 def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
-    """Return (generator, scorer or None), on the device and in the dtype of the run's first start when it has one."""
+    """Return (generator, panel of scorers), on the device and in the dtype of the run's first start when it has one."""
     from genkit.generators import Generator
     from genkit.scoring.clip import ClipScorer
+    from genkit.scoring.panel import Panel
 
     before = (recorded or {}).get("binding", {})
     asked = {"device": job.options.device, "dtype": job.options.dtype}
     device, dtype = pick_device(*(before.get(key, "auto") if name == "auto" else name for key, name in asked.items()))
     parts = load_components(job.info, device=device, dtype=dtype)
     generator = Generator.from_components(parts, compile=job.options.compile, attention=job.options.attention)
-    scorer = None
+    scorer = head = None
     if job.clip is not None:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype))
-    return generator, scorer
+    if job.options.aesthetic is not None and job.clip is not None:
+        head = Head.load(Path(job.options.aesthetic), job.clip.configs["clip"]["projection_dim"])
+    return generator, Panel(scorer, [row.prompt for row in job.rows], head, job.scorers)
 
 
 def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] | None) -> dict[str, Any]:
@@ -252,6 +266,8 @@ def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] |
     binding["scheduler"] = job.info.scheduler_config
     used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
+    binding |= {"aesthetic": sha256(Path(o.aesthetic))} if o.aesthetic is not None else {}
+    binding |= {"scorers": [plugin.name for plugin in job.scorers]} if job.scorers else {}
     if recorded is not None:
         same = {"device": o.device.split(":")[0], "dtype": DTYPES.get(o.dtype, o.dtype)}
         for key, asked in same.items():
@@ -282,7 +298,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
     """Draw what is missing; return 0, or the exit code of the signal that stopped it."""
     generator, scorer = parts
     writers = _Writers(run, job)
-    gates = {r.id: Expression(r.gate, labels=r.labels) for r in job.rows if r.gate is not None}
+    gates = {r.id: Expression(r.gate, r.labels, names=None) for r in job.rows if r.gate is not None}
     stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
     said = list(generator.attention.notes)
     for note in said:
@@ -307,7 +323,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.say(
             f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
         )
-    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes]:
+    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.notes]:
         progress.say(note)
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):
@@ -323,6 +339,8 @@ class _Writers:
         self.rows = {r.id: r for r in job.rows}
         self.pool = ThreadPoolExecutor(max(2, min(8, usable_cores())), "genkit-write")
         self.futures: deque[Future[None]] = deque()
+        clip = job.clip
+        self.store = None if clip is None else Store(run.folder, clip.configs["clip"]["projection_dim"])
 
     def put(self, result: Result) -> None:
         """Hand over one result. Raises what an earlier write raised, say HostError for a full disk."""
@@ -333,15 +351,22 @@ class _Writers:
     def close(self) -> None:
         """Wait for the writes under way."""
         self.pool.shutdown(wait=True)
-        for future in self.futures:
-            future.result()
+        try:
+            for future in self.futures:
+                future.result()
+        finally:
+            if self.store is not None:
+                self.store.close()
 
     def _write(self, result: Result) -> None:
         if result.status != "done":
             self.run.fail(result)
             return
         text = png_text(self.rows[result.id].to_json(), result, self.job.info.name, __version__)
-        self.run.save(result, encode_png(result.pixels, text))
+        data = encode_png(result.pixels, text)
+        if self.store is not None and result.embedding is not None:  # before the record: what is done has one
+            self.store.add(result.id, result.index, hashlib.sha256(data).hexdigest(), result.embedding)
+        self.run.save(result, data)
         result.pixels = None  # it is on disk now; thousands of them would not fit in memory
 
 
