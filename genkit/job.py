@@ -156,14 +156,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     clip = None if clip_name == "none" else inspect_model(clip_name)
     if clip is not None and clip.kind != "clip":
         raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
-    if options.aesthetic is not None and clip is None:
-        raise InputError("--aesthetic: is a head over CLIP embeddings, and there is no CLIP model: give --clip")
-    if options.aesthetic is not None and clip is not None:
-        check_head(Path(options.aesthetic), clip.configs["clip"]["projection_dim"])
-    scorers = find_scorers(options.scorers)
-    computed = known_scores(
-        clip is not None, options.aesthetic is not None, [name for plugin in scorers for name in plugin.names]
-    )
+    scorers, computed = _scorers(options, clip)
     geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
     scheduler = Scheduler.from_config(info.scheduler_config)
     plans: dict[str, Plan] = {}
@@ -182,6 +175,17 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
     return Job(filled, options, info, clip, calls, scorers)
+
+
+def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], frozenset[str]]:
+    """Return the plugged-in scorers, and the names of all scores that the run will have."""
+    if options.aesthetic is not None:
+        if clip is None:
+            raise InputError("--aesthetic: is a head over CLIP embeddings, and there is no CLIP model: give --clip")
+        check_head(Path(options.aesthetic), clip.configs["clip"]["projection_dim"])
+    scorers = find_scorers(options.scorers)
+    names = [name for plugin in scorers for name in plugin.names]
+    return scorers, known_scores(clip is not None, options.aesthetic is not None, names)
 
 
 def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:

@@ -162,7 +162,8 @@ def _measured(panel: Panel, file: Path, text: str) -> tuple[dict[str, Any], torc
 
     assert panel.clip is not None
     picture = read_image(file)
-    flat = all(high - low <= 2 for low, high in picture.getextrema())
+    extrema: Any = picture.getextrema()  # of an RGB picture: a pair for each channel
+    flat = all(high - low <= 2 for low, high in extrema)
     pixels = as_tensor(picture)
     found = {**measures(pixels)[0], "nan": False, "flat": flat, **panel.plugged_in(pixels, [text])[0]}
     return found, panel.clip.preprocess(pixels)
