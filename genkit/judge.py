@@ -82,11 +82,11 @@ def classify_images(
         )
     if len(names) < 2:
         raise InputError(f"--labels: {labels!r} is a single label; a choice needs two")
-    check_device(device, dtype)
-    panel = _panel(_clip_model(clip), device, dtype, (), None, ())
     by_name = {_text(name): name for name in names}  # as the text encoder reads them
     if len(by_name) < len(names):
         raise InputError("--labels: two of them differ in nothing but _ and space")
+    check_device(device, dtype)
+    panel = _panel(_clip_model(clip), device, dtype, (), None, ())
     confusion, chosen = Confusion(names), Counter[str]()
     lines = as_json or out is not None
     with _output(out) as write:

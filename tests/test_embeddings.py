@@ -156,7 +156,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, data: bytes) -> None:
 def test_reading_needs_no_torch(tmp_path: Path) -> None:
     fill(tmp_path, 2)
     script = (
-        "import sys, pathlib as p, genkit.embeddings as e; e.read_embeddings(p.Path()); print('torch' in sys.modules)"
+        "import sys, pathlib, genkit.embeddings as e\ne.read_embeddings(pathlib.Path())\nprint('torch' in sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
