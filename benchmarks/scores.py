@@ -4,10 +4,10 @@
     python benchmarks/scores.py runs/selection
 
 Columns, over the first 8 pictures of each prompt. between/within: the variance of prompts' means over the variance
-within a prompt: what a threshold shared by all prompts mostly sees. pooled: the chance that a picture with the asked-for
-colours scores higher than one without, of any prompts: what a gate needs. within: the same between pictures of one
-prompt: what `rank_by` needs. top half: the share of right pictures in the half with the best scores; chance is the share
-in all. Intervals: 95 %, bootstrap over prompts.
+within a prompt, which is what a threshold shared by all prompts mostly sees. pooled: the chance that a picture with the
+asked-for colours scores higher than one without, of any prompts, which is what a gate needs. within: the same between
+pictures of one prompt, which is what `rank_by` needs. top half: the share of right pictures in the half with the best
+scores. Intervals: 95 %, bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def main() -> None:
     print(f"{len(images)} pictures of {len(rows)} prompts, {np.mean(images):.0%} with the right colours; ", end="")
     print(platform.processor() or platform.machine())
     figures = (ratio, pooled, within, top_half)
-    print(f"{'score':<12}" + "".join(f"{f:<24}" for f in ("between/within", "pooled", "within", "top half")))
+    print(f"{'score':<12}" + "".join(f"{f:<26}" for f in ("between/within", "pooled", "within", "top half")))
     for name in SCORES:
-        print(f"{name:<12}" + "".join(f"{interval(rows, figure, name):<24}" for figure in figures))
+        print(f"{name:<12}" + "".join(f"{interval(rows, figure, name):<26}" for figure in figures))
 
 
 if __name__ == "__main__":
