@@ -220,6 +220,12 @@ def broken(pictures: torch.Tensor, prompts: list[str]) -> dict[str, Any]:
     raise RuntimeError("no GPU\nfor you")
 
 
+def test_a_scorer_writes_on_its_own_copy(pictures: torch.Tensor) -> None:
+    before = pictures.clone()
+    found = Panel(scorers=find_scorers([redness])).scores(pictures, [""] * 3, [None] * 3)
+    assert (pictures == before).all() and found[0]["redness"] > found[1]["redness"]
+
+
 def install(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
     found = EntryPoints(EntryPoint(name, value, plugins.GROUP) for name, value in values.items())
     monkeypatch.setattr(plugins, "entry_points", lambda group: found.select(group=group))

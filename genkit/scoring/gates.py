@@ -205,10 +205,9 @@ def _name(node: ast.Name, scope: _Scope, depth: int) -> Term:
     if node.id not in scope.known and scope.anything:
         scope.known[node.id] = Term(_score(node.id), EITHER)
     if node.id not in scope.known:
-        known = [*scope.known, "p"]
-        raise InputError(
-            f"{shown(node.id)}: no such score{nearest(node.id, known)}; there are {', '.join(known[:12])}['label']"
-        )
+        close = nearest(node.id, [*scope.known, "p"])
+        there = ", ".join([*list(scope.known)[:20], "p['label']"])
+        raise InputError(f"{shown(node.id)}: no such score{close}; there are {there}")
     scope.used.add(node.id)
     return scope.known[node.id]
 
