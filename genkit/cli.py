@@ -34,6 +34,11 @@ Dtype = Annotated[
     str, typer.Option(help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16, int8 (weights).")
 ]
 
+Aesthetic = Annotated[
+    str | None, typer.Option(help="A .safetensors with weight [1, width] and bias [1] over CLIP embeddings.")
+]
+Scorers = Annotated[list[str] | None, typer.Option("--scorer", help="An installed scorer; repeatable.")]
+
 
 @app.command()
 def generate(
@@ -75,6 +80,8 @@ def generate(
         int | None,
         typer.Option(help="Of webp, jpeg and jxl, 1 to 100; default 90; at 100 webp and jxl keep every bit."),
     ] = None,
+    aesthetic: Aesthetic = None,
+    scorer: Scorers = None,
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
     as_json: AsJson = False,
@@ -107,7 +114,21 @@ def generate(
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
         rows[0]._source = "command line"
     options = Options(
-        model, clip, variant, device, dtype, slots, seed, as_json, compile, attention, format, quality, memory
+        model,
+        clip,
+        variant,
+        device,
+        dtype,
+        slots,
+        seed,
+        as_json,
+        compile,
+        attention,
+        format,
+        quality,
+        memory,
+        aesthetic,
+        tuple(scorer or ()),
     )
     job = plan_job(rows, options, defaults)
     folder = free_name(out) if new_run else out
@@ -173,24 +194,28 @@ def score(
     clip: Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel, or a hub id.")] = "emoji-clip",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    aesthetic: Aesthetic = None,
+    scorer: Scorers = None,
 ) -> int:
-    """Score pictures against prompts, one JSON line a picture."""
+    """Score pictures against prompts, one JSON line a picture; what a run has embedded is not embedded again."""
     from genkit.judge import score_images
 
-    return score_images(images, prompts, prompt, labels, out, clip, device, dtype)
+    return score_images(images, prompts, prompt, labels, out, clip, device, dtype, aesthetic, scorer or ())
 
 
 @app.command()
 def classify(
     images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
-    labels: Annotated[str, typer.Option(help="a,b,c: the texts to choose from.")],
+    labels: Annotated[
+        str | None, typer.Option(help="a,b,c: the texts to choose from; default: the names of the subfolders.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of a table.")] = None,
     clip: Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel, or a hub id.")] = "emoji-clip",
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Say which of some labels each picture shows."""
+    """Say which of some labels each picture shows; with a folder for each label, how often that is right."""
     from genkit.judge import classify_images
 
     return classify_images(images, labels, out, clip, device, dtype, as_json)
@@ -273,7 +298,7 @@ def _refuse_repeats(command: Any, arguments: list[str]) -> None:
         if argument == "--":
             return
         name = names.get(argument.split("=")[0])
-        if name in seen:
+        if name in seen and name != "scorer":
             raise InputError(f"{argument.split('=')[0]}: given twice")
         seen |= {name} if name else set()
 

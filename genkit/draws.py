@@ -45,7 +45,7 @@ class Draws:
         self._held: tuple[Request, int] | None = None
         self.total = 0  # images that this run will hold at the end, as far as is known now
         for request in rows:
-            gate = None if request.gate is None else Expression(request.gate, labels=request.labels)
+            gate = None if request.gate is None else Expression(request.gate, request.labels, names=None)
             row = self._rows[str(request.id)] = _Row(request, gate)
             self._next.append(row)
             self.total += request.num_images

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from genkit.components import Components
     from genkit.scoring.clip import ClipScorer
+    from genkit.scoring.panel import Panel
 
 
 Told = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -188,18 +189,20 @@ class Generator:
         self,
         requests: Iterable[Request] | Draws,
         *,
-        scorer: ClipScorer | None = None,
+        scorer: ClipScorer | Panel | None = None,
         slots: int | None = None,
         seed: int | None = None,
     ) -> Iterator[Result]:
         """Yield a Result with pixels for every image of `requests`, as they finish; settings may differ freely.
 
         seed: what rows without a seed of their own derive theirs from; None draws a new one. scorer: fills `scores`
-        (clip, p[label]), which gates decide on. A failed image is a Result with status "failed" and a reason.
-        Raises InputError, before any work, for a row that the model cannot draw.
+        (clip, clip_margin, clip_z, p[label]), which gates decide on; a Panel adds others. A failed image is a Result
+        with status "failed" and a reason. Raises InputError, before any work, for a row that the model cannot draw, or
+        that decides on a score which the scorer does not give.
         """
         if not isinstance(requests, Draws):
             rows = [r if r.id else r.filled({"id": f"{i:06d}"}) for i, r in enumerate(requests)]
+            scorer = _panel(scorer, rows)
             for row in rows:
                 self.plan(row)
             requests = Draws(rows)
@@ -207,7 +210,7 @@ class Generator:
             self.budget = budget_of(self.unet, self.vae, self.device)
         self.codec.area = min(self.codec.area, self.budget.area)
         most = min(slots or self.budget.slots, self.most_slots or math.inf)
-        return Stream(self, requests, scorer, secrets.randbits(32) if seed is None else seed).run(most)
+        return Stream(self, requests, _panel(scorer, ()), secrets.randbits(32) if seed is None else seed).run(most)
 
     def settings(self, request: Request) -> Settings:
         """Return what the request comes to on this model; raises InputError where it does not fit."""
@@ -361,6 +364,19 @@ class ImageToImage(Generator):
             guidance_scale=_number(guidance_scale), width=width, height=height,
         )  # fmt: skip
         return self._collect(request, scorer)
+
+
+def _panel(scorer: ClipScorer | Panel | None, rows: Sequence[Request]) -> Panel:
+    """Return what scores the pictures of `rows`. Raises InputError for a row that decides on what it does not give."""
+    from genkit.scoring.clip import ClipScorer
+    from genkit.scoring.gates import check_row
+    from genkit.scoring.panel import Panel
+
+    if scorer is None or isinstance(scorer, ClipScorer):
+        scorer = Panel(scorer, [row.prompt for row in rows])
+    for row in rows if hasattr(scorer, "names") else ():  # somebody's own object need not say
+        check_row(row.gate, row.rank_by, row.labels, scorer.names)
+    return scorer
 
 
 def _number(value: float | None) -> float | None:

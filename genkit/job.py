@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from genkit.components import inspect_model, load_components, weight_hashes
 from genkit.components.weights import sha256
 from genkit.device import CPU_SLOTS, DTYPES, check_attention, check_device, pick_device
 from genkit.draws import Draws
+from genkit.embeddings import Store
 from genkit.encoders import encoding
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.gallery import write_gallery
@@ -32,7 +34,10 @@ from genkit.prompts import read_prompts
 from genkit.request import Request, Result
 from genkit.run import Run, read_config
 from genkit.schedulers import Plan, Scheduler
-from genkit.scoring.gates import Expression
+from genkit.scoring.aesthetic import Head, check_head
+from genkit.scoring.gates import Expression, check_row
+from genkit.scoring.names import known_scores
+from genkit.scoring.plugins import Plugin, find_scorers
 from genkit.selection import decide, passes, write_selection
 from genkit.settings import Geometry, settings
 
@@ -63,6 +68,8 @@ class Options:
     format: str = "png"  # webp, jpeg, jxl
     quality: int | None = None  # 1 to 100, of formats other than png; None: encoders.QUALITY
     memory: str = "auto"  # high: everything on the device; low: as little as works; auto: what fits
+    aesthetic: str | None = None  # a safetensors file with a head over CLIP embeddings
+    scorers: tuple[Any, ...] = ()  # names of installed ones, or functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Job:
     info: ModelInfo
     clip: ModelInfo | None
     calls: int  # network rows for all images that will certainly be drawn
+    scorers: list[Plugin] = dataclasses.field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
@@ -137,16 +145,33 @@ def generate(
     attention: str = "auto",
     format: str = "png",
     quality: int | None = None,
+    aesthetic: str | None = None,
+    scorers: Sequence[Any] = (),
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
     defaults: fields (num_inference_steps, guidance_scale, …) for rows that do not state them. format: png, webp, jpeg
-    or jxl; quality, of the last three: 1 to 100, at which webp and jxl keep every bit. Raises InputError, before
+    or jxl; quality, of the last three: 1 to 100, at which webp and jxl keep every bit. aesthetic: a file with a head
+    over CLIP embeddings. scorers: names of installed ones, or functions (scoring/plugins.py). Raises InputError, before
     anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
     options = Options(
-        model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention, format, quality, memory
+        model,
+        clip,
+        None,
+        device,
+        dtype,
+        batch_size,
+        seed,
+        quiet,
+        compile,
+        attention,
+        format,
+        quality,
+        memory,
+        aesthetic,
+        tuple(scorers),
     )
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
@@ -169,6 +194,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     clip = None if clip_name == "none" else inspect_model(clip_name)
     if clip is not None and clip.kind != "clip":
         raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
+    scorers, computed = _scorers(options, clip)
     geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
     scheduler = Scheduler.from_config(info.scheduler_config)
     plans: dict[str, Plan] = {}
@@ -180,11 +206,24 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             row = given.filled({"id": f"{number:06d}", **defaults})
             row = _complete(row, geometry, info.defaults)
             calls += row.num_images * _calls_for(row, scheduler, plans, info.folder)
-            _check_scores(row, clip)
+            check_row(row.gate, row.rank_by, row.labels, computed)
+            if row.labels is not None and clip is None:
+                raise InputError("labels: need a CLIP model, and there is none: give --clip")
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
-    return Job(filled, options, info, clip, calls)
+    return Job(filled, options, info, clip, calls, scorers)
+
+
+def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], frozenset[str]]:
+    """Return the plugged-in scorers, and the names of all scores that the run will have."""
+    if options.aesthetic is not None:
+        if clip is None:
+            raise InputError("--aesthetic: is a head over CLIP embeddings, and there is no CLIP model: give --clip")
+        check_head(Path(options.aesthetic), clip.configs["clip"]["projection_dim"])
+    scorers = find_scorers(options.scorers)
+    names = [name for plugin in scorers for name in plugin.names]
+    return scorers, known_scores(clip is not None, options.aesthetic is not None, names)
 
 
 def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:
@@ -205,18 +244,6 @@ def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folde
     if key not in plans:
         plans[key] = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
     return network_rows(plans[key], guidance, row.guidance_interval)
-
-
-def _check_scores(row: Request, clip: ModelInfo | None) -> None:
-    """Refuse a row that decides on, or asks for, scores which nothing will compute."""
-    if clip is not None:
-        return
-    for field in ("gate", "rank_by"):
-        text = getattr(row, field)
-        if text is not None and Expression(text, labels=row.labels).needs_scorer:
-            raise InputError(f"{field}: {text!r} needs a CLIP model, and there is none: give --clip")
-    if row.labels is not None:
-        raise InputError("labels: need a CLIP model, and there is none: give --clip")
 
 
 def run_job(job: Job, out: Path) -> Summary:
@@ -253,9 +280,10 @@ def run_job(job: Job, out: Path) -> Summary:
 
 
 def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
-    """Return (generator, scorer or None), on the device and in the dtype of the run's first start when it has one."""
+    """Return (generator, panel of scorers), on the device and in the dtype of the run's first start when it has one."""
     from genkit.generators import Generator
     from genkit.scoring.clip import ClipScorer
+    from genkit.scoring.panel import Panel
 
     before = (recorded or {}).get("binding", {})
     asked = {"device": job.options.device, "dtype": job.options.dtype}
@@ -265,11 +293,13 @@ def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
     parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)
     generator = Generator.from_components(parts, budget, compile=o.compile, attention=o.attention)
-    scorer = None
+    scorer = head = None
     if job.clip is not None:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype, in_ram=in_ram))
         scorer.texts.hold = generator.residency.add("clip", scorer.model)
-    return generator, scorer
+    if o.aesthetic is not None and job.clip is not None:
+        head = Head.load(Path(o.aesthetic), job.clip.configs["clip"]["projection_dim"])
+    return generator, Panel(scorer, [row.prompt for row in job.rows], head, job.scorers)
 
 
 def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] | None) -> dict[str, Any]:
@@ -282,6 +312,8 @@ def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] |
     binding["scheduler"] = job.info.scheduler_config
     used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
+    binding |= {"aesthetic": sha256(Path(o.aesthetic))} if o.aesthetic is not None else {}
+    binding |= {"scorers": [plugin.name for plugin in job.scorers]} if job.scorers else {}
     if recorded is not None:
         same = {"device": o.device.split(":")[0], "dtype": DTYPES.get(o.dtype, o.dtype)}
         for key, asked in same.items():
@@ -317,7 +349,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
     if note:
         progress.say(note)
     writers = _Writers(run, job)
-    gates = {r.id: Expression(r.gate, labels=r.labels) for r in job.rows if r.gate is not None}
+    gates = {r.id: Expression(r.gate, r.labels, names=None) for r in job.rows if r.gate is not None}
     stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
     said = list(generator.attention.notes)
     for note in said:
@@ -342,7 +374,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.say(
             f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
         )
-    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes]:
+    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.notes]:
         progress.say(note)
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):
@@ -372,6 +404,8 @@ class _Writers:
         self.pool = ThreadPoolExecutor(WRITERS, "genkit-write")
         self.waiting: deque[tuple[Future[None], int]] = deque()  # with the bytes of its pixels
         self.bytes = 0
+        clip = job.clip
+        self.store = None if clip is None else Store(run.folder, clip.configs["clip"]["projection_dim"])
 
     def put(self, result: Result) -> None:
         """Hand over one result. Raises what an earlier write raised, say HostError for a full disk."""
@@ -389,15 +423,22 @@ class _Writers:
     def close(self) -> None:
         """Wait for the writes under way."""
         self.pool.shutdown(wait=True)
-        for future, _ in self.waiting:
-            future.result()
+        try:
+            for future, _ in self.waiting:
+                future.result()
+        finally:
+            if self.store is not None:
+                self.store.close()
 
     def _write(self, result: Result) -> None:
         if result.status != "done":
             self.run.fail(result)
             return
         text = texts(self.rows[result.id].to_json(), result, self.job.info.name, __version__)
-        self.run.save(result, self.encoding.encode(result.pixels, text), self.encoding.suffix)
+        data = self.encoding.encode(result.pixels, text)
+        if self.store is not None and result.embedding is not None:  # before the record: what is done has one
+            self.store.add(result.id, result.index, hashlib.sha256(data).hexdigest(), result.embedding)
+        self.run.save(result, data, self.encoding.suffix)
         result.pixels = None  # it is on disk now; thousands of them would not fit in memory
 
 

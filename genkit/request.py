@@ -180,14 +180,17 @@ class Request(BaseModel):
 
     def _check_expressions(self) -> None:
         from genkit.scoring.gates import Expression
+        from genkit.scoring.names import check_computed
 
         for name, text in (("gate", self.gate), ("rank_by", self.rank_by)):
             if text is not None:
                 try:
-                    decides = Expression(text, labels=self.labels).decides
+                    expression = Expression(text, self.labels, names=None)
+                    if name == "gate":  # while drawing
+                        check_computed(name, text, expression.names & {"sim"}, False, ())
                 except InputError as error:
-                    raise ValueError(f"{name}: {error}") from None
-                if name == "gate" and not decides:
+                    raise ValueError(str(error) if str(error).startswith(f"{name}: ") else f"{name}: {error}") from None
+                if name == "gate" and not expression.decides:
                     raise ValueError(f"gate: {shown(text)} is a number; compare it, as in clip > 0.3")
 
     def filled(self, defaults: dict[str, Any]) -> Request:
@@ -314,6 +317,9 @@ _COMPLAINTS = {
 }
 
 
+_MEMORY = {"pixels", "embedding"}  # fields that no record has
+
+
 @dataclasses.dataclass
 class Result:
     """One finished, failed or pruned image: a line of results.jsonl, and in memory its pixels."""
@@ -336,6 +342,7 @@ class Result:
     meta: dict[str, Any] | None = None
     fingerprint: str | None = None  # of the row that this was drawn for: a changed row is drawn again
     pixels: Any = dataclasses.field(default=None, repr=False, compare=False)  # (height, width, 3) uint8 array
+    embedding: Any = dataclasses.field(default=None, repr=False, compare=False)  # unit CLIP vector, float16 array
 
     @property
     def image(self) -> Any:
@@ -348,10 +355,10 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of results.jsonl as a dictionary."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "pixels"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _MEMORY}
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Result:
         """Return the record of a line of results.jsonl; keys of a newer genkit are passed over."""
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls)} - _MEMORY
         return cls(**{k: v for k, v in line.items() if k in known})

@@ -104,7 +104,7 @@ class Run:
         result.fingerprint = self._fingerprints[result.id]
         with disk(self._journal.path):
             self._journal.append([result.to_json()], folders)
-        self._count(dataclasses.replace(result, pixels=None))
+        self._count(dataclasses.replace(result, pixels=None, embedding=None))
 
     def _count(self, result: Result) -> None:
         key = result.id, result.index

@@ -40,7 +40,7 @@ def decide(
     labels = {label for row in rows for label in row.labels or ()}
     names = {name for found in of_row.values() for r in found for name in r.scores} - {"p"}
     asked_gate, asked_order = (None if text is None else Expression(text, labels, names) for text in (where, rank_by))
-    compiled = functools.cache(Expression)
+    compiled = functools.cache(lambda text, labels: Expression(text, labels, names=None))  # checked when it was drawn
     images: dict[str, dict[str, Any]] = {}
     for row in rows:
         own = None if row.labels is None else tuple(row.labels)

@@ -23,7 +23,7 @@ from genkit.request import Request, Result
 
 if TYPE_CHECKING:
     from genkit import generators
-    from genkit.scoring.clip import ClipScorer
+    from genkit.scoring.panel import Panel
 
 AHEAD = 256  # rows whose prompts are embedded together where the text encoder does not stay on the device
 PENDING = 2  # batches of finished latents that may wait for decoding before denoising waits for them
@@ -35,7 +35,7 @@ Draw = tuple[Request, int, int]  # request, index, seed
 class Stream:
     """The state of one `Generator.stream`. The draws are asked and told by the thread that iterates `run`."""
 
-    def __init__(self, generator: generators.Generator, draws: Draws, scorer: ClipScorer | None, seed: int) -> None:
+    def __init__(self, generator: generators.Generator, draws: Draws, scorer: Panel | None, seed: int) -> None:
         self.generator, self.draws, self.scorer, self.seed = generator, draws, scorer, seed
         self.held: Draw | None = None  # drawn, but it did not fit the free slots yet
         self.again: deque[Draw] = deque()  # came out as NaN in half precision: to be redone in float32
@@ -244,7 +244,9 @@ class Stream:
             if bad[k] or flat[k]:  # a constant picture is what a NaN looks like once it is clamped
                 results.append(_result(t.tag, "failed", "nan", found, t.began))
                 continue
+            embedding = scores[k].pop("embedding", None)
             result = _result(t.tag, "done", None, {**scores[k], **found}, t.began)
+            result.embedding = embedding
             result.pixels, (result.height, result.width) = pixels, pixels.shape[:2]
             result.steps = self.generator.settings(t.tag[0]).steps
             result.nfe = t.plan.nfe + (0 if t.scales is None else int((t.scales > 1).sum()))
@@ -255,7 +257,7 @@ class Stream:
         if self.scorer is None:
             return [{} for _ in ended]
         requests = [t.tag[0] for t in ended]
-        return self.scorer.scores(pictures.float() / 255, [r.prompt for r in requests], [r.labels for r in requests])
+        return self.scorer.scores(pictures, [r.prompt for r in requests], [r.labels for r in requests])
 
     @contextlib.contextmanager
     def _float32(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from genkit.components import Components
 
+LABEL_SETS = 64  # label lists whose directions are kept
 # A label's direction is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
 TEMPLATES = ("{}", "a picture of {}", "a photo of {}", "an emoji of {}")
 
@@ -29,8 +30,8 @@ Pictures = "torch.Tensor | Sequence[Image.Image]"
 class ClipScorer:
     """A CLIP model as a scorer of pictures.
 
-    Pictures are PIL images of any size, or a tensor (B, 3, H, W) of values 0 to 1 on any device, which is resized there
-    (antialiased bicubic, as the model's own preprocessor asks). Embeddings of texts are kept.
+    Pictures are PIL images of any size, or a tensor (B, 3, H, W) on any device, uint8 or of values 0 to 1, which is
+    resized there (antialiased bicubic, as the model's own preprocessor asks). Embeddings of texts are kept.
     """
 
     def __init__(self, model: Any, tokenizer: Any, preprocessor: dict[str, Any], name: str = "custom") -> None:
@@ -42,6 +43,7 @@ class ClipScorer:
         self.exact = None if self.shortest else (size["height"], size["width"])
         crop = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
         self.crop = crop if preprocessor.get("do_center_crop", True) else None
+        self._directions: dict[tuple[tuple[str, ...], tuple[str, ...]], torch.Tensor] = {}
         self.mean, self.std = (torch.tensor(preprocessor[k]).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
 
     @classmethod
@@ -77,28 +79,9 @@ class ClipScorer:
         self, images: Any, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> list[dict[str, float]]:
         """Return for each picture the probability of each label: softmax of logit_scale * cosine over the labels."""
-        return [
-            dict(zip(labels, row, strict=True))
-            for row in self._probabilities(self.embed_images(images), labels, templates)
-        ]
-
-    def scores(
-        self, images: Any, prompts: Sequence[str], labels: Sequence[Sequence[str] | None]
-    ) -> list[dict[str, Any]]:
-        """Return {"clip": cosine with the prompt, "p": {label: probability}} for each picture, from one embedding.
-
-        A picture without a prompt has no "clip", one without labels no "p".
-        """
         embedded = self.embed_images(images)
-        texts = self.embed_texts(prompts).to(embedded.device)
-        found: list[dict[str, Any]] = []
-        for image, text, prompt, names in zip(embedded, texts, prompts, labels, strict=True):
-            scores: dict[str, Any] = {"clip": round(float(image @ text), 6)} if prompt else {}
-            if names:
-                row = self._probabilities(image[None], names, TEMPLATES)[0]
-                scores["p"] = {name: round(p, 6) for name, p in zip(names, row, strict=True)}
-            found.append(scores)
-        return found
+        logits = self.logit_scale * embedded @ self.directions(labels, templates).to(embedded.device).T
+        return [dict(zip(labels, row, strict=True)) for row in logits.softmax(dim=-1).tolist()]
 
     @torch.inference_mode()
     def embed_images(self, images: Any) -> torch.Tensor:
@@ -114,25 +97,39 @@ class ClipScorer:
         """Return unit embeddings, float32, of shape (len(texts), width)."""
         return normalize(torch.stack(self.texts(texts)).float(), dim=-1) if texts else torch.empty(0, 0)
 
-    def _probabilities(
-        self, embedded: torch.Tensor, labels: Sequence[str], templates: Sequence[str]
-    ) -> list[list[float]]:
-        each = self.embed_texts([t.format(label) for label in labels for t in templates])
-        directions = normalize(each.view(len(labels), len(templates), -1).mean(dim=1), dim=-1).to(embedded.device)
-        scale = float(self.model.logit_scale.exp())
-        return (scale * embedded @ directions.T).softmax(dim=-1).tolist()
+    def directions(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> torch.Tensor:
+        """Return a unit vector for each label, (len(labels), width): the mean over the templates."""
+        key = tuple(labels), tuple(templates)
+        if key not in self._directions:
+            if len(self._directions) >= LABEL_SETS:
+                self._directions.clear()
+            each = self.embed_texts([t.format(label) for label in labels for t in templates])
+            self._directions[key] = normalize(each.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
+        return self._directions[key]
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by before the softmax over labels."""
+        return float(self.model.logit_scale.exp())
 
     def _embed(self, images: Any) -> torch.Tensor:
         if isinstance(images, torch.Tensor):
             pixels = self.preprocess(images)
         else:
-            pixels = torch.cat([self.preprocess(_tensor(image)) for image in images])
+            pixels = torch.cat([self.preprocess(as_tensor(image)) for image in images])
+        return self.embed_pixels(pixels)
+
+    @torch.inference_mode()
+    def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the unit embeddings, (B, width) float32, of pictures that `preprocess` made ready."""
         vision = self.model.vision_model(pixel_values=pixels.to(self.model.dtype))
         return normalize(self.model.visual_projection(vision.pooler_output).float(), dim=-1)
 
     def preprocess(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return (B, 3, H, W) of 0 to 1 as the model reads them: resized, centre-cropped, normalised, on its device."""
-        x = pictures.to(self.model.device, torch.float32)
+        x = pictures.to(self.model.device).float()
+        if pictures.dtype == torch.uint8:
+            x = x / 255
         height, width = x.shape[-2:]
         if self.shortest is None:
             size = self.exact
@@ -163,5 +160,6 @@ class _TextHead:
         return (self.model.text_projection(pooled),)
 
 
-def _tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)[None]
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    """Return a picture as a uint8 tensor (1, 3, H, W)."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].contiguous()

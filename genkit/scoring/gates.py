@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
+from genkit.scoring.names import CLIP_SCORES, SCORES, check_computed
 
 MAX_LENGTH = 2000
 MAX_DEPTH = 100
@@ -37,23 +38,25 @@ class Term:
 class Expression:
     """An expression over scores, checked once and then called for every image.
 
-    Names: clip (-1 to 1), nan and flat (true or false), p['label'] (0 to 1) for each of `labels`, and the scores that
-    the caller adds in `names` (numbers or truth values, of any size). Operators: and, or, not, comparisons (also in
+    Names: those of names.py with their ranges (clip, sharpness, nan, …), p['label'] (0 to 1) for each of `labels`, and
+    the scores that the caller adds in `names` (numbers or truth values, of any size; None: any name at all, for a row
+    that is read before it is known which scorers there will be). Operators: and, or, not, comparisons (also in
     chains), + - * /, min, max, abs, parentheses. Raises InputError, in one line, for anything else, and for a
     comparison whose outcome the ranges settle beforehand ("clip > 2").
 
-    `names`, `labels`: those used. `needs_scorer`: whether clip or a label is. `decides`: whether the value is true or
-    false, as a gate's must be, and not a number.
+    `names`, `labels`: those used. `needs_scorer`: whether a score that CLIP gives is. `decides`: whether the value is
+    true or false, as a gate's must be, and not a number.
     """
 
-    def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] = ()) -> None:
+    def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] | None = ()) -> None:
         self.text = text
-        scope = _Scope(labels, {**_KNOWN, **{name: Term(_score(name), EITHER) for name in names if name not in _KNOWN}})
+        added = {name: Term(_score(name), EITHER) for name in names or () if name not in _KNOWN}
+        scope = _Scope(labels, {**_KNOWN, **added}, anything=names is None)
         term = _build(_parsed(text), scope, 0)
         self._value = term.value
         self.decides = term.kind != NUMBER
         self.names, self.labels = frozenset(scope.used), frozenset(scope.used_labels)
-        self.needs_scorer = "clip" in self.names or bool(self.labels)
+        self.needs_scorer = bool(CLIP_SCORES & self.names or self.labels)
 
     def __call__(self, scores: Scores) -> bool | float:
         """Return the value for one image; raises InputError naming a score that the image lacks."""
@@ -63,10 +66,23 @@ class Expression:
         return f"Expression({self.text!r})"
 
 
+def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str]) -> None:
+    """Raise InputError where a row decides on a score that is unknown, or not among the `computed` ones."""
+    for field, text, there in (("gate", gate, computed), ("rank_by", rank_by, {*computed, "sim"})):
+        if text is None:
+            continue
+        try:
+            expression = Expression(text, labels, computed)
+        except InputError as error:
+            raise InputError(f"{field}: {error}") from None
+        check_computed(field, text, expression.names, bool(expression.labels), there)
+
+
 @dataclasses.dataclass
 class _Scope:
     labels: Collection[str] | None
     known: dict[str, Term]
+    anything: bool
     used: set[str] = dataclasses.field(default_factory=set)
     used_labels: set[str] = dataclasses.field(default_factory=set)
 
@@ -186,11 +202,12 @@ def _extremes(left: Term, right: Term) -> list[tuple[float, float]]:
 def _name(node: ast.Name, scope: _Scope, depth: int) -> Term:
     if node.id == "p":
         raise InputError("p: name the label, as in p['a cat']")
+    if node.id not in scope.known and scope.anything:
+        scope.known[node.id] = Term(_score(node.id), EITHER)
     if node.id not in scope.known:
-        known = [*scope.known, "p"]
-        raise InputError(
-            f"{shown(node.id)}: no such score{nearest(node.id, known)}; there are {', '.join(known[:12])}['label']"
-        )
+        close = nearest(node.id, [*scope.known, "p"])
+        there = ", ".join([*list(scope.known)[:20], "p['label']"])
+        raise InputError(f"{shown(node.id)}: no such score{close}; there are {there}")
     scope.used.add(node.id)
     return scope.known[node.id]
 
@@ -263,11 +280,7 @@ def _quoted(node: ast.AST) -> str:
         return "this"
 
 
-_KNOWN = {
-    "clip": Term(_score("clip"), NUMBER, -1.0, 1.0),
-    "nan": Term(_score("nan"), TRUTH),
-    "flat": Term(_score("flat"), TRUTH),
-}
+_KNOWN = {name: Term(_score(name), TRUTH if s.truth else NUMBER, s.low, s.high) for name, s in SCORES.items()}
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,

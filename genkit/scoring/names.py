@@ -1,0 +1,56 @@
+"""The scores that a picture can have: their ranges, and what must be given for each to be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+
+from genkit.errors import InputError, shown
+
+SHARPEST = 1020.0**2  # a Laplacian of 0 to 255 lies within +-4 * 255: its variance is at most that squared
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The range of a score's numbers, whether it is a truth value instead, and what it is made with."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    truth: bool = False
+    needs: str = ""
+
+
+SCORES = {
+    "clip": Score(-1.0, 1.0, needs="clip"),
+    "clip_margin": Score(-2.0, 2.0, needs="clip"),
+    "clip_z": Score(needs="clip"),
+    "aesthetic": Score(needs="aesthetic"),
+    "sim": Score(-1.0, 1.0, needs="selection"),
+    "sharpness": Score(0.0, SHARPEST),
+    "brightness": Score(0.0, 1.0),
+    "nan": Score(truth=True),
+    "flat": Score(truth=True),
+}
+CLIP_SCORES = frozenset(name for name, score in SCORES.items() if score.needs == "clip")
+
+
+def known_scores(clip: bool, aesthetic: bool = False, others: Collection[str] = ()) -> frozenset[str]:
+    """Return the names that a run computes: with a CLIP model, with an aesthetic head, with plugged-in scorers."""
+    given = {"": True, "clip": clip, "aesthetic": clip and aesthetic, "selection": False}
+    return frozenset({name for name, score in SCORES.items() if given[score.needs]} | set(others))
+
+
+def check_computed(field: str, text: str, names: Collection[str], labels: bool, computed: Collection[str]) -> None:
+    """Raise InputError where an expression, `text` of `field`, reads one of `names` that is not `computed`."""
+    if labels and "clip" not in computed:
+        raise InputError(f"{field}: {shown(text)} {_MISSING['clip']}")
+    for name in sorted(set(names) - set(computed)):
+        raise InputError(f"{field}: {shown(text)} {_MISSING[SCORES[name].needs]}")
+
+
+_MISSING = {
+    "clip": "needs a CLIP model, and there is none: give --clip",
+    "aesthetic": "needs a head over CLIP embeddings, and there is none: give --aesthetic FILE and a CLIP model",
+    "selection": "reads sim, which is known only once pictures are chosen: use it in genkit filter, not while drawing",
+}

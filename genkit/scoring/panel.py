@@ -1,0 +1,100 @@
+"""Everything that scores a picture, together: one CLIP embedding, measures of the pixels, and plugged-in scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genkit.errors import reason
+from genkit.scoring.measures import measures
+from genkit.scoring.names import known_scores
+from genkit.scoring.plugins import Plugin
+from genkit.scoring.relative import Yardstick
+
+if TYPE_CHECKING:
+    import torch
+
+    from genkit.scoring.aesthetic import Head
+    from genkit.scoring.clip import ClipScorer
+
+
+class Panel:
+    """The scorers of a run. prompts: those of all its rows, which pictures' own prompts are compared with.
+
+    `notes`: a line for each plugged-in scorer that failed.
+    """
+
+    def __init__(
+        self,
+        clip: ClipScorer | None = None,
+        prompts: Iterable[str] = (),
+        head: Head | None = None,
+        scorers: Sequence[Plugin] = (),
+    ) -> None:
+        self.clip, self.head, self.scorers = clip, head, scorers
+        self.yardstick = None if clip is None else Yardstick(clip, prompts)
+        self.notes: list[str] = []
+        self._failed: set[str] = set()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The scores that it gives, as expressions call them."""
+        others = [name for plugin in self.scorers for name in plugin.names]
+        return known_scores(self.clip is not None, self.head is not None, others)
+
+    def scores(
+        self, pictures: torch.Tensor, prompts: Sequence[str], labels: Sequence[Sequence[str] | None]
+    ) -> list[dict[str, Any]]:
+        """Return the scores of each of (B, 3, H, W) uint8 pictures; they do not depend on the others.
+
+        With a CLIP model they come with "embedding", a unit vector (width,) float16, which is no score.
+        """
+        found: list[dict[str, Any]] = [*measures(pictures)]
+        if self.clip is not None:
+            vectors = half(self.clip.embed_images(pictures))
+            for scores, vector, prompt, names in zip(found, vectors, prompts, labels, strict=True):
+                scores.update(self.of_embedding(vector, prompt, names), embedding=vector)
+        for scores, others in zip(found, self.plugged_in(pictures, prompts), strict=True):
+            scores.update(others)
+        return found
+
+    def of_embedding(self, vector: np.ndarray, prompt: str, labels: Sequence[str] | None) -> dict[str, Any]:
+        """Return what CLIP says of a picture whose embedding, as `half` gives it, is `vector` (width,).
+
+        Computed in float64 from the half-precision vector that is stored with a run: the same now and ever after.
+        """
+        if self.clip is None or self.yardstick is None:
+            return {}
+        image = vector.astype(np.float64)
+        image /= np.linalg.norm(image)
+        found: dict[str, Any] = self.yardstick(image, prompt) if prompt else {}
+        if labels:
+            logits = self.clip.logit_scale * (self.clip.directions(labels).cpu().numpy().astype(np.float64) @ image)
+            odds = np.exp(logits - logits.max())
+            found["p"] = dict(zip(labels, (odds / odds.sum()).round(6).tolist(), strict=True))
+        if self.head is not None:
+            found["aesthetic"] = self.head(image)
+        return found
+
+    def plugged_in(self, pictures: torch.Tensor, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the plugged-in scorers' scores; null for all of one's that raises, which is said once."""
+        found: list[dict[str, Any]] = [{} for _ in prompts]
+        for plugin in self.scorers:
+            columns: dict[str, Any] = {name: [None] * len(prompts) for name in plugin.names}
+            try:
+                columns = plugin(pictures.clone(), prompts)  # it may write on its copy
+            except Exception as error:
+                if plugin.name not in self._failed:
+                    self._failed.add(plugin.name)
+                    self.notes.append(f"scorer {plugin.name}: {type(error).__name__}: {reason(error)}; no such score")
+            for name, column in columns.items():
+                for scores, value in zip(found, column, strict=True):
+                    scores[name] = value
+        return found
+
+
+def half(embedded: torch.Tensor) -> np.ndarray:
+    """Return unit embeddings (B, width) as they are stored: float16, in memory."""
+    return embedded.half().cpu().numpy()
