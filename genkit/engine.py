@@ -104,12 +104,23 @@ class Engine:
     def __init__(self, denoiser: Denoiser, device: torch.device, slots: int) -> None:
         self.denoiser, self.device, self.slots = denoiser, device, slots
         self.calls = 0  # network rows computed so far
+        self._used, self._ticks = 0.0, 0  # slots taken, summed over the ticks
+        self._until_last = (0.0, 0)  # … when the last trajectory came
         self._groups: dict[tuple[int, ...], _Group] = {}
 
     @property
     def live(self) -> int:
         """How many trajectories are in flight."""
         return sum(len(g.live) for g in self._groups.values())
+
+    @property
+    def slots_full(self) -> float | None:
+        """Which share of the slots was in use while there was more to draw; None where all fitted at once.
+
+        Counted up to the last trajectory that came: those in flight then end without successors.
+        """
+        used, ticks = self._until_last
+        return used / (ticks * self.slots) if ticks else None
 
     @torch.inference_mode()
     def run(self, take: Take) -> Iterator[list[Trajectory]]:
@@ -122,6 +133,8 @@ class Engine:
             self._admit(take)
             if not self.live:
                 return
+            self._used += sum(t.cost for g in self._groups.values() for t in g.live)
+            self._ticks += 1
             # The fullest shape goes first: most rows a call. Smaller groups grow until it is their turn.
             ended = self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
             self._groups = {shape: g for shape, g in self._groups.items() if g.live}
@@ -132,6 +145,8 @@ class Engine:
         free = self.slots - sum(t.cost for g in self._groups.values() for t in g.live)
         new = take(free, not self.live) if free > 0 else []
         shapes: dict[tuple[int, ...], list[Trajectory]] = {}
+        if new:
+            self._until_last = self._used, self._ticks
         for trajectory in new:
             shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
         for shape, trajectories in shapes.items():

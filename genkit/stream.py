@@ -63,6 +63,7 @@ class Stream:
                             engine, lambda: self.again.popleft() if self.again else None, pool
                         )
         finally:
+            self.draws.slots_full = engine.slots_full
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
 
