@@ -47,7 +47,11 @@ def pick(
     kept = None if threshold is None else _Kept(vectors, place, same, threshold, rows)
     groups = [range(len(rows))] if kept is not None else [range(k, k + 1) for k in range(len(rows))]
     for group in groups:  # rows that cannot be in each other's way go one by one: less is in memory
-        queues = {k: (_Different(rows[k], vectors, place, diverse) if diverse else _Ranked(rows[k])) for k in group if rows[k].items}
+        queues = {
+            k: (_Different(rows[k], vectors, place, diverse) if diverse else _Ranked(rows[k]))
+            for k in group
+            if rows[k].items
+        }
         while queues:
             turns = [(turn, k, item) for k, q in queues.items() for turn, item in enumerate(q.propose())]
             turns.sort()
@@ -200,24 +204,29 @@ class _Kept:
         return np.concatenate([inside, rest[:, None]], axis=1)
 
 
-def nearest(vectors: np.ndarray, asked: Sequence[int], among: Sequence[int]) -> Iterator[Other | None]:
-    """Yield for each row number of `asked` the nearest row of `among` other than itself, and the cosine."""
-    targets = np.asarray(vectors[list(among)], np.float32)
+def nearest(
+    vectors: np.ndarray, asked: Sequence[int], others: np.ndarray, numbers: Sequence[int] | None = None
+) -> Iterator[Other | None]:
+    """Yield for each row of `vectors` named in `asked` the nearest row of `others`, and the cosine.
+
+    numbers: which rows of `vectors` the others are, where they are any: none is its own neighbour.
+    """
+    targets = np.asarray(others, np.float32)
+    own = np.full(len(targets), -1) if numbers is None else np.array(numbers)
     for start in range(0, len(asked), BLOCK):
-        part = asked[start : start + BLOCK]
-        block = np.asarray(vectors[list(part)], np.float32)
-        best = np.full(len(part), -np.inf, np.float32)
-        which = np.zeros(len(part), np.int64)
-        for left in range(0, len(among), CHUNK):
-            columns = np.array(among[left : left + CHUNK])
+        rows = np.array(asked[start : start + BLOCK])
+        block = np.asarray(vectors[rows], np.float32)
+        best, which = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int64)
+        for left in range(0, len(targets), CHUNK):
             cosines = block @ targets[left : left + CHUNK].T
-            cosines[np.array(part)[:, None] == columns[None]] = -np.inf
+            if numbers is not None:
+                cosines[rows[:, None] == own[None, left : left + CHUNK]] = -np.inf
             k = cosines.argmax(axis=1)
             value = np.take_along_axis(cosines, k[:, None], axis=1)[:, 0]
             better = value > best
-            best[better], which[better] = value[better], columns[k[better]]
-        for number, value in zip(which.tolist(), best.tolist(), strict=True):
-            yield None if value == -np.inf else (number, min(1.0, value))
+            best[better], which[better] = value[better], left + k[better]
+        for other, cosine in zip(which.tolist(), best.tolist(), strict=True):
+            yield None if cosine == -np.inf else (other, min(1.0, cosine))
 
 
 def _gather(vectors: np.ndarray, place: Sequence[int], items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

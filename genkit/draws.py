@@ -46,8 +46,8 @@ class _Row:
 class Draws:
     """Hands out (request, index) pairs and learns from the results.
 
-    `done` holds the images of an earlier run of the same rows; they count as drawn. most: images of the run, the earlier
-    ones included; until: a time.monotonic(). Past either nothing new is handed out, and `short` says which it was.
+    `done` holds the images of an earlier run of the same rows; they count as drawn. most: images of the run, those
+    included; until: a time.monotonic(). Past either nothing new is handed out, and `short` says which it was.
 
     A row's images are handed out in order. Those that count end with the first by which `keep` of them passed
     (`selection.needed`): whatever was drawn ahead, in whatever order the results came, and however often the run
@@ -117,7 +117,7 @@ class Draws:
         return None
 
     def _issue(self, row: _Row) -> tuple[Request, int] | None:
-        """Return the row's next image, or None where an earlier run drew it, which then counts, or a budget is spent."""
+        """Return the row's next image; None where an earlier run drew it, which then counts, or a budget is spent."""
         index = row.issued
         earlier = self._done.get((str(row.request.id), index))
         if earlier is None:

@@ -22,6 +22,7 @@ from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, 
 from genkit.gallery import write_gallery
 from genkit.guidance import network_rows
 from genkit.images import encode_png, png_text
+from genkit.picking import NONE, Picking, read_known
 from genkit.plans import is_tuned, plan_for, tuned_file
 from genkit.progress import Progress
 from genkit.prompts import read_prompts
@@ -29,7 +30,7 @@ from genkit.request import Request, Result
 from genkit.run import Run, read_config
 from genkit.schedulers import Plan, Scheduler
 from genkit.scoring.gates import Expression
-from genkit.selection import decide, passes, write_selection
+from genkit.selection import decide, hard_lines, passes, write_selection
 from genkit.settings import Geometry, settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Options:
     quiet: bool = False
     compile: bool = False
     attention: str = "auto"
+    picking: Picking = NONE
+    max_total_images: int | None = None  # of the run, earlier ones included: past them no more are begun
+    max_seconds: float | None = None  # from the start of this process's part of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Summary:
     seconds: float
     exit_code: int
     stopped: bool = False
+    hard_rows: int = 0  # drew max_images, and fewer than keep pass
+    slots_full: float | None = None  # share of the slots in use while there was more to draw
 
     @property
     def images_per_second(self) -> float:
@@ -116,6 +122,9 @@ def generate(
     quiet: bool = False,
     compile: bool = False,
     attention: str = "auto",
+    picking: Picking = NONE,
+    max_total_images: int | None = None,
+    max_seconds: float | None = None,
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
@@ -123,7 +132,21 @@ def generate(
     anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
-    options = Options(model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention)
+    options = Options(
+        model,
+        clip,
+        None,
+        device,
+        dtype,
+        batch_size,
+        seed,
+        quiet,
+        compile,
+        attention,
+        picking,
+        max_total_images,
+        max_seconds,
+    )
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
         raise KeyboardInterrupt  # what is finished is saved: the same call goes on
@@ -136,6 +159,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     """Check everything that can be checked without torch; raises InputError naming the row and field at fault."""
     check_device(options.device, options.dtype)
     check_attention(options.attention)
+    _check_budget(options)
     info = inspect_model(options.model, variant=options.variant)
     if info.kind == "clip":
         raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
@@ -143,6 +167,9 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     clip = None if clip_name == "none" else inspect_model(clip_name)
     if clip is not None and clip.kind != "clip":
         raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
+    options.picking.check()
+    if clip is None and options.picking.needs_embeddings:
+        raise InputError(f"{options.picking.needs_embeddings}: needs a CLIP model, and there is none: give --clip")
     geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
     scheduler = Scheduler.from_config(info.scheduler_config)
     plans: dict[str, Plan] = {}
@@ -158,7 +185,15 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
+    options.picking.check_rows(any(row.keep is not None for row in filled))
     return Job(filled, options, info, clip, calls)
+
+
+def _check_budget(options: Options) -> None:
+    if options.max_total_images is not None and options.max_total_images < 1:
+        raise InputError(f"--max-total-images: {options.max_total_images} is not 1 or more")
+    if options.max_seconds is not None and not 0 < options.max_seconds < 1e9:
+        raise InputError(f"--max-seconds: {options.max_seconds:g} is not a number of seconds above 0")
 
 
 def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:
@@ -201,7 +236,8 @@ def run_job(job: Job, out: Path) -> Summary:
     # the folder first: another process may hold it, or nothing may be left to do.
     loaded = _load(job, recorded) if recorded is None else None
     with Run.open(out, _config(job, loaded, recorded), job.rows) as run:
-        draws = Draws(job.rows, run.done)
+        until = None if job.options.max_seconds is None else began + job.options.max_seconds
+        draws = Draws(job.rows, run.done, job.options.max_total_images, until)
         stopped = EXIT_OK
         with Progress(draws.total, len(run.done), quiet=job.options.quiet) as progress:
             for line in run.notes:
@@ -209,9 +245,16 @@ def run_job(job: Job, out: Path) -> Summary:
             if draws.has_next():
                 stopped = _draw(job, run, draws, progress, loaded or _load(job, recorded))
         results = list(run.results.values())
-        selection = decide(job.rows, results)
+        known = read_known(out, run.config, results, job.options.picking)
+        selection = decide(job.rows, results, picking=job.options.picking, known=known)
         write_selection(out, selection)
         write_gallery(out, job.rows, results, selection, run.config)
+    for line in hard_lines(selection):
+        progress.say(line)
+    lacking = 0 if stopped else draws.lacking
+    if lacking and draws.short:
+        limit = f"--{draws.short.replace('_', '-')}"
+        progress.say(f"{limit} is reached and {lacking} rows lack images; the same command, with more, goes on")
     failed = sum(r.status == "failed" for r in results)
     return Summary(
         folder=str(out),
@@ -221,8 +264,10 @@ def run_job(job: Job, out: Path) -> Summary:
         kept=sum(image["kept"] for image in selection["images"].values()),
         failed=failed,
         seconds=round(time.monotonic() - began, 2),
-        exit_code=stopped or (EXIT_SOME_FAILED if failed else EXIT_OK),
-        stopped=bool(stopped),
+        exit_code=stopped or (EXIT_SOME_FAILED if failed or lacking else EXIT_OK),
+        stopped=bool(stopped or lacking),
+        hard_rows=len(selection["hard"]),
+        slots_full=None if draws.slots_full is None else round(draws.slots_full, 4),
     )
 
 
