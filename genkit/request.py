@@ -314,7 +314,7 @@ _COMPLAINTS = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Result:
     """One finished, failed or pruned image: a line of results.jsonl, and in memory its pixels."""
 
@@ -353,5 +353,7 @@ class Result:
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Result:
         """Return the record of a line of results.jsonl; keys of a newer genkit are passed over."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in line.items() if k in known})
+        try:
+            return cls(**line)
+        except TypeError:
+            return cls(**{k: v for k, v in line.items() if k in cls.__slots__})

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genkit.durable import disk, json_line, write_whole
+from genkit.durable import disk, json_pieces, write_whole
 from genkit.errors import InputError, nearest, shown
 from genkit.export import Target, export
 from genkit.gallery import write_gallery
@@ -106,7 +106,7 @@ def _judge(
     most = row.max_images or row.num_images
     count = most if ahead else _needed(row, found, passed)
     reasons = [_refusal(r, ok, gate, most, count) for r, ok in zip(found, passed, strict=True)]
-    values = [math.nan if reason else _value(r, order) for r, reason in zip(found, reasons, strict=True)]
+    values = [math.nan if reason else value_of(r, order) for r, reason in zip(found, reasons, strict=True)]
     ranked = sorted((k for k, value in enumerate(values) if value == value), key=lambda k: (-values[k], k))
     judged = Judged(row, found, reasons, values, ranked, keep or row.keep)
     if row.max_images is not None and not ahead and sum(r.index < most for r in found) == most:
@@ -147,7 +147,7 @@ def _hard(judged: Judged, order: Expression | None, passed: Sequence[bool], lack
     """Return the report of a row that drew all it may and lacks some; names the best of those that failed its gate."""
     most = judged.request.max_images or 0
     failed = [k for k, r in enumerate(judged.found) if r.status == "done" and r.index < most and not passed[k]]
-    worth = {k: value for k in failed if (value := _value(judged.found[k], order)) == value}
+    worth = {k: value for k in failed if (value := value_of(judged.found[k], order)) == value}
     best = sorted(worth, key=lambda k: (-worth[k], k))[:lack]
     for k in best:
         judged.reasons[k] = f"{judged.reasons[k]}; among the best that failed"
@@ -160,7 +160,7 @@ def _hard(judged: Judged, order: Expression | None, passed: Sequence[bool], lack
     }
 
 
-def _value(r: Result, order: Expression | None) -> float:
+def value_of(r: Result, order: Expression | None) -> float:
     """Return what an image is ranked by; NaN where that is unknown."""
     if order is not None:
         return math.nan if _unknown(order, r.scores) else float(order(r.scores))
@@ -183,7 +183,7 @@ def _verdicts(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]
         if about:
             reason = f"{reason}; {about}"
         verdict = {"id": r.id, "index": r.index, "file": r.file, "kept": k in kept, "rank": rank, "reason": reason}
-        yield _name(r), verdict | note
+        yield _name(r), verdict | note if note else verdict
 
 
 def _name(r: Result) -> str:
@@ -203,7 +203,9 @@ def hard_lines(selection: Mapping[str, Any]) -> Iterator[str]:
 def write_selection(folder: Path, selection: Mapping[str, Any]) -> None:
     """Write selection.json of a run folder, whole or not at all. Raises HostError."""
     with disk(folder / SELECTION):
-        write_whole(folder / SELECTION, json_line(selection).encode())
+        rest = {name: value for name, value in selection.items() if name != "images"}
+        pieces = json_pieces(rest, {"images": selection["images"].items()})
+        write_whole(folder / SELECTION, (text.encode("utf-8", "backslashreplace") for text in pieces))
 
 
 def refilter(
