@@ -76,7 +76,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Put `data`, or its pieces, at `path` so that a reader, or a crash at any moment, finds the old content or all of it.
+    """Put `data`, or its pieces, at `path` so that a reader, or a crash at any moment, finds the old or all of it.
 
     The name itself is safe from a power cut only after `sync_folder(path.parent)`. Raises OSError; the temporary file
     is then removed where the disk allows it.

@@ -24,7 +24,13 @@ from genkit.selection import refilter
 from tests.null_run import CONFIG, png, result_of
 
 ROOT = Path(__file__).parent.parent
-HOSTILE = ["a fox", '=HYPERLINK("http://x")', "<script>alert(1)</script>\x1b[31m", "line\nbreak\u2028, \"quoted\"", "é" * 300]
+HOSTILE = [
+    "a fox",
+    '=HYPERLINK("http://x")',
+    "<script>alert(1)</script>\x1b[31m",
+    'line\nbreak\u2028, "quoted"',
+    "é" * 300,
+]
 IDS = ["plain", "a.b.c", "..x", "-dash", "n" * 100]
 
 
