@@ -110,8 +110,8 @@ def generate(
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
         rows[0]._source = "command line"
     options = Options(
-        model, clip, variant, device, dtype, slots, seed, as_json, compile, attention, picking=Picking(diverse, dedupe, reference),
-        max_total_images=max_total_images, max_seconds=max_seconds,
+        model, clip, variant, device, dtype, slots, seed, as_json, compile, attention,
+        Picking(diverse, dedupe, reference), max_total_images, max_seconds,
     )  # fmt: skip
     job = plan_job(rows, options, defaults)
     folder = free_name(out) if new_run else out

@@ -133,20 +133,9 @@ def generate(
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
     options = Options(
-        model,
-        clip,
-        None,
-        device,
-        dtype,
-        batch_size,
-        seed,
-        quiet,
-        compile,
-        attention,
-        picking,
-        max_total_images,
-        max_seconds,
-    )
+        model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention,
+        picking, max_total_images, max_seconds,
+    )  # fmt: skip
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
         raise KeyboardInterrupt  # what is finished is saved: the same call goes on

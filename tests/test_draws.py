@@ -47,7 +47,7 @@ def run(draws: Draws, slots: int, stop_after: int | None = None, jitter: int = 0
     results: list[Result] = []
 
     def take(free: float, _alone: bool) -> list[Trajectory]:
-        new = []
+        new: list[Trajectory] = []
         while len(new) < free and (drawn := draws.take()) is not None:
             which = plans[(drawn[1] + int(drawn[0].seed_of(0))) % len(plans)]
             new.append(Trajectory(drawn, torch.zeros(1, 2, 2), which))

@@ -79,7 +79,8 @@ def test_near_duplicates_are_those_of_a_plain_loop(width: int, block: int, monke
     vectors = vectors[RNG.permutation(60)].astype(np.float16)
     rows = [Candidates(range(k, k + 6), [0.0] * 6, 6) for k in range(0, 60, 6)]
     chosen, alike = pick(rows, vectors, range(60), [None] * 60, threshold=0.9)
-    x, taken = vectors.astype(np.float32), []
+    x = vectors.astype(np.float32)
+    taken: list[int] = []
     for place in range(6):  # in turns: the best of every row, the second of every row, …
         for row in rows:
             if all(float(x[row.items[place]] @ x[j]) < 0.9 for j in taken):
@@ -206,9 +207,12 @@ def test_references_are_embedded_once(tmp_path: Path, monkeypatch: pytest.Monkey
         Image.new("RGB", (32, 32), colour).save(folder / name)
     embedded: list[list[str]] = []
     real = reference._embed
-    monkeypatch.setattr(
-        reference, "_embed", lambda files, c: embedded.append([p.name for p in files.values()]) or real(files, c)
-    )
+
+    def counted(files: dict[str, Path], asked: dict[str, Any]) -> dict[str, np.ndarray]:
+        embedded.append([path.name for path in files.values()])
+        return real(files, asked)
+
+    monkeypatch.setattr(reference, "_embed", counted)
     first = reference._embedded(folder, reference.list_images(folder), clip)
     found = reference.nearest_references(folder, clip, {("a", 0): 0}, first[[1]])
     assert found[("a", 0)][0] == "red.png" and found[("a", 0)][1] == pytest.approx(1, abs=1e-3)
