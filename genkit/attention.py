@@ -57,8 +57,8 @@ def sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=3).transpose(2, 3).reshape(n, width + 1, others)
     scale = width**-0.5 * math.log2(math.e)
     # Cauchy-Schwarz bounds the exponents; where that does not keep the sums finite, softmax takes the largest out first
-    bounded = float(q.norm(dim=-1).amax() * k.norm(dim=1).amax()) * scale < EXPONENT
-    normalise = torch.exp2 if bounded else _softmax2
+    largest = float(_largest(q.norm(dim=-1)) * _largest(k.norm(dim=1)))
+    normalise = torch.exp2 if largest * scale < EXPONENT else _softmax2
     q = q.transpose(1, 2)
     k = k.transpose(1, 2) * scale
     weights = q.new_empty(at_once, others, rows)
@@ -70,6 +70,11 @@ def sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             normalise(w, out=w)
             torch.bmm(v[p], w, out=out[p, :, r])
     return (out[:, :width] / out[:, width:]).view(batch, heads, width, length).transpose(2, 3)
+
+
+def _largest(sizes: torch.Tensor) -> torch.Tensor:
+    """Return the largest finite one: a sample that holds a NaN gives NaN either way, and decides for no other."""
+    return sizes.nan_to_num(0.0, 0.0).amax()
 
 
 def _softmax2(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,11 @@ Aesthetic = Annotated[
     str | None, typer.Option(help="A .safetensors with weight [1, width] and bias [1] over CLIP embeddings.")
 ]
 Scorers = Annotated[list[str] | None, typer.Option("--scorer", help="An installed scorer; repeatable.")]
+Diverse = Annotated[
+    float | None, typer.Option(help="With keep: 0 takes the best, up to 1 rather those unlike what is taken.")
+]
+Dedupe = Annotated[float | None, typer.Option(help="Of pictures this alike (cosine, say 0.95) keep one; 1: identical.")]
+Reference = Annotated[Path | None, typer.Option(help="Name the nearest in this folder; with --dedupe refuse copies.")]
 
 
 @app.command()
@@ -82,12 +87,18 @@ def generate(
     ] = None,
     aesthetic: Aesthetic = None,
     scorer: Scorers = None,
+    diverse: Diverse = None,
+    dedupe: Dedupe = None,
+    reference: Reference = None,
+    max_total_images: Annotated[int | None, typer.Option(help="Begin no more when the run has so many.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Begin no more images after so long.")] = None,
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Make the images of a prompt file; the same command again goes on where it stopped."""
     from genkit.job import Options, plan_job
+    from genkit.picking import Picking
     from genkit.prompts import read_prompts, typed
     from genkit.request import Request
     from genkit.run import check_folder, free_name
@@ -114,22 +125,9 @@ def generate(
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
         rows[0]._source = "command line"
     options = Options(
-        model,
-        clip,
-        variant,
-        device,
-        dtype,
-        slots,
-        seed,
-        as_json,
-        compile,
-        attention,
-        format,
-        quality,
-        memory,
-        aesthetic,
-        tuple(scorer or ()),
-    )
+        model, clip, variant, device, dtype, slots, seed, as_json, compile, attention, format, quality, memory,
+        aesthetic, tuple(scorer or ()), Picking(diverse, dedupe, reference), max_total_images, max_seconds,
+    )  # fmt: skip
     job = plan_job(rows, options, defaults)
     folder = free_name(out) if new_run else out
     check_folder(folder, prompts)
@@ -171,14 +169,22 @@ def filter_run(
     rank_by: Annotated[str | None, typer.Option(help="What 'best' means; default clip.")] = None,
     keep: Annotated[int | None, typer.Option(help="Keep the best so many of each row.")] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Copy the kept pictures and metadata.jsonl here.")
+        Path | None, typer.Option("-o", "--out", help="Copy the kept pictures and their captions here.")
     ] = None,
+    form: Annotated[str, typer.Option("--format", help="Of -o: folder, webdataset or parquet.")] = "folder",
+    shard_size: Annotated[str | None, typer.Option(help="Of webdataset and parquet: 500MB, 2GB, …")] = None,
+    diverse: Diverse = None,
+    dedupe: Dedupe = None,
+    reference: Reference = None,
     as_json: AsJson = False,
 ) -> int:
     """Decide again what is kept: no model, no torch; nothing is deleted."""
+    from genkit.export import Target
+    from genkit.picking import Picking
     from genkit.selection import refilter
 
-    _print(refilter(run, where=where, rank_by=rank_by, keep=keep, out=out), as_json)
+    picking, target = Picking(diverse, dedupe, reference), Target.of(form, shard_size)
+    _print(refilter(run, where, rank_by, keep, out, picking, target), as_json)
     return EXIT_OK
 
 

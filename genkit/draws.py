@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 
@@ -16,42 +17,76 @@ from genkit.selection import passes
 class _Row:
     request: Request
     gate: Expression | None
+    expected: int  # images that it will have at the end, as far as is known now
     issued: int = 0
     in_flight: int = 0
     passed: int = 0
+    finished: int = 0
 
     @property
     def wants_more(self) -> bool:
-        """One more draw for each failure, so that the images drawn do not depend on the order in which they end.
-
-        The last one drawn is then the smallest index by which `keep` images passed: a resumed run draws the same ones.
-        """
+        """Whether another image is needed whatever those in flight come to: one more for each failure."""
         r = self.request
-        if self.issued < r.num_images:
-            return True
-        return r.max_images is not None and self.issued < r.max_images and self.passed + self.in_flight < (r.keep or 0)
+        return self.issued < r.num_images or (self.open and self.passed + self.in_flight < (r.keep or 0))
+
+    @property
+    def open(self) -> bool:
+        """Whether the gate may ask for more than is issued."""
+        r = self.request
+        return r.max_images is not None and self.issued < r.max_images and self.passed < (r.keep or 0)
+
+    def shortfall(self, rate: float) -> float:
+        """Return how many more than those in flight it takes to satisfy the row, if images pass as its own have.
+
+        Few images say little: `rate`, that of the whole run, weighs as much as two of the row's own.
+        """
+        own = (self.passed + 2 * rate) / (self.finished + 2)
+        return ((self.request.keep or 0) - self.passed) / own - self.in_flight
 
 
 class Draws:
     """Hands out (request, index) pairs and learns from the results.
 
-    `done` holds the images of an earlier run of the same rows; they count as drawn.
+    `done` holds the images of an earlier run of the same rows; they count as drawn. most: images of the run, those
+    included; until: a time.monotonic(). Past either nothing new is handed out, and `short` says which it was.
+
+    A row's images are handed out in order. Those that count end with the first by which `keep` of them passed
+    (`selection.needed`): whatever was drawn ahead, in whatever order the results came, and however often the run
+    was interrupted, the same images are kept.
     """
 
-    def __init__(self, rows: Iterable[Request], done: Mapping[tuple[str, int], Result] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Request],
+        done: Mapping[tuple[str, int], Result] | None = None,
+        most: int | None = None,
+        until: float | None = None,
+    ) -> None:
         self._done = done or {}
+        self._most, self._until = most, until
         self._rows: dict[str, _Row] = {}
         self._next: deque[_Row] = deque()
+        self._open: dict[str, _Row] = {}  # that wait for results, and may draw ahead of them
         self._held: tuple[Request, int] | None = None
+        self._drawn = len(self._done)
+        self._passed = self._finished = 0  # of the rows that draw until some pass
         self.total = 0  # images that this run will hold at the end, as far as is known now
+        self.short: str | None = None
+        self.slots_full: float | None = None  # told by who draws: `Engine.slots_full`
+        earlier = Counter(row_id for row_id, _ in self._done)
         for request in rows:
             gate = None if request.gate is None else Expression(request.gate, request.labels, names=None)
-            row = self._rows[str(request.id)] = _Row(request, gate)
+            expected = max(request.num_images, earlier[str(request.id)])
+            row = self._rows[str(request.id)] = _Row(request, gate, expected)
             self._next.append(row)
-            self.total += request.num_images
+            self.total += expected
 
     def take(self) -> tuple[Request, int] | None:
-        """Return the next image to draw, or None when there is none, or none before more results are reported."""
+        """Return the next image to draw, or None when there is none, or none before more results are reported.
+
+        First what is needed for certain, a row after the other. When that runs out and slots would run empty, the rows
+        that wait for results draw ahead, the one that probably lacks most first, as far as they probably need.
+        """
         if self._held is not None:
             held, self._held = self._held, None
             return held
@@ -59,16 +94,56 @@ class Draws:
             row = self._next[0]
             if not row.wants_more:
                 self._next.popleft()
-                continue
-            index = row.issued
-            row.issued += 1
-            row.in_flight += 1
-            self.total += index >= row.request.num_images
-            earlier = self._done.get((str(row.request.id), index))
-            if earlier is None:
-                return row.request, index
-            self._count(row, earlier)
+                if row.open:
+                    self._open[str(row.request.id)] = row
+            elif (drawn := self._issue(row)) is not None:
+                return drawn
+            elif self.short:
+                return None
+        return self._ahead()
+
+    def _ahead(self) -> tuple[Request, int] | None:
+        if self._most is not None:  # a budget is not for images that may turn out not to be needed
+            return None
+        rate = (self._passed + 1) / (self._finished + 2)
+        while self._open:
+            row = max(self._open.values(), key=lambda row: row.shortfall(rate))
+            if row.shortfall(rate) <= 0:
+                return None
+            drawn = self._issue(row)
+            if drawn is not None or self.short:
+                return drawn
+            if not row.open:
+                self._open.pop(str(row.request.id), None)
         return None
+
+    def _issue(self, row: _Row) -> tuple[Request, int] | None:
+        """Return the row's next image; None where an earlier run drew it, which then counts, or a budget is spent."""
+        index = row.issued
+        earlier = self._done.get((str(row.request.id), index))
+        if earlier is None:
+            self.short = self._spent()
+            if self.short:
+                return None
+            self._drawn += 1
+        row.issued += 1
+        row.in_flight += 1
+        self.total += row.issued > row.expected
+        row.expected = max(row.expected, row.issued)
+        if earlier is None:
+            return row.request, index
+        self._count(row, earlier)
+        return None
+
+    def _spent(self) -> str | None:
+        if self._most is not None and self._drawn >= self._most:
+            return "max_total_images"
+        return "max_seconds" if self._until is not None and time.monotonic() >= self._until else None
+
+    @property
+    def lacking(self) -> int:
+        """How many rows lack images that they need, as after a budget is spent."""
+        return sum(row.wants_more for row in self._rows.values())
 
     def repeated(self) -> Counter[tuple[str, int]]:
         """Return how often each (`Request.drawing`, seed) will be drawn that two rows, or one row twice, ask for.
@@ -101,10 +176,17 @@ class Draws:
         """Count a finished image: its row draws another one if it still lacks some that pass."""
         row = self._rows[result.id]
         self._count(row, result)
+        self._open.pop(result.id, None)
         if row.wants_more:
             self._next.append(row)
+        elif row.open:
+            self._open[result.id] = row
 
     def _count(self, row: _Row, result: Result) -> None:
         row.in_flight -= 1
-        if result.status == "done" and passes(row.gate, result.scores):
-            row.passed += 1
+        row.finished += 1
+        passed = result.status == "done" and passes(row.gate, result.scores)
+        row.passed += passed
+        if row.request.max_images is not None:
+            self._finished += 1
+            self._passed += passed

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import HostError
 
 TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may be called ".tmp-fox": finished names end otherwise
+PIECE = 2000  # items that are text at a time
 # Line breaks to str.splitlines and to JavaScript, though not to JSON: written as escapes so that a line stays a line.
 _BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -41,6 +43,30 @@ def json_line(value: Any) -> str:
     return text + "\n"
 
 
+def json_pieces(
+    value: Mapping[str, Any],
+    objects: Mapping[str, Iterable[tuple[str, Any]]],
+    lists: Mapping[str, Iterable[Any]] | None = None,
+) -> Iterator[str]:
+    """Yield the JSON of `value`, which is not empty, and of members too large to be one text, in pieces.
+
+    objects: names and values of each such object; lists: items of each such list.
+    """
+    yield json_line(value).strip()[:-1]
+    members = [(name, dict, many) for name, many in objects.items()]
+    for name, kind, many in [*members, *((name, list, many) for name, many in (lists or {}).items())]:
+        opening, closing = list(json.dumps(kind()))
+        yield f", {json.dumps(name)}: {opening}"
+        items = iter(many)
+        block = kind(itertools.islice(items, PIECE))
+        while block:
+            yield json_line(block).strip()[1:-1]
+            block = kind(itertools.islice(items, PIECE))
+            yield ", " if block else ""
+        yield closing
+    yield "}\n"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
@@ -49,8 +75,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that a reader, or a crash at any moment, finds the old content or all of the new.
+def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Put `data`, or its pieces, at `path` so that a reader, or a crash at any moment, finds the old or all of it.
 
     The name itself is safe from a power cut only after `sync_folder(path.parent)`. Raises OSError; the temporary file
     is then removed where the disk allows it.
@@ -58,7 +84,7 @@ def write_whole(path: Path, data: bytes) -> None:
     temp = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:
         with open(temp, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temp, path)
@@ -112,16 +138,43 @@ def read_lines(path: Path) -> tuple[list[Any], int]:
     """
     values: list[Any] = []
     length = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            length += len(line)
-            try:
-                values.append(json.loads(line))
-            except (ValueError, RecursionError):
-                values.append(None)
+    for block in _blocks(path):
+        length += sum(map(len, block))
+        values += _parsed(block)
     return values, length
+
+
+def each_line(path: Path) -> Iterator[Any]:
+    """Yield the JSON values of a JSONL file (None for a damaged line), a few of them in memory at a time."""
+    for block in _blocks(path):
+        yield from _parsed(block)
+
+
+def _blocks(path: Path) -> Iterator[list[bytes]]:
+    """Yield the whole lines of a file, about a megabyte at a time."""
+    with open(path, "rb") as file:
+        while block := file.readlines(2**20):
+            if not block[-1].endswith(b"\n"):
+                block.pop()
+            yield block
+
+
+def _parsed(block: Sequence[bytes]) -> list[Any]:
+    """Return the value of each line: of all at once, which is faster and shares the keys, where none is damaged."""
+    try:
+        values = json.loads(b"[" + b",\n".join(line.strip() for line in block) + b"]")
+    except (ValueError, RecursionError):
+        values = []
+    if len(values) == len(block):
+        return values
+    return [_value(line) for line in block]
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 class Journal:

@@ -111,6 +111,8 @@ class Engine:
         """relieve: waits for other work on the device and returns whether there was any, when memory runs out."""
         self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
         self.calls = 0  # network rows computed so far
+        self._used, self._ticks = 0.0, 0  # slots taken, summed over the ticks
+        self._until_last = (0.0, 0)  # … when the last trajectory came
         self._groups: dict[tuple[int, ...], _Group] = {}
         self._waiting: list[Trajectory] = []  # taken, but there was no memory for them yet
 
@@ -118,6 +120,15 @@ class Engine:
     def live(self) -> int:
         """How many trajectories are in flight."""
         return sum(len(g.live) for g in self._groups.values())
+
+    @property
+    def slots_full(self) -> float | None:
+        """Which share of the slots was in use while there was more to draw; None where all fitted at once.
+
+        Counted up to the last trajectory that came: those in flight then end without successors.
+        """
+        used, ticks = self._until_last
+        return used / (ticks * self.slots) if ticks else None
 
     @torch.inference_mode()
     def run(self, take: Take) -> Iterator[list[Trajectory]]:
@@ -131,6 +142,8 @@ class Engine:
             if not self.live and not ended and not self._waiting:
                 return
             if self.live:
+                self._used += self._held
+                self._ticks += 1
                 # The fullest shape goes first: most rows a call. Smaller groups grow until it is their turn.
                 ended += self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
             self._groups = {shape: g for shape, g in self._groups.items() if g.live}
@@ -145,7 +158,10 @@ class Engine:
     def _admit(self, take: Take) -> list[Trajectory]:
         """Fill the free slots; return the trajectory that fails at that, alone as it is."""
         shapes: dict[tuple[int, ...], list[Trajectory]] = {}
-        for trajectory in self._next(take):
+        coming = self._next(take)
+        if coming:
+            self._until_last = self._used, self._ticks
+        for trajectory in coming:
             shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
         failed: list[Trajectory] = []
         for shape, new in shapes.items():

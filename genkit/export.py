@@ -1,22 +1,69 @@
-"""Kept pictures as a folder of their own: copies and a metadata.jsonl, the layout that `datasets` calls imagefolder."""
+"""Kept pictures as a data set of their own: a folder with metadata.jsonl (`datasets`' imagefolder), or shards."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, read_lines, write_whole
-from genkit.errors import HostError, InputError, shown
+from genkit.errors import HostError, InputError, nearest, shown
 from genkit.request import Result
 
 METADATA = "metadata.jsonl"
+SHARD = 500_000_000  # bytes
+_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def export(folder: Path, kept: Sequence[Result], out: Path) -> int:
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What an export looks like. form: folder, webdataset or parquet; shard_size: bytes of a shard, None: SHARD."""
+
+    form: str = "folder"
+    shard_size: int | None = None
+
+    @classmethod
+    def of(cls, form: str, shard_size: str | None) -> Target:
+        """Read the command line's --format and --shard-size ("500MB"). Raises InputError."""
+        found = None if shard_size is None else re.fullmatch(r"([0-9]{1,9})\s*([A-Za-z]*)", shard_size)
+        if shard_size is not None and (found is None or found[2].lower() not in _UNITS):
+            raise InputError(f"--shard-size: {shown(shard_size)} is not like 500MB or 2GB")
+        return cls(form, None if found is None else int(found[1]) * _UNITS[found[2].lower()])
+
+    def check(self, out: Path | None) -> None:
+        """Raise InputError for what cannot be, before anything is read or written."""
+        if self.form not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise InputError(f"--format: {shown(self.form)} is none of {known}{nearest(self.form, FORMATS)}")
+        if out is None and self != Target():
+            raise InputError(
+                f"--{'format' if self.form != 'folder' else 'shard-size'}: needs -o, the folder to write to"
+            )
+        if self.shard_size is not None and self.form == "folder":
+            raise InputError("--shard-size: is for --format webdataset and parquet; a folder has no shards")
+        if self.shard_size is not None and not 1000 <= self.shard_size <= 10**12:
+            raise InputError(f"--shard-size: {self.shard_size} bytes is not within 1 kB to 1000 GB")
+        if self.form == "parquet":
+            from genkit.shards import need_pyarrow
+
+            need_pyarrow()
+
+
+def export(folder: Path, kept: Sequence[Result], out: Path, target: Target | None = None) -> int:
+    """Copy the pictures of `kept` from a run folder to `out` in the form of `target`; return their number.
+
+    Raises InputError for an `out` that holds anything but an earlier export; HostError for a full disk, a bad picture.
+    """
+    target = target or Target()
+    return FORMATS[target.form](folder, kept, out, target.shard_size or SHARD)
+
+
+def _folder(folder: Path, kept: Sequence[Result], out: Path, _size: int) -> int:
     """Copy the pictures of `kept` from a run folder to `out`, with a line each in metadata.jsonl; return their number.
 
     A line has file_name, text (the prompt), id, index, seed, sha256, scores and meta. `out` is new, empty, or an
@@ -28,7 +75,8 @@ def export(folder: Path, kept: Sequence[Result], out: Path) -> int:
         out.mkdir(parents=True, exist_ok=True)
         for name, r in names.items():
             _copy(folder / str(r.file), out / name, r.bytes)
-        write_whole(out / METADATA, "".join(json_line(_line(name, r)) for name, r in names.items()).encode())
+        lines = "".join(json_line({"file_name": name, **caption(r)}) for name, r in names.items())
+        write_whole(out / METADATA, lines.encode("utf-8", "backslashreplace"))
         for name in earlier - set(names):
             (out / name).unlink(missing_ok=True)
         found = sum(name in names for name in os.listdir(out))
@@ -66,9 +114,9 @@ def _copy(source: Path, target: Path, size: int | None) -> None:
     temp.replace(target)
 
 
-def _line(name: str, r: Result) -> dict[str, Any]:
+def caption(r: Result) -> dict[str, Any]:
+    """Return what goes with a picture into every form of data set."""
     line = {
-        "file_name": name,
         "text": r.prompt,
         "id": r.id,
         "index": r.index,
@@ -77,3 +125,15 @@ def _line(name: str, r: Result) -> dict[str, Any]:
         "scores": r.scores,
     }
     return line if r.meta is None else {**line, "meta": r.meta}
+
+
+def _shards(form: str) -> Callable[[Path, Sequence[Result], Path, int], int]:
+    def write(folder: Path, kept: Sequence[Result], out: Path, size: int) -> int:
+        from genkit.shards import write_shards
+
+        return write_shards(form, folder, kept, out, size)
+
+    return write
+
+
+FORMATS = {"folder": _folder, "webdataset": _shards("webdataset"), "parquet": _shards("parquet")}

@@ -5,20 +5,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import itertools
+import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from genkit.durable import disk, json_line, write_whole
+from genkit.durable import disk, json_pieces, write_whole
 from genkit.records import GALLERY
 from genkit.request import Request, Result
 
 # What must not stand in a JSON block within HTML: "</script>" would end it, "<!--" would change how it is read.
 _HTML = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 _SETTINGS_OF_IMAGE = ("seed", "index", "file", "status", "scores", "width", "height", "nfe", "seconds")
+_settings_of = operator.attrgetter(*_SETTINGS_OF_IMAGE)
 
 
 def write_gallery(
@@ -34,39 +37,42 @@ def write_gallery(
     and its policy lets nothing else run or load. Raises HostError.
     """
     template = files("genkit").joinpath("gallery.html").read_text("utf-8")
-    data = json_line(_data(folder.resolve().name, rows, results, selection, config)).strip()
-    for character, escape in _HTML.items():
-        data = data.replace(character, escape)
-    parts = {"policy": _policy(template), "title": html.escape(folder.resolve().name), "data": data}
-    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    parts = {"policy": _policy(template), "title": html.escape(folder.resolve().name)}
+    before, after = template.split("{{data}}")
+    before, after = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in (before, after))
+    images = _images(results, selection["images"])
+    settings = ((str(row.id), {k: v for k, v in row.to_json().items() if k != "id"}) for row in rows)
+    data = map(_within_html, json_pieces(_data(folder.resolve().name, config), {"rows": settings}, {"images": images}))
+    pieces = itertools.chain([before], data, [after])
     path = folder / GALLERY
     with disk(path):
-        write_whole(path, page.encode("utf-8", "backslashreplace"))
+        write_whole(path, (text.encode("utf-8", "backslashreplace") for text in pieces))
     return path
 
 
-def _data(
-    name: str,
-    rows: Sequence[Request],
-    results: Iterable[Result],
-    selection: Mapping[str, Any],
-    config: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return what the page shows. An image stands in the order of its row, then of its number."""
-    decisions = selection["images"]
+def _within_html(text: str) -> str:
+    for character, escape in _HTML.items():
+        text = text.replace(character, escape)
+    return text
+
+
+def _images(results: Iterable[Result], decisions: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what the page shows of each image, in the order of its row, then of its number."""
     found = {f"{r.id}-{r.index:02d}": r for r in results}
     ranked = Counter(d["id"] for d in decisions.values() if d["rank"] is not None)
-    images = []
     for key, decision in decisions.items():
-        record = {field: getattr(found[key], field) for field in _SETTINGS_OF_IMAGE}
+        record = dict(zip(_SETTINGS_OF_IMAGE, _settings_of(found[key]), strict=True))
         verdict = {field: decision[field] for field in ("id", "kept", "rank", "reason")}
-        images.append({**record, **verdict, "of": ranked[decision["id"]]})
-    settings = {str(row.id): {k: v for k, v in row.to_json().items() if k != "id"} for row in rows}
+        yield record | verdict | {"of": ranked[decision["id"]]}
+
+
+def _data(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of the run."""
     model = config["binding"].get("model") or {}
     info = config["info"]
     made = f"Made with genkit {info.get('genkit', '')}, begun {str(info.get('started', ''))[:10]}"
     model_name = model.get("name", "") if isinstance(model, Mapping) else str(model)
-    return {"name": name, "model": model_name, "made": made, "rows": settings, "images": images}
+    return {"name": name, "model": model_name, "made": made}
 
 
 def _policy(template: str) -> str:

@@ -28,6 +28,7 @@ from genkit.gallery import write_gallery
 from genkit.guidance import network_rows
 from genkit.memory import away, budget_for, check_memory, describe
 from genkit.metadata import texts
+from genkit.picking import NONE, Picking, read_known
 from genkit.plans import is_tuned, plan_for, tuned_file
 from genkit.progress import Progress
 from genkit.prompts import read_prompts
@@ -38,7 +39,7 @@ from genkit.scoring.aesthetic import Head, check_head
 from genkit.scoring.gates import Expression, check_row
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
-from genkit.selection import decide, passes, write_selection
+from genkit.selection import decide, hard_lines, passes, write_selection
 from genkit.settings import Geometry, settings
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ class Options:
     memory: str = "auto"  # high: everything on the device; low: as little as works; auto: what fits
     aesthetic: str | None = None  # a safetensors file with a head over CLIP embeddings
     scorers: tuple[Any, ...] = ()  # names of installed ones, or functions
+    picking: Picking = NONE
+    max_total_images: int | None = None  # of the run, earlier ones included: past them no more are begun
+    max_seconds: float | None = None  # from the start of this process's part of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,8 @@ class Summary:
     seconds: float
     exit_code: int
     stopped: bool = False
+    hard_rows: int = 0  # drew max_images, and fewer than keep pass
+    slots_full: float | None = None  # share of the slots in use while there was more to draw
 
     @property
     def images_per_second(self) -> float:
@@ -147,6 +153,9 @@ def generate(
     quality: int | None = None,
     aesthetic: str | None = None,
     scorers: Sequence[Any] = (),
+    picking: Picking = NONE,
+    max_total_images: int | None = None,
+    max_seconds: float | None = None,
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
@@ -157,22 +166,9 @@ def generate(
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
     options = Options(
-        model,
-        clip,
-        None,
-        device,
-        dtype,
-        batch_size,
-        seed,
-        quiet,
-        compile,
-        attention,
-        format,
-        quality,
-        memory,
-        aesthetic,
-        tuple(scorers),
-    )
+        model, clip, None, device, dtype, batch_size, seed, quiet, compile, attention, format, quality, memory,
+        aesthetic, tuple(scorers), picking, max_total_images, max_seconds,
+    )  # fmt: skip
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
     if summary.exit_code == EXIT_SIGINT:
         raise KeyboardInterrupt  # what is finished is saved: the same call goes on
@@ -187,6 +183,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     check_attention(options.attention)
     encoding(options.format, options.quality)
     check_memory(options.memory)
+    _check_budget(options)
     info = inspect_model(options.model, variant=options.variant)
     if info.kind == "clip":
         raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
@@ -195,6 +192,9 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     if clip is not None and clip.kind != "clip":
         raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
     scorers, computed = _scorers(options, clip)
+    options.picking.check()
+    if clip is None and options.picking.needs_embeddings:
+        raise InputError(f"{options.picking.needs_embeddings}: needs a CLIP model, and there is none: give --clip")
     geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
     scheduler = Scheduler.from_config(info.scheduler_config)
     plans: dict[str, Plan] = {}
@@ -212,6 +212,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
+    options.picking.check_rows(any(row.keep is not None for row in filled))
     return Job(filled, options, info, clip, calls, scorers)
 
 
@@ -224,6 +225,13 @@ def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], fr
     scorers = find_scorers(options.scorers)
     names = [name for plugin in scorers for name in plugin.names]
     return scorers, known_scores(clip is not None, options.aesthetic is not None, names)
+
+
+def _check_budget(options: Options) -> None:
+    if options.max_total_images is not None and options.max_total_images < 1:
+        raise InputError(f"--max-total-images: {options.max_total_images} is not 1 or more")
+    if options.max_seconds is not None and not 0 < options.max_seconds < 1e9:
+        raise InputError(f"--max-seconds: {options.max_seconds:g} is not a number of seconds above 0")
 
 
 def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:
@@ -254,7 +262,8 @@ def run_job(job: Job, out: Path) -> Summary:
     # the folder first: another process may hold it, or nothing may be left to do.
     loaded = _load(job, recorded) if recorded is None else None
     with Run.open(out, _config(job, loaded, recorded), job.rows) as run:
-        draws = Draws(job.rows, run.done)
+        until = None if job.options.max_seconds is None else began + job.options.max_seconds
+        draws = Draws(job.rows, run.done, job.options.max_total_images, until)
         stopped = EXIT_OK
         with Progress(draws.total, len(run.done), quiet=job.options.quiet) as progress:
             for line in run.notes:
@@ -262,9 +271,16 @@ def run_job(job: Job, out: Path) -> Summary:
             if draws.has_next():
                 stopped = _draw(job, run, draws, progress, loaded or _load(job, recorded))
         results = list(run.results.values())
-        selection = decide(job.rows, results)
+        known = read_known(out, run.config, results, job.options.picking)
+        selection = decide(job.rows, results, picking=job.options.picking, known=known)
         write_selection(out, selection)
         write_gallery(out, job.rows, results, selection, run.config)
+    for line in hard_lines(selection):
+        progress.say(line)
+    lacking = 0 if stopped else draws.lacking
+    if lacking and draws.short:
+        limit = f"--{draws.short.replace('_', '-')}"
+        progress.say(f"{limit} is reached and {lacking} rows lack images; the same command, with more, goes on")
     failed = sum(r.status == "failed" for r in results)
     return Summary(
         folder=str(out),
@@ -274,8 +290,10 @@ def run_job(job: Job, out: Path) -> Summary:
         kept=sum(image["kept"] for image in selection["images"].values()),
         failed=failed,
         seconds=round(time.monotonic() - began, 2),
-        exit_code=stopped or (EXIT_SOME_FAILED if failed else EXIT_OK),
-        stopped=bool(stopped),
+        exit_code=stopped or (EXIT_SOME_FAILED if failed or lacking else EXIT_OK),
+        stopped=bool(stopped or lacking),
+        hard_rows=len(selection["hard"]),
+        slots_full=None if draws.slots_full is None else round(draws.slots_full, 4),
     )
 
 

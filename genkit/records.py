@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from genkit.durable import disk, read_lines
+from genkit.durable import disk, each_line
 from genkit.errors import InputError
 from genkit.request import Request, Result
 
@@ -45,16 +45,15 @@ def read_rows(folder: Path) -> list[Request]:
     path = folder / ROWS
     if not path.is_file():
         raise InputError(f"{folder}: holds no {ROWS}: not a run folder, or one that never began")
-    with disk(path):
-        lines, _ = read_lines(path)
     rows = []
-    for number, fields in enumerate(lines, 1):
-        try:
-            if not isinstance(fields, dict) or not isinstance(fields.get("id"), str):
-                raise InputError("not a row")
-            rows.append(Request(**fields))
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
+    with disk(path):
+        for number, fields in enumerate(each_line(path), 1):
+            try:
+                if not isinstance(fields, dict) or not isinstance(fields.get("id"), str):
+                    raise InputError("not a row")
+                rows.append(Request(**fields))
+            except InputError as error:
+                raise InputError(f"{path}:{number}: {error}") from None
     return rows
 
 
@@ -64,19 +63,23 @@ def read_results(folder: Path) -> list[Result]:
     if not path.is_file():
         return []
     with disk(path):
-        lines, _ = read_lines(path)
-    return [r for r in newest(lines)[0].values() if r.status != REPLACED]
+        records, _ = newest(each_line(path))
+    return [r for r in records.values() if r.status != REPLACED]
 
 
 def newest(lines: Iterable[Any]) -> tuple[dict[Key, Result], list[int]]:
     """Return the last record of each image, and the numbers (from 1) of the lines that are no record."""
     found: dict[Key, Result] = {}
     bad: list[int] = []
+    shared: dict[Any, Any] = {}  # texts that many records have: one copy is enough
     for number, line in enumerate(lines, 1):
         result = _result(line)
         if result is None:
             bad.append(number)
         else:
+            for name in ("id", "prompt", "status", "fingerprint"):
+                text = getattr(result, name)
+                setattr(result, name, shared.setdefault(text, text))
             found[result.id, result.index] = result
     return found, bad
 
@@ -89,6 +92,8 @@ def _result(line: Any) -> Result | None:
         return None
     sound = (
         isinstance(result.id, str)
+        and isinstance(result.prompt, str)
+        and isinstance(result.fingerprint, str | None)
         and type(result.index) is int
         and result.index >= 0
         and isinstance(result.status, str)

@@ -320,7 +320,7 @@ _COMPLAINTS = {
 _MEMORY = {"pixels", "embedding"}  # fields that no record has
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Result:
     """One finished, failed or pruned image: a line of results.jsonl, and in memory its pixels."""
 
@@ -360,5 +360,7 @@ class Result:
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Result:
         """Return the record of a line of results.jsonl; keys of a newer genkit are passed over."""
-        known = {f.name for f in dataclasses.fields(cls)} - _MEMORY
-        return cls(**{k: v for k, v in line.items() if k in known})
+        try:
+            return cls(**line)
+        except TypeError:
+            return cls(**{k: v for k, v in line.items() if k in cls.__slots__ and k not in _MEMORY})

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genkit.durable import disk, json_line, write_whole
+from genkit.durable import disk, json_pieces, write_whole
 from genkit.errors import InputError, nearest, shown
-from genkit.export import export
+from genkit.export import Target, export
 from genkit.gallery import write_gallery
-from genkit.records import SELECTION, read_config, read_results, read_rows
+from genkit.picking import NONE, Known, Picking, choose, read_known
+from genkit.records import SELECTION, Key, read_config, read_results, read_rows
 from genkit.request import Request, Result
 from genkit.scoring.gates import Expression
+
+HARD_LINES = 10  # hard rows that are named at the end of a run; selection.json has all
+
+
+@dataclasses.dataclass
+class Judged:
+    """A row's images by number, what is against each whatever the others are, and those with a value, best first."""
+
+    request: Request
+    found: list[Result]
+    reasons: list[str | None]
+    values: list[float]  # NaN: nothing to rank by
+    ranked: list[int]
+    keep: int | None
+    hard: dict[str, Any] | None = None
+
+    def candidates(self) -> list[int]:
+        """Return the places in `found` of what may be kept, best first."""
+        if self.keep is not None:
+            return self.ranked
+        return self.ranked + [k for k, r in enumerate(self.reasons) if r is None and self.values[k] != self.values[k]]
 
 
 def decide(
@@ -26,13 +49,16 @@ def decide(
     where: str | None = None,
     rank_by: str | None = None,
     keep: int | None = None,
+    picking: Picking = NONE,
+    known: Known | None = None,
 ) -> dict[str, Any]:
-    """Return {"kept", "of", "where", "rank_by", "keep", "images": {"<id>-<k>": {…, "kept", "rank", "reason"}}}.
+    """Return {"kept", "of", "where", …, "hard": […], "images": {"<id>-<k>": {…, "kept", "rank", "reason"}}}.
 
     An image is kept when it is done, passes its row's gate, and is among the best `keep` of the row by `rank_by`
     (default: the clip score where there is one, else the order of drawing). `where`, `rank_by` and `keep` stand in for
     those of every row. NaN passes no gate and has no rank. Rank 1 is the best; an image that fails its gate has none.
-    Raises InputError for an expression that does not hold together.
+    picking, known: what thins out those that pass, and the embeddings that it looks at. "hard": rows that drew
+    `max_images` and lack some that pass. Raises InputError for an expression that does not hold together.
     """
     of_row: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -41,18 +67,21 @@ def decide(
     names = {name for found in of_row.values() for r in found for name in r.scores} - {"p"}
     asked_gate, asked_order = (None if text is None else Expression(text, labels, names) for text in (where, rank_by))
     compiled = functools.cache(lambda text, labels: Expression(text, labels, names=None))  # checked when it was drawn
-    images: dict[str, dict[str, Any]] = {}
+    judged = []
     for row in rows:
         own = None if row.labels is None else tuple(row.labels)
         gate = asked_gate or (None if row.gate is None else compiled(row.gate, own))
         order = asked_order or (None if row.rank_by is None else compiled(row.rank_by, own))
         found = sorted(of_row.get(str(row.id), ()), key=lambda r: r.index)
-        decisions = _decide_row(row, found, gate, order, keep or row.keep)
-        for r, (rank, reason) in zip(found, decisions, strict=True):
-            verdict = {"kept": reason == "kept", "rank": rank, "reason": reason}
-            images[f"{r.id}-{r.index:02d}"] = {"id": r.id, "index": r.index, "file": r.file, **verdict}
+        judged.append(_judge(row, found, gate, order, keep, ahead=where is not None or keep is not None))
+    chosen, notes = choose(judged, picking, known)
+    images: dict[str, dict[str, Any]] = {}
+    for row_, kept_ in zip(judged, chosen, strict=True):
+        images.update(_verdicts(row_, kept_, notes))
     kept = sum(image["kept"] for image in images.values())
-    return {"kept": kept, "of": len(images), "where": where, "rank_by": rank_by, "keep": keep, "images": images}
+    options = {"where": where, "rank_by": rank_by, "keep": keep, **picking.to_json()}
+    hard = [row.hard for row in judged if row.hard is not None]
+    return {"kept": kept, "of": len(images), **options, "hard": hard, "images": images}
 
 
 def passes(gate: Expression | None, scores: Mapping[str, Any]) -> bool:
@@ -62,41 +91,76 @@ def passes(gate: Expression | None, scores: Mapping[str, Any]) -> bool:
 
 def _unknown(expression: Expression, scores: Mapping[str, Any]) -> list[str]:
     """Return the scores that an expression reads and that are NaN (null in a record) or absent."""
-    odds = scores.get("p") or {}
-    used = [(name, scores.get(name)) for name in sorted(expression.names)]
-    used += [(f"p[{label!r}]", odds.get(label)) for label in sorted(expression.labels)]
-    return [name for name, value in used if value is None or value != value]
+    found = [name for name in expression.names if (value := scores.get(name)) is None or value != value]
+    if expression.labels:
+        odds = scores.get("p") or {}
+        found += [f"p[{x!r}]" for x in expression.labels if (value := odds.get(x)) is None or value != value]
+    return sorted(found) if len(found) > 1 else found
 
 
-def _decide_row(
-    row: Request, found: Sequence[Result], gate: Expression | None, order: Expression | None, keep: int | None
-) -> list[tuple[int | None, str]]:
-    """Return (rank, reason) for each image of a row."""
-    reasons = [_refusal(r, gate, row.max_images or row.num_images) for r in found]
-    values = [math.nan if reason else _value(r, order) for r, reason in zip(found, reasons, strict=True)]
+def _judge(
+    row: Request, found: list[Result], gate: Expression | None, order: Expression | None, keep: int | None, ahead: bool
+) -> Judged:
+    """Say what is against each image of a row. ahead: images drawn ahead of what the row needed count as well."""
+    passed = [r.status == "done" and passes(gate, r.scores) for r in found]
+    most = row.max_images or row.num_images
+    count = most if ahead else _needed(row, found, passed)
+    reasons = [_refusal(r, ok, gate, most, count) for r, ok in zip(found, passed, strict=True)]
+    values = [math.nan if reason else value_of(r, order) for r, reason in zip(found, reasons, strict=True)]
     ranked = sorted((k for k, value in enumerate(values) if value == value), key=lambda k: (-values[k], k))
-    ranks = {k: place for place, k in enumerate(ranked, 1)}
-    decided: list[tuple[int | None, str]] = []
-    for k, refused in enumerate(reasons):
-        rank, reason = ranks.get(k), refused or "kept"
-        if refused is None and keep is not None and (rank is None or rank > keep):
-            reason = "nan: no score to rank by" if rank is None else f"rank {rank} of {len(ranked)}, keep {keep}"
-        decided.append((rank, reason))
-    return decided
+    judged = Judged(row, found, reasons, values, ranked, keep or row.keep)
+    if row.max_images is not None and not ahead and sum(r.index < most for r in found) == most:
+        lack = (row.keep or 0) - sum(passed[:most])
+        judged.hard = _hard(judged, order, passed, lack) if lack > 0 else None
+    return judged
 
 
-def _refusal(r: Result, gate: Expression | None, most: int) -> str | None:
+def _needed(row: Request, found: Sequence[Result], passed: Sequence[bool]) -> int:
+    """Return how many images of a row count: up to the first by which `keep` of them passed.
+
+    A row may have drawn more, ahead of its results; how many depends on the order in which they came.
+    """
+    if row.max_images is None:
+        return row.num_images
+    lack = row.keep or 0
+    for r, ok in zip(found, passed, strict=True):
+        lack -= ok
+        if lack <= 0:
+            return min(row.max_images, max(row.num_images, r.index + 1))
+    return row.max_images
+
+
+def _refusal(r: Result, passed: bool, gate: Expression | None, most: int, count: int) -> str | None:
     """Return why an image is out whatever the others of its row are."""
     if r.status != "done":
         return f"{r.status}: {r.reason}" if r.reason else r.status
     if r.index >= most:
         return f"not among the {most} that the row asks for now"
-    if gate is None or passes(gate, r.scores):
+    if r.index >= count:
+        return f"drawn ahead: the first {count} were enough"
+    if gate is None or passed:
         return None
     return f"gate: {gate.text}" + "".join(f" (no {name})" for name in _unknown(gate, r.scores)[:1])
 
 
-def _value(r: Result, order: Expression | None) -> float:
+def _hard(judged: Judged, order: Expression | None, passed: Sequence[bool], lack: int) -> dict[str, Any]:
+    """Return the report of a row that drew all it may and lacks some; names the best of those that failed its gate."""
+    most = judged.request.max_images or 0
+    failed = [k for k, r in enumerate(judged.found) if r.status == "done" and r.index < most and not passed[k]]
+    worth = {k: value for k in failed if (value := value_of(judged.found[k], order)) == value}
+    best = sorted(worth, key=lambda k: (-worth[k], k))[:lack]
+    for k in best:
+        judged.reasons[k] = f"{judged.reasons[k]}; among the best that failed"
+    rate = {"passed": sum(passed[:most]), "drawn": most, "pass_rate": round(sum(passed[:most]) / most, 4)}
+    return {
+        "id": str(judged.request.id),
+        "keep": judged.request.keep,
+        **rate,
+        "best": [_name(judged.found[k]) for k in best],
+    }
+
+
+def value_of(r: Result, order: Expression | None) -> float:
     """Return what an image is ranked by; NaN where that is unknown."""
     if order is not None:
         return math.nan if _unknown(order, r.scores) else float(order(r.scores))
@@ -105,10 +169,43 @@ def _value(r: Result, order: Expression | None) -> float:
     return math.nan if r.scores["clip"] is None else float(r.scores["clip"])
 
 
+def _verdicts(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    ranks = {k: place for place, k in enumerate(row.ranked, 1)}
+    kept = set(chosen)
+    for k, r in enumerate(row.found):
+        note = dict(notes.get((r.id, r.index), ())) if notes else {}
+        rank, reason, out, about = ranks.get(k), row.reasons[k], note.pop("out", None), note.pop("about", None)
+        if k in kept:
+            reason = "kept"
+        elif reason is None:
+            lower = "nan: no score to rank by" if rank is None else f"rank {rank} of {len(row.ranked)}, keep {row.keep}"
+            reason = out or lower
+        if about:
+            reason = f"{reason}; {about}"
+        verdict = {"id": r.id, "index": r.index, "file": r.file, "kept": k in kept, "rank": rank, "reason": reason}
+        yield _name(r), verdict | note if note else verdict
+
+
+def _name(r: Result) -> str:
+    return f"{r.id}-{r.index:02d}"
+
+
+def hard_lines(selection: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each of the first hard rows, and one for the number of the others."""
+    for row in selection["hard"][:HARD_LINES]:
+        best = f"; the best that failed: {', '.join(row['best'][:3])}" if row["best"] else ""
+        share = f"{row['passed']} of {row['drawn']} passed ({row['pass_rate']:.0%}), keep {row['keep']}"
+        yield f"row {row['id']}: hard: {share}{best}"
+    if len(selection["hard"]) > HARD_LINES:
+        yield f'… and {len(selection["hard"]) - HARD_LINES} more hard rows: see "hard" in {SELECTION}'
+
+
 def write_selection(folder: Path, selection: Mapping[str, Any]) -> None:
     """Write selection.json of a run folder, whole or not at all. Raises HostError."""
     with disk(folder / SELECTION):
-        write_whole(folder / SELECTION, json_line(selection).encode())
+        rest = {name: value for name, value in selection.items() if name != "images"}
+        pieces = json_pieces(rest, {"images": selection["images"].items()})
+        write_whole(folder / SELECTION, (text.encode("utf-8", "backslashreplace") for text in pieces))
 
 
 def refilter(
@@ -117,36 +214,59 @@ def refilter(
     rank_by: str | None = None,
     keep: int | None = None,
     out: Path | None = None,
+    picking: Picking = NONE,
+    target: Target | None = None,
 ) -> dict[str, Any]:
     """Decide again on a run's recorded scores: `genkit filter`. Rewrites selection.json and index.html; returns counts.
 
-    where, rank_by, keep stand in for every row's gate, rank_by and keep. out: a folder for copies of what is kept, see
-    `export`. Reads no model, needs no lock. Raises InputError for a folder that is no run and for an unknown score.
+    where, rank_by, keep stand in for every row's gate, rank_by and keep. out, target: a folder for copies of what is
+    kept, and in what form, see `export`. Reads no model (but for a reference folder), needs no lock. Raises InputError
+    for a folder that is no run and for an unknown score.
     """
     if keep is not None and not 1 <= keep <= 100_000:
         raise InputError(f"--keep: {keep} is not within 1 to 100000")
+    picking.check()
+    target = target or Target()
+    target.check(out)
     config = read_config(folder)
     if config is None:
         raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
-    rows = read_rows(folder)
-    asked = {str(row.id) for row in rows}
-    results = [_present(folder, r) for r in read_results(folder) if r.id in asked]
-    _check(rows, results, where, rank_by)
-    selection = decide(rows, results, where, rank_by, keep)
-    summary = {"run": str(folder), "rows": len(rows), "images": len(results), "kept": selection["kept"]}
-    if out is not None:
-        kept = [r for r in results if selection["images"][f"{r.id}-{r.index:02d}"]["kept"]]
-        summary |= {"out": str(out), "copied": export(folder, kept, out)}
-    write_selection(folder, selection)
-    write_gallery(folder, rows, results, selection, config)
+    collecting = gc.isenabled()
+    gc.disable()  # nothing made here is garbage before the end, and looking for it takes half of the time
+    try:
+        rows = read_rows(folder)
+        asked = {str(row.id) for row in rows}
+        results = _present(folder, [r for r in read_results(folder) if r.id in asked])
+        _check(rows, results, where, rank_by)
+        picking.check_rows(keep is not None or any(row.keep is not None for row in rows))
+        selection = decide(rows, results, where, rank_by, keep, picking, read_known(folder, config, results, picking))
+        summary = {"run": str(folder), "rows": len(rows), "images": len(results), "kept": selection["kept"]}
+        if out is not None:
+            kept = [r for r in results if selection["images"][_name(r)]["kept"]]
+            summary |= {"out": str(out), "copied": export(folder, kept, out, target)}
+        write_selection(folder, selection)
+        write_gallery(folder, rows, results, selection, config)
+    finally:
+        if collecting:
+            gc.enable()
     return summary
 
 
-def _present(folder: Path, r: Result) -> Result:
-    """Return the record, or a failed one where its picture was taken away since."""
-    if r.status != "done" or os.path.exists(os.path.join(folder, str(r.file))):
-        return r
-    return dataclasses.replace(r, status="failed", reason="its file is missing", file=None)
+def _present(folder: Path, results: list[Result]) -> list[Result]:
+    """Return the records, failed ones in place of those whose picture was taken away since."""
+    names: dict[str, set[str]] = {}
+    for k, r in enumerate(results):
+        if r.status != "done":
+            continue
+        under, _, name = str(r.file).rpartition("/")
+        if under not in names:  # a listing of each folder is faster than a look at each file
+            try:
+                names[under] = set(os.listdir(folder / under))
+            except OSError:
+                names[under] = set()
+        if name not in names[under]:
+            results[k] = dataclasses.replace(r, status="failed", reason="its file is missing", file=None)
+    return results
 
 
 def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None, rank_by: str | None) -> None:

@@ -63,6 +63,7 @@ class Stream:
                 if self.again:
                     progress |= yield from self._again(engine, pool)
         finally:
+            self.draws.slots_full = engine.slots_full
             if engine.slots < slots:
                 self.generator.most_slots = engine.slots
             if pool is not None:

@@ -192,12 +192,13 @@ class Judge:
 
 
 def test_a_gated_row_draws_until_enough_pass(gen: TextToImage) -> None:
-    row = Request(id="a", prompt="a fox", num_inference_steps=1, num_images=2, keep=2, gate="clip > 0.5", max_images=8)
+    row = Request(id="a", prompt="a fox", num_inference_steps=1, num_images=2, keep=2, gate="clip > 0.5", max_images=16)
     judge = Judge([0.1, 0.9, 0.2, 0.3, 0.8, 0.9])
     results: list[Result] = list(gen.stream([row], scorer=judge, slots=4))  # type: ignore[arg-type]
-    assert [r.index for r in results] == [0, 1, 2, 3, 4], "stops at the second image that passes"
+    drawn = sorted(r.index for r in results)
+    assert drawn == list(range(len(drawn))) and 5 <= len(drawn) <= 9, "stops at the second image that passes, or soon"
     never = list(gen.stream([row], scorer=Judge([0.1]), slots=4))  # type: ignore[arg-type]
-    assert len(never) == 8, "stops at max_images"
+    assert len(never) == 16, "stops at max_images"
 
 
 def test_settings_that_the_model_cannot_draw_are_named_before_any_work(gen: TextToImage) -> None:

@@ -1,0 +1,238 @@
+"""Best K different ones: greedy choices on unit embeddings, and the search for near duplicates among what is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+BLOCK = 1024  # rows of a block of products
+CHUNK = 16384  # columns
+SKETCH = 4  # the bound that is tried before the whole product has so many times fewer dimensions
+ROUNDING = 2e-3  # of cosines of float16 vectors
+Other = tuple[int, float]  # which item is near, and its cosine
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """What one row may keep, best first: items (numbers of the whole run), their scores, and how many to keep."""
+
+    items: Sequence[int]
+    scores: Sequence[float]
+    keep: int
+
+
+def pick(
+    rows: Sequence[Candidates],
+    vectors: np.ndarray,
+    place: Sequence[int],
+    same: Sequence[str | None],
+    diverse: float = 0.0,
+    threshold: float | None = None,
+) -> tuple[list[list[int]], dict[int, Other]]:
+    """Return the items that each row keeps, in order of choice, and {item: (what it is too like, cosine)}.
+
+    vectors: (n, width) of unit length; place[item]: its row there, -1 for none; same[item]: hash of its file.
+    Rows choose in turns. A choice with a cosine of `threshold` or more to one that any row chose before, or the same
+    file, is dropped and its row chooses again. With `diverse` above 0 a row's next choice is that of the largest
+
+        s - diverse * c    s = (score - mean) / (best - mean)    c = (cosine to the nearest chosen - m) / (1 - m)
+
+    over its candidates: the best has s = 1 and the average one 0, whatever the score; a copy has c = 1 and two pictures
+    as alike as those of the row are on average (m: their mean cosine) 0. After Carbonell & Goldstein 1998 (MMR).
+    """
+    chosen: list[list[int]] = [[] for _ in rows]
+    alike: dict[int, Other] = {}
+    kept = None if threshold is None else _Kept(vectors, place, same, threshold, rows)
+    groups = [range(len(rows))] if kept is not None else [range(k, k + 1) for k in range(len(rows))]
+    for group in groups:  # rows that cannot be in each other's way go one by one: less is in memory
+        queues = {
+            k: (_Different(rows[k], vectors, place, diverse) if diverse else _Ranked(rows[k]))
+            for k in group
+            if rows[k].items
+        }
+        while queues:
+            turns = [(turn, k, item) for k, q in queues.items() for turn, item in enumerate(q.propose())]
+            turns.sort()
+            found = [None] * len(turns) if kept is None else kept.admit([item for *_, item in turns])
+            for (_, k, item), other in zip(turns, found, strict=True):
+                queues[k].settle(item, other is None)
+                if other is None:
+                    chosen[k].append(item)
+                else:
+                    alike[item] = other
+            queues = {k: q for k, q in queues.items() if q.left > 0}
+    return chosen, alike
+
+
+class _Ranked:
+    """A row that takes its candidates as they are ranked."""
+
+    def __init__(self, row: Candidates) -> None:
+        self.row, self.at, self.lacks = row, 0, row.keep
+
+    @property
+    def left(self) -> int:
+        return min(self.lacks, len(self.row.items) - self.at)
+
+    def propose(self) -> Sequence[int]:
+        start, self.at = self.at, self.at + self.left
+        return self.row.items[start : self.at]
+
+    def settle(self, item: int, kept: bool) -> None:
+        self.lacks -= kept
+
+
+class _Different:
+    """A row that takes next what is good and unlike what it took."""
+
+    def __init__(self, row: Candidates, vectors: np.ndarray, place: Sequence[int], weight: float) -> None:
+        self.row, self.weight, self.lacks = row, weight, row.keep
+        n = len(row.items)
+        scores = np.array(row.scores, np.float64)
+        spread = scores.max() - scores.mean()
+        self.value = (scores - scores.mean()) / spread if spread > 0 else np.zeros(n)
+        self.vectors, self.known = _gather(vectors, place, row.items)
+        some, total = int(self.known.sum()), self.vectors.sum(axis=0, dtype=np.float64)
+        self.mean = float(total @ total - some) / (some * (some - 1)) if some > 1 else 0.0
+        self.nearest = np.full(n, -np.inf)
+        self.out = np.zeros(n, bool)
+        self.last = -1
+
+    @property
+    def left(self) -> int:
+        return min(self.lacks, int((~self.out).sum()))
+
+    def propose(self) -> Sequence[int]:
+        like = (self.nearest - self.mean) / max(1 - self.mean, ROUNDING)
+        like[~self.known | np.isinf(self.nearest)] = 0.0  # nothing is known of it, or nothing is chosen
+        self.last = int(np.argmax(np.where(self.out, -np.inf, self.value - self.weight * like)))
+        return [self.row.items[self.last]]
+
+    def settle(self, item: int, kept: bool) -> None:
+        self.out[self.last] = True
+        self.lacks -= kept
+        if kept and self.known[self.last]:
+            self.nearest = np.maximum(self.nearest, self.vectors @ self.vectors[self.last])
+
+
+class _Kept:
+    """What is chosen so far, searched for what a newcomer is too like.
+
+    Most pairs are ruled out in few dimensions: with P an orthonormal basis of the candidates' first principal axes and
+    r the length of what P leaves out, a . b <= Pa . Pb + r(a) r(b) (Cauchy-Schwarz).
+    """
+
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        place: Sequence[int],
+        same: Sequence[str | None],
+        threshold: float,
+        rows: Sequence[Candidates],
+    ) -> None:
+        self.vectors, self.place, self.same = vectors, place, same
+        self.threshold = min(threshold, 1 - ROUNDING)
+        self.files: dict[str, int] = {}
+        self.items: list[int] = []
+        width, most = vectors.shape[1], sum(len(row.items) for row in rows)
+        sample = [place[item] for row in rows for item in row.items if place[item] >= 0]
+        sample = sample[:: max(1, len(sample) // 4096)]
+        some = np.asarray(vectors[sample], np.float32)
+        self.basis: np.ndarray = np.linalg.eigh(some.T @ some)[1][:, -(width // SKETCH) :].astype(np.float32)
+        self.whole = np.empty((most, width), np.float32)
+        self.short = np.empty((most, self.basis.shape[1] + 1), np.float32)
+        self.bounded = width >= 8 * SKETCH
+
+    def admit(self, items: Sequence[int]) -> list[Other | None]:
+        """Take items in, in order, but for those that something taken in is too like: for these return that."""
+        found: list[Other | None] = []
+        for start in range(0, len(items), BLOCK):
+            found += self._admit(items[start : start + BLOCK])
+        return found
+
+    def _admit(self, items: Sequence[int]) -> list[Other | None]:
+        whole, known = _gather(self.vectors, self.place, items)
+        short = self._sketch(whole)
+        hits = [self.files.get(self.same[item] or "") for item in items]
+        found: list[Other | None] = [None if hit is None else (hit, 1.0) for hit in hits]
+        for start in range(0, len(self.items), CHUNK):
+            self._search(whole, short, known, slice(start, min(start + CHUNK, len(self.items))), found)
+        among = np.triu(whole @ whole.T, 1) if len(items) > 1 else np.zeros((1, 1), np.float32)
+        near: dict[int, list[int]] = {}
+        for i, j in np.argwhere(among >= self.threshold).tolist():
+            near.setdefault(j, []).append(i)
+        for j, item in enumerate(items):
+            digest = self.same[item]
+            if found[j] is None and digest in self.files:
+                found[j] = (self.files[digest], 1.0)
+            for i in near.get(j, ()) if found[j] is None else ():
+                if found[i] is None:
+                    found[j] = (items[i], float(among[i, j]))
+                    break
+            if found[j] is None and digest:
+                self.files[digest] = item
+        new = [j for j in range(len(items)) if found[j] is None and known[j]]
+        at = slice(len(self.items), len(self.items) + len(new))
+        self.whole[at], self.short[at] = whole[new], short[new]
+        self.items += [items[j] for j in new]
+        return found
+
+    def _search(
+        self, whole: np.ndarray, short: np.ndarray, known: np.ndarray, at: slice, found: list[Other | None]
+    ) -> None:
+        """Enter into `found` what is too like something of `at`."""
+        asked = [j for j in range(len(found)) if found[j] is None and known[j]]
+        if self.bounded and asked:
+            bound = (short[asked] @ self.short[at].T).max(axis=1)
+            open_ = np.flatnonzero(bound >= self.threshold - 1e-4).tolist()
+            self.bounded = len(open_) < len(asked) / 2 or len(asked) < BLOCK // 2  # else it only costs time
+            asked = [asked[k] for k in open_]
+        if not asked:
+            return
+        cosines = whole[asked] @ self.whole[at].T
+        best = cosines.argmax(axis=1)
+        for j, k, row in zip(asked, best.tolist(), cosines, strict=True):
+            if row[k] >= self.threshold:
+                found[j] = (self.items[at.start + k], float(row[k]))
+
+    def _sketch(self, whole: np.ndarray) -> np.ndarray:
+        """Return (n, width // SKETCH + 1): the coordinates on the first axes, and the length of the rest."""
+        inside = whole @ self.basis
+        rest = np.sqrt(np.maximum((whole * whole).sum(axis=1) - (inside * inside).sum(axis=1), 0) + 1e-6)
+        return np.concatenate([inside, rest[:, None]], axis=1)
+
+
+def nearest(
+    vectors: np.ndarray, asked: Sequence[int], others: np.ndarray, numbers: Sequence[int] | None = None
+) -> Iterator[Other | None]:
+    """Yield for each row of `vectors` named in `asked` the nearest row of `others`, and the cosine.
+
+    numbers: which rows of `vectors` the others are, where they are any: none is its own neighbour.
+    """
+    targets = np.asarray(others, np.float32)
+    own = np.full(len(targets), -1) if numbers is None else np.array(numbers)
+    for start in range(0, len(asked), BLOCK):
+        rows = np.array(asked[start : start + BLOCK])
+        block = np.asarray(vectors[rows], np.float32)
+        best, which = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int64)
+        for left in range(0, len(targets), CHUNK):
+            cosines = block @ targets[left : left + CHUNK].T
+            if numbers is not None:
+                cosines[rows[:, None] == own[None, left : left + CHUNK]] = -np.inf
+            k = cosines.argmax(axis=1)
+            value = np.take_along_axis(cosines, k[:, None], axis=1)[:, 0]
+            better = value > best
+            best[better], which[better] = value[better], left + k[better]
+        for other, cosine in zip(which.tolist(), best.tolist(), strict=True):
+            yield None if cosine == -np.inf else (other, min(1.0, cosine))
+
+
+def _gather(vectors: np.ndarray, place: Sequence[int], items: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the items' vectors as float32, zero where there is none, and a mask of those that have one."""
+    at = np.array([place[item] for item in items], np.int64)
+    known = at >= 0
+    found = np.zeros((len(items), vectors.shape[1]), np.float32)
+    found[known] = vectors[at[known]]
+    return found, known
