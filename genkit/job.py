@@ -153,7 +153,8 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
         try:
             row = given.filled({"id": f"{number:06d}", **defaults})
             row = _complete(row, geometry, info.defaults)
-            calls += row.num_images * _calls_for(row, scheduler, plans, info.folder)
+            given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
+            calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder))
             _check_scores(row, clip)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -185,8 +186,8 @@ def _check_scores(row: Request, clip: ModelInfo | None) -> None:
     """Refuse a row that decides on, or asks for, scores which nothing will compute."""
     if clip is not None:
         return
-    for field in ("gate", "rank_by"):
-        text = getattr(row, field)
+    for field in ("gate", "rank_by", "prune"):
+        text = (row.rank_by or "clip") if field == "prune" and row.prune is not None else getattr(row, field)
         if text is not None and Expression(text, labels=row.labels).needs_scorer:
             raise InputError(f"{field}: {text!r} needs a CLIP model, and there is none: give --clip")
     if row.labels is not None:

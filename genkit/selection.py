@@ -73,7 +73,7 @@ def _decide_row(
 ) -> list[tuple[int | None, str]]:
     """Return (rank, reason) for each image of a row."""
     reasons = [_refusal(r, gate, row.max_images or row.num_images) for r in found]
-    values = [math.nan if reason else _value(r, order) for r, reason in zip(found, reasons, strict=True)]
+    values = [math.nan if reason else value_of(r, order) for r, reason in zip(found, reasons, strict=True)]
     ranked = sorted((k for k, value in enumerate(values) if value == value), key=lambda k: (-values[k], k))
     ranks = {k: place for place, k in enumerate(ranked, 1)}
     decided: list[tuple[int | None, str]] = []
@@ -96,7 +96,7 @@ def _refusal(r: Result, gate: Expression | None, most: int) -> str | None:
     return f"gate: {gate.text}" + "".join(f" (no {name})" for name in _unknown(gate, r.scores)[:1])
 
 
-def _value(r: Result, order: Expression | None) -> float:
+def value_of(r: Result, order: Expression | None) -> float:
     """Return what an image is ranked by; NaN where that is unknown."""
     if order is not None:
         return math.nan if _unknown(order, r.scores) else float(order(r.scores))

@@ -17,6 +17,7 @@ from genkit.draws import Draws
 from genkit.engine import Engine, Trajectory
 from genkit.errors import InputError
 from genkit.graphs import RECORDING
+from genkit.pruning import EARLY, Pruning
 from genkit.request import Request, Result
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Stream:
         self.ready: list[Trajectory] = []  # ended, and to be decoded
         self.starved = False  # slots are free and nothing is there to draw
         self.half = next(generator.unet.parameters()).dtype != torch.float32
+        self.pruning = Pruning(draws.earlier, self._finish, scored=scorer is not None)
 
     def run(self, slots: int) -> Iterator[Result]:
         """Yield the results as they finish. Gated rows may draw again after theirs: it goes round until none does."""
@@ -72,16 +74,20 @@ class Stream:
         progress = False
         for ended in engine.run(lambda free, alone: self._take(draw, free, alone)):
             progress = True
+            ended = self.pruning.park(ended)
+            self.results += self.pruning.decide()
             self.ready += ended + self._shared_by(ended)
             self._submit(pool)
             yield from self._completed(PENDING)
         self.ready += self.shared
         self.shared = []
         self._submit(pool, everything=True)
+        # What is parked still, where the last image of its row failed before it began, or will never come
+        self.results += self.pruning.decide(everything=not progress)
         for result in self._completed(0):
             progress = True
             yield result
-        return progress
+        return progress or self.pruning.waiting
 
     def _draw(self) -> Draw | None:
         while (drawn := self.draws.take()) is not None:
@@ -91,7 +97,8 @@ class Stream:
         return None
 
     def _take(self, draw: Callable[[], Draw | None], free: float, alone: bool) -> list[Trajectory]:
-        started: list[Trajectory] = []
+        started = self.pruning.take(free, alone)
+        free -= sum(t.cost for t in started)
         while (drawn := self.held or draw()) is not None:
             self.held = None
             try:
@@ -100,8 +107,10 @@ class Stream:
                     self.held = drawn
                     break
                 started.append(self.generator.begin(*drawn))
+                self.pruning.mark(started[-1])
                 free -= cost
             except InputError as error:  # say, an init picture that is gone by now
+                self.pruning.lose(drawn[0])
                 same = self.waiting.pop((drawn[0].drawing(), drawn[2]), [])
                 self.results += [_result(d, "failed", str(error)) for d in (drawn, *same)]
         self.starved = free > 0 and not self.held
@@ -110,7 +119,7 @@ class Stream:
     def _repeats(self, drawn: Draw) -> bool:
         """Whether an identical image is under way or has ended; this one then needs no drawing of its own."""
         key = drawn[0].drawing(), drawn[2]
-        if not self.repeated or key not in self.repeated:
+        if key not in self.repeated or drawn[0].prune is not None:  # images of a row that prunes may not end
             return False
         self.repeated[key] -= 1
         if key in self.kept:
@@ -207,6 +216,8 @@ class Stream:
             if bad[k] or flat[k]:  # a constant picture is what a NaN looks like once it is clamped
                 results.append(_result(t.tag, "failed", "nan", found, t.began))
                 continue
+            early = self.pruning.early.get((str(t.tag[0].id), t.tag[1]))
+            found |= {} if early is None else {EARLY: early}
             result = _result(t.tag, "done", None, {**scores[k], **found}, t.began)
             result.pixels, (result.height, result.width) = pixels, pixels.shape[:2]
             result.steps = self.generator.settings(t.tag[0]).steps
