@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from genkit import __version__
 from genkit.components import inspect_model, load_components, weight_hashes
 from genkit.components.weights import sha256
-from genkit.device import CPU_SLOTS, DTYPES, check_attention, check_device, pick_device, usable_cores
+from genkit.destination import check_binding
+from genkit.device import (
+    CPU_SLOTS, DTYPES, check_attention, check_device, default_slots, pick_device, usable_cores,
+)  # fmt: skip
 from genkit.draws import Draws
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.gallery import write_gallery
@@ -25,6 +28,7 @@ from genkit.images import encode_png, png_text
 from genkit.plans import is_tuned, plan_for, tuned_file
 from genkit.progress import Progress
 from genkit.prompts import read_prompts
+from genkit.records import read_rows
 from genkit.request import Request, Result
 from genkit.run import Run, read_config
 from genkit.schedulers import Plan, Scheduler
@@ -225,6 +229,23 @@ def run_job(job: Job, out: Path) -> Summary:
         exit_code=stopped or (EXIT_SOME_FAILED if failed else EXIT_OK),
         stopped=bool(stopped),
     )
+
+
+def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
+    """Return (generator, scorer or None, slots, seed) as the run in `folder` was drawn with.
+
+    Raises InputError where its model is not there any more, or is another one by now.
+    """
+    recorded = read_config(folder)
+    assert recorded is not None
+    binding = recorded["binding"]
+    model, clip = ((binding.get(part) or {}).get("name", "none") for part in ("model", "clip"))
+    options = Options(model, clip, binding.get("variant"), device, seed=binding["seed"])
+    job = plan_job(read_rows(folder), options, {})
+    check_binding(folder, binding, {**_config(job, None, recorded)["binding"], "device": binding.get("device")})
+    generator, scorer = _load(job, recorded)
+    slots = default_slots(generator.device, generator.geometry.width * generator.geometry.height)
+    return generator, scorer, slots, options.seed
 
 
 def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:

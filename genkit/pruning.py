@@ -49,7 +49,10 @@ class Pruning:
     """
 
     def __init__(
-        self, earlier: Callable[[Request], list[Result]], judge: Callable[[list[Trajectory]], list[Result]], scored: bool
+        self,
+        earlier: Callable[[Request], list[Result]],
+        judge: Callable[[list[Trajectory]], list[Result]],
+        scored: bool,
     ) -> None:
         self.earlier, self.judge, self.scored = earlier, judge, scored
         self.resumed: deque[Trajectory] = deque()

@@ -141,7 +141,9 @@ def test_ten_thousand_images_open_a_screenful_at_a_time(tmp_path: Path) -> None:
     document = browse(page, tmp_path / "profile", "#r999-09")
     assert 120 <= document.count('class="card ') <= 1200
     assert "10000 images" in document
-    assert re.search(r"<h2[^>]*>picture 999</h2>", document), "the picture named after # is open, though its card is not"
+    assert re.search(r"<h2[^>]*>picture 999</h2>", document), (
+        "the picture named after # is open, though its card is not"
+    )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

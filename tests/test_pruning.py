@@ -157,7 +157,9 @@ def test_pruned_images_are_recorded_and_not_drawn_again(tmp_path: Path) -> None:
     assert sum(reason.startswith("pruned: not among the best 2 of 4") for reason in reasons) == 2
     assert generate([prune], tmp_path / "run", quiet=True).new == 0
     assert (tmp_path / "run" / "results.jsonl").read_text() == before
-    assert generate([Request(**fields)], tmp_path / "run", quiet=True).new == 2, "without prune they are drawn after all"
+    assert generate([Request(**fields)], tmp_path / "run", quiet=True).new == 2, (
+        "without prune they are drawn after all"
+    )
 
 
 def test_ties_go_to_the_first_and_nan_goes_last() -> None:

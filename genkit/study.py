@@ -1,0 +1,223 @@
+"""`genkit study`: what drawing more, and giving up early, would buy on the model and prompts of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genkit.durable import disk, json_line, write_whole
+from genkit.errors import InputError, shown
+from genkit.records import read_config, read_results, read_rows
+from genkit.request import Request
+from genkit.scoring.gates import Expression
+from genkit.selection import value_of
+
+DRAWS = (1, 2, 4, 8)
+MARKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the steps, at which predicted pictures are judged
+KEEP = 0.5  # of a row's images that pruning is tried with
+EACH = 8  # images of a row that are redrawn, where it has as many
+RESAMPLES = 1000
+STUDY = "study.json"
+
+Figure = Callable[[Sequence[Any]], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """The images of one row: final (n,) scores, and early (n, len(MARKS)) scores of their predicted pictures."""
+
+    final: np.ndarray
+    early: np.ndarray
+
+
+def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
+    """Study a run folder, write its study.json, and return what it says. `prune` redraws about `images` images of it.
+
+    Raises InputError for a folder that is no run, one without scores, and, for `prune`, one that the model does not fit.
+    """
+    if not 8 <= images <= 100_000:
+        raise InputError(f"--images: {images} is not within 8 to 100000")
+    if read_config(run) is None:
+        raise InputError(f"{shown(str(run))}: holds no run.json: not a run folder")
+    scores = recorded_scores(run)
+    found: dict[str, Any] = {"run": str(run), "best_of": best_of_n(list(scores.values()))}
+    if prune:
+        from genkit.watch import redraw
+
+        watched = redraw(run, chosen(run, scores, images), device, quiet)
+        found["prune"] = pruning(list(watched.values()))
+        found["advice"] = advice(found["prune"])
+    with disk(run / STUDY):
+        write_whole(run / STUDY, json_line(found).encode())
+    return found
+
+
+def recorded_scores(run: Path) -> dict[str, list[float]]:
+    """Return, for each row of two finished images or more, what those are ranked by, in the order of drawing."""
+    rows = {str(row.id): row for row in read_rows(run)}
+    found: dict[str, list[float]] = {row_id: [] for row_id in rows}
+    for r in sorted(read_results(run), key=lambda r: r.index):
+        if r.status == "done" and r.id in rows and (rows[r.id].rank_by or "clip" in r.scores):
+            found[r.id].append(value_of(r, order_of(rows[r.id])))
+    whole = {row_id: [v for v in values if v == v] for row_id, values in found.items()}
+    enough = {row_id: values for row_id, values in whole.items() if len(values) > 1}
+    if not enough:
+        raise InputError(f"{shown(str(run))}: no row has two scored images or more; draw some with --num-images 8")
+    return enough
+
+
+def order_of(row: Request) -> Expression | None:
+    """Return what the images of a row are ranked by; None is clip."""
+    return None if row.rank_by is None else Expression(row.rank_by, labels=row.labels)
+
+
+def chosen(run: Path, scores: dict[str, list[float]], images: int) -> list[Request]:
+    """Return rows to redraw, spread over the run, those of most images first: each with up to 8, `images` in all."""
+    rows = [row for row in read_rows(run) if str(row.id) in scores and row.num_images > 2]
+    if not rows:
+        raise InputError(f"{shown(str(run))}: no row of three images or more to redraw; draw some with --num-images 8")
+    each = min(EACH, max(row.num_images for row in rows))
+    full = [row for row in rows if row.num_images >= each]
+    count = min(len(full), max(2, images // each))
+    picked = [full[k * len(full) // count] for k in range(count)]
+    return [_first(row, each) for row in picked]
+
+
+def _first(row: Request, images: int) -> Request:
+    """Return the row with its first images alone, and nothing that decides how many are drawn."""
+    stated = {name: getattr(row, name) for name in row.model_fields_set}
+    for name in ("keep", "gate", "max_images", "prune"):
+        stated.pop(name, None)
+    seed = row.seed[:images] if isinstance(row.seed, list) else row.seed
+    return Request(**{**stated, "num_images": images, "seed": seed})
+
+
+def expected_best(values: Sequence[float], k: int) -> float:
+    """Return the mean, over all choices of k of the values, of the largest: what best of k draws is worth."""
+    ordered = np.sort(np.asarray(values))
+    ways = np.array([math.comb(place, k - 1) for place in range(len(ordered))], dtype=float)
+    return float(ordered @ ways / ways.sum())
+
+
+def best_of_n(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Return for 1, 2, 4, 8 draws the expected best of a row, and the gain over one draw of the same rows."""
+    found: dict[str, Any] = {}
+    for k in DRAWS:
+        long = [values for values in rows if len(values) >= k]
+        if long:
+            gain = interval(long, lambda f, k=k: mean(expected_best(v, k) - expected_best(v, 1) for v in f))  # type: ignore[misc]
+            best = interval(long, lambda f, k=k: mean(expected_best(v, k) for v in f))  # type: ignore[misc]
+            found[str(k)] = {"rows": len(long), "best": best, "gain": gain}
+    return found
+
+
+def pruning(rows: Sequence[Watched]) -> dict[str, Any]:
+    """Return, for each mark, what going on with the better half of a row's images there costs and keeps.
+
+    correlation: Spearman's, of early with final score, within rows. false_kill: share of rows whose final best would
+    have been given up. effective: the N of a best-of-N that is as good. cost: in whole images. worth: effective over
+    cost: above 1, pruning buys more than the same work without it. All as [value, low, high] of 95 %.
+    """
+    n = len(rows[0].final)
+    marks = []
+    for m, after in enumerate(MARKS):
+        cost = n * after + _going_on(n) * (1 - after)
+        killed = sum(_survivor(row, m) < row.final.max() for row in rows)
+        marks.append(
+            {
+                "after": after,
+                "correlation": interval(rows, lambda f, m=m: mean(_spearman(w.early[:, m], w.final) for w in f)),  # type: ignore[misc]
+                "false_kill": wilson(killed, len(rows)),
+                "effective": interval(rows, lambda f, m=m: effective(f, m)),  # type: ignore[misc]
+                "cost": round(cost, 2),
+                "worth": interval(rows, lambda f, m=m, c=cost: effective(f, m) / c),  # type: ignore[misc]
+            }
+        )
+    return {"rows": len(rows), "images": n, "keep": KEEP, "marks": marks}
+
+
+def _going_on(n: int) -> int:
+    return math.ceil(n * KEEP)
+
+
+def _survivor(row: Watched, mark: int) -> float:
+    """Return the best final score among those that look best at the mark."""
+    from genkit.pruning import survivors
+
+    stay = survivors(dict(enumerate(row.early[:, mark].tolist())), _going_on(len(row.final)))
+    return float(row.final[sorted(stay)].max())
+
+
+def effective(rows: Sequence[Watched], mark: int) -> float:
+    """Return the N, between 1 and n, of the best-of-N whose expected score is that of the best that pruning leaves."""
+    counts = np.arange(1, len(rows[0].final) + 1)
+    worth = [mean(expected_best(row.final.tolist(), k) for row in rows) for k in counts.tolist()]
+    return float(np.interp(mean(_survivor(row, mark) for row in rows), worth, counts))
+
+
+def advice(found: dict[str, Any]) -> str:
+    """Return one sentence: prune where that is worth more than the same work without, beyond doubt; else do not."""
+    best = max(found["marks"], key=lambda mark: mark["worth"][1])
+    value, low, high = best["worth"]
+    measured = (
+        f"at best, after {best['after']:.0%} of the steps, it is worth {value:.2f} times ({low:.2f} to {high:.2f})"
+    )
+    if low > 1:
+        return f'prune: {{"after": {best["after"]}, "keep": {KEEP}}}: {measured} the same work spent on whole images'
+    return f"do not prune: {measured} what the same work buys by drawing fewer images whole"
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the rank correlation; 0 where one of them is the same throughout."""
+    ranks = [(np.unique(v, return_inverse=True)[1]).astype(float) for v in (a, b)]
+    if any(rank.std() == 0 for rank in ranks):
+        return 0.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def mean(values: Any) -> float:
+    """Return the mean of an iterable of numbers."""
+    return float(np.mean(list(values)))
+
+
+def interval(rows: Sequence[Any], figure: Figure) -> list[float]:
+    """Return [figure, low, high]: 95 %, from a bootstrap over rows."""
+    draw = np.random.default_rng(0)
+    resampled = [figure([rows[i] for i in draw.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return [round(figure(rows), 4), round(float(low), 4), round(float(high), 4)]
+
+
+def wilson(hits: int, of: int) -> list[float]:
+    """Return [share, low, high]: Wilson's score interval of 95 % (Wilson 1927)."""
+    z, share = 1.959964, hits / of
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return [round(share, 4), round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
+
+
+def described(found: dict[str, Any]) -> str:
+    """Return the study as lines of text."""
+    lines = ["best of    score (95 %)               over one draw       rows"]
+    for k, f in found["best_of"].items():
+        lines.append(f"{k:>7}    {_range(f['best']):<25}  {_range(f['gain']):<22}  {f['rows']:>3}")
+    if "prune" in found:
+        p = found["prune"]
+        lines += ["", f"pruning to the better half, {p['rows']} rows of {p['images']} images redrawn:"]
+        lines += ["after   rank correlation         best one given up        as good as best of       costs  worth"]
+        lines += [
+            f"{m['after']:>5.0%}   {_range(m['correlation']):<23}  {_range(m['false_kill']):<23}  "
+            f"{_range(m['effective']):<23}  {m['cost']:>5}  {_range(m['worth'])}"
+            for m in p["marks"]
+        ]
+        lines += ["", found["advice"]]
+    return "\n".join(lines)
+
+
+def _range(found: Sequence[float]) -> str:
+    return f"{found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})"
