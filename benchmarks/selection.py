@@ -2,8 +2,8 @@
 
     python benchmarks/selection.py -o runs/selection [--quick] [--sheet sheet.png]
 
-100 prompts, "a COLOUR OBJECT on a BACKGROUND background": 20 objects that have a colour of their own or several, so that
-the model does not always follow (of plain ones, balloons or stars, 97 % come out right at the first draw), each in 5
+100 prompts, "a COLOUR OBJECT on a BACKGROUND background": 20 objects that have a colour of their own or several, so
+that the model does not always follow (of plain ones, say balloons, 97 % come out right at the first draw), each in 5
 pairs of two different colours. No caption of the training data speaks of a background: `--captions TAR` checks. Each
 row draws 8 pictures, and goes on to 16 until 2 pass the gate: zero-shot p of the asked-for colour among 7, above 0.9.
 The judge is not the scorer: hue, saturation and value of the pixels, see `colours`. --sheet shows it at work.
@@ -46,8 +46,8 @@ FRAME, APART = 6, 40  # pixels of the edge that are background; levels that tell
 
 
 def prompt(colour: str, thing: str, background: str) -> str:
-    article = {True: "an", False: "a"}
-    return f"{article[colour[0] in 'aeiou']} {colour} {thing} on {article[background[0] in 'aeiou']} {background} background"
+    first, second = ("an" if c == "orange" else "a" for c in (colour, background))
+    return f"{first} {colour} {thing} on {second} {background} background"
 
 
 def rows(quick: bool) -> list[Request]:

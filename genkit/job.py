@@ -18,7 +18,13 @@ from genkit.components import inspect_model, load_components, weight_hashes
 from genkit.components.weights import sha256
 from genkit.destination import check_binding
 from genkit.device import (
-    CPU_SLOTS, DTYPES, check_attention, check_device, default_slots, pick_device, usable_cores,
+    CPU_SLOTS,
+    DTYPES,
+    check_attention,
+    check_device,
+    default_slots,
+    pick_device,
+    usable_cores,
 )  # fmt: skip
 from genkit.draws import Draws
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError

@@ -88,7 +88,7 @@ class Pruning:
         for t in paused:
             shapes.setdefault(tuple(t.latent.shape), []).append(t)
         for same in shapes.values():
-            looks = [dataclasses.replace(t, latent=t.x0) for t in same]
+            looks = [at_its_mark(t) for t in same]
             found = {(r.id, r.index): r for r in self.judge(looks)}
             for t in same:  # one that is not finite in half precision is drawn again, and comes back
                 request, index, _ = t.tag
@@ -140,6 +140,12 @@ class Pruning:
             known = {r.index: _recorded(r) for r in self.earlier(request)}
             self._rows[str(request.id)] = _Row(request, known, request.num_images - len(known))
         return self._rows[str(request.id)]
+
+
+def at_its_mark(trajectory: Trajectory) -> Trajectory:
+    """Return a paused trajectory with its predicted picture for its latent, to be decoded and scored."""
+    assert trajectory.x0 is not None
+    return dataclasses.replace(trajectory, latent=trajectory.x0)
 
 
 def _early(request: Request, result: Result) -> float:

@@ -20,11 +20,12 @@ from genkit.selection import value_of
 DRAWS = (1, 2, 4, 8)
 MARKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the steps, at which predicted pictures are judged
 KEEP = 0.5  # of a row's images that pruning is tried with
+ENOUGH = 8  # rows, for advice
 EACH = 8  # images of a row that are redrawn, where it has as many
 RESAMPLES = 1000
 STUDY = "study.json"
 
-Figure = Callable[[Sequence[Any]], float]
+Figure = Callable[[np.ndarray], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Watched:
 
 
 def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
-    """Study a run folder, write its study.json, and return what it says. `prune` redraws about `images` images of it.
+    """Study a run folder, write its study.json, and return what it says. `prune` redraws about `images` images.
 
-    Raises InputError for a folder that is no run, one without scores, and, for `prune`, one that the model does not fit.
+    Raises InputError for a folder that is no run, one without scores, and one whose model is not the same any more.
     """
     if not 8 <= images <= 100_000:
         raise InputError(f"--images: {images} is not within 8 to 100000")
@@ -49,8 +50,8 @@ def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: 
     if prune:
         from genkit.watch import redraw
 
-        watched = redraw(run, chosen(run, scores, images), device, quiet)
-        found["prune"] = pruning(list(watched.values()))
+        watched, look = redraw(run, chosen(run, scores, images), device, quiet)
+        found["prune"] = pruning(watched, look)
         found["advice"] = advice(found["prune"])
     with disk(run / STUDY):
         write_whole(run / STUDY, json_line(found).encode())
@@ -108,37 +109,41 @@ def best_of_n(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Return for 1, 2, 4, 8 draws the expected best of a row, and the gain over one draw of the same rows."""
     found: dict[str, Any] = {}
     for k in DRAWS:
-        long = [values for values in rows if len(values) >= k]
-        if long:
-            gain = interval(long, lambda f, k=k: mean(expected_best(v, k) - expected_best(v, 1) for v in f))  # type: ignore[misc]
-            best = interval(long, lambda f, k=k: mean(expected_best(v, k) for v in f))  # type: ignore[misc]
-            found[str(k)] = {"rows": len(long), "best": best, "gain": gain}
+        best = np.array([(expected_best(values, 1), expected_best(values, k)) for values in rows if len(values) >= k])
+        if len(best):
+            gain = interval(best, lambda f: float((f[:, 1] - f[:, 0]).mean()))
+            found[str(k)] = {"rows": len(best), "best": interval(best, lambda f: float(f[:, 1].mean())), "gain": gain}
     return found
 
 
-def pruning(rows: Sequence[Watched]) -> dict[str, Any]:
+def pruning(rows: Sequence[Watched], look: float) -> dict[str, Any]:
     """Return, for each mark, what going on with the better half of a row's images there costs and keeps.
 
     correlation: Spearman's, of early with final score, within rows. false_kill: share of rows whose final best would
-    have been given up. effective: the N of a best-of-N that is as good. cost: in whole images. worth: effective over
-    cost: above 1, pruning buys more than the same work without it. All as [value, low, high] of 95 %.
+    have been given up. effective: the N of a best-of-N that is as good. cost: in whole images, of which decoding and
+    scoring a picture takes the share `look`. worth: effective over cost: above 1, pruning buys more than the same work
+    without it. All but cost as [value, low, high], 95 %.
     """
     n = len(rows[0].final)
+    best = np.array([[expected_best(row.final.tolist(), k) for k in range(1, n + 1)] for row in rows])
     marks = []
     for m, after in enumerate(MARKS):
-        cost = n * after + _going_on(n) * (1 - after)
-        killed = sum(_survivor(row, m) < row.final.max() for row in rows)
+        left = np.array([_survivor(row, m) for row in rows])
+        alike = np.array([_spearman(row.early[:, m], row.final) for row in rows])
+        cost = n * (after * (1 - look) + look) + _going_on(n) * (1 - after * (1 - look))
+        found = interval(np.column_stack([left, best]), effective)
+        killed = sum(bool(score < row.final.max()) for score, row in zip(left, rows, strict=True))
         marks.append(
             {
                 "after": after,
-                "correlation": interval(rows, lambda f, m=m: mean(_spearman(w.early[:, m], w.final) for w in f)),  # type: ignore[misc]
+                "correlation": interval(alike, lambda f: float(f.mean())),
                 "false_kill": wilson(killed, len(rows)),
-                "effective": interval(rows, lambda f, m=m: effective(f, m)),  # type: ignore[misc]
+                "effective": found,
                 "cost": round(cost, 2),
-                "worth": interval(rows, lambda f, m=m, c=cost: effective(f, m) / c),  # type: ignore[misc]
+                "worth": [round(value / cost, 4) for value in found],
             }
         )
-    return {"rows": len(rows), "images": n, "keep": KEEP, "marks": marks}
+    return {"rows": len(rows), "images": n, "keep": KEEP, "look": round(look, 4), "marks": marks}
 
 
 def _going_on(n: int) -> int:
@@ -153,15 +158,19 @@ def _survivor(row: Watched, mark: int) -> float:
     return float(row.final[sorted(stay)].max())
 
 
-def effective(rows: Sequence[Watched], mark: int) -> float:
-    """Return the N, between 1 and n, of the best-of-N whose expected score is that of the best that pruning leaves."""
-    counts = np.arange(1, len(rows[0].final) + 1)
-    worth = [mean(expected_best(row.final.tolist(), k) for row in rows) for k in counts.tolist()]
-    return float(np.interp(mean(_survivor(row, mark) for row in rows), worth, counts))
+def effective(rows: np.ndarray) -> float:
+    """Return the N, between 1 and n, of the best-of-N whose expected score is that of the best that pruning leaves.
+
+    rows: (rows, 1 + n): the best score that pruning leaves, then the expected best of 1 to n draws.
+    """
+    left, *best = rows.mean(axis=0).tolist()
+    return float(np.interp(left, best, np.arange(1, len(best) + 1)))
 
 
 def advice(found: dict[str, Any]) -> str:
     """Return one sentence: prune where that is worth more than the same work without, beyond doubt; else do not."""
+    if found["rows"] < ENOUGH:
+        return f"too few to say: {found['rows']} rows were redrawn, {ENOUGH} are the least; give --images more"
     best = max(found["marks"], key=lambda mark: mark["worth"][1])
     value, low, high = best["worth"]
     measured = (
@@ -180,15 +189,10 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def mean(values: Any) -> float:
-    """Return the mean of an iterable of numbers."""
-    return float(np.mean(list(values)))
-
-
-def interval(rows: Sequence[Any], figure: Figure) -> list[float]:
-    """Return [figure, low, high]: 95 %, from a bootstrap over rows."""
+def interval(rows: np.ndarray, figure: Figure) -> list[float]:
+    """Return [figure, low, high]: 95 %, from a bootstrap over the first axis of `rows`."""
     draw = np.random.default_rng(0)
-    resampled = [figure([rows[i] for i in draw.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
+    resampled = [figure(rows[draw.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])
     return [round(figure(rows), 4), round(float(low), 4), round(float(high), 4)]
 
@@ -208,7 +212,8 @@ def described(found: dict[str, Any]) -> str:
         lines.append(f"{k:>7}    {_range(f['best']):<25}  {_range(f['gain']):<22}  {f['rows']:>3}")
     if "prune" in found:
         p = found["prune"]
-        lines += ["", f"pruning to the better half, {p['rows']} rows of {p['images']} images redrawn:"]
+        look = f"a look takes {p['look']:.1%} of an image's time"
+        lines += ["", f"pruning to the better half, {p['rows']} rows of {p['images']} images redrawn; {look}:"]
         lines += ["after   rank correlation         best one given up        as good as best of       costs  worth"]
         lines += [
             f"{m['after']:>5.0%}   {_range(m['correlation']):<23}  {_range(m['false_kill']):<23}  "

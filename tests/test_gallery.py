@@ -149,9 +149,10 @@ def test_ten_thousand_images_open_a_screenful_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_long_texts_are_cut_and_stay_text(tmp_path: Path) -> None:
     long = "<b>\x1b[31m=cmd|'/c calc'!A1 " * 11_000  # 300 kB
-    row = Request(id="a", prompt=long[:99_000], labels=[long[:99_500]], meta={"k": long[:60_000]}, num_images=2)
+    label = long[:99_500]
+    row = Request(id="a", prompt=long[:99_000], labels=[label], meta={"k": long[:60_000]}, num_images=2)
     results = [
-        Result("a", 0, 0, file="images/a-00.png", prompt=row.prompt, scores={"clip": 0.1, "p": {row.labels[0]: 1.0}}),
+        Result("a", 0, 0, file="images/a-00.png", prompt=row.prompt, scores={"clip": 0.1, "p": {label: 1.0}}),
         Result("a", 1, 1, status="failed", reason=long),
     ]
     page = write_gallery(tmp_path, [row], results, decide([row], results), CONFIG)

@@ -72,8 +72,10 @@ def test_the_predicted_picture_is_the_one_that_the_step_is_made_of(gen: TextToIm
         trajectory = gen.begin(Request(**ROW, scheduler="ddim"), 0, 5)
         trajectory.pause = calls
         (found[calls],) = _run(gen, trajectory)
+    x0 = found[6].x0
+    assert x0 is not None
     cx, c0, cr = (float(found[6].plan[name][5]) for name in ("cx", "c0", "cr"))
-    torch.testing.assert_close(found[6].latent, cx * found[5].latent + (c0 + cr) * found[6].x0, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[6].latent, cx * found[5].latent + (c0 + cr) * x0, rtol=0, atol=1e-5)
 
 
 def test_only_the_best_at_the_mark_are_drawn_to_the_end(gen: TextToImage) -> None:
@@ -167,7 +169,7 @@ def test_ties_go_to_the_first_and_nan_goes_last() -> None:
     assert survivors({0: math.nan, 1: -3.0, 2: math.inf}, 2) == {1, 2}
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "aftr": ({"aftr": 0.5}, "prune: {'aftr': 0.5} has no 'aftr' (did you mean 'after'?)"),
     "all": ({"keep": 1.0}, "keep must be a fraction, more than 0 and less than 1"),
     "text": ({"after": "half"}, "after must be a fraction"),
@@ -179,16 +181,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_values_are_refused(case: str) -> None:
-    more: dict[str, Any] = {"keep": {"keep": 3}, "max": {"keep": 1, "gate": "not nan", "max_images": 9}}.get(case, {})
+    extra: dict[str, dict[str, Any]] = {"keep": {"keep": 3}, "max": {"keep": 1, "gate": "not nan", "max_images": 9}}
     prune, message = REFUSED[case]
     with pytest.raises(InputError) as error:
-        Request(prompt="x", num_images=4, prune=prune, **more)
+        Request(prompt="x", num_images=4, prune=prune, **extra.get(case, {}))
     assert message in str(error.value)
 
 
 def test_without_a_scorer_it_is_refused_before_anything_is_drawn(gen: TextToImage, tmp_path: Path) -> None:
     row = Request(num_images=2, prune={}, **ROW)
-    with pytest.raises(InputError, match="prune: .*needs a CLIP model"):
+    with pytest.raises(InputError, match=r"prune: .*needs a CLIP model"):
         generate([row], tmp_path / "run", clip="none")
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="prune: needs a scorer"):
