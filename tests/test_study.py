@@ -51,7 +51,7 @@ def watched(rows: int, noise: float) -> list[Watched]:
 
 
 def test_early_scores_that_tell_all_are_advised_and_those_that_tell_nothing_are_not() -> None:
-    sighted, blind = pruning(watched(40, 0.0), look=0.05), pruning(watched(40, 1e6), look=0.05)
+    sighted, blind = pruning(watched(40, 0.0), look=0.05), pruning(watched(200, 1e6), look=0.05)
     for mark in sighted["marks"]:
         assert mark["correlation"][0] == pytest.approx(1)
         assert mark["false_kill"][0] == 0
