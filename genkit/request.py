@@ -381,5 +381,4 @@ class Result:
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Result:
         """Return the record of a line of results.jsonl; keys of a newer genkit are passed over."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in line.items() if k in known})
+        return cls(**{k: v for k, v in line.items() if k in cls.__dataclass_fields__})

@@ -21,6 +21,7 @@ DRAWS = (1, 2, 4, 8)
 MARKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the steps, at which predicted pictures are judged
 KEEP = 0.5  # of a row's images that pruning is tried with
 ENOUGH = 8  # rows, for advice
+WORTH, LOST = 1.1, 0.2  # what pruning must buy, and what share of rows may lose their best image to it
 EACH = 8  # images of a row that are redrawn, where it has as many
 RESAMPLES = 1000
 STUDY = "study.json"
@@ -168,17 +169,23 @@ def effective(rows: np.ndarray) -> float:
 
 
 def advice(found: dict[str, Any]) -> str:
-    """Return one sentence: prune where that is worth more than the same work without, beyond doubt; else do not."""
+    """Return one sentence: prune where that buys a tenth more at least, and loses few of the best, beyond doubt.
+
+    Both bounds are needed: a bootstrap of rows of which none lost its best says nothing about how many would.
+    """
     if found["rows"] < ENOUGH:
         return f"too few to say: {found['rows']} rows were redrawn, {ENOUGH} are the least; give --images more"
-    best = max(found["marks"], key=lambda mark: mark["worth"][1])
-    value, low, high = best["worth"]
+    sure = [m for m in found["marks"] if m["worth"][1] >= WORTH and m["false_kill"][2] <= LOST]
+    best = max(sure or found["marks"], key=lambda m: m["worth"][0])
+    worth, low, high = best["worth"]
+    lost, _, most = best["false_kill"]
     measured = (
-        f"at best, after {best['after']:.0%} of the steps, it is worth {value:.2f} times ({low:.2f} to {high:.2f})"
+        f"after {best['after']:.0%} of the steps it buys {worth:.2f} times ({low:.2f} to {high:.2f}) what the same "
+        f"work buys without, and loses the best image of {lost:.0%} (up to {most:.0%}) of rows"
     )
-    if low > 1:
-        return f'prune: {{"after": {best["after"]}, "keep": {KEEP}}}: {measured} the same work spent on whole images'
-    return f"do not prune: {measured} what the same work buys by drawing fewer images whole"
+    if sure:
+        return f'prune: {{"after": {best["after"]}, "keep": {KEEP}}}: {measured}'
+    return f"do not prune: at best, {measured}; sure to be over {WORTH} and under {LOST:.0%} would be worth it"
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:

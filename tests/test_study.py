@@ -56,7 +56,7 @@ def test_early_scores_that_tell_all_are_advised_and_those_that_tell_nothing_are_
         assert mark["correlation"][0] == pytest.approx(1)
         assert mark["false_kill"][0] == 0
         assert mark["effective"][0] == pytest.approx(8)
-    assert advice(sighted).startswith('prune: {"after": 0.2, "keep": 0.5}: at best')
+    assert advice(sighted).startswith('prune: {"after": 0.2, "keep": 0.5}: after 20% of the steps it buys')
     for mark in blind["marks"]:
         assert abs(mark["correlation"][0]) < 0.25
         assert 0.3 < mark["false_kill"][0] < 0.7
@@ -69,6 +69,13 @@ def test_a_look_has_its_price() -> None:
     assert free["cost"] == pytest.approx(8 * 0.2 + 4 * 0.8)
     assert dear["cost"] == pytest.approx(8 * (0.2 * 0.5 + 0.5) + 4 * (0.8 * 0.5 + 0.5))
     assert free["worth"][0] > 1 > dear["worth"][0]
+
+
+def test_no_row_that_lost_its_best_among_ten_is_not_evidence_enough() -> None:
+    found = pruning(watched(10, 0.0), 0.0)
+    assert found["marks"][0]["worth"][1] > 1.5
+    assert found["marks"][0]["false_kill"] == wilson(0, 10)
+    assert advice(found).startswith("do not prune: at best, after 20% of the steps")
 
 
 def test_few_rows_are_no_ground_for_advice() -> None:
