@@ -370,5 +370,7 @@ def _flat(found: dict[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
             yield under + name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+from genkit import commands as _commands  # noqa: E402, F401  # it adds its own to `app`
+
 if __name__ == "__main__":
     main()

@@ -81,6 +81,11 @@ class Draws:
             self._next.append(row)
             self.total += expected
 
+    def earlier(self, request: Request) -> list[Result]:
+        """Return the records of an earlier run of the images that the row asks for."""
+        keys = ((str(request.id), index) for index in range(request.num_images))
+        return [self._done[key] for key in keys if key in self._done]
+
     def take(self) -> tuple[Request, int] | None:
         """Return the next image to draw, or None when there is none, or none before more results are reported.
 
@@ -152,7 +157,7 @@ class Draws:
         """
         groups: dict[str, list[Request]] = defaultdict(list)
         for row in self._rows.values():
-            if row.request.seed is not None:
+            if row.request.seed is not None and row.request.prune is None:
                 groups[row.request.drawing()].append(row.request)
         found = Counter(
             (drawing, r.seed_of(k))

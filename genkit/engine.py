@@ -27,6 +27,8 @@ class Trajectory:
     scales: guidance of each call of the plan, (nfe,), 1 where the row goes without `uncond`; None is 1 throughout.
     keep_mask, known: where keep_mask (1, H, W) is 0 the latent follows `known` = (x0, noise), each (C, H, W).
     cost: slots that it takes (1 for the model's own picture size, 4 for twice the sides). began: time.monotonic().
+    pause: the calls after which it leaves its slot, not ended, with the x0 that is predicted there, and with its
+    history, so that it may be taken again; 0 is never.
     """
 
     tag: Any
@@ -41,6 +43,9 @@ class Trajectory:
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
     cost: float = 1.0
+    pause: int = 0
+    x0: torch.Tensor | None = None
+    history: torch.Tensor | None = None
     step: int = 0
     error: str | None = None
     began: float = dataclasses.field(default_factory=time.monotonic)
@@ -63,6 +68,9 @@ class _Group:
         """Take in trajectories: all of them, or none where it raises."""
         x = torch.stack([t.latent for t in new]).to(self.device, torch.float32)
         history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
+        for place, trajectory in enumerate(new, len(self.live)):
+            if trajectory.history is not None:  # it paused, and goes on
+                history[:, place] = trajectory.history
         cond = self._extend(self.cond, [t.cond for t in new])
         uncond = self._extend(self.uncond, [t.uncond for t in new])
         added = self._extend(self.added, [t.added for t in new])
@@ -70,6 +78,8 @@ class _Group:
         self.x, self.history, self.cond, self.uncond = torch.cat([self.x, x]), history, cond, uncond
         self.added, self.unadded = added, unadded
         self.live += new
+        for trajectory in new:
+            trajectory.history = None
         return True
 
     def _extend(self, old: torch.Tensor | None, new: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -80,13 +90,15 @@ class _Group:
         return added if old is None else torch.cat([old, added])
 
     def remove_finished(self) -> list[Trajectory]:
-        """Take out the trajectories that ended, each with its final latent."""
-        over = [i for i, t in enumerate(self.live) if t.step == t.plan.nfe or t.error]
+        """Take out the trajectories that ended, each with its final latent, and those that pause."""
+        over = [i for i, t in enumerate(self.live) if t.step == t.plan.nfe or t.step == t.pause or t.error]
         if not over:
             return []
         ended = [self.live[i] for i in over]
         for i, trajectory in zip(over, ended, strict=True):
             trajectory.latent = self.x[i]
+            if trajectory.step == trajectory.pause:
+                trajectory.history = self.history[:, i]
         stay = [i for i in range(len(self.live)) if i not in set(over)]
         self.live = [self.live[i] for i in stay]
         index = torch.tensor(stay, dtype=torch.long, device=self.device)
@@ -132,7 +144,7 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, take: Take) -> Iterator[list[Trajectory]]:
-        """Yield trajectories as they end, their `latent` the clean one (or `error` set).
+        """Yield trajectories as they end, their `latent` the clean one (or `error` set), or as they pause.
 
         `take(free, alone)` is asked for new trajectories of a total cost up to `free` whenever slots are free; `alone`
         says that nothing is in flight: one may then cost more. No trajectory then ends the run.
@@ -223,6 +235,10 @@ class Engine:
             group.added,
             group.unadded,
         )
+        if any(t.step + 1 == t.pause for t in live):
+            predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output
+            for i, trajectory in enumerate(live):
+                trajectory.x0 = predicted[i] if trajectory.step + 1 == trajectory.pause else None
         if isinstance(noise, torch.Tensor):
             noise = noise.to(self.device, non_blocking=True)
         x, new = step(group.x, output, rows, group.history, noise, any(t.plan.threshold for t in live))

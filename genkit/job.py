@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from genkit import __version__
 from genkit.components import inspect_model, load_components, weight_hashes
 from genkit.components.weights import sha256
+from genkit.destination import check_binding
 from genkit.device import CPU_SLOTS, DTYPES, check_attention, check_device, pick_device
 from genkit.draws import Draws
 from genkit.embeddings import Store
@@ -32,6 +33,7 @@ from genkit.picking import NONE, Picking, read_known
 from genkit.plans import is_tuned, plan_for, tuned_file
 from genkit.progress import Progress
 from genkit.prompts import read_prompts
+from genkit.records import read_rows
 from genkit.request import Request, Result
 from genkit.run import Run, read_config
 from genkit.schedulers import Plan, Scheduler
@@ -205,8 +207,11 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
         try:
             row = given.filled({"id": f"{number:06d}", **defaults})
             row = _complete(row, geometry, info.defaults)
-            calls += row.num_images * _calls_for(row, scheduler, plans, info.folder)
+            given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
+            calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder))
             check_row(row.gate, row.rank_by, row.labels, computed)
+            if row.prune is not None and row.rank_by is None and "clip" not in computed:
+                raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
             if row.labels is not None and clip is None:
                 raise InputError("labels: need a CLIP model, and there is none: give --clip")
         except InputError as error:
@@ -295,6 +300,22 @@ def run_job(job: Job, out: Path) -> Summary:
         hard_rows=len(selection["hard"]),
         slots_full=None if draws.slots_full is None else round(draws.slots_full, 4),
     )
+
+
+def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
+    """Return (generator, scorer or None, slots, seed) as the run in `folder` was drawn with.
+
+    Raises InputError where its model is not there any more, or is another one by now.
+    """
+    recorded = read_config(folder)
+    assert recorded is not None
+    binding = recorded["binding"]
+    model, clip = ((binding.get(part) or {}).get("name", "none") for part in ("model", "clip"))
+    options = Options(model, clip, binding.get("variant"), device, seed=binding["seed"])
+    job = plan_job(read_rows(folder), options, {})
+    check_binding(folder, binding, {**_config(job, None, recorded)["binding"], "device": binding.get("device")})
+    generator, scorer = _load(job, recorded)
+    return generator, scorer, generator.budget.slots, options.seed
 
 
 def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ MAX_TEXT = 100_000  # characters, of a prompt as of `meta` written as JSON
 META_DEPTH = 20
 SEED_LIMIT = 2**32  # torch's CPU generator reads 32 bits only: a larger seed would silently repeat a smaller one
 
+PRUNE = {"after": 0.5, "keep": 0.5}  # of the steps, of the images: what is left out of a row's `prune`
 # The other names that the field's users type, and ours for them.
 ALIASES = {
     "steps": "num_inference_steps",
@@ -75,6 +77,7 @@ class Request(BaseModel):
     rank_by: Annotated[str, Field(max_length=2000)] | None = None
     max_images: Count | None = None
     labels: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    prune: dict[str, Any] | None = None
     meta: dict[str, Any] | None = None
 
     _source: str = PrivateAttr("")
@@ -94,6 +97,11 @@ class Request(BaseModel):
     def source(self) -> str:
         """Where the row was read, as "file.jsonl:12"; "" for one made in Python."""
         return self._source
+
+    @property
+    def whole(self) -> int:
+        """How many of num_images are drawn to their end: all, or those that `prune` leaves."""
+        return math.ceil(self.num_images * (1 if self.prune is None else self.prune["keep"]) - 1e-9)
 
     @field_validator("id")
     @classmethod
@@ -153,6 +161,16 @@ class Request(BaseModel):
             'must be two fractions of the steps, as in [0.1, 0.8], or noise levels, as in {"sigma": [0.3, 5]}'
         )
 
+    @field_validator("prune")
+    @classmethod
+    def _check_prune(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key, share in (value or {}).items():
+            if key not in PRUNE:
+                raise ValueError(f"has no {shown(key)}{nearest(key, PRUNE)}; it is like {json.dumps(PRUNE)}")
+            if type(share) is not float or not 0 < share < 1:
+                raise ValueError(f"{key} must be a fraction, more than 0 and less than 1")
+        return None if value is None else {**PRUNE, **value}
+
     @field_validator("scheduler")
     @classmethod
     def _check_scheduler(cls, value: Any) -> Any:
@@ -173,10 +191,20 @@ class Request(BaseModel):
             raise ValueError(f"max_images: {self.max_images} is less than num_images {self.num_images}")
         if self.keep is not None and self.keep > (self.max_images or self.num_images):
             raise ValueError(f"keep: {self.keep} of at most {self.max_images or self.num_images} images")
+        if self.prune is not None:
+            self._check_pruned()
         if self.image is None and (self.mask_image is not None or self.strength is not None):
             field = "mask_image" if self.mask_image is not None else "strength"
             raise ValueError(f"{field}: needs `image`, the picture to start from")
         return self
+
+    def _check_pruned(self) -> None:
+        if self.max_images is not None:
+            raise ValueError("prune: does not go with max_images: either some images are given up, or more are drawn")
+        if self.whole == self.num_images:
+            raise ValueError(f"prune: keeps {self.whole} of num_images {self.num_images}: nothing to give up")
+        if self.keep is not None and self.keep > self.whole:
+            raise ValueError(f"keep: {self.keep} of the {self.whole} images that prune leaves")
 
     def _check_expressions(self) -> None:
         from genkit.scoring.gates import Expression

@@ -15,7 +15,7 @@ from genkit.request import Request, Result
 
 HASHED = 8 * 2**30  # bytes of finished images that are read and hashed, newest first; of the rest the size is checked
 # A change of these fields only decides anew which images are kept.
-_DECIDING = {"num_images", "keep", "gate", "rank_by", "max_images", "meta"}
+_DECIDING = {"num_images", "keep", "gate", "rank_by", "max_images", "meta", "prune"}
 
 
 def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprints: Mapping[str, str]) -> dict[Key, str]:
@@ -30,6 +30,8 @@ def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprint
             found[r.id, r.index] = "row changed"
         elif r.status == "done" and labels is not None and set(r.scores.get("p") or ()) != set(labels):
             found[r.id, r.index] = "labels changed"
+        elif r.status == "pruned" and rows[r.id].prune is None:
+            found[r.id, r.index] = "prune taken away"
     return found
 
 

@@ -19,6 +19,7 @@ from genkit.errors import InputError
 from genkit.graphs import RECORDING
 from genkit.memory import PICTURES
 from genkit.outofmemory import attempt
+from genkit.pruning import EARLY, Pruning
 from genkit.request import Request, Result
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class Stream:
         self.ready: list[Trajectory] = []  # ended, and to be decoded
         self.starved = False  # slots are free and nothing is there to draw
         self.half = generator.unet.dtype != torch.float32
+        # Somebody's own scorer need not say what it gives
+        scored = "clip" in getattr(scorer, "names", ("clip",))
+        self.pruning = Pruning(draws.earlier, self._finish, scored=scored)
 
     def run(self, slots: float) -> Iterator[Result]:
         """Yield the results as they finish. Gated rows may draw again after theirs: it goes round until none does."""
@@ -90,16 +94,20 @@ class Stream:
         progress = False
         for ended in engine.run(lambda free, alone: self._take(draw, free, alone)):
             progress = True
+            ended = self.pruning.park(ended)
+            self.results += self.pruning.decide()
             self.ready += ended + self._shared_by(ended)
             self._submit(pool)
             yield from self._completed(PENDING)
         self.ready += self.shared
         self.shared = []
         self._submit(pool, everything=True)
+        # What is parked still, where the last image of its row failed before it began, or will never come
+        self.results += self.pruning.decide(everything=not progress)
         for result in self._completed(0):
             progress = True
             yield result
-        return progress
+        return progress or self.pruning.waiting
 
     def _draw(self) -> Draw | None:
         while (drawn := self.draws.take()) is not None:
@@ -109,7 +117,8 @@ class Stream:
         return None
 
     def _take(self, draw: Callable[[], Draw | None], free: float, alone: bool) -> list[Trajectory]:
-        started: list[Trajectory] = []
+        started = self.pruning.take(free, alone)
+        free -= sum(t.cost for t in started)
         while (drawn := self.held or draw()) is not None:
             self.held = None
             try:
@@ -123,6 +132,7 @@ class Stream:
                 self._fail(drawn, str(error))
                 continue
             if trajectory is not None:
+                self.pruning.mark(trajectory)
                 started.append(trajectory)
                 free -= cost
             elif started or not alone:
@@ -135,13 +145,14 @@ class Stream:
         return started
 
     def _fail(self, drawn: Draw, reason: str) -> None:
+        self.pruning.lose(drawn[0])
         same = self.waiting.pop((drawn[0].drawing(), drawn[2]), [])
         self.results += [_result(d, "failed", reason) for d in (drawn, *same)]
 
     def _repeats(self, drawn: Draw) -> bool:
         """Whether an identical image is under way or has ended; this one then needs no drawing of its own."""
         key = drawn[0].drawing(), drawn[2]
-        if not self.repeated or key not in self.repeated:
+        if key not in self.repeated or drawn[0].prune is not None:  # images of a row that prunes may not end
             return False
         self.repeated[key] -= 1
         if key in self.kept:
@@ -246,6 +257,8 @@ class Stream:
                 results.append(_result(t.tag, "failed", "nan", found, t.began))
                 continue
             embedding = scores[k].pop("embedding", None)
+            early = self.pruning.early.get((str(t.tag[0].id), t.tag[1]))
+            found |= {} if early is None else {EARLY: early}
             result = _result(t.tag, "done", None, {**scores[k], **found}, t.began)
             result.embedding = embedding
             result.pixels, (result.height, result.width) = pixels, pixels.shape[:2]

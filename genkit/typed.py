@@ -14,7 +14,8 @@ def typed(field: str, text: str) -> Any:
     """Return the text of a CSV cell or command-line option as the value of `field` (genkit's name for it).
 
     Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels` are separated by commas, several seeds likewise; both
-    may be JSON lists too. `meta`, and a `scheduler` that starts with a brace, are JSON objects. Raises InputError.
+    may be JSON lists too. `meta`, `prune`, and a `scheduler` that starts with a brace, are JSON objects. Raises
+    InputError.
     """
     convert = _TYPED.get(field)
     return text if convert is None else convert(field, text)
@@ -68,5 +69,6 @@ _TYPED: dict[str, Callable[[str, str], Any]] = {
     "seed": _seeds,
     "labels": _labels,
     "meta": _json,
+    "prune": _json,
     "scheduler": _scheduler,
 }

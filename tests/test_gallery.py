@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -125,7 +126,43 @@ def test_a_browser_shows_the_prompts_as_text_and_runs_none_of_them(tmp_path: Pat
     assert "<title>run</title>" in document
     shown = document[: document.index('<script type="application/json"')]
     assert shown.count('class="prompt"') == len(HOSTILE)
+    assert "pwned" not in re.findall(r"<title>.*?</title>", document)[0]
     assert "&lt;/script&gt;&lt;script&gt;document.title='pwned'&lt;/script&gt;" in shown
     assert '<img src="x"' not in shown
     assert re.search(r"<h2[^>]*>&lt;/script&gt;", shown), "the picture named after # is open"
     assert 'src="images/row0-00.png"' in shown
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_ten_thousand_images_open_a_screenful_at_a_time(tmp_path: Path) -> None:
+    rows = [Request(id=f"r{n}", prompt=f"picture {n}", num_images=10) for n in range(1000)]
+    results = [Result(r.id or "", k, k, file=f"images/{r.id}-{k:02d}.png") for r in rows for k in range(10)]
+    page = write_gallery(tmp_path, rows, results, decide(rows, results), CONFIG)
+    document = browse(page, tmp_path / "profile", "#r999-09")
+    assert 120 <= document.count('class="card ') <= 1200
+    assert "10000 images" in document
+    assert re.search(r"<h2[^>]*>picture 999</h2>", document), (
+        "the picture named after # is open, though its card is not"
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_long_texts_are_cut_and_stay_text(tmp_path: Path) -> None:
+    long = "<b>\x1b[31m=cmd|'/c calc'!A1 " * 11_000  # 300 kB
+    label = long[:99_500]
+    row = Request(id="a", prompt=long[:99_000], labels=[label], meta={"k": long[:60_000]}, num_images=2)
+    results = [
+        Result("a", 0, 0, file="images/a-00.png", prompt=row.prompt, scores={"clip": 0.1, "p": {label: 1.0}}),
+        Result("a", 1, 1, status="failed", reason=long),
+    ]
+    page = write_gallery(tmp_path, [row], results, decide([row], results), CONFIG)
+    document = browse(page, tmp_path / "profile", "#a-00")
+    shown = document[: document.index('<script type="application/json"')]
+    cards = re.findall(r'<(?:div|span) class="(?:prompt|why soft)"[^>]*>([^<]*)<', shown)
+    assert len(cards) == 3
+    assert all(200 < len(html.unescape(text)) <= 310 for text in cards)
+    assert "<b>" not in shown
+    (heading,) = re.findall(r"<h2[^>]*>([^<]*)</h2>", shown)
+    assert html.unescape(heading).startswith(row.prompt[:9_990])
+    assert heading.endswith("(99000 characters; requests.jsonl and results.jsonl have them all)")
+    assert block(page.read_text())["rows"]["a"]["prompt"] == row.prompt
