@@ -67,6 +67,11 @@ def generate(
     attention: Attention = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile in the background, once cached.")] = False,
     clip: Annotated[str, typer.Option(help="auto, none, emoji-clip, a folder with a CLIPModel, or a hub id.")] = "auto",
+    format: Annotated[str, typer.Option(help="Of the pictures: png, webp, jpeg or jxl.")] = "png",
+    quality: Annotated[
+        int | None,
+        typer.Option(help="Of webp, jpeg and jxl, 1 to 100; default 90; at 100 webp and jxl keep every bit."),
+    ] = None,
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
     as_json: AsJson = False,
@@ -98,7 +103,7 @@ def generate(
     else:
         rows = [Request(seed=seed, **({} if prompt is None else {"prompt": prompt}))]
         rows[0]._source = "command line"
-    options = Options(model, clip, variant, device, dtype, slots, seed, as_json, compile, attention)
+    options = Options(model, clip, variant, device, dtype, slots, seed, as_json, compile, attention, format, quality)
     job = plan_job(rows, options, defaults)
     folder = free_name(out) if new_run else out
     check_folder(folder, prompts)

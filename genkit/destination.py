@@ -58,7 +58,8 @@ def free_name(folder: Path) -> Path:
 
 def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise InputError naming, key by key, how what is asked differs from what the run was begun with."""
-    before, after = _flat(recorded), _flat(json.loads(json.dumps(asked)))
+    # Runs begun before there was a choice of format are of PNGs
+    before, after = {"format": "png", **_flat(recorded)}, {"format": "png", **_flat(json.loads(json.dumps(asked)))}
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if keys:
         parts = [f"{key}: {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in keys[:SHOWN]]

@@ -16,7 +16,7 @@ from typing import Any
 
 from genkit.errors import HostError
 
-TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may be called ".tmp-fox": finished names end in .png
+TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may be called ".tmp-fox": finished names end otherwise
 # Line breaks to str.splitlines and to JavaScript, though not to JSON: written as escapes so that a line stays a line.
 _BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 

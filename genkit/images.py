@@ -1,31 +1,27 @@
-"""Pictures as files: PNG, JPEG and WebP in, distrusted until wholly decoded; PNG with its settings out."""
+"""Pictures as files: PNG, JPEG, WebP and JPEG XL in; every one distrusted until wholly decoded."""
 
 from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import struct
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from genkit.durable import json_line
 from genkit.errors import InputError
 from genkit.files import file_size, place
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
-
-    from genkit.request import Result
 
 MAX_BYTES = 2**26  # of a file
 MAX_PIXELS = 2**26  # 8192 x 8192: 200 MB decoded
 MAX_CHUNKS = 50_000  # of a PNG; 64 MiB in the usual chunks of 8 KiB are 8,192
-METADATA_BYTES = 2**16  # of both text chunks together
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".jxl"}
+_JXL = b"\0\0\0\x0cJXL \r\n\x87\n"  # in boxes; else the two bytes FF 0A
+UNKNOWN = "is not a PNG, JPEG, WebP or JPEG XL picture"
 
 
 def check_image(path: str | Path, contained: bool = False) -> tuple[int, int]:
@@ -48,11 +44,11 @@ def _size(path: Path, _state: tuple[int, int, int]) -> tuple[int, int]:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Return a PNG, JPEG or WebP file as an RGB picture: turned as its EXIF asks, on white where transparent.
+    """Return a PNG, JPEG, WebP or JPEG XL file as an RGB picture: turned as its EXIF asks, on white where transparent.
 
     16 bits a channel are scaled to 8. Raises InputError for what is no such picture, is animated, is larger than
     MAX_BYTES or MAX_PIXELS, or is truncated or damaged as far as the format can tell (PNG: every checksum; JPEG: its
-    end; WebP: its length).
+    end; WebP, JPEG XL: its length).
     """
     path = Path(path)
     try:
@@ -65,7 +61,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Return the .png, .jpg, .jpeg and .webp files in `folder` and below, sorted.
+    """Return the .png, .jpg, .jpeg, .webp and .jxl files in `folder` and below, sorted.
 
     Hidden files and folders are left out, and linked folders are not entered: they could lead round in circles.
     Raises InputError when the folder, or one below, cannot be read.
@@ -101,6 +97,7 @@ def _decoded(data: bytes) -> Image.Image:
         (b"\x89PNG\r\n\x1a\n", _check_png, PngImagePlugin.PngImageFile),
         (b"\xff\xd8\xff", _check_jpeg, JpegImagePlugin.JpegImageFile),
         (b"RIFF", _check_webp, WebPImagePlugin.WebPImageFile),
+        ((b"\xff\x0a", _JXL), _check_jxl, _open_jxl),
     )
     for magic, check, plugin in formats:
         if data.startswith(magic):
@@ -108,16 +105,19 @@ def _decoded(data: bytes) -> Image.Image:
             picture: Image.Image = plugin(io.BytesIO(data))
             break
     else:
-        raise InputError("is not a PNG, JPEG or WebP picture")
-    width, height = picture.size
-    if width < 1 or height < 1 or width * height > MAX_PIXELS:
-        raise InputError(f"is {width}x{height}; a picture has 1 to {MAX_PIXELS} pixels")
+        raise InputError(UNKNOWN)
+    _check_size(*picture.size)
     if getattr(picture, "n_frames", 1) > 1:
         raise InputError("is animated; give one frame")
     picture.load()
     turn = _TURNS.get(picture.getexif().get(0x0112, 1))
     picture = _rgb(picture)
     return picture if turn is None else picture.transpose(Image.Transpose[turn])
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise InputError(f"is {width}x{height}; a picture has 1 to {MAX_PIXELS} pixels")
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -171,92 +171,81 @@ def _check_jpeg(data: bytes) -> None:
 
 def _check_webp(data: bytes) -> None:
     if len(data) < 16 or data[8:12] != b"WEBP":
-        raise InputError("is not a PNG, JPEG or WebP picture")
+        raise InputError(UNKNOWN)
     if struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
         raise InputError("is truncated")
 
 
-def encode_png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
-    """Return (height, width, 3) uint8 pixels as the bytes of a PNG file, bit-exact, with `text` in text chunks."""
-    from PIL import Image, PngImagePlugin
+def _check_jxl(data: bytes) -> None:
+    """Check that every box is there, the size, and that it is one frame: the plugin decodes whatever it opens.
 
-    info = PngImagePlugin.PngInfo()
-    for key, value in (text or {}).items():
-        info.add_text(key, value, zip=False)  # a compressed chunk that unpacks past a limit makes the file unreadable
-    buffer = io.BytesIO()
-    # Run-length coding of filtered rows. Milliseconds and KiB a picture on one core, emoji of 128x128 and the same
-    # enlarged to 512x512 with noise of +-1: RLE 0.9, 10.1 and 15, 243; level 1 0.9, 11.5 and 23, 301; level 3 1.5, 11.1
-    # and 41, 285; level 6, Pillow's default, 2.3, 10.1 and 89, 257. All of noise: 18 against 24 to 26, 769 all.
-    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info, compress_level=1, compress_type=zlib.Z_RLE)
-    return buffer.getvalue()
-
-
-def png_text(request: dict[str, Any], result: Result, model: str, version: str) -> dict[str, str]:
-    """Return the two text chunks of a picture: `parameters`, which other tools read, and `genkit`, all of it as JSON.
-
-    request: Request.to_json() of a row whose defaults are filled in. `parameters` is AUTOMATIC1111's infotext. Together
-    they take METADATA_BYTES at most. Of paths only the file's name is written: pictures travel, folders are private.
+    The fields are those of ISO/IEC 18181-1, annex D: least bit first.
     """
-    request = {
-        name: os.path.basename(value) if name in ("image", "mask_image") else value for name, value in request.items()
-    }
-    parameters = _clipped(_infotext(request, result, model, version), METADATA_BYTES // 2)
-    record = {
-        "version": version, "model": model, "request": request, "id": result.id, "index": result.index,
-        "seed": result.seed, "steps": result.steps, "nfe": result.nfe, "width": result.width, "height": result.height,
-        "scores": result.scores, "fingerprint": result.fingerprint,
-    }  # fmt: skip
-    room = METADATA_BYTES - len(parameters.encode())
-    whole = _json(record)
-    if len(whole.encode()) > room:
-        short = {name: value for name, value in request.items() if len(_json(value)) < 1000}
-        whole = _json({**record, "request": short, "scores": {}, "cut": True})
-    return {"parameters": parameters, "genkit": whole}
+    head = int.from_bytes(_codestream(data)[2:], "little")
+
+    def take(bits: int) -> int:
+        nonlocal head
+        value, head = head & ((1 << bits) - 1), head >> bits
+        return value
+
+    def size() -> tuple[int, int]:
+        small = take(1)
+        height = 8 * (take(5) + 1) if small else 1 + take((9, 13, 18, 30)[take(2)])
+        ratio = take(3)
+        if ratio:
+            part, whole = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
+            return height * part // whole, height
+        return 8 * (take(5) + 1) if small else 1 + take((9, 13, 18, 30)[take(2)]), height
+
+    _check_size(*size())
+    plain, extra = take(1), take(1)
+    if plain or not extra:
+        return
+    take(3)  # orientation
+    if take(1):
+        size()  # to be shown at
+    preview, moving = take(1), take(1)
+    if preview or moving:
+        raise InputError("is animated; give one frame" if moving else "has a preview beside the picture")
 
 
-def _infotext(request: dict[str, Any], result: Result, model: str, version: str) -> str:
-    scheduler = request.get("scheduler")
-    options = scheduler if isinstance(scheduler, dict) else {"solver": scheduler}
-    fields = {
-        "Steps": result.steps if result.steps is not None else request.get("num_inference_steps"),
-        "Sampler": _SAMPLERS.get(str(options.get("solver")), options.get("solver")),
-        "Schedule type": options.get("spacing"),
-        "CFG scale": request.get("guidance_scale"),
-        "Seed": result.seed,
-        "Size": f"{result.width}x{result.height}",
-        "Model": model,
-        "Denoising strength": request.get("strength"),
-        "Version": f"genkit {version}",
-    }
-    negative = request.get("negative_prompt")
-    lines = [str(request.get("prompt", "")), *([f"Negative prompt: {negative}"] if negative else [])]
-    return "\n".join([*lines, ", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None)])
+def _codestream(data: bytes) -> bytes:
+    """Return the first bytes of a JPEG XL picture's codestream, which may stand in boxes (ISO/IEC 18181-2)."""
+    if not data.startswith(_JXL):
+        return data[:40]
+    at, count, found = 0, 0, b""
+    while at < len(data):
+        length, kind, longer = struct.unpack_from(">I4sQ", data[at : at + 16].ljust(16, b"\0"))
+        start = at + (16 if length == 1 else 8)
+        end = len(data) if length == 0 else at + (longer if length == 1 else length)
+        if end < start or end > len(data):
+            raise InputError("is truncated")
+        if kind in (b"jxlc", b"jxlp") and len(found) < 40:
+            found += data[start + 4 * (kind == b"jxlp") : min(end, start + 44)]
+        at, count = end, count + 1
+        if count > MAX_CHUNKS:
+            raise InputError(f"has more than {MAX_CHUNKS} boxes")
+    return found
 
 
-def _quoted(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
-
-
-def _clipped(text: str, limit: int) -> str:
-    """Cut the middle out of a text of more than `limit` bytes: its last line is what other tools look for."""
-    data = text.encode("utf-8", "replace")
-    if len(data) <= limit:
-        return text
-    tail = data[-min(2000, limit // 2) :].decode("utf-8", "ignore")
-    return data[: limit - len(tail.encode()) - 3].decode("utf-8", "ignore") + "…" + tail
-
-
-def _json(value: Any) -> str:
-    return json_line(value).rstrip("\n")
+def _open_jxl(file: io.BytesIO) -> Image.Image:
+    try:
+        from pillow_jxl.JpegXLImagePlugin import JXLImageFile
+    except ImportError:
+        raise InputError("is a JPEG XL picture; to read it: pip install pillow-jxl-plugin") from None
+    try:
+        picture = JXLImageFile(file)
+    except Exception:  # of which the message speaks of building libjxl
+        raise InputError("is truncated or damaged") from None
+    if picture.mode == "F":
+        raise InputError("has floating-point pixels, of which Pillow makes black and white")
+    if not picture.jpeg:  # a JPEG that was packed without loss is as it was; any other is turned already
+        picture.info.pop("exif", None)
+    return picture
 
 
 # EXIF orientation to the names of Pillow's Transpose; 1 needs nothing and anything else is no orientation.
 _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
     6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
-}  # fmt: skip
-_SAMPLERS = {
-    "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "lms": "LMS",
-    "dpmpp_2m": "DPM++ 2M", "sde-dpmpp_2m": "DPM++ 2M SDE", "pndm": "PLMS", "dpm2": "DPM2", "unipc": "UniPC",
 }  # fmt: skip

@@ -79,7 +79,7 @@ def _pictures(images: Path) -> list[Path]:
     if images.is_dir():
         files = list_images(images / "images" if (images / "results.jsonl").is_file() else images)
         if not files:
-            raise InputError(f"{images}: holds no PNG, JPEG or WebP picture")
+            raise InputError(f"{images}: holds no PNG, JPEG, WebP or JPEG XL picture")
         return files
     check_image(images)
     return [images]

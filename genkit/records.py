@@ -22,7 +22,7 @@ CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
 REPLACED = "replaced"  # status of a record whose picture was moved to the folder of this name: it is drawn again
 Key = tuple[str, int]  # (row id, image number)
 # Where a picture may be, relative to the run folder: a record must not name somebody else's files.
-PICTURE = re.compile(r"images/(?:[0-9]{3,}/)?[A-Za-z0-9._-]+-[0-9]{2,}\.png")
+PICTURE = re.compile(r"images/(?:[0-9]{3,}/)?[A-Za-z0-9._-]+-[0-9]{2,}\.(?:png|webp|jpg|jxl)")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

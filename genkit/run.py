@@ -65,12 +65,12 @@ class Run:
                 os.close(lock)
                 raise
 
-    def path_for(self, row_id: str, index: int) -> Path:
+    def path_for(self, row_id: str, index: int, suffix: str = ".png") -> Path:
         """Return where image `index` of a row goes; it depends on the rows alone, not on when the image is made."""
         block = f"{self._place[row_id] // BLOCK:03d}" if len(self._rows) > BLOCK else ""
-        return self.folder / "images" / block / f"{row_id}-{index:02d}.png"
+        return self.folder / "images" / block / f"{row_id}-{index:02d}{suffix}"
 
-    def save(self, result: Result, data: bytes) -> None:
+    def save(self, result: Result, data: bytes, suffix: str = ".png") -> None:
         """Keep a finished image: `data` in its file, then its record, with the file's name, size and hash.
 
         Both are on the disk on return. Raises HostError when the disk is full, read-only or gone; nothing is torn then.
@@ -78,7 +78,7 @@ class Run:
         key = result.id, result.index
         if key in self.done:
             raise ValueError(f"image {result.index} of row {result.id} is saved already")
-        path = self.path_for(*key)
+        path = self.path_for(*key, suffix)
         result.file = path.relative_to(self.folder).as_posix()
         result.bytes, result.sha256 = len(data), hashlib.sha256(data).hexdigest()
         with disk(path):

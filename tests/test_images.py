@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import json
 import os
 import random
 import struct
+import sys
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from genkit import images
 from genkit.errors import InputError
-from genkit.images import METADATA_BYTES, check_image, encode_png, list_images, png_text, read_image
-from genkit.request import Request, Result
+from genkit.images import check_image, list_images, read_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -53,9 +55,24 @@ WRONG_CRC = PNG[:50] + bytes([PNG[50] ^ 1]) + PNG[51:]
 BOMB = header(50_000, 50_000) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 TEXT_BOMB = with_chunks(chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 5_000_000)))
 
+JXL_BOX = b"\0\0\0\x0cJXL \r\n\x87\n"
+
+
+def jxl_header(width: int, height: int, *extra: int) -> bytes:
+    """A JPEG XL codestream's beginning: no small size, each side as 18 or 30 bits, then single bits."""
+    value, at = 0, 1
+    for side, after in ((height, 3), (width, 0)):  # after the height three zero bits: no ratio
+        value |= 3 << at | (side - 1) << at + 2
+        at += 32 + after
+    for bit in extra:
+        value |= bit << at
+        at += 1
+    return b"\xff\x0a" + value.to_bytes(40, "little")
+
+
 BAD = [
     ("56-empty", b"", "is empty"),
-    ("57-text", b"hello, I am a picture", "is not a PNG, JPEG or WebP picture"),
+    ("57-text", b"hello, I am a picture", "is not a PNG, JPEG, WebP or JPEG XL picture"),
     ("58-png-cut", PNG[: len(PNG) // 2], "is truncated"),
     ("58-png-without-end", PNG[:-12], "is truncated"),
     ("58-png-zero-tail", PNG[: len(PNG) // 2] + b"\0" * (len(PNG) // 2), "is damaged"),
@@ -63,21 +80,36 @@ BAD = [
     ("58-jpeg-zero-tail", JPEG[: len(JPEG) // 2] + b"\0" * (len(JPEG) // 2), "is truncated"),
     ("58-jpeg-header-only", JPEG[:100], "is truncated"),
     ("58-webp-cut", WEBP[: len(WEBP) // 2], "is truncated"),
-    ("58-webp-header-only", WEBP[:14], "is not a PNG, JPEG or WebP"),
+    ("58-webp-header-only", WEBP[:14], "is not a PNG, JPEG, WebP"),
     ("59-crc", WRONG_CRC, "checksum"),
     ("60-bomb", BOMB, "is 50000x50000"),
+    ("60-jxl-bomb", jxl_header(50_000, 50_000), "is 50000x50000"),
+    ("60-jxl-bomb-in-a-box", JXL_BOX + b"\0\0\0\0jxlc" + jxl_header(2**30, 1), "is 1073741824x1"),
+    (
+        "60-jxl-bomb-in-parts",
+        JXL_BOX
+        + b"\0\0\0\x10jxlp\0\0\0\0"
+        + jxl_header(50_000, 50_000)[:4]
+        + b"\0\0\0\0jxlp\0\0\0\x01"
+        + jxl_header(50_000, 50_000)[4:],
+        "is 50000x50000",
+    ),
+    ("58-jxl-box-cut", JXL_BOX + b"\0\0\1\0jxlc" + jxl_header(8, 8), "is truncated"),
+    ("58-jxl-box-of-no-length", JXL_BOX + b"\0\0\0\4jxlc" + jxl_header(8, 8), "is truncated"),
+    ("63-jxl", jxl_header(8, 8, 0, 1, 0, 0, 0, 0, 0, 1), "is animated"),
+    ("65-jxl-boxes", JXL_BOX + b"\0\0\0\x08free" * 50_001, "has more than 50000 boxes"),
     ("61-no-width", header(0, 5) + chunk(b"IEND", b""), ""),
     ("61-no-height", header(5, 0) + chunk(b"IEND", b""), ""),
-    ("62-float-tiff", saved("TIFF", Image.new("F", (4, 4))), "is not a PNG, JPEG or WebP"),
-    ("63-gif", animated("GIF"), "is not a PNG, JPEG or WebP"),
+    ("62-float-tiff", saved("TIFF", Image.new("F", (4, 4))), "is not a PNG, JPEG, WebP"),
+    ("63-gif", animated("GIF"), "is not a PNG, JPEG, WebP"),
     ("63-apng", animated("PNG"), "is animated"),
     ("63-webp", animated("WEBP"), "is animated"),
     ("65-text-bomb", TEXT_BOMB, "cannot be decoded"),
     ("65-chunks", with_chunks(*[chunk(b"eXIf", b"")] * 50_000), "has more than 50000 chunks"),
-    ("66-svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a PNG, JPEG or WebP"),
-    ("66-pdf", b"%PDF-1.7\n", "is not a PNG, JPEG or WebP"),
-    ("66-psd", b"8BPS\0\1", "is not a PNG, JPEG or WebP"),
-    ("66-fits", b"SIMPLE  =                    T", "is not a PNG, JPEG or WebP"),
+    ("66-svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a PNG, JPEG, WebP"),
+    ("66-pdf", b"%PDF-1.7\n", "is not a PNG, JPEG, WebP"),
+    ("66-psd", b"8BPS\0\1", "is not a PNG, JPEG, WebP"),
+    ("66-fits", b"SIMPLE  =                    T", "is not a PNG, JPEG, WebP"),
     ("67-zip-behind", PNG + b"PK\5\6" + b"\0" * 18, "22 bytes after its end"),
 ]
 
@@ -215,7 +247,17 @@ def test_good_pictures_read_exactly(tmp_path: Path) -> None:
 
 
 def test_list_images(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpg", "sub/c.webp", "sub/d.jpeg", "notes.txt", ".hidden.png", ".git/e.png", "f.png.part"):
+    for name in (
+        "b.PNG",
+        "a.jpg",
+        "sub/c.webp",
+        "sub/d.jpeg",
+        "sub/e.jxl",
+        "notes.txt",
+        ".hidden.png",
+        ".git/e.png",
+        "f.png.part",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(PNG)
     (tmp_path / "sub/loop").symlink_to(tmp_path)
@@ -224,17 +266,84 @@ def test_list_images(tmp_path: Path) -> None:
         "b.PNG",
         "sub/c.webp",
         "sub/d.jpeg",
+        "sub/e.jxl",
     ]
     with pytest.raises(InputError, match="cannot be listed"):
         list_images(tmp_path / "nothing")
 
 
+@pytest.fixture
+def jxl() -> Callable[..., bytes]:
+    """A way to write JPEG XL, where Pillow's plugin is installed."""
+    pytest.importorskip("pillow_jxl")
+    return functools.partial(saved, "JXL")
+
+
+def test_jpeg_xl_reads_exactly_and_whole_or_not_at_all(tmp_path: Path, jxl: Callable[..., bytes]) -> None:
+    file = tmp_path / "a.jxl"
+    for options in ({}, {"exif": Image.Exif().tobytes()}):
+        data = jxl(lossless=True, effort=1, **options)
+        file.write_bytes(data)
+        np.testing.assert_array_equal(np.asarray(read_image(file)), PIXELS)
+        assert data.startswith(JXL_BOX) == bool(options)
+        for cut in (*range(20), len(data) // 2, len(data) - 1):
+            file.write_bytes(data[:cut])
+            with pytest.raises(InputError) as caught:
+                read_image(file)
+            assert len(str(caught.value)) < len(str(file)) + 60, "and not the plugin's page on building libraries"
+    file.write_bytes(data + b"\0\0\1\0Exif1234")  # a last box cut off, which libjxl lets pass
+    with pytest.raises(InputError, match="is truncated"):
+        read_image(file)
+
+
+JXL_SIZES = [(1, 1), (264, 256), (1, 2000), (2000, 1), (9000, 2)]
+JXL_RATIOS = [(256, 256), (240, 200), (128, 96), (150, 100), (480, 270), (80, 64), (62, 31)]  # 1 to 7 of the standard
+
+
+@pytest.mark.parametrize("size", JXL_SIZES + JXL_RATIOS)
+def test_jpeg_xl_sizes(
+    tmp_path: Path, jxl: Callable[..., bytes], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size that is checked before decoding is the size that comes out, however it is written down."""
+    (tmp_path / "a.jxl").write_bytes(jxl(Image.new("RGB", size), lossless=True, effort=1, num_threads=0))
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(images, "_check_size", lambda *found: seen.append(found))
+    assert read_image(tmp_path / "a.jxl").size == size
+    assert seen == [size, size]
+
+
+def test_jpeg_xl_is_turned_once(tmp_path: Path, jxl: Callable[..., bytes]) -> None:
+    """libjxl turns what it decodes; only a JPEG packed into JPEG XL comes out as it was."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    source = Image.new("RGB", (32, 16))
+    (tmp_path / "a.jxl").write_bytes(jxl(source, exif=exif.tobytes()))
+    assert read_image(tmp_path / "a.jxl").size == (32, 16)
+    source.save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as turned:
+        (tmp_path / "b.jxl").write_bytes(jxl(turned, lossless_jpeg=True))
+    assert read_image(tmp_path / "b.jxl").size == read_image(tmp_path / "a.jpg").size == (16, 32)
+
+
+def test_jpeg_xl_without_its_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)
+    monkeypatch.setitem(sys.modules, "pillow_jxl.JpegXLImagePlugin", None)
+    (tmp_path / "a.jxl").write_bytes(jxl_header(8, 8, 1))
+    with pytest.raises(InputError, match="pip install pillow-jxl-plugin"):
+        read_image(tmp_path / "a.jxl")
+
+
 def test_noise_is_refused_or_read(tmp_path: Path) -> None:
     rng = random.Random(0)
+    kinds = [PNG, JPEG, WEBP, TEXT_BOMB]
+    if find_spec("pillow_jxl"):
+        import pillow_jxl  # noqa: F401
+
+        kinds += [saved("JXL", lossless=True, effort=1)]
     file = tmp_path / "a.png"
     read = 0
     for i in range(1500):
-        data = bytearray(rng.choice([PNG, JPEG, WEBP, TEXT_BOMB]))
+        data = bytearray(rng.choice(kinds))
         for _ in range(rng.choice([0, 1, 3, 20])):
             data[rng.randrange(len(data))] = rng.randrange(256)
         if rng.random() < 0.3:
@@ -246,68 +355,3 @@ def test_noise_is_refused_or_read(tmp_path: Path) -> None:
         except InputError as error:
             assert "\n" not in str(error), i
     assert read > 20
-
-
-def test_a_png_reads_back_bit_for_bit() -> None:
-    for pixels in (
-        PIXELS,
-        np.zeros((128, 128, 3), np.uint8),
-        np.full((1, 1, 3), 7, np.uint8),
-        PIXELS.transpose(1, 0, 2),
-    ):
-        with Image.open(io.BytesIO(encode_png(pixels))) as picture:
-            assert picture.mode == "RGB"
-            np.testing.assert_array_equal(np.asarray(picture), pixels)
-
-
-def result(**fields: Any) -> Result:
-    scores = {"clip": 0.25, "p": {}, "nan": False, "flat": False}
-    return Result("fox", 2, 9, width=64, height=48, steps=20, nfe=40, seconds=1.5, **{"scores": scores, **fields})
-
-
-def chunks(request: Request, found: Result | None = None) -> dict[str, str]:
-    text = png_text(request.to_json(), found or result(), "emoji", "0.1.0")
-    with Image.open(io.BytesIO(encode_png(PIXELS, text))) as picture:
-        picture.load()
-        assert picture.text == text  # type: ignore[attr-defined]
-    return text
-
-
-def test_parameters_are_what_other_tools_read() -> None:
-    request = Request(
-        id="fox", prompt="a red fox,\nrunning", negative_prompt="text", num_images=4, num_inference_steps=20,
-        guidance_scale=7.0, scheduler={"solver": "dpmpp_2m", "spacing": "karras"}, image="x.png", strength=0.75,
-    )  # fmt: skip
-    assert chunks(request)["parameters"] == (
-        "a red fox,\nrunning\nNegative prompt: text\nSteps: 20, Sampler: DPM++ 2M, Schedule type: karras, "
-        "CFG scale: 7, Seed: 9, Size: 64x48, Model: emoji, Denoising strength: 0.75, Version: genkit 0.1.0"
-    )
-    plain = chunks(Request(prompt="a", scheduler="euler_ancestral", num_inference_steps=20))["parameters"]
-    assert plain == "a\nSteps: 20, Sampler: Euler a, Seed: 9, Size: 64x48, Model: emoji, Version: genkit 0.1.0"
-    comma = png_text(Request(prompt="a").to_json(), result(), "my, model: 2", "0.1.0")["parameters"]
-    assert 'Model: "my, model: 2"' in comma
-
-
-def test_the_record_holds_what_the_picture_depends_on() -> None:
-    request = Request(
-        id="fox", prompt="日本 \u2028 <b>", seed=[7, 8, 9], meta={"a": [1, None]}, image="/home/me/secret/x.png"
-    )
-    record = json.loads(chunks(request)["genkit"])
-    assert record["request"] == {**request.to_json(), "image": "x.png"}  # a picture that is shared tells no folder
-    assert (record["id"], record["index"], record["seed"], record["model"]) == ("fox", 2, 9, "emoji")
-    assert record["scores"]["clip"] == 0.25
-    assert "seconds" not in record  # the same picture is the same file, however long it took
-    assert json.loads(chunks(request, result(scores={"clip": float("nan")}))["genkit"])["scores"] == {"clip": None}
-
-
-@pytest.mark.parametrize("prompt", ["x" * 100_000, "\u732b" * 100_000, "a\n" * 50_000])
-def test_metadata_is_bounded_and_never_compressed(prompt: str) -> None:
-    labels = [f"label {i}" * 9 for i in range(1000)]
-    request = Request(prompt=prompt, negative_prompt=prompt, labels=labels, meta={"k": "v" * 90_000})
-    text = chunks(request, result(scores={"p": dict.fromkeys(labels, 0.5)}))
-    assert sum(len(value.encode()) for value in text.values()) <= METADATA_BYTES
-    assert text["parameters"].startswith(prompt[:1000]) and text["parameters"].endswith("Version: genkit 0.1.0")
-    record = json.loads(text["genkit"])
-    assert record["seed"] == 9 and record["cut"] is True
-    data = encode_png(PIXELS, text)
-    assert b"zTXt" not in data and len(data) < METADATA_BYTES + 4000
