@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     drawn = draw()
-    print(f"{machine()}; zlib {zlib.ZLIB_RUNTIME_VERSION}, Pillow {version('pillow')}")
+    print(f"{machine()}; zlib-ng {version('zlib-ng')}, Pillow {version('pillow')}")
     found: dict[str, dict[str, list[tuple[float, int]]]] = {}
     for side in (512, 1024):
         pictures = pictures_of(side, drawn)

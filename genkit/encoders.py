@@ -123,8 +123,8 @@ def _text_chunk(key: str, value: str) -> bytes:
 
 
 def _webp(pixels: np.ndarray, text: dict[str, str], quality: int) -> bytes:
-    if quality == 100:  # the fastest of its lossless settings: the slowest takes 14 times as long for a tenth less
-        return _pillow("WEBP", pixels, text, lossless=True, quality=0, method=0)
+    if quality == 100:  # a fifth fewer bytes than PNG; method 0 saves none, 2 and above a hundredth or two more
+        return _pillow("WEBP", pixels, text, lossless=True, quality=0, method=1)
     return _pillow("WEBP", pixels, text, quality=quality, method=2)
 
 
@@ -134,8 +134,8 @@ def _jpeg(pixels: np.ndarray, text: dict[str, str], quality: int) -> bytes:
 
 
 def _jxl(pixels: np.ndarray, text: dict[str, str], quality: int) -> bytes:
-    if quality == 100:
-        return _pillow("JXL", pixels, text, lossless=True, effort=1, num_threads=0)
+    if quality == 100:  # a fifth fewer bytes than PNG; effort 1 takes a twentieth of the time and saves none
+        return _pillow("JXL", pixels, text, lossless=True, effort=3, num_threads=0)
     return _pillow("JXL", pixels, text, quality=quality, effort=3, num_threads=0)
 
 
