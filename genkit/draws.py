@@ -113,13 +113,14 @@ class Draws:
         rate = (self._passed + 1) / (self._finished + 2)
         while self._open:
             row = max(self._open.values(), key=lambda row: row.shortfall(rate))
+            if not row.open:  # it has drawn all that it may
+                self._open.pop(str(row.request.id), None)
+                continue
             if row.shortfall(rate) <= 0:
                 return None
             drawn = self._issue(row)
             if drawn is not None or self.short:
                 return drawn
-            if not row.open:
-                self._open.pop(str(row.request.id), None)
         return None
 
     def _issue(self, row: _Row) -> tuple[Request, int] | None:

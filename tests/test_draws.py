@@ -161,3 +161,18 @@ def test_what_was_drawn_ahead_counts_only_when_asked_for_anew() -> None:
     assert [image["kept"] for image in images.values()] == [False, True, False]
     assert images["a-02"]["reason"] == "drawn ahead: the first 2 were enough"
     assert [i["kept"] for i in decide([row], results, where="clip > 0.5")["images"].values()] == [False, False, True]
+
+
+def test_drawing_ahead_ends_at_max_images() -> None:
+    """With slots to spare, a row of which nothing passes draws all that it may, and not one more."""
+    row = Request(id="a", prompt="x", num_images=2, keep=2, gate="clip > 0.5", max_images=16)
+    draws = Draws([row])
+    drawn: list[int] = []
+    while True:
+        taken = [pair for pair in (draws.take() for _ in range(5)) if pair is not None]
+        if not taken:
+            break
+        for request, index in taken:
+            drawn.append(index)
+            draws.report(Result(id=str(request.id), index=index, seed=0, scores={"clip": 0.1}))
+    assert drawn == list(range(16))

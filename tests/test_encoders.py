@@ -391,7 +391,9 @@ def test_denoising_waits_for_writers_by_count_and_by_bytes(
     monkeypatch.setattr(job, "QUEUE", 8)
     monkeypatch.setattr(job, "QUEUE_BYTES", 1000)
     run, row = SlowRun(), Request(id="a", prompt="x", num_images=12)
-    plan: Any = SimpleNamespace(options=job.Options(format="webp"), rows=[row], info=SimpleNamespace(name="emoji"))
+    plan: Any = SimpleNamespace(
+        options=job.Options(format="webp"), rows=[row], info=SimpleNamespace(name="emoji"), clip=None
+    )
     writers = job._Writers(run, plan)  # type: ignore[arg-type]
     results = [Result("a", k, k, pixels=np.zeros((side, side, 3), np.uint8)) for k in range(12)]
     handed: list[int] = []

@@ -34,7 +34,7 @@ class Scorer:
         self.seen: list[float] = []
 
     def scores(self, pictures: torch.Tensor, prompts: Sequence[str], labels: Sequence[Any]) -> list[dict[str, Any]]:
-        found = [{"clip": round(float(p.mean()), 6)} for p in pictures]
+        found = [{"clip": round(float(p.float().mean()) / 255, 6)} for p in pictures]
         self.seen += [f["clip"] for f in found]
         return found
 
