@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/genkit generate prompts/demo.txt -o runs/demo --num-images 2 --keep 1
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
