@@ -22,6 +22,9 @@ def narrow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
             dim=-1
         ) @ v  # what is written in place has no gradient
     n, length, width = q.shape
+    rows = max(1, SCORES // k.shape[1])
+    if length > rows:  # a large picture: the weights of one head alone are more
+        return torch.cat([narrow_attention(q[:, i : i + rows], k, v) for i in range(0, length, rows)], dim=1)
     at_once = max(1, SCORES // (length * k.shape[1]))
     q, k, v = q * width**-0.5, k.transpose(1, 2), v.transpose(1, 2).contiguous()
     weights = q.new_empty(min(at_once, n), length, k.shape[2])
