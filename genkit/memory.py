@@ -204,7 +204,7 @@ def describe(info: ModelInfo, clip: ModelInfo | None, options: Options, largest:
     """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
 
     weights, and what an image in flight and a decode take; the peak of one image with everything on the device (high),
-    and with one network at a time (low).
+    with one network at a time (low), and at the very least: layer by layer and in strips.
     """
     found: dict[str, Any] = {}
     for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
@@ -218,7 +218,10 @@ def describe(info: ModelInfo, clip: ModelInfo | None, options: Options, largest:
                 "a_decode": _gib(n.decode * n.cost),
                 "high": _gib(peak(n, RESIDENT, slots)),
             }
-            found[kind] |= {"low": _gib(peak(n, TURNS, slots))} if kind == "cuda" else {"free": _gib(host_memory())}
+            if kind == "cuda":
+                found[kind] |= {"low": _gib(peak(n, TURNS, slots)), "least": _gib(peak(n, LAYERS, 1, 1, True))}
+            else:
+                found[kind]["free"] = _gib(host_memory())
     return {"memory": options.memory, "memory_gib": found}
 
 

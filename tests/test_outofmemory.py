@@ -84,6 +84,7 @@ def test_other_names_of_the_same_thing_and_other_errors() -> None:
 
     assert attempt(lambda: fails("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")) is None
     assert attempt(lambda: fails("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")) is None
+    assert attempt(lambda: [0] * 2**62) is None
     with pytest.raises(RuntimeError, match="shapes"):
         attempt(lambda: fails("shapes do not match"))
     with pytest.raises(torch.OutOfMemoryError, match="one of the things"):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
 from genkit.components.weights import Tensor, check_shapes
-from genkit.device import compute_dtype
+from genkit.device import compute_dtype, usable_cores
 from genkit.errors import InputError, shown
 from genkit.files import place
 
@@ -107,11 +109,16 @@ def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *,
 def _read(
     file: Path, tensors: Mapping[str, Tensor], device: torch.device, place_on: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, Any]:
-    """Return the weights of one file. One at a time: at no moment is anything there twice."""
+    """Return the weights of one file, a few at a time: on a GPU nothing is there twice.
+
+    A copy in RAM is mostly the system's work, page by page, and several threads share that.
+    """
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt", device=str(device)) as weights:
-        return {name: place_on(weights.get_tensor(tensor.key)) for name, tensor in tensors.items()}
+    threads = ThreadPoolExecutor(min(4, usable_cores()), "genkit-load") if device.type == "cpu" else None
+    with safe_open(file, framework="pt", device=str(device)) as weights, threads or contextlib.nullcontext():
+        read = (weights.get_tensor(tensor.key) for tensor in tensors.values())
+        return dict(zip(tensors, map(place_on, read) if threads is None else threads.map(place_on, read), strict=True))
 
 
 def _placer(device: torch.device, dtype: torch.dtype, pinned: bool) -> Callable[[torch.Tensor], torch.Tensor]:
