@@ -23,7 +23,10 @@ def unet() -> Any:
     )
 
 
-@pytest.mark.parametrize(("heads", "length", "context", "width"), [(32, 256, 256, 3), (600, 70, 32, 6), (3, 5, 7, 16), (2, 1500, 1500, 4)])
+@pytest.mark.parametrize(
+    ("heads", "length", "context", "width"),
+    [(32, 256, 256, 3), (600, 70, 32, 6), (3, 5, 7, 16), (2, 1500, 1500, 4)],
+)
 def test_narrow_attention_is_attention(heads: int, length: int, context: int, width: int) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(heads, n, width) for n in (length, context, context))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from genkit import ClipScorer, ImageToImage, Request, TextToImage, generate, outofmemory
+from genkit import ClipScorer, HostError, ImageToImage, Request, TextToImage, generate, outofmemory
 from genkit.engine import Engine
 from genkit.outofmemory import attempt, in_parts
 from genkit.request import Result
@@ -207,18 +207,28 @@ def test_a_step_waits_for_what_runs_beside_it(gen: TextToImage) -> None:
     pool, done = Stream(gen, None, None, 0), Future[list[Result]]()  # type: ignore[arg-type]
     assert not pool._relieve()
     pool.pending.append(done)
-    relieved: list[bool] = []
 
     def relieve() -> bool:
         relieved.append(True)
         gen.unet.forward = forward
         return True
 
-    forward, gen.unet.forward = gen.unet.forward, no_room
-    start = [gen.begin(r, 0, 1) for r in rows(1)]
-    engine = Engine(gen.denoiser, gen.device, 1, relieve)
-    ended = [t for some in engine.run(lambda free, alone: [start.pop()] if start else []) for t in some]
-    assert relieved and not ended[0].error, "tried once more when the other work was done"
+    def draw() -> Any:
+        start = [gen.begin(Request(prompt="a fox", scheduler="euler_ancestral", **FEW), 0, 1)]
+        engine = Engine(gen.denoiser, gen.device, 1, relieve)
+        return next(engine.run(lambda free, alone: [start.pop()] if start else []))[0]
+
+    relieved: list[bool] = []
+    expected, forward, gen.unet.forward = draw(), gen.unet.forward, no_room
+    found = draw()
+    assert relieved == [True] and not found.error, "tried once more when the other work was done"
+    assert torch.equal(found.latent, expected.latent), "with the noise that was drawn for this step"
+
+
+def test_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genkit.components.loading._read", no_room)
+    with pytest.raises(HostError, match=r"safetensors: out of memory on cpu as its weights were read"):
+        TextToImage.from_pretrained("emoji", device="cpu")
 
 
 def test_float32_that_does_not_fit_leaves_a_nan(monkeypatch: pytest.MonkeyPatch) -> None:

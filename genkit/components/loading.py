@@ -14,7 +14,7 @@ from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
 from genkit.components.weights import Tensor, check_shapes
 from genkit.device import compute_dtype, usable_cores
-from genkit.errors import InputError, shown
+from genkit.errors import HostError, InputError, shown
 from genkit.files import place
 
 if TYPE_CHECKING:
@@ -91,16 +91,22 @@ def _build(part: Part) -> Any:
 
 
 def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *, pinned: bool) -> None:
-    """Read the weights of `part` into `network`."""
+    """Read the weights of `part` into `network`. Raises HostError when there is no memory for them."""
     from safetensors import SafetensorError
+
+    from genkit.outofmemory import attempt
 
     place_on = _placer(device, dtype, pinned)
     weights: dict[str, Any] = {}
     for file in part.files:
+        wanted = {n: t for n, t in part.tensors.items() if t.file == file}
         try:
-            weights |= _read(file, {n: t for n, t in part.tensors.items() if t.file == file}, device, place_on)
+            found = attempt(lambda f=file, w=wanted: _read(f, w, device, place_on))  # type: ignore[misc]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{place(file)}: {shown(str(error), 200)}") from None
+        if found is None:
+            raise HostError(f"{place(file)}: out of memory on {device} as its weights were read")
+        weights |= found
     _check_values(weights, part.tensors, dtype)
     network.load_state_dict(weights, strict=True, assign=True)
     network.to(device).eval().requires_grad_(False)
