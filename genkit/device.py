@@ -84,8 +84,15 @@ def free_memory(device: torch.device) -> float:
 
 
 def host_memory() -> float:
-    """Return the bytes of RAM that a process may still take: what the system has, or its control group leaves."""
+    """Return the bytes of RAM that this process may still take: of the system, its control group, its `ulimit -v`."""
     found = []
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; no /proc
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            found.append(max(0, limit - pages * os.sysconf("SC_PAGE_SIZE")))
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)

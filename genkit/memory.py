@@ -81,8 +81,11 @@ class Budget:
         return f"memory: {where}{many}, about {_gib(self.peak)} of {_gib(self.free)} GiB free on {device}"
 
 
-def need(configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, **more: Any) -> Need:
-    """Return what networks of these configs take, computing in numbers of `item` bytes. more: other fields of Need."""
+def need(
+    configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, largest: float,
+    cost: float = 1.0, beside: bool = True,
+) -> Need:  # fmt: skip
+    """Return what networks of these configs take, computing in numbers of `item` bytes; see Need."""
     unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
     g = Geometry.of(unet, vae)
     channels, height, width = g.latent_shape(g.width, g.height)
@@ -96,7 +99,9 @@ def need(configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float],
         strips=0 if vae is None else item * vae_strips(vae, height, width),
         text=CLIP_BATCH * item * max((clip_row(configs[name]) for name in TEXTS if name in configs), default=0),
         score=item * score,
-        **more,
+        largest=largest,
+        cost=cost,
+        beside=beside,
     )
 
 
@@ -166,9 +171,10 @@ def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: 
     if grow:
         most = CUDA_SLOTS if n.beside else CPU_SLOTS
         slots = max([1, *(s for s in range(1, most + 1) if peak(n, level, s, pictures, strips) <= usable)])
-    # In strips is what is larger than the largest that fits whole.
-    spare = n.strips * n.cost / n.decode if strips and n.decode else pictures * n.cost
-    return Budget(level, slots, int(n.area * spare), peak(n, level, slots, pictures, strips), free)
+    much = 1e15
+    left = room - (_PEAKS[level](n, n.image * max(slots, n.cost), much, 0) - much)  # all that a decode may take
+    area = n.area * left / n.decode if n.decode else math.inf
+    return Budget(level, slots, area, peak(n, level, slots, pictures, strips), free)
 
 
 def away(level: str, names: Collection[str]) -> set[str]:
@@ -199,7 +205,7 @@ def describe(info: ModelInfo, clip: ModelInfo | None, options: Options, largest:
     """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
 
     weights, and what an image in flight and a decode take; the peak of one image with everything on the device (high),
-    and with one network at a time (low).
+    with one network at a time (low), and at the very least: layer by layer and in strips.
     """
     found: dict[str, Any] = {}
     for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
@@ -213,7 +219,10 @@ def describe(info: ModelInfo, clip: ModelInfo | None, options: Options, largest:
                 "a_decode": _gib(n.decode * n.cost),
                 "high": _gib(peak(n, RESIDENT, slots)),
             }
-            found[kind] |= {"low": _gib(peak(n, TURNS, slots))} if kind == "cuda" else {"free": _gib(host_memory())}
+            if kind == "cuda":
+                found[kind] |= {"low": _gib(peak(n, TURNS, slots)), "least": _gib(peak(n, LAYERS, 1, 1, True))}
+            else:
+                found[kind]["free"] = _gib(host_memory())
     return {"memory": options.memory, "memory_gib": found}
 
 

@@ -12,8 +12,11 @@ import torch
 T = TypeVar("T")
 
 log = logging.getLogger("genkit")
-# What lack of memory is called where it is no torch.OutOfMemoryError.
-_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# What lack of memory is called where it is no torch.OutOfMemoryError; the last two are oneDNN's.
+_WORDS = (
+    "can't allocate memory", "not enough memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED", "could not create a memory", "could not create a primitive",
+)  # fmt: skip
 
 
 def attempt(call: Callable[[], T]) -> T | None:
@@ -23,8 +26,9 @@ def attempt(call: Callable[[], T]) -> T | None:
     """
     try:
         return call()
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _WORDS)):
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(words in str(error) for words in _WORDS):
             raise
     release()
     return None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from genkit import ClipScorer, ImageToImage, Request, TextToImage, generate, outofmemory
+from genkit import ClipScorer, HostError, ImageToImage, Request, TextToImage, generate, outofmemory
 from genkit.draws import Draws
 from genkit.engine import Engine
 from genkit.outofmemory import attempt, in_parts
@@ -85,6 +85,7 @@ def test_other_names_of_the_same_thing_and_other_errors() -> None:
 
     assert attempt(lambda: fails("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")) is None
     assert attempt(lambda: fails("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")) is None
+    assert attempt(lambda: [0] * 2**62) is None
     with pytest.raises(RuntimeError, match="shapes"):
         attempt(lambda: fails("shapes do not match"))
     with pytest.raises(torch.OutOfMemoryError, match="one of the things"):
@@ -207,18 +208,28 @@ def test_a_step_waits_for_what_runs_beside_it(gen: TextToImage) -> None:
     pool, done = Stream(gen, Draws([]), None, 0), Future[list[Result]]()
     assert not pool._relieve()
     pool.pending.append(done)
-    relieved: list[bool] = []
 
     def relieve() -> bool:
         relieved.append(True)
         gen.unet.forward = forward
         return True
 
-    forward, gen.unet.forward = gen.unet.forward, no_room
-    start = [gen.begin(r, 0, 1) for r in rows(1)]
-    engine = Engine(gen.denoiser, gen.device, 1, relieve)
-    ended = [t for some in engine.run(lambda free, alone: [start.pop()] if start else []) for t in some]
-    assert relieved and not ended[0].error, "tried once more when the other work was done"
+    def draw() -> Any:
+        start = [gen.begin(Request(prompt="a fox", scheduler="euler_ancestral", **FEW), 0, 1)]
+        engine = Engine(gen.denoiser, gen.device, 1, relieve)
+        return next(engine.run(lambda free, alone: [start.pop()] if start else []))[0]
+
+    relieved: list[bool] = []
+    expected, forward, gen.unet.forward = draw(), gen.unet.forward, no_room
+    found = draw()
+    assert relieved == [True] and not found.error, "tried once more when the other work was done"
+    assert torch.equal(found.latent, expected.latent), "with the noise that was drawn for this step"
+
+
+def test_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genkit.components.loading._read", no_room)
+    with pytest.raises(HostError, match=r"safetensors: out of memory on cpu as its weights were read"):
+        TextToImage.from_pretrained("emoji", device="cpu")
 
 
 def test_float32_that_does_not_fit_leaves_a_nan(monkeypatch: pytest.MonkeyPatch) -> None:

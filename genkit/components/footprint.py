@@ -3,7 +3,7 @@
 Each function walks the network as diffusers runs it and adds up what is held: the skip connections, the arguments of
 the callers, and within a layer its inputs and outputs. Everything is per row (one picture, one prompt) and in numbers,
 not bytes: times the item size it is memory. `workspace` counts what a convolution takes to lay its input and output out
-in its own order, which libraries do unless the network is channels last.
+in its own order, as cuDNN and oneDNN do (the latter's was seen in a process's peak).
 """
 
 from __future__ import annotations

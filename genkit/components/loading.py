@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
 from genkit.components.weights import Tensor, check_shapes
-from genkit.device import compute_dtype
-from genkit.errors import InputError, shown
+from genkit.device import compute_dtype, usable_cores
+from genkit.errors import HostError, InputError, shown
 from genkit.files import place
 
 if TYPE_CHECKING:
@@ -92,16 +94,22 @@ def _build(part: Part) -> Any:
 
 
 def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *, pinned: bool) -> None:
-    """Read the weights of `part` into `network`."""
+    """Read the weights of `part` into `network`. Raises HostError when there is no memory for them."""
     from safetensors import SafetensorError
+
+    from genkit.outofmemory import attempt
 
     place_on = _placer(device, dtype, pinned)
     weights: dict[str, Any] = {}
     for file in part.files:
+        wanted = {n: t for n, t in part.tensors.items() if t.file == file}
         try:
-            weights |= _read(file, {n: t for n, t in part.tensors.items() if t.file == file}, device, place_on)
+            found = attempt(lambda f=file, w=wanted: _read(f, w, device, place_on))  # type: ignore[misc]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{place(file)}: {shown(str(error), 200)}") from None
+        if found is None:
+            raise HostError(f"{place(file)}: out of memory on {device} as its weights were read")
+        weights |= found
     _check_values(weights, part.tensors, dtype)
     network.load_state_dict(weights, strict=True, assign=True)
     network.to(device).eval().requires_grad_(False)
@@ -110,11 +118,16 @@ def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *,
 def _read(
     file: Path, tensors: Mapping[str, Tensor], device: torch.device, place_on: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, Any]:
-    """Return the weights of one file. One at a time: at no moment is anything there twice."""
+    """Return the weights of one file, a few at a time: on a GPU nothing is there twice.
+
+    A copy in RAM is mostly the system's work, page by page, and several threads share that.
+    """
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt", device=str(device)) as weights:
-        return {name: place_on(weights.get_tensor(tensor.key)) for name, tensor in tensors.items()}
+    threads = ThreadPoolExecutor(min(4, usable_cores()), "genkit-load") if device.type == "cpu" else None
+    with safe_open(file, framework="pt", device=str(device)) as weights, threads or contextlib.nullcontext():
+        read = (weights.get_tensor(tensor.key) for tensor in tensors.values())
+        return dict(zip(tensors, map(place_on, read) if threads is None else threads.map(place_on, read), strict=True))
 
 
 def _placer(device: torch.device, dtype: torch.dtype, pinned: bool) -> Callable[[torch.Tensor], torch.Tensor]:
