@@ -350,7 +350,7 @@ def test_a_run_in_jpeg_from_start_to_score(tmp_path: Path) -> None:
 
     refilter(run, keep=1, out=tmp_path / "best")
     lines = [json.loads(line) for line in (tmp_path / "best/metadata.jsonl").read_text().splitlines()]
-    assert [line["file_name"] for line in lines] == sorted(
+    assert sorted(line["file_name"] for line in lines) == sorted(
         p.name for p in (tmp_path / "best").iterdir() if p.suffix == ".jpg"
     )
     assert len(lines) == 2

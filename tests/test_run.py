@@ -250,15 +250,16 @@ def test_a_run_goes_on_with_what_it_was_begun_with(folder: Path) -> None:
 
 
 def test_failed_images_are_tried_again_and_pruned_ones_are_not(tmp_path: Path) -> None:
-    rows = rows_of(3)
+    rows = rows_of(3, 2, prune={})
     with Run.open(tmp_path / "run", CONFIG, rows) as run:
         run.fail(result_of(rows[0], 0, status="failed", reason="nan", scores={"clip": math.nan, "nan": True}))
         run.fail(result_of(rows[1], 0, status="pruned", reason="rank"))
         run.save(result_of(rows[2], 0), png(rows[2], 0))
         assert set(run.results) == {("r0", 0), ("r1", 0), ("r2", 0)}
     assert "NaN" not in (tmp_path / "run/results.jsonl").read_text()
-    assert draw(tmp_path / "run", rows) == [("r0", 0)]
+    assert draw(tmp_path / "run", rows) == [("r0", 0), *((f"r{n}", 1) for n in range(3))]
     assert newest(tmp_path / "run")["r0", 0]["status"] == "done"
+    assert draw(tmp_path / "run", rows_of(3, 2)) == [("r1", 0)], "without prune it is drawn after all"
 
 
 # -- names and lines --
