@@ -147,11 +147,11 @@ def _statistics(x: _Map, norm: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
         part = x.rows(a, b).reshape(norm.num_groups, -1).float()
         var, middle = torch.var_mean(part, dim=1, correction=0)
         total = count + part.shape[1]
-        delta = middle.double() - mean.to(middle.device)
-        spread = spread.to(var.device) + part.shape[1] * (var.double() + delta**2 * (count / total))
-        mean, count = mean.to(middle.device) + delta * (part.shape[1] / total), total
+        delta = middle - mean.to(middle.device)
+        spread = spread.to(var.device) + part.shape[1] * (var + delta**2 * (count / total))
+        mean, count = middle - delta * (count / total), total
     each = norm.num_channels // norm.num_groups
-    return norm, mean.float().repeat_interleave(each), (spread / count).float().repeat_interleave(each)
+    return norm, mean.repeat_interleave(each), (spread / count).repeat_interleave(each)
 
 
 def _norm(x: torch.Tensor, norm: Any, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:

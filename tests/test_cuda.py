@@ -220,6 +220,8 @@ def test_every_level_draws_the_same_pictures(monkeypatch: pytest.MonkeyPatch, dt
         monkeypatch.setattr(generators, "budget_for", lambda *_, level=level: Budget(level, 2, 1e9, 1e9, 1e10))
         gen = TextToImage.from_pretrained("emoji", dtype=dtype)
         assert (gen.denoiser.graphs is not None) == (level in LEVELS[:2])
+        homes = {e.device.type for e in gen.text(["a red fox"])} if gen.text is not None else set()
+        assert homes == {"cuda" if level == LEVELS[0] else "cpu"}, "embeddings make room as well"
         pictures[level] = {r.id: r.pixels.astype(int) for r in gen.stream(requests())}
     for level in LEVELS[1:]:
         for key, picture in pictures[level].items():

@@ -91,7 +91,7 @@ def test_every_level_draws_the_same_pictures_and_scores() -> None:
 
 def test_one_network_at_a_time_is_on_the_device() -> None:
     gen, scorer, residency = generator(TURNS)
-    requests = [Request(id=str(k), prompt=f"fox {k}", num_inference_steps=1, **SMALL) for k in range(5)]
+    requests = [Request(id=str(k), prompt=f"fox {k}", num_inference_steps=1 + k % 3, **SMALL) for k in range(5)]
     list(gen.stream(requests, scorer=scorer))
     here: set[str] = set()
     for entry in residency.log:
@@ -155,7 +155,8 @@ class Sick(torch.nn.Module):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_nan_is_redone_in_float32_wherever_the_unet_is(level: str) -> None:
-    gen, _, _ = generator(level, torch.bfloat16)
+    gen, _, residency = generator(level, torch.bfloat16)
+    home = addresses(gen.unet)
     before = {name: t.clone() for name, t in gen.unet.state_dict().items()}
     gen.unet = gen.denoiser.unet = Sick(gen.unet)
     request = Request(id="a", prompt="a fox", seed=1, num_inference_steps=1, **SMALL)
@@ -163,7 +164,22 @@ def test_a_nan_is_redone_in_float32_wherever_the_unet_is(level: str) -> None:
     assert set(gen.unet.seen) == {torch.bfloat16, torch.float32} and gen.unet.dtype == torch.bfloat16
     after = gen.unet.unet.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before), "the weights are those of before"
+    residency.park("unet")
+    assert level in (RESIDENT, PARTS) or addresses(gen.unet) == home, "and where they were, pinned"
     assert [r.status for r in gen.stream([request])] == ["done"], "and once more"
+
+
+@pytest.mark.parametrize("level", [TURNS, LAYERS])
+def test_float32_outlasts_another_network_s_turn(level: str) -> None:
+    gen, _, residency = generator(level, torch.bfloat16)
+    x, t, text = torch.randn(1, 8, 8, 8), torch.tensor([500.0]), torch.randn(1, 32, 256)
+    with torch.inference_mode():
+        gen.unet(x.bfloat16(), t, text.bfloat16())
+        with residency.float32(gen.unet):
+            for _ in range(2):
+                assert gen.unet(x, t, text).sample.dtype == gen.unet.dtype == torch.float32
+                gen.codec.decode(x)
+        assert gen.unet(x.bfloat16(), t, text.bfloat16()).sample.dtype == torch.bfloat16
 
 
 def embedded_vae() -> Any:

@@ -62,10 +62,13 @@ def load_components(
     for name, network in networks.items():
         stored = dtype == torch.int8 and name == "unet"
         home = cpu if name in in_ram or stored else target  # what is stored in 8 bits need never be there in 16
-        _fill(network, info.parts[name], home, compute_dtype(target, dtype), pinned=name in in_ram and not stored)
+        pinned = name in in_ram and torch.cuda.is_available()
+        _fill(network, info.parts[name], home, compute_dtype(target, dtype), pinned=pinned and not stored)
         if stored:
             store_in_8_bits(network)
             network.to(cpu if name in in_ram else target)
+            for tensor in (*network.parameters(), *network.buffers()) if pinned else ():
+                tensor.data = tensor.data.pin_memory()
     return Components(
         info=info,
         device=target,
@@ -140,7 +143,7 @@ def _placer(device: torch.device, dtype: torch.dtype, pinned: bool) -> Callable[
     def wanted(weight: torch.Tensor) -> torch.dtype:
         return dtype if weight.is_floating_point() else weight.dtype
 
-    if pinned and torch.cuda.is_available():
+    if pinned:
         return lambda w: torch.empty(w.shape, dtype=wanted(w), pin_memory=True).copy_(w)
     return lambda w: w.to(dtype=wanted(w), copy=device.type == "cpu")
 
