@@ -20,7 +20,7 @@ from genkit.draws import Draws
 from genkit.engine import Trajectory
 from genkit.errors import InputError
 from genkit.guidance import guidance_scales
-from genkit.memory import Budget, away, budget_for, budget_of, check_memory
+from genkit.memory import Budget, away, budget_for, budget_of, check_memory, vae_in_float32
 from genkit.plans import plan_for, scheduler_options
 from genkit.processor import AttentionChoice, fuse_projections
 from genkit.request import Request, Result
@@ -138,8 +138,8 @@ class Generator:
     ) -> Self:
         """Build a generator around loaded components, which are changed to run faster where they are to work."""
         choice = AttentionChoice(attention)
-        if parts.text_encoder_2 is not None and parts.vae.config.force_upcast and parts.vae.dtype == torch.float16:
-            parts.vae.to(torch.float32)  # SDXL's first VAE overflows in float16 in every picture
+        if parts.vae is not None and vae_in_float32(parts.info.configs, str(parts.vae.dtype).removeprefix("torch.")):
+            parts.vae.to(torch.float32)
         for network in (parts.unet, parts.vae):
             if network is None:
                 continue

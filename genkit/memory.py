@@ -83,9 +83,9 @@ class Budget:
 
 def need(
     configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, largest: float,
-    cost: float = 1.0, beside: bool = True,
+    cost: float = 1.0, beside: bool = True, vae_item: int | None = None,
 ) -> Need:  # fmt: skip
-    """Return what networks of these configs take, computing in numbers of `item` bytes; see Need."""
+    """Return what networks of these configs take in numbers of `item` bytes, the VAE in those of `vae_item`; see Need."""
     unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
     g = Geometry.of(unet, vae)
     channels, height, width = g.latent_shape(g.width, g.height)
@@ -95,8 +95,8 @@ def need(
         weights=weights,
         image=rows * item * unet_row(unet, height, width) + 4 * STATE * channels * height * width,
         area=height * width,
-        decode=0 if vae is None else item * vae_decode(vae, height, width),
-        strips=0 if vae is None else item * vae_strips(vae, height, width),
+        decode=0 if vae is None else (vae_item or item) * vae_decode(vae, height, width),
+        strips=0 if vae is None else (vae_item or item) * vae_strips(vae, height, width),
         text=CLIP_BATCH * item * max((clip_row(configs[name]) for name in TEXTS if name in configs), default=0),
         score=item * score,
         largest=largest,
@@ -122,10 +122,20 @@ def model_need(
             weights[name] += item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
     if dtype == "int8":
         weights["unet"] = parts["unet"].parameters
+    widened = vae_in_float32(configs, dtype) and item == 2
+    if widened:
+        weights["vae"] *= 2
     g = Geometry.of(configs["unet"], configs.get("vae"))
     cost = 1.0 if largest is None else max(1.0, largest[0] * largest[1] / (g.width * g.height))
     heaviest = item * max(math.prod(t.shape) for t in parts["unet"].tensors.values())
-    return need(configs, weights, item, largest=heaviest, cost=cost, beside=device == "cuda")
+    vae_item = 4 if widened else item
+    return need(configs, weights, item, largest=heaviest, cost=cost, beside=device == "cuda", vae_item=vae_item)
+
+
+def vae_in_float32(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> bool:
+    """Whether the VAE is one that overflows in float16 in every picture: SDXL's first, which says so in its config."""
+    overflows = "text_encoder_2" in configs and configs["vae"]["force_upcast"]
+    return bool(overflows) and dtype in ("float16", "int8")
 
 
 def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = False) -> float:
@@ -193,7 +203,8 @@ def budget_of(unet: Any, vae: Any, device: torch.device) -> Budget:
     """Return how to run networks that are loaded already, in what memory is left."""
     try:
         configs = {"unet": unet.config, **({} if vae is None else {"vae": vae.config})}
-        n = need(configs, {}, unet.dtype.itemsize, largest=0, beside=device.type == "cuda")
+        sizes = {"item": unet.dtype.itemsize, "vae_item": None if vae is None else vae.dtype.itemsize}
+        n = need(configs, {}, largest=0, beside=device.type == "cuda", **sizes)
         return plan_memory(n, free_memory(device), "high", device=str(device))
     except HostError:  # it is here, so let it try
         return Budget(RESIDENT, 1, 0, 0, 0)

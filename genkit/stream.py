@@ -48,6 +48,7 @@ class Stream:
         self.shared: list[Trajectory] = []  # … for those that came after it
         self.ready: list[Trajectory] = []  # ended, and to be decoded
         self.starved = False  # slots are free and nothing is there to draw
+        self.side: Any = None  # the CUDA stream of decoding and scoring
         self.half = generator.unet.dtype != torch.float32
         # Somebody's own scorer need not say what it gives
         scored = "clip" in getattr(scorer, "names", ("clip",))
@@ -222,8 +223,9 @@ class Stream:
             yield result
 
     def _finish_on_gpu(self, ended: list[Trajectory], event: Any) -> list[Result]:
-        stream = torch.cuda.Stream(self.generator.device)
-        with torch.cuda.stream(stream), torch.inference_mode(), RECORDING:
+        # One for all: what is freed on a stream serves that stream only.
+        self.side = self.side or torch.cuda.Stream(self.generator.device)
+        with torch.cuda.stream(self.side), torch.inference_mode(), RECORDING:
             torch.cuda.current_stream().wait_event(event)
             for trajectory in ended:
                 trajectory.latent.record_stream(torch.cuda.current_stream())

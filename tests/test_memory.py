@@ -24,7 +24,7 @@ from genkit.job import Options, plan_job
 from genkit.memory import LAYERS, PARTS, RESIDENT, TURNS, Need, away, model_need, need, peak, plan_memory
 from genkit.strips import decode_in_strips, encode_in_strips
 from tests.peak import peak_bytes
-from tests.tiny import EMBEDDED, tiny_ddpm
+from tests.tiny import EMBEDDED, tiny_ddpm, tiny_sdxl
 
 GIB = 2**30
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -122,6 +122,14 @@ def test_weights_are_counted_from_headers() -> None:
     assert 4 * parameters["unet"] < on_cpu["unet"] < 8 * parameters["unet"], "linear layers are there packed as well"
     large = model_need(info, clip, "float16", "cuda", (512, 256))
     assert large.cost == 8 and peak(large, RESIDENT, 8, 1) > peak(half, RESIDENT, 8, 1)
+
+
+def test_a_vae_that_has_to_compute_in_float32_is_counted_so(tmp_path: Path) -> None:
+    info = inspect_model(tiny_sdxl(tmp_path))
+    half, bfloat, small = (model_need(info, None, dtype, "cuda") for dtype in ("float16", "bfloat16", "int8"))
+    assert half.weights["vae"] == small.weights["vae"] == 2 * bfloat.weights["vae"]
+    assert half.decode == small.decode == 2 * bfloat.decode and half.image == bfloat.image
+    assert {"text_encoder", "text_encoder_2"} <= away(PARTS, half.weights)
 
 
 def stable_diffusion() -> Need:
