@@ -85,7 +85,7 @@ def need(
     configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, largest: float,
     cost: float = 1.0, beside: bool = True, vae_item: int | None = None,
 ) -> Need:  # fmt: skip
-    """Return what networks of these configs take in numbers of `item` bytes, the VAE in those of `vae_item`; see Need."""
+    """Return what networks of these configs take, in numbers of `item` bytes, in the VAE of `vae_item`; see Need."""
     unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
     g = Geometry.of(unet, vae)
     channels, height, width = g.latent_shape(g.width, g.height)
