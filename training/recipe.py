@@ -1,0 +1,360 @@
+"""A recipe: everything that a training run is told, checked key by key before anything heavy loads."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from genkit.errors import InputError, nearest, shown
+from genkit.files import place, read_text
+from genkit.yamltext import parse_yaml
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Some = Annotated[int, Field(ge=1, le=10**9)]
+Side = Annotated[int, Field(ge=8, le=8192)]
+Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+Network = str | dict[str, Any]
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: unknown keys are errors, numbers are not made of text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Recolour(Section):
+    """Turn a picture's hue to a named colour, and say so: for data whose colours are to be asked for.
+
+    share: of the pictures. caption: with {colour} and {caption}. where: a field of a picture's metadata that must be
+    true for its hue to be turned.
+    """
+
+    share: Share = 0.3
+    caption: Text = "{colour} {caption}"
+    where: str | None = None
+
+
+class Background(Section):
+    """What transparent pictures lie on: `colour`, and for a `share` of them a random named colour that is said.
+
+    colour: a name, "#rrggbb", or "random" (not said). caption: with {caption} and {background}.
+    """
+
+    colour: Text = "white"
+    share: Share = 0.0
+    caption: Text = "{caption} on a {background} background"
+
+
+class Data(Section):
+    """Pictures and captions: where they are, and what happens to them on the way.
+
+    path: folder, .tar shards (WebDataset) or .parquet files; wildcards allowed, relative to the recipe. caption: the
+    column, key or suffix that holds captions. captions: templates, one drawn for each picture and epoch, with {caption}
+    and any field of the metadata; a template whose field is empty is not drawn. caption_dropout: share trained on the
+    empty prompt. caption_shuffle: shuffle what commas separate. missing_captions: "error", or "empty" for pictures
+    without. resolution: side, or [width, height], in pixels. buckets: train at each picture's own aspect ratio, sides
+    multiples of bucket_step and area at most that of `resolution`. crop: where what does not fit is cut. flip: share
+    mirrored. zoom: pictures are drawn at a random scale down to this, on their background. validation: share of the
+    pictures held out, by `validation_by` (a field of the metadata, or the picture itself), or a path of its own.
+    cache: keep latents and embeddings of so many variants of each picture on the disk; 0 computes them every time.
+    cache_folder: where; default RUN/cache. repeat: times a picture comes in an epoch. workers: processes that read.
+    """
+
+    path: str | list[str] = Field(min_length=1)
+    caption: Text = "caption"
+    captions: list[Text] = Field(["{caption}"], min_length=1)
+    caption_dropout: Share = 0.0
+    caption_shuffle: bool = False
+    missing_captions: Literal["error", "empty"] = "error"
+    resolution: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    buckets: bool = False
+    bucket_step: Annotated[int, Field(ge=8, le=512)] = 64
+    crop: Literal["center", "random"] = "center"
+    flip: Share = 0.0
+    zoom: Annotated[float, Field(gt=0, le=1)] = 1.0
+    background: Background = Background()
+    recolour: Recolour | None = None
+    validation: Share | str = 0.05
+    validation_by: str | None = None
+    cache: Annotated[int, Field(ge=0, le=1000)] = 0
+    cache_folder: str | None = None
+    repeat: Some = 1
+    limit: Some | None = None
+    workers: Annotated[int, Field(ge=0, le=64)] = 0
+
+
+class Prior(Section):
+    """DreamBooth's pictures of the class (Ruiz et al. 2023, section 3.2): half of each batch, so that it is kept.
+
+    path: a folder of them; without one, `count` are drawn from the untrained model. prompt: their caption.
+    """
+
+    prompt: Text
+    path: str | None = None
+    count: Some = 100
+    weight: Positive = 1.0
+
+
+class Objective(Section):
+    """What the network is trained to say, at which noise levels, and how errors weigh.
+
+    prediction: default that of the scheduler. snr_gamma: min-SNR weighting (Hang et al. 2023), usually 5. debiased:
+    weight by the root of the SNR (Yu et al. 2024). density: of the timesteps, "uniform" or "logit_normal" (Esser et al.
+    2024, section 3.1) with `mean` and `std`. offset_noise: noise added to whole channels (Guttenberg 2023), usually
+    0.05. input_perturbation: extra noise in the input alone (Ning et al. 2023), usually 0.1. zero_snr: rescale the
+    schedule to end in pure noise.
+    """
+
+    prediction: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
+    snr_gamma: Positive | None = None
+    debiased: bool = False
+    density: Literal["uniform", "logit_normal"] = "uniform"
+    mean: Annotated[float, Field(ge=-10, le=10)] = 0.0
+    std: Positive = 1.0
+    offset_noise: Share = 0.0
+    input_perturbation: Share = 0.0
+    zero_snr: bool | None = None
+
+
+class Autoencoder(Section):
+    """Weights of the KL autoencoder's losses: |x - x'| is 1. laplacian: of its differences at 3 coarser scales."""
+
+    kl: Annotated[float, Field(ge=0, le=1)] = 1e-6
+    laplacian: Annotated[float, Field(ge=0, le=100)] = 1.0
+
+
+class Lora(Section):
+    """Low-rank updates (Hu et al. 2022): rank and alpha, of layers whose names end so, also in the text encoder(s)."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    alpha: Positive | None = None
+    targets: list[Text] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
+    text_encoder: bool = False
+
+
+class Token(Section):
+    """Textual inversion (Gal et al. 2022): the new word, how many vectors it has, and the word that they start from."""
+
+    placeholder: Text
+    initializer: Text
+    vectors: Annotated[int, Field(ge=1, le=32)] = 1
+
+
+class Train(Section):
+    """How it is trained: steps of the optimizer, or max_seconds, whichever ends first.
+
+    batch_size: pictures a device and pass; gradient_accumulation_steps passes make a step. lr_scheduler: after
+    lr_warmup_steps, constant, or falling to zero. ema: decay of the averaged weights, which are what is saved; 0 saves
+    the weights themselves. text_encoder: train it too.
+    """
+
+    steps: Some = 1000
+    max_seconds: Positive | None = None
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 4
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    learning_rate: Positive = 1e-4
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: Count = 0
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-2
+    max_grad_norm: Positive = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    text_encoder: bool = False
+    compile: bool = False
+
+
+class Evaluate(Section):
+    """What is looked at while training: every so many steps (0: at the end only).
+
+    pictures: of the validation set, for its loss. prompts, num_images, num_inference_steps, guidance_scale: of the
+    sample grid, drawn with fixed seeds. metrics: besides the loss, of the samples: "clip", "fid", "kid", "cmmd" with
+    `clip` as scorer and feature network. best: the metric by which the best checkpoint is chosen. patience: stop after
+    so many evaluations without a better one.
+    """
+
+    every: Count = 500
+    pictures: Some = 256
+    prompts: list[Text] = []
+    num_images: Annotated[int, Field(ge=1, le=10_000)] = 1
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    metrics: list[Literal["clip", "fid", "kid", "cmmd"]] = []
+    clip: Text = "emoji-clip"
+    best: Literal["loss", "clip", "fid", "kid", "cmmd"] = "loss"
+    patience: Some | None = None
+
+
+class Save(Section):
+    """Which checkpoints stay: the newest keep_last, the best keep_best, and every keep_every steps (0: none)."""
+
+    every: Some = 500
+    keep_last: Some = 1
+    keep_best: Count = 1
+    keep_every: Count = 0
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    tensorboard: bool = False
+
+
+TASKS = ("unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip")
+# Section -> the tasks that read it; the others are read by all.
+READ_BY = {
+    "lora": ("lora", "dreambooth"), "token": ("textual-inversion",), "prior": ("dreambooth",),
+    "autoencoder": ("autoencoder",), "objective": tuple(t for t in TASKS if t not in ("autoencoder", "clip")),
+}  # fmt: skip
+
+
+class Recipe(Section):
+    """A training run. model: what to start from; networks: parts that replace its own, or make up a model.
+
+    A network is a folder (or a model that has it), or a config, for one with fresh weights; keys that a config does not
+    state are those of `model`'s. scheduler: a diffusers scheduler config; default the model's. Raises InputError.
+    """
+
+    task: Literal["unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip"]
+    model: Text | None = None
+    networks: dict[Literal["unet", "vae", "text_encoder", "tokenizer", "clip"], Network] = {}
+    scheduler: dict[str, Any] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: Data
+    objective: Objective = Objective()
+    autoencoder: Autoencoder = Autoencoder()
+    lora: Lora | None = None
+    token: Token | None = None
+    prior: Prior | None = None
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    save: Save = Save()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        for section, tasks in READ_BY.items():
+            if section in self.model_fields_set and getattr(self, section) is not None and self.task not in tasks:
+                raise ValueError(f"{section}: has no say in task {self.task}; it belongs to {', '.join(tasks)}")
+        if self.task == "lora" and self.lora is None:
+            raise ValueError("lora: is missing; `lora: {rank: 8}` will do")
+        if self.task == "textual-inversion" and self.token is None:
+            raise ValueError("token: is missing: it names the new word")
+        if self.model is None and not self.networks:
+            raise ValueError("model: is missing; it names what to start from, or `networks` what to build")
+        if self.model is None and self.task in ("lora", "dreambooth", "textual-inversion"):
+            raise ValueError(f"model: is missing, which {self.task} changes")
+        if self.evaluate.best not in ("loss", *self.evaluate.metrics):
+            raise ValueError(f"evaluate.best: {self.evaluate.best!r} is not among evaluate.metrics")
+        if self.train.lr_warmup_steps >= self.train.steps:
+            raise ValueError(f"train.lr_warmup_steps: {self.train.lr_warmup_steps} of only {self.train.steps} steps")
+        return self
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """Everything that it says, defaults included, as JSON values."""
+        return json.loads(self.model_dump_json())
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, with "key=value" overrides: `train.steps=100`, or `steps=100` where only one section has it.
+
+    Paths in it are made relative to its folder, those in overrides to the working directory. Raises InputError naming
+    the file, the key, its value and the nearest known key.
+    """
+    where = place(path)
+    raw = parse_yaml(read_text(path), where)
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: holds {shown(raw)}, not a recipe; it begins with `task:`")
+    found = _plain(raw)
+    _resolve(found, path.parent)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{shown(text)}: is not like train.steps=1000")
+        _set(found, key, _plain(parse_yaml(value, key)))
+    return make_recipe(found, where)
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Return a recipe of plain values. Raises InputError as `read_recipe` does."""
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explained(error)}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _resolve(values: dict[str, Any], folder: Path) -> None:
+    """Make what may be a path relative to the recipe's folder, where there is such a thing."""
+
+    def at(value: Any) -> Any:
+        if isinstance(value, list):
+            return [at(item) for item in value]
+        if not isinstance(value, str) or Path(value).is_absolute():
+            return value
+        near = folder / value
+        return str(near) if near.exists() or any(folder.glob(value) if value else ()) else value
+
+    data, networks = values.get("data"), values.get("networks")
+    for mapping, keys in ((data, ("path", "validation")), (values.get("prior"), ("path",)), (values, ("model",))):
+        for key in keys if isinstance(mapping, dict) else ():
+            if key in mapping:
+                mapping[key] = at(mapping[key])
+    if isinstance(networks, dict):
+        networks.update({key: at(value) for key, value in networks.items()})
+
+
+def _sections(of: Any = Recipe) -> dict[str, Any]:
+    """The keys of a section, and for each that is a section itself its class."""
+    found = {}
+    for name, field in of.model_fields.items():
+        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        found[name] = next((k for k in kinds if isinstance(k, type) and issubclass(k, Section)), None)
+    return found
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put an override in its place."""
+    path = key.strip().split(".")
+    known = _sections()
+    if len(path) == 1 and path[0] not in known:
+        homes = [name for name, section in known.items() if section is not None and path[0] in _sections(section)]
+        if len(homes) != 1:
+            every = [*known, *(f"{n}.{k}" for n, s in known.items() if s is not None for k in _sections(s))]
+            hint = f": say {' or '.join(f'{h}.{key}' for h in homes)}" if homes else nearest(key, every)
+            raise InputError(f"{shown(key)}: {'is in several sections' if homes else 'unknown key'}{hint}")
+        path = [homes[0], *path]
+    for name in path[:-1]:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"{key}: {name} is {shown(inner)}, which has no parts")
+        values = inner
+    values[path[-1]] = value
+
+
+def _explained(error: ValidationError) -> str:
+    """Return the first complaint of pydantic as one line: key, value, what it may be or the nearest known key."""
+    first = error.errors()[0]
+    names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    section: Any = Recipe
+    for name in names[:-1]:
+        section = _sections(section).get(name) if isinstance(section, types.UnionType | type) else None
+    names = [n for i, n in enumerate(names) if i == 0 or n not in ("str", "int", "float", "list", "dict")]
+    key = ".".join(n for n in names if "[" not in n)
+    if first["type"] == "extra_forbidden":
+        known = _sections(section) if section is not None else ()
+        return f"{key}: unknown key{nearest(names[-1], known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{key}: is missing"
+    return f"{key}: {shown(first['input'])}: {message[0].lower()}{message[1:]}" if key else message
