@@ -60,6 +60,18 @@ def read_image(path: str | Path) -> Image.Image:
         raise InputError(f"{place(path)}: cannot be decoded: {' '.join(str(error).split())[:200]}") from None
 
 
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """Return the picture that `data` is, as `read_image` does, but RGBA where it is transparent; `where` names it."""
+    if not 0 < len(data) <= MAX_BYTES:
+        raise InputError(f"{where}: has {len(data)} bytes; a picture has 1 to {MAX_BYTES}")
+    try:
+        return _decoded(data, transparent=True)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except Exception as error:
+        raise InputError(f"{where}: cannot be decoded: {' '.join(str(error).split())[:200]}") from None
+
+
 def list_images(folder: str | Path) -> list[Path]:
     """Return the .png, .jpg, .jpeg, .webp and .jxl files in `folder` and below, sorted.
 
@@ -89,7 +101,7 @@ def _bytes(path: Path) -> bytes:
         return file.read(MAX_BYTES + 1)
 
 
-def _decoded(data: bytes) -> Image.Image:
+def _decoded(data: bytes, transparent: bool = False) -> Image.Image:
     from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     # The plugins by hand: Image.open warns on standard error, and takes a phone's two-picture JPEG for another format.
@@ -111,7 +123,7 @@ def _decoded(data: bytes) -> Image.Image:
         raise InputError("is animated; give one frame")
     picture.load()
     turn = _TURNS.get(picture.getexif().get(0x0112, 1))
-    picture = _rgb(picture)
+    picture = _rgb(picture, transparent)
     return picture if turn is None else picture.transpose(Image.Transpose[turn])
 
 
@@ -120,7 +132,7 @@ def _check_size(width: int, height: int) -> None:
         raise InputError(f"is {width}x{height}; a picture has 1 to {MAX_PIXELS} pixels")
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, transparent: bool = False) -> Image.Image:
     from PIL import Image
 
     if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
@@ -130,6 +142,8 @@ def _rgb(picture: Image.Image) -> Image.Image:
         picture = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
+        if transparent:
+            return picture
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")

@@ -125,10 +125,10 @@ class Objective(Section):
 
 
 class Autoencoder(Section):
-    """Weights of the KL autoencoder's losses: |x - x'| is 1. laplacian: of its differences at 3 coarser scales."""
+    """Weights of the KL autoencoder's losses: |x - x'| is 1. coarse: of x - x' at 3 coarser scales."""
 
     kl: Annotated[float, Field(ge=0, le=1)] = 1e-6
-    laplacian: Annotated[float, Field(ge=0, le=100)] = 1.0
+    coarse: Annotated[float, Field(ge=0, le=100)] = 1.0
 
 
 class Lora(Section):

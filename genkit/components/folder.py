@@ -56,6 +56,19 @@ def inspect_model(name: str | Path, *, variant: str | None = None) -> ModelInfo:
     )
 
 
+def inspect_network(folder: Path, name: str) -> Part:
+    """Check a folder that holds one network alone, as save_pretrained writes it; `name` says which part it is to be.
+
+    Raises InputError as `inspect_model` does.
+    """
+    stated = read_json(folder / "config.json")
+    classes = COMPONENTS[name][1]
+    kind = stated.get("_class_name") or (stated.get("architectures") or [classes[0]])[0]
+    if kind not in classes:
+        raise InputError(f"{place(folder / 'config.json')}: class {shown(kind)} is no {name}: {' or '.join(classes)}")
+    return _check_weights(name, folder, kind, _read_config(folder / "config.json", kind), None)
+
+
 # A network as found: its folder, its class, its checked config.
 _Networks = dict[str, tuple[Path, str, dict[str, Any]]]
 
@@ -89,7 +102,7 @@ def _read_pipeline(folder: Path) -> tuple[str, _Networks, dict[str, Any]]:
         if cls in NETWORKS:
             at = _part_folder(folder, part, "config.json")
             networks[part] = (at, cls, _read_config(at / "config.json", cls))
-    _check_together(kind, networks)
+    check_together(kind, networks)
     others: dict[str, Any] = {"scheduler_config": _read_scheduler(folder, scheduler)}
     if "tokenizer" in parts:
         at, _, text = networks["text_encoder"]
@@ -208,7 +221,7 @@ def _read_scheduler(folder: Path, cls: str | None) -> dict[str, Any]:
     return config
 
 
-def _check_together(kind: str, networks: _Networks) -> None:
+def check_together(kind: str, networks: _Networks) -> None:
     """Refuse networks of which one does not read what the other writes."""
     at, cls, unet = networks["unet"]
     where = place(at / "config.json")

@@ -58,8 +58,14 @@ def load_components(
     from genkit.schedulers import Scheduler
 
     target, cpu = torch.device(device), torch.device("cpu")
-    networks = {name: _build(part) for name, part in info.parts.items()}  # all are checked before any is read
+    # All are checked before any is read.
+    networks = {name: _build(part) if part.files else _construct(part) for name, part in info.parts.items()}
     for name, network in networks.items():
+        if not info.parts[name].files:  # fresh weights, as its constructor draws them
+            network.to(target).eval().requires_grad_(False)
+            if dtype != torch.float32:
+                network.to(dtype)
+            continue
         stored = dtype == torch.int8 and name == "unet"
         home = cpu if name in in_ram or stored else target  # what is stored in 8 bits need never be there in 16
         pinned = name in in_ram and torch.cuda.is_available()
@@ -83,17 +89,21 @@ def _build(part: Part) -> Any:
     """Return the network on the meta device, having compared every name and shape of its weights with the files."""
     from accelerate import init_empty_weights
 
+    with init_empty_weights(include_buffers=False):
+        network = _construct(part)
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    check_shapes(part.tensors, expected, place(part.folder / "config.json"), complete=True)
+    return network
+
+
+def _construct(part: Part) -> Any:
     library = NETWORKS[part.kind].library
     cls = getattr(importlib.import_module(library), part.kind)  # both names are the registry's, not the folder's
-    where = place(part.folder / "config.json")
     try:
-        with init_empty_weights(include_buffers=False):
-            network = _CONSTRUCT[library](cls, part.config)
+        return _CONSTRUCT[library](cls, part.config)
     except Exception as error:  # whatever the library says of keys that the tables let pass
+        where = place(part.folder / "config.json")
         raise InputError(f"{where}: {part.kind} cannot be built: {shown(str(error), 300)}") from None
-    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    check_shapes(part.tensors, expected, where, complete=True)
-    return network
 
 
 def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *, pinned: bool) -> None:

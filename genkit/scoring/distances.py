@@ -1,0 +1,54 @@
+"""How far the pictures of a model lie from real ones, as distributions of features: Frechet, KID and CMMD."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+RESAMPLES = 200  # of the bootstrap
+
+
+def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of features (N, D) and (M, D) (Heusel et al. 2017, equation 6).
+
+    Of fewer pictures than dimensions it says little; the same numbers of both sides compare.
+    """
+    x, y = a.double(), b.double()
+    c, d = torch.cov(x.T, correction=1), torch.cov(y.T, correction=1)
+    # The trace of the root of a product is the sum of the roots of its eigenvalues, which are those of a symmetric one.
+    values, vectors = torch.linalg.eigh(c)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ d @ root).clamp(min=0).sqrt().sum()
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + torch.trace(c) + torch.trace(d) - 2 * cross)
+
+
+def kid(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4)."""
+    x, y = a.double(), b.double()
+    return _mmd(*((m / x.shape[1] + 1) ** 3 for m in (x @ x.T, y @ y.T, x @ y.T)))
+
+
+def cmmd(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return 1000 times the squared MMD of unit CLIP embeddings, Gaussian kernel of width 10 (Jayasumana et al. 2024)."""
+    x, y = a.double(), b.double()
+    within, other, across = (torch.cdist(p, q) ** 2 for p, q in ((x, x), (y, y), (x, y)))
+    return 1000 * _mmd(*(torch.exp(-m / 200) for m in (within, other, across)))
+
+
+def _mmd(xx: torch.Tensor, yy: torch.Tensor, xy: torch.Tensor) -> float:
+    n, m = len(xx), len(yy)
+    within = (xx.sum() - xx.diag().sum()) / (n * (n - 1)) + (yy.sum() - yy.diag().sum()) / (m * (m - 1))
+    return float(within - 2 * xy.mean())
+
+
+def interval(values: list[float] | np.ndarray, share: float = 0.95) -> tuple[float, float]:
+    """Return the bootstrap interval of the mean of `values`, from a generator of its own."""
+    x = np.asarray(values, dtype=float)
+    if len(x) < 2:
+        return (float(x.mean()),) * 2 if len(x) else (float("nan"),) * 2
+    picks = np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x)))
+    low, high = np.quantile(x[picks].mean(axis=1), [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+DISTANCES = {"fid": frechet, "kid": kid, "cmmd": cmmd}

@@ -1,0 +1,277 @@
+"""Examples to batches: every picture and caption a function of (seed, epoch, picture), every order of (seed, epoch)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from genkit.errors import InputError, nearest, shown
+from genkit.training.recipe import Data
+from genkit.training.sources import Example
+from genkit.training.state import fold
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# What a picture may be turned to, as hues in degrees; and what may be said of a background besides.
+HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 125, "blue": 215, "purple": 275, "pink": 325}
+BACKGROUNDS = {
+    "red": "#e53935", "orange": "#fb8c00", "yellow": "#fdd835", "green": "#43a047", "blue": "#1e66d0",
+    "purple": "#8e24aa", "pink": "#f06fb0", "black": "#000000", "white": "#ffffff", "gray": "#808080",
+}  # fmt: skip
+SATURATED, LIT = 60, 50  # of 255: what has less of either has no hue to speak of
+COLOURED = 0.15  # the share of a picture that must have a hue for it to be turned
+FIELD = re.compile(r"\{(\w+)\}")
+ASPECTS = 2.0  # buckets go from 1:2 to 2:1
+
+
+@dataclasses.dataclass
+class Batch:
+    """Pictures as they are trained on: pixels (B, 3, H, W) from -1 to 1, captions, names, and for SDXL sizes (B, 6).
+
+    sizes: height and width before resizing, top and left of the crop, height and width now. weights (B,): of their
+    losses. dropped (B,): whose caption is not told. tensors: what the networks are told, where that was kept.
+    """
+
+    pixels: torch.Tensor
+    captions: list[str]
+    keys: list[str]
+    sizes: torch.Tensor
+    weights: torch.Tensor
+    dropped: torch.Tensor
+    tensors: dict[str, torch.Tensor] | None = None
+
+
+class Source(Protocol):
+    """What a Feed draws from: Pictures, or what was kept of them."""
+
+    data: Data
+    seed: int
+    buckets: dict[tuple[int, int], list[int]]
+
+    def batch(self, indices: Sequence[int], epoch: int) -> Batch: ...
+
+
+class Pictures:
+    """Examples with what the recipe does to them; resolution: (width, height) without buckets, their area with.
+
+    Raises InputError for a resolution that the networks cannot take, and for a template that names no field.
+    """
+
+    def __init__(self, examples: Sequence[Example], data: Data, resolution: tuple[int, int], multiple: int, seed: int):
+        self.examples, self.data, self.seed = list(examples), data, seed
+        side = data.resolution
+        self.resolution = resolution if side is None else (side, side) if isinstance(side, int) else (side[0], side[1])
+        step = math.lcm(data.bucket_step, multiple) if data.buckets else multiple
+        for number in self.resolution:
+            if number % multiple or (data.buckets and number < step):
+                raise InputError(f"data.resolution: {number} is not a multiple of {multiple}")
+        known = {"caption"}.union(*(e.fields for e in self.examples))
+        for name in (n for template in data.captions for n in FIELD.findall(template)):
+            if name not in known:
+                raise InputError(f"data.captions: no picture has a field {shown(name)}{nearest(name, known)}")
+        self.buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+        shapes = _shapes(self.resolution, step) if data.buckets else [self.resolution]
+        for index, example in enumerate(self.examples):
+            width, height = example.size() if data.buckets else (1, 1)
+            self.buckets[min(shapes, key=lambda s: abs(math.log(s[0] * height / (s[1] * width))))].append(index)
+        self._shape = {index: shape for shape, members in self.buckets.items() for index in members}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, indices: Sequence[int], epoch: int) -> Batch:
+        """Return the pictures of `indices`, which are of one bucket, as epoch `epoch` has them."""
+        made = [self.make(index, epoch) for index in indices]
+        pixels, captions, sizes, dropped = zip(*made, strict=True)
+        return Batch(
+            torch.from_numpy(np.stack(pixels)), list(captions), [self.examples[i].key for i in indices],
+            torch.tensor(sizes), torch.ones(len(made)), torch.tensor(dropped),
+        )  # fmt: skip
+
+    def make(self, index: int, epoch: int) -> tuple[np.ndarray, str, tuple[int, ...], bool]:
+        """Return pixels (3, H, W), caption, sizes and whether the caption is dropped. Raises InputError, naming it."""
+        example, data = self.examples[index], self.data
+        variant = epoch % data.cache if data.cache else epoch
+        lot = random.Random(fold(self.seed, "picture", variant, example.key))
+        picture, caption = example.read(), example.caption or ""
+        wanted = data.recolour
+        if wanted is not None and lot.random() < wanted.share and (not wanted.where or example.fields.get(wanted.where)):
+            colour = lot.choice(list(HUES))
+            turned = turn_hue(picture, HUES[colour])
+            if turned is not None:
+                picture, caption = turned, _filled(wanted.caption, {"caption": caption, "colour": colour})
+        caption = self._caption(example, caption, lot)
+        said, picture = self._on_background(picture, lot)
+        if said:
+            caption = _filled(data.background.caption, {"caption": caption, "background": said})
+        pixels, sizes = self._fitted(picture, self._shape[index], lot)
+        return pixels, caption, sizes, self.dropped(index, epoch)
+
+    def dropped(self, index: int, epoch: int) -> bool:
+        """Return whether a picture's caption is not told in an epoch."""
+        lot = random.Random(fold(self.seed, "drop", epoch, self.examples[index].key))
+        return lot.random() < self.data.caption_dropout
+
+    def _caption(self, example: Example, caption: str, lot: random.Random) -> str:
+        values = {**example.fields, "caption": caption}
+        templates = [t for t in self.data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
+        text = _filled(lot.choice(templates), {k: lot.choice(v) if isinstance(v, list) and v else v for k, v in values.items()})
+        if not self.data.caption_shuffle:
+            return text
+        parts = [part.strip() for part in text.split(",")]
+        lot.shuffle(parts)
+        return ", ".join(parts)
+
+    def _on_background(self, picture: Image.Image, lot: random.Random) -> tuple[str, Image.Image]:
+        """Return the background's name where it is to be said, and the picture on it, drawn smaller by `zoom`."""
+        from PIL import Image, ImageColor
+
+        plan, said = self.data.background, ""
+        name = plan.colour
+        if picture.mode == "RGBA" and lot.random() < plan.share:
+            name = said = lot.choice(list(BACKGROUNDS))
+        if name == "random":
+            colour: tuple[int, ...] = tuple(lot.randrange(256) for _ in range(3))
+        else:
+            try:
+                colour = ImageColor.getrgb(BACKGROUNDS.get(name, name))[:3]
+            except ValueError:
+                raise InputError(f"data.background.colour: {shown(name)}{nearest(name, BACKGROUNDS)} is no colour") from None
+        scale = lot.uniform(self.data.zoom, 1.0)
+        if picture.mode != "RGBA" and self.data.zoom == 1:
+            return said, picture
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        ground = Image.new("RGB", picture.size, colour)
+        at = lot.randint(0, picture.width - width), lot.randint(0, picture.height - height)
+        small = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
+        ground.paste(small, at, small if small.mode == "RGBA" else None)
+        return said, ground
+
+    def _fitted(self, picture: Image.Image, shape: tuple[int, int], lot: random.Random) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Return the picture cut and scaled to `shape`, perhaps mirrored, as (3, H, W), and SDXL's sizes."""
+        from PIL import Image
+
+        original = picture.height, picture.width
+        scale = max(shape[0] / picture.width, shape[1] / picture.height)
+        width, height = max(shape[0], round(picture.width * scale)), max(shape[1], round(picture.height * scale))
+        if (width, height) != picture.size:
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        spare = width - shape[0], height - shape[1]
+        left, top = (lot.randint(0, s) for s in spare) if self.data.crop == "random" else (s // 2 for s in spare)
+        picture = picture.crop((left, top, left + shape[0], top + shape[1]))
+        if lot.random() < self.data.flip:
+            picture, left = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), spare[0] - left
+        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+        return np.ascontiguousarray(pixels), (*original, top, left, shape[1], shape[0])
+
+
+def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:
+    """Return the picture with its hues turned so that its main one is `hue`, in degrees; None where it has none."""
+    from PIL import Image
+
+    alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
+    hsv = np.array(picture.convert("RGB").convert("HSV"))
+    seen = np.full(hsv.shape[:2], True) if alpha is None else np.asarray(alpha) > 127
+    coloured = seen & (hsv[..., 1] >= SATURATED) & (hsv[..., 2] >= LIT)
+    if coloured.sum() < COLOURED * max(1, seen.sum()):
+        return None
+    counts = np.bincount(hsv[..., 0][coloured], minlength=256)
+    smooth = sum(np.roll(counts, shift) for shift in range(-8, 9))
+    hsv[..., 0] += np.uint8((round(hue * 256 / 360) - int(np.argmax(smooth))) % 256)  # wraps round
+    turned = Image.fromarray(hsv, "HSV").convert("RGB")
+    if alpha is not None:
+        turned.putalpha(alpha)
+    return turned
+
+
+def _filled(template: str, values: dict[str, Any]) -> str:
+    return FIELD.sub(lambda m: str(values.get(m[1], m[0])), template).strip()
+
+
+def _shapes(resolution: tuple[int, int], step: int) -> list[tuple[int, int]]:
+    """Return widths and heights in steps, of at most the area of `resolution`, from 1:2 to 2:1."""
+    area = resolution[0] * resolution[1]
+    found = set()
+    for width in range(step, area // step + 1, step):
+        height = area // width // step * step
+        if height and 1 / ASPECTS <= width / height <= ASPECTS:
+            found.add((width, height))
+    return sorted(found) or [resolution]
+
+
+def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
+    """Return the batches of an epoch: each picture `repeat` times, a batch of one bucket, its last one short."""
+    lot = random.Random(fold(source.seed, "order", epoch))
+    batches = []
+    for shape in sorted(source.buckets):
+        members = source.buckets[shape] * source.data.repeat
+        lot.shuffle(members)
+        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
+    lot.shuffle(batches)
+    return batches
+
+
+class Feed:
+    """An endless stream of batches that begins anywhere; of several processes each gets its own share of them."""
+
+    def __init__(self, source: Source, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1, pin: bool = False):
+        self.source, self.batch_size, self.workers, self.pin = source, batch_size, workers, pin
+        self.rank, self.world = rank, world
+        self.steps = sum(-(-len(m) * source.data.repeat // batch_size) for m in source.buckets.values())
+
+    def places(self, start: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield (epoch, indices) of this process's micro-steps from `start` on."""
+        epoch, batches = -1, []
+        number = start * self.world + self.rank
+        while True:
+            if number // self.steps != epoch:
+                epoch = number // self.steps
+                batches = order(self.source, self.batch_size, epoch)
+            yield epoch, batches[number % self.steps]
+            number += self.world
+
+    def from_micro_step(self, start: int) -> Iterator[tuple[int, Batch]]:
+        """Yield (epoch, batch) from a micro-step on. Raises InputError for a picture that cannot be read."""
+        if not self.workers:
+            for epoch, indices in self.places(start):
+                yield epoch, self.source.batch(indices, epoch)
+        loader = torch.utils.data.DataLoader(
+            _Fetch(self.source), batch_size=None, sampler=_Endless(self, start), num_workers=self.workers,
+            prefetch_factor=4, pin_memory=self.pin, collate_fn=_same,
+        )  # fmt: skip
+        for epoch, batch in loader:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            yield epoch, Batch(**batch)
+
+
+class _Fetch(torch.utils.data.Dataset[Any]):
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, place: tuple[int, list[int]]) -> tuple[int, Any]:
+        try:
+            return place[0], dict(vars(self.source.batch(place[1], place[0])))
+        except InputError as error:  # a worker's exceptions come with a traceback in their text
+            return place[0], str(error)
+
+
+class _Endless(torch.utils.data.Sampler[Any]):
+    def __init__(self, feed: Feed, start: int) -> None:
+        self.feed, self.start = feed, start
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.feed.places(self.start)
+
+
+def _same(value: Any) -> Any:
+    return value

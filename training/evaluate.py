@@ -1,0 +1,194 @@
+"""How good it is by now: loss on held-out pictures with fixed noise, samples with fixed seeds, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from genkit.durable import disk, write_whole
+from genkit.errors import InputError
+from genkit.request import Request
+from genkit.scoring.distances import DISTANCES, interval
+from genkit.training.data import Batch, Pictures
+from genkit.training.recipe import Recipe
+from genkit.training.state import fold
+
+LOWER_IS_BETTER = {"loss", *DISTANCES}
+TIMES = 10  # buckets of the noise levels that the validation loss is given for
+COLUMNS = 8  # of the sheet of samples
+BATCH = 16
+
+
+class Evaluation:
+    """What is measured, and on what: the same pictures, noise and seeds every time."""
+
+    def __init__(self, recipe: Recipe, task: Any, validation: Pictures | None, out: Path) -> None:
+        self.recipe, self.task, self.validation, self.out = recipe, task, validation, out
+        self.plan = recipe.evaluate
+        self.scorer: Any = None
+        if self.plan.metrics and recipe.task in ("autoencoder", "clip"):
+            raise InputError(f"evaluate.metrics: task {recipe.task} draws no pictures to measure")
+        if set(self.plan.metrics) & {"clip"} and not self.plan.prompts:
+            raise InputError("evaluate.prompts: are missing, which metric clip needs")
+        if set(self.plan.metrics) & set(DISTANCES) and (validation is None or len(validation) < 2):
+            raise InputError("data.validation: leaves too few pictures to measure a distance to")
+        if self.plan.best == "loss" and validation is None and self.plan.patience:
+            raise InputError("evaluate.patience: needs data.validation, or another metric as evaluate.best")
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Return the metrics of the networks as they are; a sheet of samples goes to samples/<step>.png."""
+        for network in self.task.networks.values():
+            network.eval()
+        found: dict[str, Any] = {}
+        if self.validation is not None:
+            found |= _MEASURES.get(self.recipe.task, _noise_loss)(self)
+        if hasattr(self.task, "noising"):
+            found |= self._samples(step)
+        for network in self.task.networks.values():
+            network.train()
+        return found
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the validation pictures, at most `evaluate.pictures`, without dropped captions."""
+        assert self.validation is not None
+        left = self.plan.pictures
+        for _, members in sorted(self.validation.buckets.items()):
+            for at in range(0, min(len(members), left), BATCH):
+                batch = self.validation.batch(members[at : min(at + BATCH, left)], 0)
+                batch.dropped[:] = False
+                yield batch
+            left -= min(len(members), left)
+
+    def generator(self, *what: int | str) -> torch.Generator:
+        """Return a generator that depends on the recipe's seed and `what` alone."""
+        return torch.Generator(self.task.device).manual_seed(fold(self.recipe.seed, "evaluate", *what))
+
+    def _samples(self, step: int) -> dict[str, Any]:
+        """Draw the prompts of the recipe, or pictures without any, and score them."""
+        from genkit.generators import Generator
+
+        parts = self.task.parts
+        words = [self.task.expanded(p) for p in self.plan.prompts] if self.task.encoders else [""]
+        if not words or not self.plan.num_images:
+            return {}
+        drawer = Generator(
+            unet=parts.unet, scheduler=self.task.scheduler, vae=parts.vae, text_encoder=parts.text_encoder,
+            tokenizer=parts.tokenizer, text_encoder_2=parts.text_encoder_2, tokenizer_2=parts.tokenizer_2,
+            force_zeros_for_empty_prompt=parts.info.zero_empty, defaults=parts.info.defaults,
+        )  # fmt: skip
+        width, height = self.task.sample_size
+        settings = {"num_inference_steps": self.plan.num_inference_steps, "width": width, "height": height}
+        if words != [""]:
+            settings["guidance_scale"] = self.plan.guidance_scale
+        rows = [
+            Request(id=f"{i:06d}", prompt=p, seed=fold(self.recipe.seed, i) % 2**32, num_images=self.plan.num_images, **settings)
+            for i, p in enumerate(words)
+        ]
+        results = sorted(drawer.stream(rows), key=lambda r: (r.id, r.index))
+        good = [r for r in results if r.pixels is not None]
+        if not good:
+            return {}
+        _sheet([r.image for r in good], self.out / "samples" / f"{step:06d}.png")
+        return self._scores(torch.stack([torch.as_tensor(r.pixels) for r in good]), [r.prompt for r in good])
+
+    def _scores(self, pictures: torch.Tensor, prompts: list[str]) -> dict[str, Any]:
+        if not self.plan.metrics:
+            return {}
+        from genkit.scoring.clip import ClipScorer
+
+        self.scorer = self.scorer or ClipScorer.from_pretrained(self.plan.clip, device=self.task.device.type)
+        drawn = self.scorer.embed_images(pictures).cpu()
+        found: dict[str, Any] = {}
+        if "clip" in self.plan.metrics:
+            cosines = (drawn * self.scorer.embed_texts(prompts).cpu()).sum(dim=1).tolist()
+            found |= {"clip": float(np.mean(cosines)), "clip_interval": interval(cosines)}
+        wanted = [name for name in self.plan.metrics if name in DISTANCES]
+        if wanted:
+            real = torch.cat([self.scorer.embed_images(b.pixels / 2 + 0.5).cpu() for b in self.batches()])
+            found |= {name: DISTANCES[name](drawn, real) for name in wanted}
+        return found
+
+
+def _noise_loss(e: Evaluation) -> dict[str, Any]:
+    """The error of the prediction at stratified noise levels, unweighted; and of each tenth of them."""
+    count = e.task.noising.count
+    losses, times, seen = [], [], 0
+    for number, batch in enumerate(e.batches()):
+        generator = e.generator("noise", number)
+        share = torch.arange(seen, seen + len(batch.keys), device=e.task.device) * 0.6180339887 % 1  # evenly spread
+        timesteps = (share * count).long()
+        seen += len(batch.keys)
+        tensors = {name: t.to(e.task.device) for name, t in e.task.encode(batch).items()}
+        losses += e.task.loss(tensors, generator, timesteps, plain=True).tolist()
+        times += (timesteps * TIMES // count).tolist()
+    by_time = [float(np.mean([x for x, t in zip(losses, times, strict=True) if t == k] or [np.nan])) for k in range(TIMES)]
+    return {"loss": float(np.mean(losses)), "loss_interval": interval(losses), "loss_by_time": by_time}
+
+
+def _reconstruction(e: Evaluation) -> dict[str, Any]:
+    """The squared error of pictures through the autoencoder, its PSNR in dB, and the deviation of the latents."""
+    losses, latents = [], []
+    for batch in e.batches():
+        tensors = e.task.encode(batch)
+        losses += e.task.loss(tensors, e.generator("noise"), plain=True).tolist()
+        latents.append(e.task.vae.encode(tensors["pixels"]).latent_dist.mean.float().cpu())
+    psnr = [10 * np.log10(4 / max(x, 1e-12)) for x in losses]  # values reach from -1 to 1
+    std = float(torch.cat([x.flatten() for x in latents]).std())
+    return {"loss": float(np.mean(losses)), "psnr": float(np.mean(psnr)), "psnr_interval": interval(psnr), "latent_std": std}
+
+
+def _zero_shot(e: Evaluation) -> dict[str, Any]:
+    """The contrastive loss, and how often a held-out picture's own caption is its best, or one of its best five."""
+    losses, images, captions = [], [], []
+    for batch in e.batches():
+        losses += e.task.loss(e.task.encode(batch), e.generator("noise"), plain=True).tolist()
+        images.append(e.task.scorer.embed_images(batch.pixels / 2 + 0.5))
+        captions += batch.captions
+    names = sorted(set(captions))
+    e.task.scorer.texts._seen.clear()  # the encoder learns: what it said before is old
+    cosines = torch.cat(images) @ e.task.scorer.embed_texts(names).T
+    own = cosines[torch.arange(len(captions)), [names.index(c) for c in captions]]
+    rank = (cosines > own[:, None]).sum(dim=1)
+    return {
+        "loss": float(np.mean(losses)), "loss_interval": interval(losses), "names": len(names),
+        "top1": float((rank < 1).float().mean()), "top5": float((rank < 5).float().mean()),
+    }  # fmt: skip
+
+
+_MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
+    "autoencoder": _reconstruction, "clip": _zero_shot,
+}  # fmt: skip
+
+
+def overfit_since(scores: dict[int, dict[str, Any]]) -> int | None:
+    """Return the step of the least validation loss where two later ones lie above its interval, else None."""
+    losses = {step: s["loss"] for step, s in sorted(scores.items()) if s.get("loss") is not None}
+    if not losses:
+        return None
+    best = min(losses, key=lambda step: losses[step])
+    above = scores[best].get("loss_interval", [0, losses[best]])[1]
+    worse = [step for step, loss in losses.items() if step > best and loss > above]
+    return best if len(worse) > 1 else None
+
+
+def _sheet(pictures: list[Any], path: Path) -> None:
+    """Write pictures side by side into one PNG."""
+    import io
+
+    from PIL import Image
+
+    width, height = pictures[0].size
+    columns = min(COLUMNS, len(pictures))
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    data = io.BytesIO()
+    sheet.save(data, "PNG")
+    with disk(path):
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, data.getvalue())

@@ -1,0 +1,126 @@
+"""The one training loop: batches in, a loss, a step of the optimizer, its average; now and then a look and a save."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM
+from genkit.training.checkpoint import open_log
+from genkit.training.recipe import Recipe
+from genkit.training.setup import Setup
+from genkit.training.state import learning_rate
+
+LOOK_BACK = 10  # steps on a GPU between looks at the loss: each look waits for it
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more. The text names the step, its pictures and the last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How training ended: exit code, why, the step, the scores of the best checkpoint, images a second."""
+
+    exit_code: int
+    reason: str
+    step: int
+    scores: dict[str, Any]
+    rate: float
+
+
+def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False) -> Outcome:
+    """Train as the recipe says, in and into the folder `out`; the same call goes on where the last one stopped.
+
+    Raises InputError before the first step for whatever is wrong with recipe or data, HostError where the disk does not
+    do, Diverged for a loss that is not finite.
+    """
+    with Setup.prepared(recipe, out, device, quiet) as s:
+        state, plan = s.state, recipe.train
+        scale = 1 / plan.gradient_accumulation_steps
+        pending: list[tuple[int, torch.Tensor, float, torch.Tensor, list[str]]] = []
+        ended, began, first = "", time.monotonic() - state.seconds, state.step
+        feed = s.feed(state.step * plan.gradient_accumulation_steps)
+        with open_log(out / "log.jsonl", state.step) as log, _stopping() as stop, s.bar as bar:
+            while state.step < plan.steps and not ended:
+                rate = learning_rate(plan, state.step, state.seconds)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = rate
+                losses, keys = [], []
+                for part in range(plan.gradient_accumulation_steps):
+                    tensors, names = next(feed)
+                    generator = s.seeded(state.step, part)
+                    last = part == plan.gradient_accumulation_steps - 1
+                    with contextlib.nullcontext() if last else s.unsynced(), s.accelerator.autocast():
+                        loss = (s.task.loss(tensors, generator) * tensors["weights"]).mean()
+                        s.accelerator.backward(loss * scale)
+                    losses.append(loss.detach())
+                    keys += names
+                norm = s.step_optimizer(plan.max_grad_norm)
+                state.step += 1
+                state.average()
+                state.seconds = time.monotonic() - began
+                pending.append((state.step, torch.stack(losses).mean(), rate, norm, keys))
+                ended = _ended(s, stop)
+                save = ended or state.step % recipe.save.every == 0 or state.step == plan.steps
+                look = s.looks(state.step) or (state.step == plan.steps and not stop)
+                if save or look or len(pending) >= (LOOK_BACK if s.device.type == "cuda" else 1):
+                    _say(s, pending, log, bar)
+                if look:
+                    state.scores[state.step] = s.evaluate()
+                    ended = ended or s.enough()
+                if save and s.accelerator.is_main_process:
+                    s.checkpoints.write(state, s.scaler_state())
+        if not stop:
+            s.finish()
+        code = stop[0] if stop else EXIT_OK
+        return Outcome(code, ended or "all steps are done", state.step, s.best(), s.rate(state.step - first))
+
+
+def _say(s: Setup, pending: list[Any], log: Any, bar: Any) -> None:
+    """Log the steps since the last look, and stop at the first loss that is no number: nothing of it was saved yet."""
+    for step, loss, rate, norm, keys in pending:
+        value = float(s.accelerator.reduce(loss, "mean"))
+        if value != value or value in (float("inf"), float("-inf")):
+            kept = s.checkpoints.steps()
+            good = f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
+            shown = ", ".join(keys[:8]) + (", …" if len(keys) > 8 else "")
+            raise Diverged(f"step {step}: the loss is {value}; its pictures: {shown}; {good}")
+        log({"step": step, "loss": value, "lr": rate, "grad_norm": float(norm), "seconds": round(s.state.seconds, 3)})
+        s.report(bar, step, value)
+    pending.clear()
+
+
+def _ended(s: Setup, stop: list[int]) -> str:
+    if stop:
+        return "stopped"
+    most = s.recipe.train.max_seconds
+    return "the time is up" if most is not None and s.state.seconds >= most else ""
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[list[int]]:
+    """Yield a list that holds the exit code once SIGINT or SIGTERM came; the second one ends the process at once."""
+    stop: list[int] = []
+    codes = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+
+    def handle(number: int, _frame: object) -> None:
+        if stop:
+            sys.exit(stop[0])
+        stop.append(codes[signal.Signals(number)])
+
+    before = {number: signal.signal(number, handle) for number in codes}
+    try:
+        yield stop
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+

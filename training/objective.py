@@ -1,0 +1,92 @@
+"""What a diffusion network is trained to say: pictures with noise, the target, and how much each error weighs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from genkit.errors import InputError
+from genkit.schedulers import Scheduler
+from genkit.schedulers.prediction import PREDICTIONS
+from genkit.training.recipe import Objective
+
+MOST_SNR = 1000.0  # of the debiased weight, which would give the last of the noise all the say
+
+
+class Noised(NamedTuple):
+    """Noised pictures x (B, C, H, W), what the network is told of the level (B,), its target, and weights (B,)."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+
+
+def objective_scheduler(scheduler: Scheduler, objective: Objective) -> Scheduler:
+    """Return the scheduler of the network that comes of training: with the recipe's prediction and zero_snr."""
+    asked = {"prediction": objective.prediction, "zero_snr": objective.zero_snr}
+    return scheduler.with_options(**{key: value for key, value in asked.items() if value is not None})
+
+
+class Noising:
+    """A scheduler's noise axis and a recipe's objective as tables over the training timesteps 0 … N-1."""
+
+    def __init__(self, scheduler: Scheduler, objective: Objective, device: torch.device) -> None:
+        self.objective, self.prediction = objective, PREDICTIONS[scheduler.prediction]
+        self.count = scheduler.num_train_timesteps
+        levels = scheduler.levels(np.arange(self.count))
+        if scheduler.prediction == "epsilon" and not levels.alpha.all():
+            raise InputError("objective.prediction: epsilon says nothing about the picture at pure noise (zero_snr)")
+        weight = loss_weights(levels.alpha, levels.sigma, scheduler.prediction, objective)
+        scale = self.prediction.c_in(levels.alpha, levels.sigma)
+        columns = (levels.alpha, levels.sigma, levels.t, scale, weight)
+        self.table = torch.from_numpy(np.stack(columns)).to(device, torch.float32)
+
+    def draw(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+        """Return `batch` timesteps, (B,) int64, as the objective's density has them."""
+        where = generator.device
+        if self.objective.density == "logit_normal":  # Esser et al. 2024, equation 19
+            normal = torch.randn(batch, generator=generator, device=where)
+            share = torch.sigmoid(self.objective.mean + self.objective.std * normal)
+            return (share * self.count).long().clamp(max=self.count - 1)
+        return torch.randint(self.count, (batch,), generator=generator, device=where)
+
+    def __call__(
+        self, x0: torch.Tensor, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
+    ) -> Noised:
+        """Noise x0 (B, C, H, W) in float32, at drawn or at given timesteps (B,), with noise from `generator`.
+
+        plain: without offset noise, input perturbation and weights, as a validation loss wants it.
+        """
+        t = self.draw(len(x0), generator) if timesteps is None else timesteps
+        alpha, sigma, told, scale, weight = (column.view(-1, 1, 1, 1) for column in self.table[:, t])
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        mixed = eps
+        if not plain and self.objective.offset_noise:
+            channels = torch.randn((*x0.shape[:2], 1, 1), generator=generator, device=x0.device)
+            mixed = eps = eps + self.objective.offset_noise * channels
+        if not plain and self.objective.input_perturbation:
+            extra = torch.randn(x0.shape, generator=generator, device=x0.device)
+            mixed = eps + self.objective.input_perturbation * extra
+        target = self.prediction.target(x0, eps, alpha, sigma)
+        ones = torch.ones_like(weight)
+        return Noised((alpha * x0 + sigma * mixed) * scale, told.flatten(), target, (ones if plain else weight).flatten())
+
+
+def loss_weights(alpha: np.ndarray, sigma: np.ndarray, prediction: str, objective: Objective) -> np.ndarray:
+    """Return the weight of the squared error of the network's output at each level.
+
+    With x0 = px x + pm output, an error of the output is pm times one of x0; so weights w(SNR) of x0 errors become
+    w pm^2, whatever the prediction: min(SNR, gamma) of Hang et al. 2023, SNR^(1/2) of Yu et al. 2024.
+    """
+    if objective.snr_gamma is None and not objective.debiased:
+        return np.ones_like(alpha)
+    with np.errstate(divide="ignore"):
+        snr = np.minimum((alpha / sigma) ** 2, 1e12)
+    slope = PREDICTIONS[prediction].to_x0(alpha, sigma)[1] ** 2
+    weight = np.sqrt(np.minimum(snr, MOST_SNR)) if objective.debiased else np.minimum(snr, 1e12)
+    if objective.snr_gamma is not None:
+        weight = np.minimum(weight, objective.snr_gamma)
+    return weight * slope

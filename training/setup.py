@@ -1,0 +1,296 @@
+"""From a recipe to everything that the loop holds: networks, data, optimizer, checkpoints; checked on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from genkit.components import ModelInfo, load_components, weight_hashes
+from genkit.components.compose import compose_model
+from genkit.device import compute_dtype, pick_device
+from genkit.durable import disk, json_line, lock_folder, write_whole
+from genkit.errors import HostError, InputError, shown
+from genkit.files import place, read_json
+from genkit.progress import Steps, printable
+from genkit.training.cache import encoded
+from genkit.training.checkpoint import Checkpoints
+from genkit.training.data import Feed, Pictures
+from genkit.training.evaluate import LOWER_IS_BETTER, Evaluation
+from genkit.training.output import write_model
+from genkit.training.recipe import Recipe
+from genkit.training.sources import Example, read_examples, split
+from genkit.training.state import State, fold
+from genkit.training.tasks import KINDS, Tensors, make_task
+
+MIXED = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What may change between the starts of a run; the rest decides on what comes of it.
+FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", "data.cache_folder")
+
+
+@dataclasses.dataclass
+class Setup:
+    """What a training run works with."""
+
+    recipe: Recipe
+    out: Path
+    info: ModelInfo
+    accelerator: Any
+    task: Any
+    state: State
+    checkpoints: Checkpoints
+    evaluation: Evaluation
+    feeds: list[Feed]
+    bar: Steps
+    began: float = 0.0
+    first: int = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def prepared(cls, recipe: Recipe, out: Path, device: str, quiet: bool) -> Iterator[Self]:
+        """Check, load and restore; the folder is this process's alone meanwhile."""
+        from accelerate import Accelerator
+
+        info = compose_model(
+            KINDS.get(recipe.task, "text-to-image"), recipe.model, recipe.networks, recipe.scheduler
+        )  # fmt: skip
+        examples, held = split(read_examples(recipe.data), recipe.data)
+        target, _ = pick_device(device, "float32")
+        with disk(out):
+            out.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            accelerator = Accelerator(
+                mixed_precision=recipe.train.mixed_precision, cpu=target.type == "cpu",
+                log_with="tensorboard" if recipe.save.tensorboard else None, project_dir=out,
+            )  # fmt: skip
+            _same_run(out, recipe, info, examples, accelerator.num_processes)
+            torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
+            wanted = {"autoencoder": ("vae",), "clip": ("clip",)}.get(recipe.task, tuple(info.parts))
+            parts = dataclasses.replace(info, parts={n: p for n, p in info.parts.items() if n in wanted})
+            components = load_components(parts, device=accelerator.device, dtype=torch.float32)
+            task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
+            pictures = _pictures(recipe, examples, task)
+            validation = _pictures(recipe, held, task) if held else None
+            state = State(task.networks, recipe.train)
+            metric = recipe.evaluate.best
+            checkpoints = Checkpoints(out / "checkpoints", recipe.save, metric in LOWER_IS_BETTER, metric)
+            evaluation = Evaluation(recipe, task, validation, out)
+            sources = [pictures, *([_prior(recipe, task, out)] if recipe.prior is not None else [])]
+            feeds = [_feed(recipe, source, task, info, out, accelerator) for source in sources]
+            bar = Steps(quiet=quiet or not accelerator.is_main_process)
+            found = cls(recipe, out, info, accelerator, task, state, checkpoints, evaluation, feeds, bar)
+            found._prepare()
+            yield found
+
+    def _prepare(self) -> None:
+        """Wrap the networks and the optimizer for device, precision and processes; restore the newest checkpoint."""
+        if self.recipe.train.compile:
+            self.task.nets = {name: torch.compile(net) for name, net in self.task.nets.items()}
+        for network in self.task.networks.values():
+            network.train()
+        self.task.nets = {name: self.accelerator.prepare(net) for name, net in self.task.nets.items()}
+        self.stepper = self.accelerator.prepare(self.state.optimizer)
+        manifest = self.checkpoints.restore(self.state, self.say)
+        if manifest is not None:
+            if self.accelerator.scaler is not None and manifest["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(manifest["scaler"])
+            self.say(f"going on from step {self.state.step} of {self.recipe.train.steps}")
+        self.began, self.first = time.monotonic(), self.state.step
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def say(self, text: str) -> None:
+        """Print one line to standard error, of the main process alone."""
+        if not self.bar.quiet:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def feed(self, start: int) -> Iterator[tuple[Tensors, list[str]]]:
+        """Yield the tensors and the names of each micro-step's pictures from `start` on, DreamBooth's prior beside."""
+        for parts in zip(*(feed.from_micro_step(start) for feed in self.feeds), strict=True):
+            tensors = [self._tensors(batch) for _, batch in parts]
+            if len(tensors) == 2 and self.recipe.prior is not None:
+                tensors[1]["weights"] = tensors[1]["weights"] * self.recipe.prior.weight
+            joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
+            yield joined, [key for _, batch in parts for key in batch.keys]
+
+    def _tensors(self, batch: Any) -> Tensors:
+        told = self.task.encode(batch) if batch.tensors is None else batch.tensors
+        told = {name: tensor.to(self.device, non_blocking=True) for name, tensor in told.items()}
+        return told | {"weights": batch.weights.to(self.device), "dropped": batch.dropped}
+
+    def seeded(self, step: int, part: int) -> torch.Generator:
+        """Return the generator of one micro-step, and seed dropout likewise: the same whatever came before."""
+        seed = fold(self.recipe.seed, step, part, self.accelerator.process_index)
+        torch.manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    @contextlib.contextmanager
+    def unsynced(self) -> Iterator[None]:
+        """Gather gradients without exchanging them yet."""
+        with contextlib.ExitStack() as stack:
+            for net in self.task.nets.values():
+                stack.enter_context(self.accelerator.no_sync(net))
+            yield
+
+    def step_optimizer(self, most: float) -> torch.Tensor:
+        """Clip the gradients to norm `most`, take a step, and return the norm that they had."""
+        norm = self.accelerator.clip_grad_norm_(list(self.state.params.values()), most)
+        self.stepper.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Return the loss scale of fp16."""
+        return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+
+    def looks(self, step: int) -> bool:
+        """Return whether the recipe wants an evaluation after this step."""
+        every = self.recipe.evaluate.every
+        return step == self.recipe.train.steps or bool(every and step % every == 0)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Return the metrics of the averaged weights."""
+        with self.state.averaged():
+            return self.evaluation(self.state.step)
+
+    def enough(self) -> str:
+        """Return why to stop early, or ""."""
+        patience, ranked = self.recipe.evaluate.patience, self.ranked()
+        if patience is None or not ranked:
+            return ""
+        since = sum(step > ranked[0] for step in self.state.scores)
+        return f"no better {self.recipe.evaluate.best} since step {ranked[0]}" if since >= patience else ""
+
+    def ranked(self) -> list[int]:
+        """The evaluated steps, best first."""
+        return self.checkpoints.ranked(self.state, list(self.state.scores))
+
+    def finish(self) -> None:
+        """Write the model: of the best checkpoint that is kept, or of the last step without one."""
+        if not self.accelerator.is_main_process:
+            return
+        best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[:1]
+        scores = dict(self.state.scores)
+        if best and best[0] != self.state.step:
+            self.checkpoints.restore(self.state, self.say, best[0])
+            self.state.scores = scores
+        with self.state.averaged():
+            write_model(self.recipe, self.info, self.task, self.out, {"step": self.state.step, **scores.get(self.state.step, {})})
+
+    def report(self, bar: Steps, step: int, loss: float) -> None:
+        """Say where it stands: loss, pictures a second, memory."""
+        train = self.recipe.train
+        text = f"step {step} of {train.steps}  loss {loss:.4f}  {self.rate(step - self.first):.1f} images/s"
+        if self.device.type == "cuda":
+            text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        bar(step, train.steps, text)
+
+    def rate(self, steps: int) -> float:
+        """Pictures a second since the first step of this start."""
+        each = sum(feed.batch_size * feed.world for feed in self.feeds) * self.recipe.train.gradient_accumulation_steps
+        return steps * each / max(1e-9, time.monotonic() - self.began)
+
+    def best(self) -> dict[str, Any]:
+        """Return the step and the scores of the best evaluation."""
+        ranked = self.ranked()
+        return {"step": ranked[0], **self.state.scores[ranked[0]]} if ranked else {}
+
+
+def _pictures(recipe: Recipe, examples: list[Example], task: Any) -> Pictures:
+    missing = [e.key for e in examples if not e.caption]
+    told = recipe.task not in ("unconditional", "autoencoder")
+    if missing and told and recipe.data.missing_captions == "error":
+        raise InputError(f"data: {len(missing)} of {len(examples)} pictures have no caption: {shown(missing[0])}, …")
+    return Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
+
+
+def _prior(recipe: Recipe, task: Any, out: Path) -> Pictures:
+    """Return DreamBooth's pictures of the class: those given, or drawn once by the model as it is."""
+    from genkit.job import generate
+    from genkit.request import Request
+
+    prior = recipe.prior
+    assert prior is not None
+    folder = Path(prior.path) if prior.path is not None else out / "prior" / "images"
+    if prior.path is None:
+        row = Request(id="prior", prompt=prior.prompt, num_images=prior.count, seed=recipe.seed)
+        generate([row], out=out / "prior", model=str(recipe.model), clip="none")
+    captioned = [dataclasses.replace(e, caption=prior.prompt) for e in read_examples(recipe.data, str(folder))]
+    plain = recipe.data.model_copy(update={"captions": ["{caption}"], "recolour": None, "buckets": False})
+    return Pictures(captioned, plain, task.resolution, task.multiple, recipe.seed)
+
+
+def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: Path, accelerator: Any) -> Feed:
+    """Return the stream of batches: of the pictures, or of what is kept on the disk of them."""
+    source: Any = pictures
+    if recipe.data.cache:
+        if recipe.task in ("autoencoder", "clip"):
+            raise InputError(f"data.cache: task {recipe.task} has no latents to keep")
+        frozen = {name: part for name, part in info.parts.items() if name not in task.networks}
+        fingerprint = [weight_hashes(dataclasses.replace(info, parts=frozen)), recipe.token and recipe.token.placeholder]
+        folder = out / "cache" if recipe.data.cache_folder is None else Path(recipe.data.cache_folder)
+        with accelerator.main_process_first():
+            source = encoded(pictures, task.encode, folder, fingerprint, quiet=not accelerator.is_main_process)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return Feed(source, recipe.train.batch_size, recipe.data.workers, rank, world, accelerator.device.type == "cuda")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    import os
+
+    rank = int(os.environ.get("RANK", "0"))
+    with disk(out):
+        handle = lock_folder(out) if rank == 0 else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example], processes: int) -> None:
+    """Write run.json, or compare with what is there: another recipe or other data would not be the same training."""
+    data = hashlib.sha256()
+    for e in examples:
+        data.update(json.dumps([e.key, e.caption, e.fields], default=str).encode())
+    plain = recipe.plain
+    now = {
+        "recipe": plain, "weights": weight_hashes(info), "pictures": len(examples), "data": data.hexdigest(),
+        "processes": processes,
+    }  # fmt: skip
+    path = out / "run.json"
+    if path.exists():
+        differs = _difference(read_json(path), now)
+        if differs is not None:
+            key, old, new = differs
+            raise InputError(
+                f"{place(path)}: {key}: was {shown(old)}, is now {shown(new)}: take another folder, or change it back"
+            )
+        return
+    if any((out / name).exists() for name in ("model_index.json", "checkpoints", "results.jsonl")):
+        raise InputError(f"{place(out)}: holds something else than a training run: take another folder")
+    with disk(path):
+        write_whole(path, json_line(now).encode())
+
+
+def _difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if key.removeprefix("recipe.") in FREE and key.startswith("recipe."):
+        return None
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(n for n in new if n not in old)]:
+            found = _difference(old.get(name), new.get(name), f"{key}.{name}".strip("."))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (key, old, new)

@@ -1,0 +1,321 @@
+"""What is trained: the networks of a task, what is known of a batch beforehand, and the loss of each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn.functional import avg_pool2d, cross_entropy
+
+from genkit.components import Components
+from genkit.errors import InputError, shown
+from genkit.scoring.clip import ClipScorer
+from genkit.settings import Geometry
+from genkit.text import Penultimate, TextEncoder, TextEncoderPair
+from genkit.training.objective import Noising, objective_scheduler
+from genkit.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from genkit.training.data import Batch
+
+Tensors = dict[str, torch.Tensor]
+Networks = dict[str, torch.nn.Module]
+MOST_SCALE = 100.0  # of CLIP's logits, as in Radford et al. 2021, section 2.5
+LEVELS = 3  # coarser scales of the autoencoder's error
+
+
+class Task(Protocol):
+    """networks: what has parameters that learn, by name. nets: the same as they are to be called, wrapped or compiled.
+
+    encode: what the networks are told of a batch, without gradients: what may be kept on the disk. loss: of each
+    picture, (B,); plain as a validation loss has it, at the timesteps given.
+    """
+
+    networks: Networks
+    nets: dict[str, Any]
+    resolution: tuple[int, int]
+    multiple: int
+
+    def encode(self, batch: Batch) -> Tensors: ...
+
+    def loss(
+        self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
+    ) -> torch.Tensor: ...
+
+
+class Diffusion:
+    """A UNet, and whatever of it and of its text encoders learns; conditioned on captions where it reads them."""
+
+    def __init__(self, recipe: Recipe, parts: Components, dtype: torch.dtype) -> None:
+        assert parts.scheduler is not None
+        self.recipe, self.parts, self.device = recipe, parts, parts.device
+        self.scheduler = objective_scheduler(parts.scheduler, recipe.objective)
+        self.noising = Noising(self.scheduler, recipe.objective, parts.device)
+        geometry = Geometry.of(parts.unet.config, None if parts.vae is None else parts.vae.config)
+        self.resolution = self.sample_size = (geometry.width, geometry.height)
+        self.multiple = geometry.multiple
+        self.tokenizers = [t for t in (parts.tokenizer, parts.tokenizer_2) if t is not None]
+        self.encoders = {n: m for n in ("text_encoder", "text_encoder_2") if (m := getattr(parts, n)) is not None}
+        for frozen in (parts.unet, *self.encoders.values()) if recipe.task in _FROZEN else self.encoders.values():
+            frozen.to(dtype)  # what does not learn need not be stored in float32
+        if parts.vae is not None and not getattr(parts.vae.config, "force_upcast", False):
+            parts.vae.to(dtype)
+        self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
+        self.nets: dict[str, Any] = dict(self.networks)
+        self.text_learns = any(name in self.networks for name in self.encoders)
+        self.text = None if self.text_learns or not self.encoders else self._frozen_text()
+
+    def _frozen_text(self) -> Any:
+        if len(self.encoders) == 1:
+            return TextEncoder(self.parts.tokenizer, self.parts.text_encoder)
+        first = TextEncoder(self.parts.tokenizer, Penultimate(self.parts.text_encoder))
+        return TextEncoderPair(first, TextEncoder(self.parts.tokenizer_2, Penultimate(self.parts.text_encoder_2, True)))
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Tensors:
+        """Return moments (B, 2C, h, w) of the latents, or pixels; text (B, T, W) and pooled, or token ids; sizes."""
+        pixels = batch.pixels.to(self.device, non_blocking=True)
+        vae, kept = self.parts.vae, torch.float16 if self.recipe.data.cache else torch.float32
+        found = {"pixels": pixels}
+        if vae is not None:
+            found = {"moments": vae.encode(pixels.to(vae.dtype)).latent_dist.parameters.to(kept)}
+        if self.encoders:
+            told = self._ids(batch.captions) if self.text is None else self._embedded(batch.captions)
+            found |= {name: t.to(kept) if t.is_floating_point() else t for name, t in told.items()}
+        return found | ({"sizes": batch.sizes.to(self.device)} if len(self.encoders) == 2 else {})
+
+    def _ids(self, captions: Sequence[str]) -> Tensors:
+        """Return the tokens of each tokenizer, "ids" and "ids_2", (B, T)."""
+        found = {}
+        for name, tokenizer in zip(("ids", "ids_2"), self.tokenizers, strict=False):
+            options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            texts = [self.expanded(c) for c in captions]
+            found[name] = tokenizer(texts, return_tensors="pt", **options).input_ids.to(self.device)
+        return found
+
+    def expanded(self, caption: str) -> str:
+        """Return a caption with every token of a new word in place of the word."""
+        token = self.recipe.token
+        return caption if token is None else caption.replace(token.placeholder, " ".join(token_names(token)))
+
+    def _embedded(self, captions: Sequence[str]) -> Tensors:
+        rows = self.text(captions)
+        if not isinstance(rows[0], tuple):
+            return {"text": torch.stack(rows).clone()}
+        return {"text": torch.stack([t for t, _ in rows]).clone(), "pooled": torch.stack([p for _, p in rows]).clone()}
+
+    def loss(
+        self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
+    ) -> torch.Tensor:
+        """Return the weighted squared error of the prediction, averaged over each picture: (B,)."""
+        noised = self.noising(self._latents(tensors, generator), generator, timesteps, plain)
+        told = self._told(tensors) if self.encoders else {}
+        out = self.nets["unet"](noised.x, noised.t, return_dict=False, **told)[0]
+        return (out.float() - noised.target).square().flatten(1).mean(dim=1) * noised.weight
+
+    def _latents(self, tensors: Tensors, generator: torch.Generator) -> torch.Tensor:
+        if "pixels" in tensors:
+            return tensors["pixels"].float()
+        mean, logvar = tensors["moments"].float().chunk(2, dim=1)
+        drawn = torch.randn(mean.shape, generator=generator, device=mean.device)
+        config = self.parts.vae.config
+        latents = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * drawn
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    def _told(self, tensors: Tensors) -> dict[str, Any]:
+        """Return what a UNet2DConditionModel is called with besides x and t; dropped captions become the empty one."""
+        empty = self._ids([""]) if self.text is None else self._embedded([""])
+        if self.text is not None and self.parts.info.zero_empty:
+            empty = {name: torch.zeros_like(t) for name, t in empty.items()}
+        dropped = tensors.get("dropped")
+        told = {name: tensors[name] for name in empty}
+        if dropped is not None and bool(dropped.any()):
+            told = {n: torch.where(dropped.view(-1, *[1] * (t.ndim - 1)), empty[n].to(t), t) for n, t in told.items()}
+        if self.text is None:
+            told = self._encoded(told)
+        dtype = next(self.parts.unet.parameters()).dtype
+        added = {}
+        if "pooled" in told:
+            added = {"added_cond_kwargs": {"text_embeds": told["pooled"].to(dtype), "time_ids": tensors["sizes"]}}
+        return {"encoder_hidden_states": told["text"].to(dtype), **added}
+
+    def _encoded(self, ids: Tensors) -> Tensors:
+        """Run text encoders that learn."""
+        models = [self.nets.get(name, module) for name, module in self.encoders.items()]
+        if len(models) == 1:
+            return {"text": models[0](ids["ids"])[0]}
+        one = models[0](ids["ids"], output_hidden_states=True).hidden_states[-2]
+        other = models[1](ids["ids_2"], output_hidden_states=True)
+        return {"text": torch.cat([one, other.hidden_states[-2]], dim=-1), "pooled": other.text_embeds}
+
+
+class Autoencoding(torch.nn.Module):
+    """A KL autoencoder (Kingma and Welling 2014; Rombach et al. 2022, section 3.1), its losses those of the recipe."""
+
+    def __init__(self, recipe: Recipe, parts: Components, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weights, self.device = recipe.autoencoder, parts.device
+        self.vae = parts.vae
+        self.vae.requires_grad_(True)
+        self.networks: Networks = {"vae": self}
+        self.nets: dict[str, Any] = dict(self.networks)
+        side, self.multiple = self.vae.config.sample_size, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.resolution = (side, side)
+
+    def encode(self, batch: Batch) -> Tensors:
+        """Return the pixels, which is all there is."""
+        return {"pixels": batch.pixels.to(self.device, non_blocking=True)}
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return pictures again, through a latent drawn with `noise`, and the divergence of each latent from N(0, 1)."""
+        posterior = self.vae.encode(pixels).latent_dist
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample.float(), posterior.kl()
+
+    def loss(
+        self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
+    ) -> torch.Tensor:
+        """Return |x - x'| + kl KL + coarse |x - x'| at coarser scales for each picture; plain: the squared error."""
+        x = tensors["pixels"]
+        latent = (len(x), self.vae.config.latent_channels, x.shape[2] // self.multiple, x.shape[3] // self.multiple)
+        noise = torch.randn(latent, generator=generator, device=x.device)
+        again, divergence = self.nets["vae"](x, noise * (not plain))
+        error = again - x
+        if plain:
+            return error.square().flatten(1).mean(dim=1)
+        loss = error.abs().flatten(1).mean(dim=1) + self.weights.kl * divergence
+        for _ in range(LEVELS):
+            error = avg_pool2d(error, 2)
+            loss = loss + self.weights.coarse * error.abs().flatten(1).mean(dim=1)
+        return loss
+
+
+class Contrastive:
+    """CLIP: of the captions of a batch, which is this picture's, and the other way round (Radford et al. 2021)."""
+
+    def __init__(self, recipe: Recipe, parts: Components, dtype: torch.dtype) -> None:
+        self.device, self.parts = parts.device, parts
+        self.scorer = ClipScorer.from_components(parts)
+        parts.clip.requires_grad_(True)
+        self.networks: Networks = {"clip": parts.clip}
+        self.nets: dict[str, Any] = dict(self.networks)
+        side = parts.clip.config.vision_config.image_size
+        self.resolution, self.multiple = (side, side), 1
+
+    def encode(self, batch: Batch) -> Tensors:
+        """Return pixel_values (B, 3, H, W) and ids (B, T)."""
+        pixels = self.scorer.preprocess(batch.pixels / 2 + 0.5)
+        options = {"padding": "max_length", "max_length": self.parts.tokenizer.model_max_length, "truncation": True}
+        ids = self.parts.tokenizer(list(batch.captions), return_tensors="pt", **options).input_ids
+        return {"pixel_values": pixels, "ids": ids.to(self.device)}
+
+    def loss(
+        self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
+    ) -> torch.Tensor:
+        """Return the mean of both cross-entropies; equal captions of a batch are all right."""
+        out = self.nets["clip"](input_ids=tensors["ids"], pixel_values=tensors["pixel_values"])
+        images, texts = out.image_embeds.float(), out.text_embeds.float()
+        scale = self.parts.clip.logit_scale.float().exp().clamp(max=MOST_SCALE)
+        logits = scale * images @ texts.T
+        same = (tensors["ids"][:, None] == tensors["ids"][None]).all(dim=2).float()
+        wanted = same / same.sum(dim=1, keepdim=True)
+        return (cross_entropy(logits, wanted, reduction="none") + cross_entropy(logits.T, wanted, reduction="none")) / 2
+
+
+class NewTokens(torch.nn.Module):
+    """A text encoder's table of tokens with rows that learn at its end; the others stay as they are."""
+
+    def __init__(self, table: torch.nn.Embedding, start: torch.Tensor) -> None:
+        super().__init__()
+        self.table, self.vectors = table, torch.nn.Parameter(start.float().clone())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.cat([self.table.weight, self.vectors.to(self.table.weight)])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        old = self.table.num_embeddings
+        known = self.table(ids.clamp(max=old - 1))
+        new = self.vectors[(ids - old).clamp(min=0)].to(known)
+        return torch.where((ids >= old)[..., None], new, known)
+
+
+def token_names(token: Any) -> list[str]:
+    """The new tokens, named as diffusers names them: <cat>, <cat>_1, …"""
+    return [token.placeholder, *(f"{token.placeholder}_{i}" for i in range(1, token.vectors))]
+
+
+def _everything(recipe: Recipe, parts: Components) -> Networks:
+    names = ["unet", *(["text_encoder"] if recipe.train.text_encoder and parts.text_encoder is not None else [])]
+    found = {name: getattr(parts, name).float().requires_grad_(True) for name in names}
+    if recipe.train.gradient_checkpointing:
+        for network in found.values():
+            (getattr(network, "enable_gradient_checkpointing", None) or network.gradient_checkpointing_enable)()
+    return found
+
+
+def _adapters(recipe: Recipe, parts: Components) -> Networks:
+    from peft import LoraConfig
+
+    assert recipe.lora is not None
+    lora = recipe.lora
+    wanted = {"unet": lora.targets}
+    if lora.text_encoder:
+        wanted |= {n: ["q_proj", "k_proj", "v_proj", "out_proj"] for n in ("text_encoder", "text_encoder_2")}
+    found = {}
+    for name, targets in wanted.items():
+        if (network := getattr(parts, name)) is None:
+            continue
+        alpha = lora.rank if lora.alpha is None else lora.alpha
+        config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
+        try:
+            network.add_adapter(config)
+        except ValueError as error:
+            raise InputError(f"lora.targets: {shown(targets)}: {shown(str(error), 200)}") from None
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if recipe.train.gradient_checkpointing and name == "unet":
+            network.enable_gradient_checkpointing()
+        found[name] = network
+    return found
+
+
+def _words(recipe: Recipe, parts: Components) -> Networks:
+    assert recipe.token is not None
+    token, tokenizer, encoder = recipe.token, parts.tokenizer, parts.text_encoder
+    if parts.text_encoder_2 is not None:
+        raise InputError("task: textual-inversion is for models with one text encoder; SDXL has two")
+    start = tokenizer(token.initializer, add_special_tokens=False).input_ids
+    if not start:
+        raise InputError(f"token.initializer: {shown(token.initializer)} has no tokens")
+    names = token_names(token)
+    if tokenizer.add_tokens(names) != len(names):
+        raise InputError(f"token.placeholder: {shown(token.placeholder)} is a token of the model already")
+    table = encoder.get_input_embeddings()
+    first = table.weight.detach()[[start[min(i, len(start) - 1)] for i in range(len(names))]]
+    encoder.set_input_embeddings(NewTokens(table, first).to(parts.device))
+    return {"text_encoder": encoder}
+
+
+_FROZEN = ("lora", "textual-inversion")  # tasks whose UNet stays as it is, but for what is added
+
+
+def _way(recipe: Recipe) -> str:
+    if recipe.task == "textual-inversion":
+        return "words"
+    return "everything" if recipe.lora is None else "adapters"
+
+
+PREPARE: dict[str, Callable[[Recipe, Components], Networks]] = {
+    "everything": _everything, "adapters": _adapters, "words": _words,
+}  # fmt: skip
+KINDS = {"autoencoder": "autoencoder", "clip": "clip", "unconditional": "unconditional"}  # others: text-to-image
+TASKS: dict[str, Callable[[Recipe, Components, torch.dtype], Any]] = {
+    "autoencoder": Autoencoding, "clip": Contrastive,
+}  # fmt: skip
+
+
+def make_task(recipe: Recipe, parts: Components, dtype: torch.dtype) -> Any:
+    """Return the Task of a recipe; dtype: of networks that do not learn."""
+    return TASKS.get(recipe.task, Diffusion)(recipe, parts, dtype)
