@@ -14,8 +14,8 @@ import torch
 from genkit.components.info import ModelInfo
 from genkit.components.registry import NETWORKS
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk
-from genkit.files import place
 from genkit.training.recipe import Recipe
+from genkit.training.tasks import NewTokens
 
 PIPELINES = {"unconditional": ("DDPMPipeline", "LDMPipeline"), "text-to-image": ("StableDiffusionPipeline",)}
 KEPT = ("checkpoints/*", "cache/*", "samples/*", "prior/*", ".lock", "log.jsonl", "tensorboard/*")  # not for the hub
@@ -91,8 +91,8 @@ def _write_network(network: Any, kind: str, folder: Path, dtype: torch.dtype) ->
     for module in adapted:
         module.unmerge()
     config = json.loads(network.config.to_json_string()) if hasattr(network.config, "to_json_string") else dict(network.config)
-    words = network.get_input_embeddings() if hasattr(network, "get_input_embeddings") else None
-    if hasattr(words, "vectors"):
+    words = next((m for m in network.modules() if isinstance(m, NewTokens)), None)
+    if words is not None:
         name = next(n for n, w in weights.items() if n.endswith("token_embedding.weight"))
         weights[name] = words.weight.detach().to(dtype).cpu().contiguous()
         config["vocab_size"] = len(weights[name])
@@ -105,7 +105,6 @@ def _write_network(network: Any, kind: str, folder: Path, dtype: torch.dtype) ->
 
 def _write_lora(recipe: Recipe, task: Any, folder: Path) -> None:
     """Write the adapters twice: as diffusers and PEFT read them, and as kohya's scripts and most interfaces do."""
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -128,7 +127,6 @@ def _write_lora(recipe: Recipe, task: Any, folder: Path) -> None:
         "modelspec.prediction_type": task.scheduler.prediction.removesuffix("_prediction"),
     }  # fmt: skip
     save_file(kohya, folder / "kohya.safetensors", metadata=told)
-    assert convert_state_dict_to_kohya
 
 
 def _kohya(adapters: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
@@ -206,5 +204,3 @@ def _json(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-
-__all__ = ["model_card", "place", "push", "write_model"]

@@ -58,6 +58,7 @@ class Setup:
     def prepared(cls, recipe: Recipe, out: Path, device: str, quiet: bool) -> Iterator[Self]:
         """Check, load and restore; the folder is this process's alone meanwhile."""
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         info = compose_model(
             KINDS.get(recipe.task, "text-to-image"), recipe.model, recipe.networks, recipe.scheduler
@@ -67,15 +68,14 @@ class Setup:
         with disk(out):
             out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
+            AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
             accelerator = Accelerator(
                 mixed_precision=recipe.train.mixed_precision, cpu=target.type == "cpu",
                 log_with="tensorboard" if recipe.save.tensorboard else None, project_dir=out,
             )  # fmt: skip
             _same_run(out, recipe, info, examples, accelerator.num_processes)
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
-            wanted = {"autoencoder": ("vae",), "clip": ("clip",)}.get(recipe.task, tuple(info.parts))
-            parts = dataclasses.replace(info, parts={n: p for n, p in info.parts.items() if n in wanted})
-            components = load_components(parts, device=accelerator.device, dtype=torch.float32)
+            components = load_components(info, device=accelerator.device, dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
             pictures = _pictures(recipe, examples, task)
             validation = _pictures(recipe, held, task) if held else None

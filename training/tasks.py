@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy, embedding
 
 from genkit.components import Components
 from genkit.errors import InputError, shown
@@ -58,7 +58,8 @@ class Diffusion:
         self.tokenizers = [t for t in (parts.tokenizer, parts.tokenizer_2) if t is not None]
         self.encoders = {n: m for n in ("text_encoder", "text_encoder_2") if (m := getattr(parts, n)) is not None}
         for frozen in (parts.unet, *self.encoders.values()) if recipe.task in _FROZEN else self.encoders.values():
-            frozen.to(dtype)  # what does not learn need not be stored in float32
+            if frozen.dtype != dtype:  # what does not learn need not be stored in float32
+                frozen.to(dtype)
         if parts.vae is not None and not getattr(parts.vae.config, "force_upcast", False):
             parts.vae.to(dtype)
         self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
@@ -111,7 +112,7 @@ class Diffusion:
         """Return the weighted squared error of the prediction, averaged over each picture: (B,)."""
         noised = self.noising(self._latents(tensors, generator), generator, timesteps, plain)
         told = self._told(tensors) if self.encoders else {}
-        out = self.nets["unet"](noised.x, noised.t, return_dict=False, **told)[0]
+        out = self.nets.get("unet", self.parts.unet)(noised.x, noised.t, return_dict=False, **told)[0]
         return (out.float() - noised.target).square().flatten(1).mean(dim=1) * noised.weight
 
     def _latents(self, tensors: Tensors, generator: torch.Generator) -> torch.Tensor:
@@ -236,7 +237,7 @@ class NewTokens(torch.nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         old = self.table.num_embeddings
         known = self.table(ids.clamp(max=old - 1))
-        new = self.vectors[(ids - old).clamp(min=0)].to(known)
+        new = embedding((ids - old).clamp(min=0), self.vectors).to(known)
         return torch.where((ids >= old)[..., None], new, known)
 
 

@@ -61,6 +61,8 @@ def compose_model(
         side = parts["clip"].config["vision_config"]["image_size"]
         half = [0.5, 0.5, 0.5]
         preprocessor = {"size": {"height": side, "width": side}, "do_center_crop": False, "image_mean": half, "image_std": half}  # fmt: skip
+    if kind == "autoencoder":
+        parts, tokenizer = {"vae": parts["vae"]}, None
     made = start or ModelInfo(name="recipe", folder=Path("recipe"), kind=kind, parts={})
     config = dict(scheduler) if scheduler is not None else made.scheduler_config
     return dataclasses.replace(
