@@ -182,7 +182,15 @@ def _default(pictures: Mapping[str, Result]) -> str:
     return "clip_z" if 2 * with_z > len(pictures) else "clip"
 
 
-def checked(option: str, text: str, known: set[str], labels: set[str]) -> Expression:
+def checked_gate(where: str, known: set[str], labels: set[str]) -> Expression:
+    """Return --where as an expression that is true or false. Raises InputError."""
+    gate = _checked("--where", where, known, labels)
+    if not gate.decides:
+        raise InputError(f"--where: {shown(where)} is a number, not true or false; compare it with one")
+    return gate
+
+
+def _checked(option: str, text: str, known: set[str], labels: set[str]) -> Expression:
     """Return an expression over scores that pictures of this run have. Raises InputError, naming the option."""
     try:
         expression = Expression(text, labels, known)
@@ -196,12 +204,9 @@ def checked(option: str, text: str, known: set[str], labels: set[str]) -> Expres
 def _expressions(
     score: str, where: str | None, known: set[str], texts: set[str]
 ) -> tuple[Expression, Expression | None]:
-    order = checked("--score", score, known, texts)
-    checked("--score", f"({score}) + 0", known, texts)  # a number, then
-    gate = None if where is None else checked("--where", where, known, texts)
-    if gate is not None and not gate.decides:
-        raise InputError(f"--where: {shown(gate.text)} is a number, not true or false; compare it with one")
-    return order, gate
+    order = _checked("--score", score, known, texts)
+    _checked("--score", f"({score}) + 0", known, texts)  # a number, then
+    return order, None if where is None else checked_gate(where, known, texts)
 
 
 def _enough(scored: Sequence[tuple[float, bool]], precision: float, fewest: int, labels: str) -> None:
@@ -289,8 +294,8 @@ def report(found: Mapping[str, Any]) -> str:
     odd = [f"{found[key]} {text}" for key, text in _ODD.items() if found[key]]
     lines = [
         f"gate        {found['expression']}",
-        f"precision   {found['precision']:.3f} ({interval}): {found['above_good']} of {found['above']} labelled pictures"
-        " above it are good",
+        f"precision   {found['precision']:.3f} ({interval}): {found['above_good']} of {found['above']} labelled"
+        " pictures above it are good",
         f"passes      {found['passed']:,} of the run's {found['pictures']:,} pictures ({found['pass_rate']:.1%}),"
         f" {found['good_kept']:.0%} of the good ones",
         f"labels      {found['labelled']}, of which {found['labelled_good']} are good"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import hmac
+import itertools
 import json
 import os
+import re
 import secrets
 import stat
 import sys
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from genkit.calibrate import checked, read_pictures
+from genkit.calibrate import checked_gate, read_pictures
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
 from genkit.gallery import policy
@@ -28,8 +32,9 @@ from genkit.selection import passes
 from genkit.votes import COLUMNS, MEANING, UNDO, VOTES, read_votes, standing
 
 LONG = 2000  # characters of a prompt that are shown
+KEYS = "Open the address above; y good, n bad, u undo, space later; Ctrl-C ends."
 BODY, PICTURE = 4096, 2**28  # bytes: of a request, of a picture
-_HOSTS = {"127.0.0.1", "localhost", "[::1]"}  # any port: somebody may have forwarded one
+_HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::[0-9]{1,5})?")  # any port: somebody may have forwarded one
 _KINDS = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"\xff\xd8\xff": "image/jpeg", b"\xff\x0a": "image/jxl"}
 
 
@@ -76,7 +81,8 @@ class Ballots:
         with disk(self.path):
             size = os.fstat(self._handle).st_size
             try:
-                os.write(self._handle, f"{line}\n".encode())
+                if os.write(self._handle, data := f"{line}\n".encode()) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(self._handle)
             except OSError:
                 os.ftruncate(self._handle, size)
@@ -103,7 +109,7 @@ class Desk:
         self._waiting = deque(k for k in range(len(self.pictures)) if k not in self.votes)
 
     def vote(self, number: int, word: str) -> dict[str, Any]:
-        """Take "yes" or "no" for a picture, put it at the end of the queue ("later"), or take the last vote back (undo).
+        """Take "yes" or "no" for a picture, put it at the end of the queue ("later"), or take the last back ("undo").
 
         A second vote on the same picture, as of a key held down, changes nothing. Returns the state.
         """
@@ -122,11 +128,15 @@ class Desk:
                 self._waiting.remove(number)
                 self.votes[number] = bool(MEANING[word])
                 self._history.append(number)
-        return self.state()
+            return self._state()
 
     def state(self) -> dict[str, Any]:
         """Return what the page shows."""
-        good, waiting = sum(self.votes.values()), list(self._waiting)[:2]
+        with self._lock:
+            return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        good, waiting = sum(self.votes.values()), list(itertools.islice(self._waiting, 2))
         counts = {"good": good, "bad": len(self.votes) - good, "left": len(self._waiting)}
         image = None
         if waiting:
@@ -147,7 +157,7 @@ class Server(ThreadingHTTPServer):
         self.folder, self.desk, self.token = folder, desk, secrets.token_urlsafe(32)
         self.page = files("genkit").joinpath("label.html").read_bytes()
         own = policy(self.page.decode(), "img-src 'self'", "connect-src 'self'")
-        self.headers = {
+        self.always = {
             "Content-Security-Policy": f"{own}; frame-ancestors 'none'",
             "Cross-Origin-Resource-Policy": "same-origin",
             "Cross-Origin-Opener-Policy": "same-origin",
@@ -204,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
-        for name, value in self.server.headers.items():
+        for name, value in self.server.always.items():
             self.send_header(name, value)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -216,7 +226,7 @@ class Handler(BaseHTTPRequestHandler):
     def _asked(self) -> str:
         """Return what is asked for under the token, once host and token are right."""
         hosts = self.headers.get_all("Host") or []
-        if len(hosts) != 1 or hosts[0].lower().rpartition(":")[0 if ":" in hosts[0] else 2] not in _HOSTS:
+        if len(hosts) != 1 or not _HOST.fullmatch(hosts[0].lower()):
             raise Refused(403, "this host name is not mine")  # a page elsewhere that had its name point here
         _, token, *rest = [*self.path.split("?")[0].split("/", 2), ""]
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
@@ -289,9 +299,7 @@ def label(folder: Path, where: str | None = None, seed: int = 0, port: int = 0) 
         raise InputError(f"--port: {port} is not within 0 to 65535")
     pictures, known, texts = read_pictures(folder)
     if where is not None:
-        gate = checked("--where", where, known, texts)
-        if not gate.decides:
-            raise InputError(f"--where: {shown(where)} is a number, not true or false; compare it with one")
+        gate = checked_gate(where, known, texts)
         pictures = {name: r for name, r in pictures.items() if passes(gate, r.scores)}
         if not pictures:
             raise InputError(f"--where: {shown(where)}: no picture passes")
@@ -300,15 +308,12 @@ def label(folder: Path, where: str | None = None, seed: int = 0, port: int = 0) 
         desk = Desk(pictures, ballots, seed)
         with Server(folder, desk, port) as server:
             print(server.url, flush=True)
-            print(f"{len(desk.votes)} of {len(pictures)} have a vote. Open the address above; y good, n bad, u undo, space"
-                  " later; Ctrl-C ends.", file=sys.stderr, flush=True)  # fmt: skip
-            try:
+            print(f"{len(desk.votes)} of {len(pictures)} have a vote. {KEYS}", file=sys.stderr, flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
                 server.serve_forever()
-            except KeyboardInterrupt:
-                pass
         state = desk.state()
-        print(f"\n{len(desk.votes)} votes in {ballots.path} ({state['good']} good, {state['bad']} bad), {state['left']} pictures left; the same"
-              " command goes on", file=sys.stderr)  # fmt: skip
+        votes = f"{len(desk.votes)} votes in {ballots.path} ({state['good']} good, {state['bad']} bad)"
+        print(f"\n{votes}, {state['left']} pictures left; the same command goes on", file=sys.stderr)
         return EXIT_SIGINT
     finally:
         ballots.close()
