@@ -1,13 +1,14 @@
 """A gate calibrated on one half of 200 labelled pictures, checked on the other half.
 
-    python benchmarks/calibration.py -o runs/calibration [--precision 0.9] [--steps 6]
+    python benchmarks/calibration.py -o runs/calibration [--precision 0.8] [--steps 12]
 
-200 pictures of "a green crown on a purple background", drawn by the embedded model at few steps; the score is the
-zero-shot p of that text among the same with other colours. The label is no opinion of a CLIP model: it is good where the measured colour of most of the object's pixels, and that of
-the background, are the asked ones (`colours` of benchmarks/selection.py). The pictures are halved at random 100 times:
-`genkit calibrate` fits a threshold on the one half, and the other says what precision it really has. The interval also
-holds for the whole run, of which the half is a sample; "covered" counts the halvings where it held. The first halving
-is printed in full. Stopped, the same command goes on; when the pictures are there it only reports.
+200 pictures of "a red cupcake on a purple background", drawn by the embedded model in 12 steps; the score is the
+zero-shot p of that text among the same with other colours. The label is no opinion of a CLIP model: good is where the
+measured colours of most of the object's pixels, and of most of the background's, are the asked ones (`colours` of
+benchmarks/selection.py). The pictures are halved at random 100 times: `genkit calibrate` fits a threshold on the one
+half, and the other says what precision it really has. The interval also holds for the whole run, of which the half is
+a sample; "covered" counts the halvings where it held. The first halving is printed in full. Stopped, the same command
+goes on; when the pictures are there it only reports.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from genkit.request import Result
 from genkit.scoring.gates import Expression
 from genkit.selection import value_of
 
-COLOUR, THING, BACKGROUND = "green", "crown", "purple"
+COLOUR, THING, BACKGROUND = "red", "cupcake", "purple"
 IMAGES, HALVINGS = 200, 100
 TEXT = prompt(COLOUR, THING, BACKGROUND)
 SCORES = (f"p[{TEXT!r}]", "clip_z", "clip")
@@ -70,7 +71,9 @@ def table(folder: Path, precision: float) -> None:
     labels = {name: good(folder, r) for name, r in pictures.items()}
     print(f"{len(labels)} pictures, {sum(labels.values())} of them good; "
           f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores")  # fmt: skip
-    print(f"{'score':12} {'fitted':>6} {'estimate':>8} {'interval':>16} {'other half':>10} {'within':>7} {'covered':>8}")
+    print(
+        f"{'score':12} {'fitted':>6} {'estimate':>8} {'interval':>16} {'other half':>10} {'within':>7} {'covered':>8}"
+    )
     for score in SCORES:
         runs, problem = [], ""
         for seed in range(HALVINGS):
@@ -85,7 +88,8 @@ def table(folder: Path, precision: float) -> None:
         within = [f["low"] <= statistics.fmean(second) <= f["high"] for f, second, _ in runs if second]
         covered = [f["low"] <= statistics.fmean(every) <= f["high"] for f, _, every in runs]
         low, high, estimate = (statistics.fmean(f[key] for f, _, _ in runs) for key in ("low", "high", "precision"))
-        print(f"{score[:12]:12} {len(runs):6} {estimate:8.3f} {low:7.3f} to {high:5.3f} {statistics.fmean(other):10.3f} "
+        head = f"{score[:12]:12} {len(runs):6} {estimate:8.3f} {low:7.3f} to {high:5.3f}"
+        print(f"{head} {statistics.fmean(other):10.3f} "
               f"{statistics.fmean(within):7.0%} {statistics.fmean(covered):8.0%}")  # fmt: skip
     try:
         found, second, _ = halving(folder, pictures, labels, SCORES[0], precision, 0)
@@ -99,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="the run folder")
     parser.add_argument("--precision", type=float, default=0.8)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=12)
     given = parser.parse_args()
     generate(rows(given.steps), given.out)
     table(given.out, given.precision)

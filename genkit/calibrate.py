@@ -60,14 +60,14 @@ def candidates(values: Sequence[float], fewest: int) -> list[int]:
     return sorted({min(cuts, key=lambda k: abs(k - aim)) for aim in wanted})
 
 
-def fit(scored: Sequence[tuple[float, bool]], precision: float, confidence: float, fewest: int) -> list[Fit]:
+def fit(scored: Sequence[tuple[float, bool]], confidence: float, fewest: int) -> list[Fit]:
     """Return a Fit for each candidate threshold, strictest first.
 
     scored: (score, good) of labelled pictures that are a random sample of those to be judged, not NaN. Given the score
     of the first picture below, those above a cut are independent draws from all pictures above that score; so the exact
     binomial interval of Clopper and Pearson holds at each cut, and, at confidence 1 - (1 - confidence) / candidates, at
     all of them together (Bonferroni). It is then honest for the one chosen on the same labels: "Learn then Test",
-    Angelopoulos, Bates, Candes, Jordan and Lei 2021, arXiv:2110.01052. `precision` has no part in it.
+    Angelopoulos, Bates, Candes, Jordan and Lei 2021, arXiv:2110.01052.
     """
     ranked = sorted(scored, key=lambda pair: -pair[0])
     cuts = candidates([value for value, _ in ranked], fewest)
@@ -149,7 +149,7 @@ def calibrate(
     scored = [pair for pair in judged if pair[0] == pair[0]]
     fewest = fewest_above(precision, confidence, sure)
     _enough(scored, precision, fewest, str(labels))
-    fits = fit(scored, precision, confidence, fewest)
+    fits = fit(scored, confidence, fewest)
     best = chosen(fits, precision, confidence, sure)
     separation = _separation(scored)
     summary = {
