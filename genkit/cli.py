@@ -179,12 +179,13 @@ def filter_run(
     as_json: AsJson = False,
 ) -> int:
     """Decide again what is kept: no model, no torch; nothing is deleted."""
+    from genkit.calibrate import named_gate
     from genkit.export import Target
     from genkit.picking import Picking
     from genkit.selection import refilter
 
     picking, target = Picking(diverse, dedupe, reference), Target.of(form, shard_size)
-    _print(refilter(run, where, rank_by, keep, out, picking, target), as_json)
+    _print(refilter(run, named_gate(run, where), rank_by, keep, out, picking, target), as_json)
     return EXIT_OK
 
 

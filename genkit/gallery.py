@@ -21,6 +21,7 @@ from genkit.request import Request, Result
 # What must not stand in a JSON block within HTML: "</script>" would end it, "<!--" would change how it is read.
 _HTML = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 _SETTINGS_OF_IMAGE = ("seed", "index", "file", "status", "scores", "width", "height", "nfe", "seconds")
+LOCAL = "img-src 'self' file:"
 _settings_of = operator.attrgetter(*_SETTINGS_OF_IMAGE)
 
 
@@ -37,12 +38,12 @@ def write_gallery(
     and its policy lets nothing else run or load. Raises HostError.
     """
     template = files("genkit").joinpath("gallery.html").read_text("utf-8")
-    parts = {"policy": _policy(template), "title": html.escape(folder.resolve().name)}
+    parts = {"policy": policy(template, LOCAL), "title": html.escape(folder.resolve().name)}
     before, after = template.split("{{data}}")
     before, after = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in (before, after))
     images = _images(results, selection["images"])
     settings = ((str(row.id), {k: v for k, v in row.to_json().items() if k != "id"}) for row in rows)
-    data = map(_within_html, json_pieces(_data(folder.resolve().name, config), {"rows": settings}, {"images": images}))
+    data = map(within_html, json_pieces(_data(folder.resolve().name, config), {"rows": settings}, {"images": images}))
     pieces = itertools.chain([before], data, [after])
     path = folder / GALLERY
     with disk(path):
@@ -50,7 +51,7 @@ def write_gallery(
     return path
 
 
-def _within_html(text: str) -> str:
+def within_html(text: str) -> str:
     for character, escape in _HTML.items():
         text = text.replace(character, escape)
     return text
@@ -75,12 +76,12 @@ def _data(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, "model": model_name, "made": made}
 
 
-def _policy(template: str) -> str:
-    """Return a Content-Security-Policy that allows the template's own style and script, by hash, and local images."""
+def policy(template: str, *sources: str) -> str:
+    """Return a Content-Security-Policy: the template's own style and script, by hash, and `sources` (local images)."""
     hashes = {}
     for tag in ("style", "script"):
         inside = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         assert inside is not None
         hashes[tag] = base64.b64encode(hashlib.sha256(inside[1].encode()).digest()).decode()
     allowed = [f"{tag}-src 'sha256-{digest}'" for tag, digest in hashes.items()]
-    return "; ".join(["default-src 'none'", "img-src 'self' file:", *allowed, "base-uri 'none'", "form-action 'none'"])
+    return "; ".join(["default-src 'none'", *sources, *allowed, "base-uri 'none'", "form-action 'none'"])

@@ -47,6 +47,11 @@ def test_packages_listed_by_hand_are_those_on_disk() -> None:
     assert listed == on_disk
 
 
+def test_pages_are_part_of_the_package() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert {p.name for p in (ROOT / "genkit").glob("*.html")} <= set(data["genkit"])
+
+
 @pytest.mark.parametrize("name", ["schedulers", "training"])
 def test_links_point_to_the_top_level(name: str) -> None:
     link = ROOT / "genkit" / name
@@ -77,7 +82,7 @@ def test_light_modules_do_not_import_torch() -> None:
     """Command line, readers, run folder and schedulers start without torch, diffusers or transformers."""
     modules = (
         "cli job request prompts run selection gallery images settings draws schedulers scoring.gates components judge"
-        " commands study"
+        " commands study calibrate label compare votes"
     )
     code = f"import sys\nfor m in {modules.split()!r}:\n    __import__('genkit.' + m)\n"
     code += "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"

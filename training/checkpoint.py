@@ -106,7 +106,9 @@ class Checkpoints:
             state.scores = {int(key): value for key, value in manifest["scores"].items()}
             return manifest
         if steps:
-            raise InputError(f"{place(self.folder)}: all {len(steps)} checkpoints are damaged; move them away to begin anew")
+            raise InputError(
+                f"{place(self.folder)}: all {len(steps)} checkpoints are damaged; move them away to begin anew"
+            )
         return None
 
 
@@ -141,4 +143,4 @@ def open_log(path: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]
         kept = [line for line in read_log(path) if line["step"] <= step]
         write_whole(path, "".join(map(json_line, kept)).encode())
         with open(path, "a", encoding="utf-8", buffering=1) as file:
-            yield lambda values: file.write(json_line(values)) and None
+            yield lambda values: print(json_line(values), end="", file=file)

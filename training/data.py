@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from genkit.errors import InputError, nearest, shown
+from genkit.sources import Example
 from genkit.training.recipe import Data
-from genkit.training.sources import Example
 from genkit.training.state import fold
 
 if TYPE_CHECKING:
@@ -104,7 +104,11 @@ class Pictures:
         lot = random.Random(fold(self.seed, "picture", variant, example.key))
         picture, caption = example.read(), example.caption or ""
         wanted = data.recolour
-        if wanted is not None and lot.random() < wanted.share and (not wanted.where or example.fields.get(wanted.where)):
+        if (
+            wanted is not None
+            and lot.random() < wanted.share
+            and (not wanted.where or example.fields.get(wanted.where))
+        ):
             colour = lot.choice(list(HUES))
             turned = turn_hue(picture, HUES[colour])
             if turned is not None:
@@ -124,7 +128,9 @@ class Pictures:
     def _caption(self, example: Example, caption: str, lot: random.Random) -> str:
         values = {**example.fields, "caption": caption}
         templates = [t for t in self.data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
-        text = _filled(lot.choice(templates), {k: lot.choice(v) if isinstance(v, list) and v else v for k, v in values.items()})
+        text = _filled(
+            lot.choice(templates), {k: lot.choice(v) if isinstance(v, list) and v else v for k, v in values.items()}
+        )
         if not self.data.caption_shuffle:
             return text
         parts = [part.strip() for part in text.split(",")]
@@ -145,7 +151,9 @@ class Pictures:
             try:
                 colour = ImageColor.getrgb(BACKGROUNDS.get(name, name))[:3]
             except ValueError:
-                raise InputError(f"data.background.colour: {shown(name)}{nearest(name, BACKGROUNDS)} is no colour") from None
+                raise InputError(
+                    f"data.background.colour: {shown(name)}{nearest(name, BACKGROUNDS)} is no colour"
+                ) from None
         scale = lot.uniform(self.data.zoom, 1.0)
         if picture.mode != "RGBA" and self.data.zoom == 1:
             return said, picture
@@ -156,7 +164,9 @@ class Pictures:
         ground.paste(small, at, small if small.mode == "RGBA" else None)
         return said, ground
 
-    def _fitted(self, picture: Image.Image, shape: tuple[int, int], lot: random.Random) -> tuple[np.ndarray, tuple[int, ...]]:
+    def _fitted(
+        self, picture: Image.Image, shape: tuple[int, int], lot: random.Random
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
         """Return the picture cut and scaled to `shape`, perhaps mirrored, as (3, H, W), and SDXL's sizes."""
         from PIL import Image
 
@@ -223,7 +233,9 @@ def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
 class Feed:
     """An endless stream of batches that begins anywhere; of several processes each gets its own share of them."""
 
-    def __init__(self, source: Source, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1, pin: bool = False):
+    def __init__(
+        self, source: Source, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1, pin: bool = False
+    ):
         self.source, self.batch_size, self.workers, self.pin = source, batch_size, workers, pin
         self.rank, self.world = rank, world
         self.steps = sum(-(-len(m) * source.data.repeat // batch_size) for m in source.buckets.values())

@@ -82,11 +82,18 @@ class Evaluation:
             force_zeros_for_empty_prompt=parts.info.zero_empty, defaults=parts.info.defaults,
         )  # fmt: skip
         width, height = self.task.sample_size
-        settings = {"num_inference_steps": self.plan.num_inference_steps, "width": width, "height": height}
+        settings: dict[str, Any] = {"num_inference_steps": self.plan.num_inference_steps, "width": width}
+        settings |= {"height": height, "num_images": self.plan.num_images}
         if words != [""]:
             settings["guidance_scale"] = self.plan.guidance_scale
         rows = [
-            Request(id=f"{i:06d}", prompt=p, seed=fold(self.recipe.seed, i) % 2**32, num_images=self.plan.num_images, **settings)
+            Request(
+                id=f"{i:06d}",
+                prompt=p,
+                seed=fold(self.recipe.seed, i) % 2**32,
+                num_images=self.plan.num_images,
+                **settings,
+            )
             for i, p in enumerate(words)
         ]
         results = sorted(drawer.stream(rows), key=lambda r: (r.id, r.index))
@@ -126,7 +133,9 @@ def _noise_loss(e: Evaluation) -> dict[str, Any]:
         tensors = {name: t.to(e.task.device) for name, t in e.task.encode(batch).items()}
         losses += e.task.loss(tensors, generator, timesteps, plain=True).tolist()
         times += (timesteps * TIMES // count).tolist()
-    by_time = [float(np.mean([x for x, t in zip(losses, times, strict=True) if t == k] or [np.nan])) for k in range(TIMES)]
+    by_time = [
+        float(np.mean([x for x, t in zip(losses, times, strict=True) if t == k] or [np.nan])) for k in range(TIMES)
+    ]
     return {"loss": float(np.mean(losses)), "loss_interval": interval(losses), "loss_by_time": by_time}
 
 
@@ -139,7 +148,12 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
         latents.append(e.task.vae.encode(tensors["pixels"]).latent_dist.mean.float().cpu())
     psnr = [10 * np.log10(4 / max(x, 1e-12)) for x in losses]  # values reach from -1 to 1
     std = float(torch.cat([x.flatten() for x in latents]).std())
-    return {"loss": float(np.mean(losses)), "psnr": float(np.mean(psnr)), "psnr_interval": interval(psnr), "latent_std": std}
+    return {
+        "loss": float(np.mean(losses)),
+        "psnr": float(np.mean(psnr)),
+        "psnr_interval": interval(psnr),
+        "latent_std": std,
+    }
 
 
 def _zero_shot(e: Evaluation) -> dict[str, Any]:

@@ -123,4 +123,3 @@ def _stopping() -> Iterator[list[int]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-

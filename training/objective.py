@@ -72,7 +72,9 @@ class Noising:
             mixed = eps + self.objective.input_perturbation * extra
         target = self.prediction.target(x0, eps, alpha, sigma)
         ones = torch.ones_like(weight)
-        return Noised((alpha * x0 + sigma * mixed) * scale, told.flatten(), target, (ones if plain else weight).flatten())
+        return Noised(
+            (alpha * x0 + sigma * mixed) * scale, told.flatten(), target, (ones if plain else weight).flatten()
+        )
 
 
 def loss_weights(alpha: np.ndarray, sigma: np.ndarray, prediction: str, objective: Objective) -> np.ndarray:

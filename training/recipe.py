@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -147,6 +147,11 @@ class Token(Section):
     initializer: Text
     vectors: Annotated[int, Field(ge=1, le=32)] = 1
 
+    @property
+    def names(self) -> list[str]:
+        """The new tokens, named as diffusers names them: <cat>, <cat>_1, …"""
+        return [self.placeholder, *(f"{self.placeholder}_{i}" for i in range(1, self.vectors))]
+
 
 class Train(Section):
     """How it is trained: steps of the optimizer, or max_seconds, whichever ends first.
@@ -222,7 +227,7 @@ class Recipe(Section):
 
     task: Literal["unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip"]
     model: Text | None = None
-    networks: dict[Literal["unet", "vae", "text_encoder", "tokenizer", "clip"], Network] = {}
+    networks: Mapping[Literal["unet", "vae", "text_encoder", "tokenizer", "clip"], Network] = {}
     scheduler: dict[str, Any] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: Data
@@ -326,7 +331,7 @@ def _sections(of: Any = Recipe) -> dict[str, Any]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Put an override in its place."""
     path = key.strip().split(".")
-    known = _sections()
+    known, inside = _sections(), values
     if len(path) == 1 and path[0] not in known:
         homes = [name for name, section in known.items() if section is not None and path[0] in _sections(section)]
         if len(homes) != 1:
@@ -335,11 +340,10 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
             raise InputError(f"{shown(key)}: {'is in several sections' if homes else 'unknown key'}{hint}")
         path = [homes[0], *path]
     for name in path[:-1]:
-        inner = values.setdefault(name, {})
-        if not isinstance(inner, dict):
-            raise InputError(f"{key}: {name} is {shown(inner)}, which has no parts")
-        values = inner
-    values[path[-1]] = value
+        inside = inside.setdefault(name, {})
+        if not isinstance(inside, dict):
+            raise InputError(f"{key}: {name} is {shown(inside)}, which has no parts")
+    inside[path[-1]] = value
 
 
 def _explained(error: ValidationError) -> str:

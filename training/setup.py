@@ -18,16 +18,16 @@ from genkit.components import ModelInfo, load_components, weight_hashes
 from genkit.components.compose import compose_model
 from genkit.device import compute_dtype, pick_device
 from genkit.durable import disk, json_line, lock_folder, write_whole
-from genkit.errors import HostError, InputError, shown
+from genkit.errors import InputError, shown
 from genkit.files import place, read_json
 from genkit.progress import Steps, printable
+from genkit.sources import Example, read_examples, split
 from genkit.training.cache import encoded
 from genkit.training.checkpoint import Checkpoints
 from genkit.training.data import Feed, Pictures
 from genkit.training.evaluate import LOWER_IS_BETTER, Evaluation
 from genkit.training.output import write_model
 from genkit.training.recipe import Recipe
-from genkit.training.sources import Example, read_examples, split
 from genkit.training.state import State, fold
 from genkit.training.tasks import KINDS, Tensors, make_task
 
@@ -185,7 +185,13 @@ class Setup:
             self.checkpoints.restore(self.state, self.say, best[0])
             self.state.scores = scores
         with self.state.averaged():
-            write_model(self.recipe, self.info, self.task, self.out, {"step": self.state.step, **scores.get(self.state.step, {})})
+            write_model(
+                self.recipe,
+                self.info,
+                self.task,
+                self.out,
+                {"step": self.state.step, **scores.get(self.state.step, {})},
+            )
 
     def report(self, bar: Steps, step: int, loss: float) -> None:
         """Say where it stands: loss, pictures a second, memory."""
@@ -237,7 +243,10 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
         if recipe.task in ("autoencoder", "clip"):
             raise InputError(f"data.cache: task {recipe.task} has no latents to keep")
         frozen = {name: part for name, part in info.parts.items() if name not in task.networks}
-        fingerprint = [weight_hashes(dataclasses.replace(info, parts=frozen)), recipe.token and recipe.token.placeholder]
+        fingerprint = [
+            weight_hashes(dataclasses.replace(info, parts=frozen)),
+            recipe.token and recipe.token.placeholder,
+        ]
         folder = out / "cache" if recipe.data.cache_folder is None else Path(recipe.data.cache_folder)
         with accelerator.main_process_first():
             source = encoded(pictures, task.encode, folder, fingerprint, quiet=not accelerator.is_main_process)

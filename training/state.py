@@ -45,7 +45,10 @@ class State:
             if parameter.requires_grad
         }
         shrinking = [p for p in self.params.values() if p.ndim > 1]  # biases and norms have no reason to be small
-        groups = [{"params": shrinking}, {"params": [p for p in self.params.values() if p.ndim < 2], "weight_decay": 0}]
+        groups: list[dict[str, Any]] = [
+            {"params": shrinking},
+            {"params": [p for p in self.params.values() if p.ndim < 2], "weight_decay": 0},
+        ]
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=train.learning_rate, betas=(train.betas[0], train.betas[1]),
             weight_decay=train.weight_decay, fused=next(iter(self.params.values())).is_cuda,

@@ -65,7 +65,7 @@ class Diffusion:
         self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
         self.nets: dict[str, Any] = dict(self.networks)
         self.text_learns = any(name in self.networks for name in self.encoders)
-        self.text = None if self.text_learns or not self.encoders else self._frozen_text()
+        self.text: Any = None if self.text_learns or not self.encoders else self._frozen_text()
 
     def _frozen_text(self) -> Any:
         if len(self.encoders) == 1:
@@ -98,7 +98,7 @@ class Diffusion:
     def expanded(self, caption: str) -> str:
         """Return a caption with every token of a new word in place of the word."""
         token = self.recipe.token
-        return caption if token is None else caption.replace(token.placeholder, " ".join(token_names(token)))
+        return caption if token is None else caption.replace(token.placeholder, " ".join(token.names))
 
     def _embedded(self, captions: Sequence[str]) -> Tensors:
         rows = self.text(captions)
@@ -169,7 +169,7 @@ class Autoencoding(torch.nn.Module):
         return {"pixels": batch.pixels.to(self.device, non_blocking=True)}
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pictures again, through a latent drawn with `noise`, and the divergence of each latent from N(0, 1)."""
+        """Return pictures again, by way of a latent drawn with `noise`, and each latent's divergence from N(0, 1)."""
         posterior = self.vae.encode(pixels).latent_dist
         return self.vae.decode(posterior.mean + posterior.std * noise).sample.float(), posterior.kl()
 
@@ -241,11 +241,6 @@ class NewTokens(torch.nn.Module):
         return torch.where((ids >= old)[..., None], new, known)
 
 
-def token_names(token: Any) -> list[str]:
-    """The new tokens, named as diffusers names them: <cat>, <cat>_1, …"""
-    return [token.placeholder, *(f"{token.placeholder}_{i}" for i in range(1, token.vectors))]
-
-
 def _everything(recipe: Recipe, parts: Components) -> Networks:
     names = ["unet", *(["text_encoder"] if recipe.train.text_encoder and parts.text_encoder is not None else [])]
     found = {name: getattr(parts, name).float().requires_grad_(True) for name in names}
@@ -267,7 +262,7 @@ def _adapters(recipe: Recipe, parts: Components) -> Networks:
     for name, targets in wanted.items():
         if (network := getattr(parts, name)) is None:
             continue
-        alpha = lora.rank if lora.alpha is None else lora.alpha
+        alpha: Any = lora.alpha or lora.rank  # a whole number, peft says; any does
         config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
         try:
             network.add_adapter(config)
@@ -290,7 +285,7 @@ def _words(recipe: Recipe, parts: Components) -> Networks:
     start = tokenizer(token.initializer, add_special_tokens=False).input_ids
     if not start:
         raise InputError(f"token.initializer: {shown(token.initializer)} has no tokens")
-    names = token_names(token)
+    names = token.names
     if tokenizer.add_tokens(names) != len(names):
         raise InputError(f"token.placeholder: {shown(token.placeholder)} is a token of the model already")
     table = encoder.get_input_embeddings()

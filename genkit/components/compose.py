@@ -19,7 +19,7 @@ TEXT_HALF = "text_model."  # of a CLIPModel's weights: those of its CLIPTextMode
 
 
 def compose_model(
-    kind: str, base: str | None, networks: Mapping[str, str | Mapping[str, Any]], scheduler: Mapping[str, Any] | None
+    kind: str, base: str | None, networks: Mapping[Any, str | dict[str, Any]], scheduler: Mapping[str, Any] | None
 ) -> ModelInfo:
     """Return a model of `kind` (see ModelInfo, or "autoencoder") with `base`'s parts, and `networks` in their place.
 
@@ -59,8 +59,8 @@ def compose_model(
         check_tokenizer(tokenizer, text["vocab_size"], "text_encoder")
     if kind == "clip" and not preprocessor:
         side = parts["clip"].config["vision_config"]["image_size"]
-        half = [0.5, 0.5, 0.5]
-        preprocessor = {"size": {"height": side, "width": side}, "do_center_crop": False, "image_mean": half, "image_std": half}  # fmt: skip
+        preprocessor = {"size": {"height": side, "width": side}, "do_center_crop": False}
+        preprocessor |= dict.fromkeys(("image_mean", "image_std"), [0.5, 0.5, 0.5])
     if kind == "autoencoder":
         parts, tokenizer = {"vae": parts["vae"]}, None
     made = start or ModelInfo(name="recipe", folder=Path("recipe"), kind=kind, parts={})
@@ -97,9 +97,7 @@ def _stored(name: str, value: str, where: str) -> Part:
     if name != "text_encoder" or "clip" not in found:
         raise InputError(f"{where}: {shown(value)} has no {name}; it has {', '.join(found)}")
     clip = found["clip"]
-    tensors = {
-        key.removeprefix(TEXT_HALF): tensor for key, tensor in clip.tensors.items() if key.startswith(TEXT_HALF)
-    }
+    tensors = {key.removeprefix(TEXT_HALF): tensor for key, tensor in clip.tensors.items() if key.startswith(TEXT_HALF)}
     return Part(name, "CLIPTextModel", clip.folder, dict(clip.config["text_config"]), clip.files, tensors)
 
 

@@ -29,7 +29,7 @@ def kid(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def cmmd(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return 1000 times the squared MMD of unit CLIP embeddings, Gaussian kernel of width 10 (Jayasumana et al. 2024)."""
+    """Return 1000 squared MMD of unit CLIP embeddings with a Gaussian kernel of width 10 (Jayasumana et al. 2024)."""
     x, y = a.double(), b.double()
     within, other, across = (torch.cdist(p, q) ** 2 for p, q in ((x, x), (y, y), (x, y)))
     return 1000 * _mmd(*(torch.exp(-m / 200) for m in (within, other, across)))

@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -90,7 +91,7 @@ def read_examples(data: Data, path: str | list[str] | None = None) -> list[Examp
     if not found:
         raise InputError(f"data.path: {shown(named)}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
     found.sort(key=lambda e: e.key)
-    for a, b in zip(found, found[1:], strict=False):
+    for a, b in itertools.pairwise(found):
         if a.key == b.key:
             raise InputError(f"{a.key}: is there twice")
     return found[: data.limit]
@@ -206,9 +207,10 @@ def _shard(path: Path, column: str) -> Iterator[Example]:
             return file.read(span[1])
 
         for stem, group in groups.items():
-            suffix = next((s for s in group if f".{s}" in SUFFIXES), None)
-            if suffix is None:
+            pictures = [suffix for suffix in group if f".{suffix}" in SUFFIXES]
+            if not pictures:
                 raise InputError(f"{place(path)}: {shown(stem)}: has {', '.join(sorted(group))}, but no picture")
+            suffix = pictures[0]
             key = f"{path.name}!{stem}.{suffix}"
             fields = _object(content(group["json"]), f"{key}: json") if "json" in group else {}
             caption = _caption(fields, column, key)

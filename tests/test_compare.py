@@ -1,0 +1,95 @@
+"""Two runs, picture by picture: who is paired, who wins and how surely, and a page that shows hostile text as text."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from genkit.cli import _run
+from genkit.compare import compare_runs
+from genkit.errors import InputError
+from genkit.intervals import mean_interval, share_interval
+from tests.judged_run import judged_run
+
+
+def plain(n: int, k: int) -> dict[str, float]:
+    return {"clip": 0.1 * n + 0.01 * k}
+
+
+def test_wins_ties_and_differences_are_counted_by_hand(tmp_path: Path) -> None:
+    def better(n: int, k: int) -> dict[str, float]:
+        return {"clip": plain(n, k)["clip"] + (0.0 if k == 0 else 0.02 if k < 4 else -0.01)}
+
+    a, b = judged_run(tmp_path / "a", plain), judged_run(tmp_path / "b", better)
+    found = compare_runs(a, b)
+    clip = found["scores"]["clip"]
+    assert (found["pairs"], found["prompts"], found["identical"]) == (20, 4, 20)
+    assert (clip["b_wins"], clip["ties"], clip["win_rate"]) == (12, 4, pytest.approx(0.7))
+    assert clip["difference"] == pytest.approx((3 * 0.02 - 0.01) / 5)
+    low, high = clip["win_interval"]
+    assert low < 0.7 < high
+    assert (b / "compare.html").is_file()
+
+
+def test_images_without_partner_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = judged_run(tmp_path / "a", plain, rows=3), judged_run(tmp_path / "b", plain, rows=2, images=6)
+    (a / "images" / "r0-01.png").unlink()
+    assert _run(["compare", str(a), str(b), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)["alone"]
+    assert alone["only in A"] == {"count": 5, "first": [f"r2-0{k}" for k in range(5)]}
+    assert alone["only in B"]["first"] == ["r0-05", "r1-05"]
+    assert alone["not finished in both"]["first"] == ["r0-01"]
+
+
+def test_other_prompts_and_seeds_are_no_pairs(tmp_path: Path) -> None:
+    a = judged_run(tmp_path / "a", plain, rows=1)
+    with pytest.raises(InputError, match="5 of another prompt"):
+        compare_runs(a, judged_run(tmp_path / "b", plain, rows=1, prompt="something else"))
+    with pytest.raises(InputError, match="5 of another seed"):
+        compare_runs(a, judged_run(tmp_path / "c", plain, rows=1, seed=77))
+    with pytest.raises(InputError, match="is the first run again"):
+        compare_runs(a, a)
+    with pytest.raises(InputError, match="not a run folder"):
+        compare_runs(a, tmp_path)
+
+
+def test_copies_go_into_an_empty_folder_only(tmp_path: Path) -> None:
+    a, b = judged_run(tmp_path / "a", plain), judged_run(tmp_path / "b", plain)
+    compare_runs(a, b, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "a").iterdir())) == 20
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["pairs"] == 20
+    with pytest.raises(InputError, match="is not an empty folder"):
+        compare_runs(a, b, tmp_path / "out")
+
+
+def test_hostile_text_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "</script><img src=x onerror=alert(1)> \x1b[31m \u2028" + "y" * 99_000
+    odd = {"clip": 0.5, "p": {"<b>label</b>\x1b[2J": 0.5}}
+    a, b = (judged_run(tmp_path / n, lambda n, k: odd, rows=1, prompt=hostile, labels=[*odd["p"]]) for n in "ab")  # type: ignore[misc]
+    assert _run(["compare", str(a), str(b)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    page = (b / "compare.html").read_text()
+    assert page.count("</script>") == 2 and "<img src=x" not in page and "<b>label" not in page
+    assert "innerHTML" not in page
+    assert "default-src 'none'" in page and "unsafe" not in page
+    assert len(page) < 100_000, "prompts are cut"
+    data = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert data is not None and json.loads(data[1])["images"][0]["prompt"].startswith("</script><img")
+
+
+def test_intervals_cover_grouped_truths() -> None:
+    """Images of one prompt agree with each other: intervals that took them for independent would hold too rarely."""
+    held = [0, 0]
+    for seed in range(300):
+        lot = random.Random(seed)
+        rates = [lot.choice((0.1, 0.9)) for _ in range(20)]
+        groups = [[float(lot.random() < rate) for _ in range(8)] for rate in rates]
+        for i, interval in enumerate((share_interval, mean_interval)):
+            _, low, high = interval(groups)
+            held[i] += low <= 0.5 <= high
+    assert min(held) / 300 > 0.91

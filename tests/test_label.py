@@ -1,0 +1,177 @@
+"""The page for votes: over real sockets, as a browser and as somebody who is not welcome."""
+
+from __future__ import annotations
+
+import csv
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.judged_run import judged_run
+
+HOSTILE = "</script><script>alert(1)</script>\x1b[31m =cmd|'x'!A0 \u2028 " + "x" * 3000
+
+
+class Page:
+    """A served run: `get` and `post` as the page does."""
+
+    def __init__(self, url: str, process: subprocess.Popen[str]) -> None:
+        found = re.fullmatch(r"http://(127\.0\.0\.1:(\d+))/([\w-]{40,})/", url)
+        assert found is not None
+        self.host, self.port, self.token, self.process = found[1], int(found[2]), found[3], process
+
+    def ask(self, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, bytes, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request(method, path, body, {"Host": self.host, **headers})
+        answer = connection.getresponse()
+        return answer.status, answer.read(), answer.headers
+
+    def state(self) -> Any:
+        return json.loads(self.ask("GET", f"/{self.token}/state")[1])
+
+    def vote(self, image: int, vote: str) -> Any:
+        headers = {"Origin": f"http://{self.host}", "Content-Type": "application/json"}
+        status, body, _ = self.ask("POST", f"/{self.token}/vote", json.dumps({"image": image, "vote": vote}), **headers)
+        return json.loads(body) if status == 200 else status
+
+
+def serve(folder: Path, *arguments: str) -> tuple[str, subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "genkit", "label", str(folder), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process.stdout.readline().strip(), process
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return judged_run(tmp_path / "run", lambda n, k: {"clip": 0.1 * k}, rows=2, prompt=HOSTILE)
+
+
+@pytest.fixture
+def page(folder: Path) -> Iterator[Page]:
+    url, process = serve(folder)
+    yield Page(url, process)
+    process.kill()
+    process.communicate()
+
+
+def test_votes_are_on_the_disk_at_once_and_can_be_taken_back(page: Page, folder: Path) -> None:
+    first = page.state()["image"]["number"]
+    state = page.vote(first, "yes")
+    second = state["image"]["number"]
+    assert (state["good"], state["bad"], state["left"]) == (1, 0, 9)
+    page.vote(second, "no")
+    assert page.vote(second, "no")["bad"] == 1, "a key held down is one vote"
+    assert page.vote(-1, "undo")["image"]["number"] == second
+    page.vote(second, "later")
+    rows = list(csv.reader((folder / "votes.csv").open()))
+    assert rows[0] == ["image", "vote", "sha256"]
+    assert [row[1] for row in rows[1:]] == ["yes", "no", "undo"]
+    assert all(re.fullmatch(r"images/r\d-\d\d\.png", row[0]) for row in rows[1:])
+
+
+def test_going_on_after_a_kill_and_ctrl_c(page: Page, folder: Path) -> None:
+    number = page.state()["image"]["number"]
+    page.vote(number, "yes")
+    page.process.kill()
+    page.process.wait()
+    with open(folder / "votes.csv", "a") as file:
+        file.write("images/r0-0")  # a line that a power cut tore
+    url, process = serve(folder)
+    again = Page(url, process)
+    assert again.token != page.token
+    assert (again.state()["good"], again.state()["left"]) == (1, 9)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "1 votes in" in said and "the same command goes on" in said
+
+
+def test_one_labels_at_a_time(page: Page, folder: Path) -> None:
+    other = subprocess.run([sys.executable, "-m", "genkit", "label", str(folder)], capture_output=True, text=True)
+    assert other.returncode == 3
+    assert "one at a time" in other.stderr and "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/", {}, 404),
+        ("GET", "/state", {}, 404),
+        ("GET", "/wrong/state", {}, 404),
+        ("GET", "/TOKEN/state", {"Host": "evil.example"}, 403),
+        ("GET", "/TOKEN/image/../run.json", {}, 404),
+        ("GET", "/TOKEN/image/99", {}, 404),
+        ("GET", "/TOKEN/image/-1", {}, 404),
+        ("POST", "/TOKEN/vote", {"Content-Type": "application/json"}, 403),
+        ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "http://evil.example"}, 403),
+        ("POST", "/TOKEN/vote", {"Content-Type": "text/plain", "Origin": "OWN"}, 415),
+        ("POST", "/TOKEN/vote", {"Origin": "OWN", "Sec-Fetch-Site": "cross-site"}, 403),
+        ("PUT", "/TOKEN/vote", {}, 501),
+    ],
+)  # fmt: skip
+def test_strangers_get_nothing(
+    page: Page, folder: Path, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    given = {name: f"http://{page.host}" if value == "OWN" else value for name, value in headers.items()}
+    answer, body, _ = page.ask(method, path.replace("TOKEN", page.token), '{"image": 0, "vote": "yes"}', **given)
+    assert answer == status
+    assert page.token.encode() not in body
+    assert (folder / "votes.csv").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "body", ["", "[]", '{"image": "0", "vote": "yes"}', '{"image": 0, "vote": "maybe"}', "{" * 3000]
+)
+def test_what_is_no_vote_is_refused(page: Page, folder: Path, body: str) -> None:
+    headers = {"Origin": f"http://{page.host}", "Content-Type": "application/json"}
+    assert page.ask("POST", f"/{page.token}/vote", body, **headers)[0] == 400
+    assert (folder / "votes.csv").read_text().count("\n") == 1
+
+
+def test_pictures_and_page_come_with_a_policy_and_hostile_text_as_json(page: Page, folder: Path) -> None:
+    status, body, headers = page.ask("GET", f"/{page.token}/")
+    assert status == 200 and b"alert(1)" not in body
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "unsafe" not in headers["Content-Security-Policy"]
+    state = page.state()
+    assert state["image"]["prompt"] == HOSTILE[:2000] + "…"
+    status, body, headers = page.ask("GET", f"/{page.token}/image/{state['image']['number']}")
+    assert status == 200 and headers["Content-Type"] == "image/png"
+    assert body in [path.read_bytes() for path in (folder / "images").iterdir()]
+    assert "innerHTML" not in Path("genkit/label.html").read_text()
+
+
+def test_a_link_in_place_of_a_picture_is_not_followed(page: Page, folder: Path, tmp_path: Path) -> None:
+    state = page.state()["image"]
+    picture = folder / "images" / f"{state['name']}.png"
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture.read_bytes())
+    picture.unlink()
+    os.symlink(secret, picture)
+    assert page.ask("GET", f"/{page.token}/image/{state['number']}")[0] == 404
+
+
+def test_where_and_bad_arguments(folder: Path) -> None:
+    def said(*arguments: str) -> tuple[int, str]:
+        found = subprocess.run([sys.executable, "-m", "genkit", "label", *arguments], capture_output=True, text=True)
+        return found.returncode, found.stderr
+
+    assert said(str(folder), "--where", "clip > 5")[0] == 2
+    code, text = said(str(folder), "--where", "clop > 5")
+    assert code == 2 and "did you mean 'clip'" in text
+    assert said(str(folder / "images"))[0] == 2
+    assert said(str(folder), "--port", "99999")[0] == 2
+    url, process = serve(folder, "--where", "clip > 0.25")
+    assert Page(url, process).state()["left"] == 4
+    process.kill()
+    process.communicate()
