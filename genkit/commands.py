@@ -93,33 +93,6 @@ def compare(
     return EXIT_OK
 
 
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see training/recipes.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As train.steps=100.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default runs/NAME-OF-THE-RECIPE.")] = None,
-    device: Device = "auto",
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the model when it is done.")
-    ] = None,
-    as_json: AsJson = False,
-) -> int:
-    """Train a model, or go on with it: the same command goes on exactly where the last one stopped."""
-    from genkit.training.recipe import read_recipe
-
-    read = read_recipe(recipe, changes or ())
-    folder = Path("runs") / recipe.stem if out is None else out
-    from genkit.training.loop import train as run
-    from genkit.training.report import described
-
-    outcome = run(read, folder, device=device, quiet=as_json)
-    if push_to_hub is not None and outcome.exit_code == EXIT_OK:
-        from genkit.training.output import push
-
-        print(push(folder, push_to_hub))
-    print(json.dumps(dataclasses.asdict(outcome)) if as_json else described(outcome, folder))
-    return outcome.exit_code
-
-
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, see training/recipes.")],

@@ -87,14 +87,8 @@ class Evaluation:
         if words != [""]:
             settings["guidance_scale"] = self.plan.guidance_scale
         rows = [
-            Request(
-                id=f"{i:06d}",
-                prompt=p,
-                seed=fold(self.recipe.seed, i) % 2**32,
-                num_images=self.plan.num_images,
-                **settings,
-            )
-            for i, p in enumerate(words)
+            Request(id=f"{i:06d}", prompt=word, seed=fold(self.recipe.seed, i) % 2**32, **settings)
+            for i, word in enumerate(words)
         ]
         results = sorted(drawer.stream(rows), key=lambda r: (r.id, r.index))
         good = [r for r in results if r.pixels is not None]

@@ -331,7 +331,8 @@ def _sections(of: Any = Recipe) -> dict[str, Any]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Put an override in its place."""
     path = key.strip().split(".")
-    known, inside = _sections(), values
+    known = _sections()
+    inside: Any = values
     if len(path) == 1 and path[0] not in known:
         homes = [name for name, section in known.items() if section is not None and path[0] in _sections(section)]
         if len(homes) != 1:

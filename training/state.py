@@ -44,11 +44,10 @@ class State:
             for key, parameter in network.named_parameters()
             if parameter.requires_grad
         }
-        shrinking = [p for p in self.params.values() if p.ndim > 1]  # biases and norms have no reason to be small
-        groups: list[dict[str, Any]] = [
-            {"params": shrinking},
-            {"params": [p for p in self.params.values() if p.ndim < 2], "weight_decay": 0},
-        ]
+        every = list(self.params.values())
+        shrinking = [p for p in every if p.ndim > 1]  # biases and norms have no reason to be small
+        others = {"params": [p for p in every if p.ndim < 2], "weight_decay": 0}
+        groups: list[dict[str, Any]] = [{"params": shrinking}, others]
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=train.learning_rate, betas=(train.betas[0], train.betas[1]),
             weight_decay=train.weight_decay, fused=next(iter(self.params.values())).is_cuda,

@@ -60,7 +60,7 @@ def compose_model(
     if kind == "clip" and not preprocessor:
         side = parts["clip"].config["vision_config"]["image_size"]
         preprocessor = {"size": {"height": side, "width": side}, "do_center_crop": False}
-        preprocessor |= dict.fromkeys(("image_mean", "image_std"), [0.5, 0.5, 0.5])
+        preprocessor |= {key: [0.5, 0.5, 0.5] for key in ("image_mean", "image_std")}
     if kind == "autoencoder":
         parts, tokenizer = {"vae": parts["vae"]}, None
     made = start or ModelInfo(name="recipe", folder=Path("recipe"), kind=kind, parts={})

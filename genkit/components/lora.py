@@ -37,7 +37,8 @@ def write_lora(folder: Path, networks: Mapping[str, Any], alpha: float, told: Ma
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    found, configs = {}, {}
+    found: dict[str, torch.Tensor] = {}
+    configs: dict[str, Any] = {}
     for name, network in networks.items():
         for key, value in get_peft_model_state_dict(network).items():
             found[f"{name}.{key}"] = value.detach().float().cpu().contiguous()
