@@ -42,7 +42,9 @@ class Checkpoints:
 
         final = self.folder / f"{state.step:06d}"
         if final.exists():
-            return final
+            with contextlib.suppress(InputError):
+                _read(final)
+                return final
         temporary = self.folder / f"{TEMP_PREFIX}{final.name}{TEMP_SUFFIX}"
         try:
             with disk(final):
@@ -59,6 +61,8 @@ class Checkpoints:
                 }  # fmt: skip
                 write_whole(temporary / MANIFEST, json_line(manifest).encode())
                 _read(temporary)
+                if final.exists():  # damaged
+                    shutil.rmtree(final)
                 os.rename(temporary, final)
                 sync_folder(self.folder)
         except Exception as error:  # the older ones stay

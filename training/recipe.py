@@ -310,8 +310,9 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
         near = folder / value
         return str(near) if near.exists() or any(folder.glob(value) if value else ()) else value
 
-    data, networks = values.get("data"), values.get("networks")
-    for mapping, keys in ((data, ("path", "validation")), (values.get("prior"), ("path",)), (values, ("model",))):
+    data, prior, networks = (values.get(name) for name in ("data", "prior", "networks"))
+    places: list[tuple[Any, tuple[str, ...]]] = [(data, ("path", "validation")), (prior, ("path",)), (values, ("model",))]
+    for mapping, keys in places:
         for key in keys if isinstance(mapping, dict) else ():
             if key in mapping:
                 mapping[key] = at(mapping[key])

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -254,18 +255,24 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
     return Feed(source, recipe.train.batch_size, recipe.data.workers, rank, world, accelerator.device.type == "cuda")
 
 
+_HELD: set[int] = set()  # handles of locks
+# Processes that read pictures are copies of this one: when it is killed, they must not hold its folder for it.
+os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _HELD])
+
+
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    import os
-
-    rank = int(os.environ.get("RANK", "0"))
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first holds it for all
+        yield
+        return
     with disk(out):
-        handle = lock_folder(out) if rank == 0 else None
+        handle = lock_folder(out)
+    _HELD.add(handle)
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        _HELD.discard(handle)
+        os.close(handle)
 
 
 def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example], processes: int) -> None:

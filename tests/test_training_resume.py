@@ -1,0 +1,275 @@
+"""A run that is killed and goes on is the run without interruption, bit for bit; and what else ends a run."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from genkit.errors import HostError, InputError
+from genkit.training import checkpoint, loop
+from genkit.training.loop import Diverged, train
+from genkit.training.recipe import make_recipe
+from genkit.training.state import State
+from tests.pictures import colour_folder
+from tests.tiny import tiny_ddpm, tiny_stable_diffusion
+
+STEPS = 12  # 18 pictures to train on, 5 batches of 4 an epoch, the last one short
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("places")
+    tiny_ddpm(folder / "ddpm")
+    tiny_stable_diffusion(folder / "sd")
+    colour_folder(folder / "pictures", 20)
+    return folder
+
+
+def recipe_of(places: Path, **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "task": "unconditional",
+        "model": str(places / "ddpm"),
+        "data": {"path": str(places / "pictures"), "validation": 0.1, "flip": 0.5, "crop": "random"},
+        "train": {"steps": STEPS, "batch_size": 4, "ema": 0.9, "lr_scheduler": "cosine", "lr_warmup_steps": 3},
+        "evaluate": {"every": 4, "pictures": 4, "num_inference_steps": 2},
+        "save": {"every": 2, "keep_last": 2},
+    }
+    for key, change in changes.items():
+        values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change
+    return make_recipe(values)
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Run `work` in a forked process and return how it ended: -9 for SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = work().exit_code
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_after(recipe: Any, out: Path, steps: int) -> None:
+    """Train in a process that kills itself once `steps` steps of this start are done."""
+
+    def work() -> Any:
+        count, average = itertools.count(1), State.average
+
+        def die(state: State) -> None:
+            average(state)
+            if next(count) == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        State.average = die  # type: ignore[method-assign]
+        return train(recipe, out, device="cpu", quiet=True)
+
+    assert in_child(work) == -signal.SIGKILL
+
+
+def killed_in_save(recipe: Any, out: Path, when: int, call: str) -> None:
+    """Train in a process that kills itself in the `when`-th call of a function that writing a checkpoint makes."""
+
+    def work() -> Any:
+        count, real = itertools.count(1), getattr(checkpoint.os, call)
+
+        def die(*arguments: Any) -> Any:
+            if next(count) == when:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        setattr(checkpoint.os, call, die)
+        return train(recipe, out, device="cpu", quiet=True)
+
+    assert in_child(work) == -signal.SIGKILL
+
+
+def same(a: Path, b: Path) -> None:
+    """Compare weights, averages, optimizer, losses, learning rates, and the evaluated scores of two runs."""
+    for name in ("weights", "ema", "optimizer"):
+        one, two = (load_file(out / "checkpoints" / f"{STEPS:06d}" / f"{name}.safetensors") for out in (a, b))
+        assert one.keys() == two.keys() and one
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    logs = [[(x["step"], x["loss"], x["lr"], x["grad_norm"]) for x in checkpoint.read_log(o / "log.jsonl")] for o in (a, b)]
+    assert logs[0] == logs[1]
+    assert [line[0] for line in logs[0]] == list(range(1, STEPS + 1))
+    scores = [json.loads((o / "checkpoints" / f"{STEPS:06d}" / "checkpoint.json").read_text())["scores"] for o in (a, b)]
+    assert scores[0] == scores[1]
+
+
+@pytest.fixture(scope="module")
+def whole(places: Path) -> Path:
+    """The run without interruption."""
+    train(recipe_of(places), places / "whole", device="cpu", quiet=True)
+    return places / "whole"
+
+
+@pytest.mark.parametrize("kills", [(4,), (5,), (6,), (1,), (7, 1), (3, 3, 3)], ids=str)
+def test_killed_and_going_on_is_bitwise_the_whole_run(places: Path, whole: Path, tmp_path: Path, kills: tuple[int, ...]) -> None:
+    for steps in kills:
+        killed_after(recipe_of(places), tmp_path / "run", steps)
+    assert train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True).step == STEPS
+    same(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("call", "when"), [("fsync", 1), ("fsync", 4), ("rename", 1), ("rename", 2)])
+def test_killed_during_a_save(places: Path, whole: Path, tmp_path: Path, call: str, when: int) -> None:
+    killed_in_save(recipe_of(places), tmp_path / "run", when, call)
+    train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    same(whole, tmp_path / "run")
+    assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("workers", "accumulate"), [(2, 1), (0, 4), (2, 4)])
+def test_workers_and_accumulation_are_exact_too(places: Path, whole: Path, tmp_path: Path, workers: int, accumulate: int) -> None:
+    recipe = recipe_of(places, data={"workers": workers}, train={"gradient_accumulation_steps": accumulate})
+    killed_after(recipe, tmp_path / "killed", 7)
+    train(recipe, tmp_path / "killed", device="cpu", quiet=True)
+    if accumulate == 1:  # and the number of workers changes nothing
+        same(whole, tmp_path / "killed")
+    else:
+        train(recipe_of(places, train={"gradient_accumulation_steps": accumulate}), tmp_path / "whole", device="cpu", quiet=True)
+        same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_captions_dropout_and_adapters_are_exact_too(places: Path, tmp_path: Path) -> None:
+    changes = {
+        "task": "lora", "model": str(places / "sd"), "lora": {"rank": 2, "text_encoder": True},
+        "data": {"caption_dropout": 0.3}, "objective": {"offset_noise": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0},
+    }  # fmt: skip
+    train(recipe_of(places, **changes), tmp_path / "whole", device="cpu", quiet=True)
+    killed_after(recipe_of(places, **changes), tmp_path / "killed", 5)
+    train(recipe_of(places, **changes), tmp_path / "killed", device="cpu", quiet=True)
+    same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_sigterm_saves_and_ends_143(places: Path, whole: Path, tmp_path: Path) -> None:
+    def work() -> Any:
+        count, average = itertools.count(1), State.average
+
+        def stop(state: State) -> None:
+            average(state)
+            if next(count) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        State.average = stop  # type: ignore[method-assign]
+        return train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+
+    assert in_child(work) == 143
+    assert (tmp_path / "run" / "checkpoints" / "000005").is_dir()
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    same(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def half(places: Path, whole: Path, tmp_path: Path) -> Path:
+    """A copy of the whole run, to be damaged."""
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_taken(
+    places: Path, half: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = half / "checkpoints" / "000012" / "ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    train(recipe_of(places), half, device="cpu")
+    said = capsys.readouterr().err
+    assert "checkpoint 12 is damaged and passed over" in said and "ema.safetensors" in said
+    assert "going on from step 10 of 12" in said
+    same(half, places / "whole")
+
+
+def test_all_torn_is_an_error(places: Path, half: Path) -> None:
+    for path in (half / "checkpoints").glob("*/weights.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="checkpoints are damaged"):
+        train(recipe_of(places), half, device="cpu", quiet=True)
+
+
+def test_another_architecture_is_refused_by_its_first_difference(places: Path, half: Path) -> None:
+    for path in (half / "checkpoints").glob("*/weights.safetensors"):
+        tensors = {key.replace("conv_in", "conv_inn"): value for key, value in load_file(path).items()}
+        save_file(tensors, path)
+        manifest = path.parent / "checkpoint.json"
+        told = json.loads(manifest.read_text())
+        told["files"]["weights.safetensors"] = checkpoint.sha256(path)
+        manifest.write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"has no unet\.conv_in\.weight \(did you mean 'unet\.conv_inn\.weight'\?\)"):
+        train(recipe_of(places), half, device="cpu", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"flip": 0.2}}, r"recipe\.data\.flip: was 0\.5, is now 0\.2"),
+        ({"seed": 1}, r"recipe\.seed: was 0, is now 1"),
+        ({"train": {"ema": 0.0}}, r"recipe\.train\.ema"),
+    ],
+)
+def test_another_recipe_is_refused(places: Path, half: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        train(recipe_of(places, **changes), half, device="cpu", quiet=True)
+
+
+def test_other_data_is_refused_and_more_steps_are_not(places: Path, half: Path) -> None:
+    pictures = colour_folder(half.parent / "other", 22)
+    with pytest.raises(InputError, match=r"recipe\.data\.path"):
+        train(recipe_of(places, data={"path": str(pictures)}), half, device="cpu", quiet=True)
+    assert train(recipe_of(places, train={"steps": 13}), half, device="cpu", quiet=True).step == 13
+
+
+def test_nan_stops_with_step_pictures_and_last_good_checkpoint(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = loop.learning_rate, itertools.count()
+    monkeypatch.setattr(loop, "learning_rate", lambda *a: float("nan") if next(count) == 4 else real(*a))
+    with pytest.raises(Diverged, match=r"step 6: the loss is nan; its pictures: 0\d\d\.png, .*checkpoint is that of step 4"):
+        train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["000002", "000004"]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(places: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, real = itertools.count(), checkpoint.os.fsync
+
+    def full(handle: int) -> None:
+        if next(count) > 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(HostError, match="No space left on device"):
+        train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["000002"]
+    monkeypatch.undo()
+    train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    same(whole, tmp_path / "run")
+
+
+def test_what_is_kept(places: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(places, save={"every": 1, "keep_last": 2, "keep_best": 0, "keep_every": 5})
+    train(recipe, tmp_path / "run", device="cpu", quiet=True)
+    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [5, 10, 11, 12]
+
+
+def test_one_process_trains_in_a_folder(places: Path, half: Path) -> None:
+    from genkit.durable import lock_folder
+
+    handle = lock_folder(half)
+    with pytest.raises(HostError, match="one at a time"):
+        train(recipe_of(places), half, device="cpu", quiet=True)
+    os.close(handle)
