@@ -311,7 +311,11 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
         return str(near) if near.exists() or any(folder.glob(value) if value else ()) else value
 
     data, prior, networks = (values.get(name) for name in ("data", "prior", "networks"))
-    places: list[tuple[Any, tuple[str, ...]]] = [(data, ("path", "validation")), (prior, ("path",)), (values, ("model",))]
+    places: list[tuple[Any, tuple[str, ...]]] = [
+        (data, ("path", "validation")),
+        (prior, ("path",)),
+        (values, ("model",)),
+    ]
     for mapping, keys in places:
         for key in keys if isinstance(mapping, dict) else ():
             if key in mapping:

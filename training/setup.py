@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -18,6 +19,7 @@ import torch
 from genkit.components import ModelInfo, load_components, weight_hashes
 from genkit.components.compose import compose_model
 from genkit.device import compute_dtype, pick_device
+from genkit.doctor import check_data
 from genkit.durable import disk, json_line, lock_folder, write_whole
 from genkit.errors import InputError, shown
 from genkit.files import place, read_json
@@ -78,6 +80,8 @@ class Setup:
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
             components = load_components(info, device=accelerator.device, dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
+            if accelerator.is_main_process:
+                check_data(recipe, examples, held, info, out, lambda text: _say(text, quiet), quiet=quiet)
             pictures = _pictures(recipe, examples, task)
             validation = _pictures(recipe, held, task) if held else None
             state = State(task.networks, recipe.train)
@@ -112,8 +116,7 @@ class Setup:
 
     def say(self, text: str) -> None:
         """Print one line to standard error, of the main process alone."""
-        if not self.bar.quiet:
-            print(printable(text), file=sys.stderr, flush=True)
+        _say(text, self.bar.quiet)
 
     def feed(self, start: int) -> Iterator[tuple[Tensors, list[str]]]:
         """Yield the tensors and the names of each micro-step's pictures from `start` on, DreamBooth's prior beside."""
@@ -213,11 +216,12 @@ class Setup:
         return {"step": ranked[0], **self.state.scores[ranked[0]]} if ranked else {}
 
 
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(printable(text), file=sys.stderr, flush=True)
+
+
 def _pictures(recipe: Recipe, examples: list[Example], task: Any) -> Pictures:
-    missing = [e.key for e in examples if not e.caption]
-    told = recipe.task not in ("unconditional", "autoencoder")
-    if missing and told and recipe.data.missing_captions == "error":
-        raise InputError(f"data: {len(missing)} of {len(examples)} pictures have no caption: {shown(missing[0])}, …")
     return Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
 
 
@@ -257,7 +261,7 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
 
 _HELD: set[int] = set()  # handles of locks
 # Processes that read pictures are copies of this one: when it is killed, they must not hold its folder for it.
-os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _HELD])
+os.register_at_fork(after_in_child=lambda: collections.deque(map(os.close, _HELD), maxlen=0))
 
 
 @contextlib.contextmanager
