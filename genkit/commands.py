@@ -10,7 +10,24 @@ from typing import Annotated
 import typer
 
 from genkit.cli import AsJson, Device, app
-from genkit.errors import EXIT_OK
+from genkit.errors import EXIT_INPUT, EXIT_OK
+
+
+@app.command()
+def doctor(
+    data: Annotated[str | None, typer.Argument(help="A folder, .tar or .parquet; default: the recipe's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="What it is to train: checks sizes, tokens, memory too.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a page with thumbnails here.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what is wrong with a data set: captions, bad, small and double pictures; exits 2 for what stops training."""
+    from genkit.doctor import diagnose, write_page
+
+    report = diagnose(data, recipe, quiet=as_json)
+    if out is not None:
+        write_page(report, out)
+    print(json.dumps(report.plain(), ensure_ascii=False) if as_json else "\n".join(report.lines()))
+    return EXIT_INPUT if report.errors else EXIT_OK
 
 
 @app.command()

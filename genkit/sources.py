@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import tarfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,10 @@ class Example:
         """Return the bytes of the picture. Raises InputError when they cannot be read."""
         path, offset, length = self.place
         if offset < 0:
-            return _parquet_bytes(path)[length]
+            cell = _parquet_bytes(path)[length]
+            if not isinstance(cell, bytes):  # null, or only the path of a picture that is elsewhere
+                raise InputError(f"{self.key}: column image: holds no picture")
+            return cell
         try:
             with open(path, "rb") as file:
                 file.seek(offset)
@@ -242,14 +246,16 @@ def _parquet_table(path: Path) -> Any:
         raise InputError(f"{place(path)}: is no Parquet file: {shown(str(error), 100)}") from None
 
 
-_OPEN: dict[str, list[bytes]] = {}  # of this process: a Parquet file has no offsets to read a row by
+_OPEN: dict[str, list[Any]] = {}  # of this process: a Parquet file has no offsets to read a row by
+_OPENING = threading.Lock()
 
 
-def _parquet_bytes(path: str) -> list[bytes]:
-    if path not in _OPEN:
-        cells = _parquet_table(Path(path)).column("image").to_pylist()
-        _OPEN[path] = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
-    return _OPEN[path]
+def _parquet_bytes(path: str) -> list[Any]:
+    with _OPENING:
+        if path not in _OPEN:
+            cells = _parquet_table(Path(path)).column("image").to_pylist()
+            _OPEN[path] = [cell.get("bytes") if isinstance(cell, dict) else cell for cell in cells]
+        return _OPEN[path]
 
 
 def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Example]]:

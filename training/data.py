@@ -112,11 +112,11 @@ class Pictures:
             colour = lot.choice(list(HUES))
             turned = turn_hue(picture, HUES[colour])
             if turned is not None:
-                picture, caption = turned, _filled(wanted.caption, {"caption": caption, "colour": colour})
+                picture, caption = turned, filled(wanted.caption, {"caption": caption, "colour": colour})
         caption = self._caption(example, caption, lot)
         said, picture = self._on_background(picture, lot)
         if said:
-            caption = _filled(data.background.caption, {"caption": caption, "background": said})
+            caption = filled(data.background.caption, {"caption": caption, "background": said})
         pixels, sizes = self._fitted(picture, self._shape[index], lot)
         return pixels, caption, sizes, self.dropped(index, epoch)
 
@@ -128,7 +128,7 @@ class Pictures:
     def _caption(self, example: Example, caption: str, lot: random.Random) -> str:
         values = {**example.fields, "caption": caption}
         templates = [t for t in self.data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
-        text = _filled(
+        text = filled(
             lot.choice(templates), {k: lot.choice(v) if isinstance(v, list) and v else v for k, v in values.items()}
         )
         if not self.data.caption_shuffle:
@@ -203,7 +203,7 @@ def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:
     return turned
 
 
-def _filled(template: str, values: dict[str, Any]) -> str:
+def filled(template: str, values: dict[str, Any]) -> str:
     return FIELD.sub(lambda m: str(values.get(m[1], m[0])), template).strip()
 
 

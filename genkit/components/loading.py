@@ -59,7 +59,7 @@ def load_components(
 
     target, cpu = torch.device(device), torch.device("cpu")
     # All are checked before any is read.
-    networks = {name: _build(part) if part.files else _construct(part) for name, part in info.parts.items()}
+    networks = {name: _build(part) if part.files else construct(part) for name, part in info.parts.items()}
     for name, network in networks.items():
         if not info.parts[name].files:  # fresh weights, as its constructor draws them
             network.to(target).eval().requires_grad_(False)
@@ -78,8 +78,8 @@ def load_components(
     return Components(
         info=info,
         device=target,
-        tokenizer=_load_tokenizer(info.tokenizer, _text_config(info)),
-        tokenizer_2=_load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
+        tokenizer=load_tokenizer(info.tokenizer, text_config(info)),
+        tokenizer_2=load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
         scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None,
         **networks,
     )
@@ -90,13 +90,13 @@ def _build(part: Part) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        network = _construct(part)
+        network = construct(part)
     expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
     check_shapes(part.tensors, expected, place(part.folder / "config.json"), complete=True)
     return network
 
 
-def _construct(part: Part) -> Any:
+def construct(part: Part) -> Any:
     library = NETWORKS[part.kind].library
     cls = getattr(importlib.import_module(library), part.kind)  # both names are the registry's, not the folder's
     try:
@@ -174,12 +174,12 @@ def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dty
             raise InputError(f"{place(tensor.file)}: {tensor.key}: holds a NaN or an infinity as {kind}")
 
 
-def _text_config(info: ModelInfo) -> Mapping[str, Any]:
+def text_config(info: ModelInfo) -> Mapping[str, Any]:
     clip = info.configs.get("clip", {}).get("text_config", {})
     return info.configs.get("text_encoder", clip)
 
 
-def _load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
+def load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
     """Return the CLIPTokenizer, which cuts prompts to what the text encoder reads, whatever its own config says."""
     from transformers import CLIPTokenizer
 

@@ -1,0 +1,104 @@
+"""What training takes of a device's memory: a step of it is done on shapes alone, which takes no memory itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from genkit.components import Components, ModelInfo
+from genkit.components.footprint import vae_encode
+from genkit.components.loading import construct, load_tokenizer, text_config
+from genkit.schedulers import Scheduler
+from genkit.training.data import Batch
+from genkit.training.recipe import Recipe
+from genkit.training.tasks import make_task
+
+SHAPES = torch.device("meta")
+
+
+def task_on_shapes(recipe: Recipe, info: ModelInfo) -> Any:
+    """Return the Task of a recipe with networks that have shapes but no numbers. Raises InputError as `make_task`."""
+    with SHAPES:
+        networks = {name: construct(part).eval().requires_grad_(False) for name, part in info.parts.items()}
+    parts = Components(
+        info=info, device=SHAPES, tokenizer=load_tokenizer(info.tokenizer, text_config(info)),
+        tokenizer_2=load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
+        scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None, **networks,
+    )  # fmt: skip
+    task = make_task(recipe, parts, torch.float32)
+    task.everything = [*networks.values(), *task.networks.values()]
+    task.tokenizer = parts.tokenizer
+    for network in task.networks.values():
+        network.train()
+    return task
+
+
+def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int, int]) -> dict[str, int]:
+    """Return the bytes of training on pictures of `size` (width, height), by what takes them.
+
+    task: of `task_on_shapes`. weights: float32 where they learn, else of the recipe's precision. gradients, Adam (two
+    moments) and average (EMA): 4, 8 and 4 bytes for each weight that learns. activations: what the loss of a batch
+    keeps for its backward pass, halved for mixed precision, or encoding the pictures where that is more. Left out: what
+    libraries keep to themselves, and the one block at a time that gradient checkpointing computes again.
+    """
+    item = 4 if recipe.train.mixed_precision == "no" else 2
+    every = {id(p): p for network in task.everything for p in network.parameters()}
+    learns = sum(p.numel() for p in every.values() if p.requires_grad)
+    rest = sum(p.numel() for p in every.values()) - learns
+    activations = _kept(task, size, {p.untyped_storage()._cdata for p in every.values()}) * item // 4
+    vae = info.configs.get("vae")
+    if vae is not None and recipe.task != "autoencoder" and not recipe.data.cache:
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        activations = max(activations, item * vae_encode(vae, size[1] // scale, size[0] // scale))
+    return {
+        "weights": 4 * learns + item * rest, "gradients": 4 * learns, "Adam": 8 * learns,
+        "average": 4 * learns * bool(recipe.train.ema), "activations": activations * recipe.train.batch_size,
+    }  # fmt: skip
+
+
+def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:
+    """Return the bytes, in float32, that the loss of one picture keeps for its backward pass.
+
+    own: the storages of weights, which are there anyway.
+    """
+    storages: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage  # held, so that no other gets its address
+        return tensor
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=SHAPES)
+
+    pixels, sizes = zeros(1, 3, size[1], size[0]), zeros(1, 6, dtype=torch.long)
+    batch = Batch(pixels, [""], [""], sizes, torch.ones(1), torch.zeros(1, dtype=torch.bool))
+    tensors = task.encode(batch)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.enable_grad(), hooks, _FusedAttention():
+        loss = task.loss(tensors, None, zeros(1, dtype=torch.long))
+    total = sum(storage.nbytes() for storage in storages.values())
+    del loss  # the graph lived for as long as it did
+    return total
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention keeps what the fused kernels keep; on shapes alone it would keep every weight of every pair."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+            return _Attention.apply(named["query"], named["key"], named["value"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
