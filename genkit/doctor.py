@@ -122,7 +122,7 @@ def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False)
     from genkit.training.tasks import KINDS
 
     kind = KINDS.get(recipe.task, "text-to-image")
-    networks: dict[str, Any] = dict(recipe.networks)
+    networks: dict[str, Any] = {**recipe.networks}
     info = compose_model(kind, recipe.model, networks, recipe.scheduler)
     return examine(recipe.data, train, held, recipe, info, quiet=quiet)
 
