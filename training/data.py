@@ -102,18 +102,13 @@ class Pictures:
         example, data = self.examples[index], self.data
         variant = epoch % data.cache if data.cache else epoch
         lot = random.Random(fold(self.seed, "picture", variant, example.key))
-        picture, caption = example.read(), example.caption or ""
-        wanted = data.recolour
-        if (
-            wanted is not None
-            and lot.random() < wanted.share
-            and (not wanted.where or example.fields.get(wanted.where))
-        ):
+        picture, colour, wanted = example.read(), "", data.recolour
+        may = wanted is not None and (wanted.where is None or bool(example.fields.get(wanted.where)))
+        if wanted is not None and may and lot.random() < wanted.share:
             colour = lot.choice(list(HUES))
             turned = turn_hue(picture, HUES[colour])
-            if turned is not None:
-                picture, caption = turned, filled(wanted.caption, {"caption": caption, "colour": colour})
-        caption = self._caption(example, caption, lot)
+            picture, colour = (picture, "") if turned is None else (turned, colour)
+        caption = self._caption(example, colour, lot)
         said, picture = self._on_background(picture, lot)
         if said:
             caption = filled(data.background.caption, {"caption": caption, "background": said})
@@ -125,11 +120,16 @@ class Pictures:
         lot = random.Random(fold(self.seed, "drop", epoch, self.examples[index].key))
         return lot.random() < self.data.caption_dropout
 
-    def _caption(self, example: Example, caption: str, lot: random.Random) -> str:
-        values = {**example.fields, "caption": caption}
+    def _caption(self, example: Example, colour: str, lot: random.Random) -> str:
+        values = {**example.fields, "caption": example.caption or ""}
         templates = [t for t in self.data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
+        template = lot.choice(templates)
         chosen = {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
-        text = filled(lot.choice(templates), chosen)
+        names = FIELD.findall(template)
+        if colour and self.data.recolour is not None and names:  # of the thing, however this template names it
+            thing = "caption" if "caption" in names else names[-1]
+            chosen[thing] = filled(self.data.recolour.caption, {"caption": chosen[thing], "colour": colour})
+        text = filled(template, chosen)
         if not self.data.caption_shuffle:
             return text
         parts = [part.strip() for part in text.split(",")]
@@ -150,9 +150,8 @@ class Pictures:
             try:
                 colour = ImageColor.getrgb(BACKGROUNDS.get(name, name))[:3]
             except ValueError:
-                raise InputError(
-                    f"data.background.colour: {shown(name)}{nearest(name, BACKGROUNDS)} is no colour"
-                ) from None
+                hint = nearest(name, BACKGROUNDS)
+                raise InputError(f"data.background.colour: {shown(name)} is no colour{hint}") from None
         scale = lot.uniform(self.data.zoom, 1.0)
         if picture.mode != "RGBA" and self.data.zoom == 1:
             return said, picture
