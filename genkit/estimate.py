@@ -60,7 +60,8 @@ def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int,
 
 
 def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:
-    """Return the bytes, in float32, that the loss of one picture keeps for its backward pass.
+    """Return the bytes, in float32, that the loss of one picture keeps for its backward pass: half those of two, since
+    norms refuse one number alone.
 
     own: the storages of weights, which are there anyway.
     """
@@ -75,15 +76,15 @@ def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=SHAPES)
 
-    pixels, sizes = zeros(1, 3, size[1], size[0]), zeros(1, 6, dtype=torch.long)
-    batch = Batch(pixels, [""], [""], sizes, torch.ones(1), torch.zeros(1, dtype=torch.bool))
+    pixels, sizes = zeros(2, 3, size[1], size[0]), zeros(2, 6, dtype=torch.long)
+    batch = Batch(pixels, [""] * 2, [""] * 2, sizes, torch.ones(2), torch.zeros(2, dtype=torch.bool))
     tensors = task.encode(batch)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with torch.enable_grad(), hooks, _FusedAttention():
-        loss = task.loss(tensors, None, zeros(1, dtype=torch.long))
+        loss = task.loss(tensors, None, zeros(2, dtype=torch.long))
     total = sum(storage.nbytes() for storage in storages.values())
     del loss  # the graph lived for as long as it did
-    return total
+    return total // 2
 
 
 class _FusedAttention(TorchFunctionMode):

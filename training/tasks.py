@@ -286,6 +286,8 @@ def _words(recipe: Recipe, parts: Components) -> Networks:
     if not start:
         raise InputError(f"token.initializer: {shown(token.initializer)} has no tokens")
     names = token.names
+    if len(tokenizer(token.placeholder, add_special_tokens=False).input_ids) == 1:
+        raise InputError(f"token.placeholder: {shown(token.placeholder)} is a word of the model already; take <…>")
     if tokenizer.add_tokens(names) != len(names):
         raise InputError(f"token.placeholder: {shown(token.placeholder)} is a token of the model already")
     table = encoder.get_input_embeddings()
