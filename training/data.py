@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -219,13 +219,13 @@ def _shapes(resolution: tuple[int, int], step: int) -> list[tuple[int, int]]:
 def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
     """Return the batches of an epoch: each picture `repeat` times, a batch of one bucket, its last one short."""
     lot = random.Random(fold(source.seed, "order", epoch))
-    batches = []
+    found = []
     for shape in sorted(source.buckets):
         members = source.buckets[shape] * source.data.repeat
         lot.shuffle(members)
-        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-    lot.shuffle(batches)
-    return batches
+        found += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
+    lot.shuffle(found)
+    return found
 
 
 class Feed:
@@ -240,28 +240,35 @@ class Feed:
 
     def places(self, start: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (epoch, indices) of this process's micro-steps from `start` on."""
-        epoch, batches = -1, []
+        epoch, own = -1, []
         number = start * self.world + self.rank
         while True:
             if number // self.steps != epoch:
                 epoch = number // self.steps
-                batches = order(self.source, self.batch_size, epoch)
-            yield epoch, batches[number % self.steps]
+                own = order(self.source, self.batch_size, epoch)
+            yield epoch, own[number % self.steps]
             number += self.world
 
     def from_micro_step(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Yield (epoch, batch) from a micro-step on. Raises InputError for a picture that cannot be read."""
-        if not self.workers:
-            for epoch, indices in self.places(start):
-                yield epoch, self.source.batch(indices, epoch)
-        loader = torch.utils.data.DataLoader(
-            _Fetch(self.source), batch_size=None, sampler=_Endless(self, start), num_workers=self.workers,
-            prefetch_factor=4, pin_memory=self.pin, collate_fn=_same,
-        )  # fmt: skip
-        for epoch, batch in loader:
-            if isinstance(batch, str):
-                raise InputError(batch)
-            yield epoch, Batch(**batch)
+        return batches(self.source, self.places(start), self.workers, self.pin)
+
+
+def batches(
+    source: Source, places: Iterable[tuple[int, list[int]]], workers: int = 0, pin: bool = False
+) -> Iterator[tuple[int, Batch]]:
+    """Yield (epoch, batch) for each of `places`, (epoch, indices), in their order, read ahead by so many processes."""
+    if not workers:
+        yield from ((epoch, source.batch(indices, epoch)) for epoch, indices in places)
+        return
+    loader = torch.utils.data.DataLoader(
+        _Fetch(source), batch_size=None, sampler=_Places(places), num_workers=workers,
+        prefetch_factor=4, pin_memory=pin, collate_fn=_same,
+    )  # fmt: skip
+    for epoch, batch in loader:
+        if isinstance(batch, str):
+            raise InputError(batch)
+        yield epoch, Batch(**batch)
 
 
 class _Fetch(torch.utils.data.Dataset[Any]):
@@ -275,12 +282,12 @@ class _Fetch(torch.utils.data.Dataset[Any]):
             return place[0], str(error)
 
 
-class _Endless(torch.utils.data.Sampler[Any]):
-    def __init__(self, feed: Feed, start: int) -> None:
-        self.feed, self.start = feed, start
+class _Places(torch.utils.data.Sampler[Any]):
+    def __init__(self, places: Iterable[tuple[int, list[int]]]) -> None:
+        self.places = places
 
     def __iter__(self) -> Iterator[Any]:
-        return self.feed.places(self.start)
+        return iter(self.places)
 
 
 def _same(value: Any) -> Any:
