@@ -122,15 +122,15 @@ def _whole(path: Path) -> bool:
 def _sum(tensors: Mapping[str, torch.Tensor]) -> int:
     found = 0
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
+        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
     return found
 
 
 def _digests(pictures: Pictures, path: Path) -> list[str]:
     """Return the SHA-256 of each picture; of files that are as they were, as it was written down. Raises OSError."""
     try:
-        known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        known = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
         known = {}
     states: dict[str, list[int]] = {}
     names = []

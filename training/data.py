@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -122,14 +122,9 @@ class Pictures:
 
     def _caption(self, example: Example, colour: str, lot: random.Random) -> str:
         values = {**example.fields, "caption": example.caption or ""}
-        templates = [t for t in self.data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
-        template = lot.choice(templates)
+        template = lot.choice(usable(self.data, values))
         chosen = {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
-        names = FIELD.findall(template)
-        if colour and self.data.recolour is not None and names:  # of the thing, however this template names it
-            thing = "caption" if "caption" in names else names[-1]
-            chosen[thing] = filled(self.data.recolour.caption, {"caption": chosen[thing], "colour": colour})
-        text = filled(template, chosen)
+        text = worded(self.data, template, chosen, colour)
         if not self.data.caption_shuffle:
             return text
         parts = [part.strip() for part in text.split(",")]
@@ -201,7 +196,21 @@ def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:
     return turned
 
 
-def filled(template: str, values: dict[str, Any]) -> str:
+def usable(data: Data, values: Mapping[str, Any]) -> list[str]:
+    """Return the templates of a recipe of which a picture has every field."""
+    return [t for t in data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
+
+
+def worded(data: Data, template: str, values: Mapping[str, Any], colour: str) -> str:
+    """Return a caption; `colour`, where there is one, is said of the thing, however this template names it."""
+    names = FIELD.findall(template)
+    if colour and data.recolour is not None and names:
+        thing = "caption" if "caption" in names else names[-1]
+        values = {**values, thing: filled(data.recolour.caption, {"caption": values[thing], "colour": colour})}
+    return filled(template, values)
+
+
+def filled(template: str, values: Mapping[str, Any]) -> str:
     return FIELD.sub(lambda m: str(values.get(m[1], m[0])), template).strip()
 
 
