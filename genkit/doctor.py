@@ -267,16 +267,15 @@ def _tokens(case: Case) -> tuple[int, dict[int, int]]:
     """Return how many tokens are read, and how many each picture's longest caption has, begin and end counted."""
     if case.task is None or case.task.tokenizer is None:
         return 0, {}
-    from genkit.training.data import BACKGROUNDS, HUES, filled
+    from genkit.training.data import BACKGROUNDS, HUES, filled, usable, worded
 
     tokenizer, expanded = case.task.tokenizer, getattr(case.task, "expanded", str)
     data, counts = case.data, {}
+    colour = max(HUES, key=len) if data.recolour is not None and data.recolour.share else ""
     for i, example in enumerate(case.pictures):
-        fields = {k: max(map(str, v), key=len) if isinstance(v, list) and v else v for k, v in example.fields.items()}
-        caption = example.caption or ""
-        if data.recolour is not None and data.recolour.share:
-            caption = filled(data.recolour.caption, {"caption": caption, "colour": max(HUES, key=len)})
-        texts = {filled(template, {**fields, "caption": caption}) for template in data.captions}
+        values = {**example.fields, "caption": example.caption or ""}
+        longest = {k: max(map(str, v), key=len) if isinstance(v, list) and v else v for k, v in values.items()}
+        texts = {worded(data, template, longest, colour) for template in usable(data, values)}
         if data.background.share:
             ground = max(BACKGROUNDS, key=len)
             texts = {filled(data.background.caption, {"caption": t, "background": ground}) for t in texts}

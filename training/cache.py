@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+import os
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +18,12 @@ import torch
 
 from genkit.durable import disk, write_whole
 from genkit.progress import Steps
-from genkit.training.data import Batch, Pictures
+from genkit.training.data import Batch, Pictures, batches
+from genkit.training.state import fold
 
-SHARD = 256  # pictures
+SHARD, TOGETHER = 256, 32  # pictures of a shard, about, and of a pass through the networks
+# What of a recipe's `data` the tensors depend on, besides the pictures, their captions and their sizes.
+SETTINGS = {"captions", "caption_shuffle", "crop", "flip", "zoom", "background", "recolour"}
 
 
 class Cached:
@@ -42,54 +51,96 @@ class Cached:
         return {name: tensor[row] for name, tensor in self._files[path].items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    path: Path
+    members: list[int]
+    variant: int
+
+
 def encoded(
     pictures: Pictures, encode: Callable[[Batch], dict[str, torch.Tensor]], folder: Path, fingerprint: Any, quiet: bool
 ) -> Cached:
-    """Return `pictures` with what `encode` makes of them kept in `folder`; only what is not there yet is computed.
+    """Return `pictures` with what `encode` makes of them kept in `folder`; what is not there, or damaged, is computed.
 
     fingerprint: what else the tensors depend on, as JSON. Raises HostError when the disk does not do.
     """
-    settings = pictures.data.model_dump(exclude={"path", "validation", "workers", "cache_folder", "repeat", "limit"})
-    base = json.dumps([fingerprint, settings, pictures.seed, pictures.resolution], sort_keys=True)
-    digests = [example.digest() for example in pictures.examples]
-    rows: dict[tuple[int, int], tuple[Path, int]] = {}
-    missing = []
-    for variant in range(pictures.data.cache):
-        for shape, members in sorted(pictures.buckets.items()):
-            for at in range(0, len(members), SHARD):
-                part = members[at : at + SHARD]
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        digests = _digests(pictures, folder / "digests.json")
+    settings = json.loads(pictures.data.model_dump_json(include=SETTINGS))
+    base = json.dumps([fingerprint, settings, pictures.seed], sort_keys=True)
+    plan = []
+    for shape, members in sorted(pictures.buckets.items()):
+        parts: dict[int, list[int]] = defaultdict(list)
+        count = 2 ** max(0, math.ceil(math.log2(len(members) / SHARD)))
+        for index in members:  # by name: a picture more, or less, changes the shard that it is in, and no other
+            parts[fold("shard", pictures.examples[index].key) % count].append(index)
+        for variant in range(pictures.data.cache):
+            for part in parts.values():
                 told = [(e.key, e.caption, e.fields, digests[i]) for i in part for e in (pictures.examples[i],)]
                 name = hashlib.sha256(json.dumps([base, variant, shape, told], default=str).encode()).hexdigest()
-                path = folder / name[:2] / f"{name}.safetensors"
-                rows |= {(index, variant): (path, row) for row, index in enumerate(part)}
-                if not _whole(path):
-                    missing.append((path, part, variant))
-    count = sum(len(part) for _, part, _ in missing)
-    with Steps(quiet=quiet) as say:
-        done = 0
-        for path, part, variant in missing:
-            _keep(path, pictures, part, variant, encode)
-            done += len(part)
-            say(done, count, f"encoded {done} of {count} pictures")
-    return Cached(pictures, rows)
+                plan.append(_Shard(folder / name[:2] / f"{name}.safetensors", part, variant))
+    _fill([shard for shard in plan if not _whole(shard.path)], pictures, encode, quiet)
+    return Cached(pictures, {(i, s.variant): (s.path, row) for s in plan for row, i in enumerate(s.members)})
 
 
-def _keep(path: Path, pictures: Pictures, part: list[int], variant: int, encode: Callable[[Batch], Any]) -> None:
+def _fill(missing: list[_Shard], pictures: Pictures, encode: Callable[[Batch], Any], quiet: bool) -> None:
+    """Compute and write shards, one after the other: an interruption loses one of them."""
     from safetensors.torch import save
 
-    found = [encode(pictures.batch(part[i : i + 16], variant)) for i in range(0, len(part), 16)]
-    joined = {name: torch.cat([told[name] for told in found]).cpu().contiguous() for name in found[0]}
-    with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save(joined))
+    total, done, began = sum(len(shard.members) for shard in missing), 0, time.monotonic()
+    places = [(s.variant, s.members[i : i + TOGETHER]) for s in missing for i in range(0, len(s.members), TOGETHER)]
+    feed = batches(pictures, places, pictures.data.workers)
+    with Steps(quiet=quiet) as say:
+        for shard in missing:
+            found = []
+            for _ in range(0, len(shard.members), TOGETHER):
+                _, batch = next(feed)
+                found.append({name: tensor.cpu() for name, tensor in encode(batch).items()})
+                done += len(batch.keys)
+                rate = done / (time.monotonic() - began)
+                say(done, total, f"encoded {done} of {total} pictures, {rate:.1f} a second")
+            kept = {name: torch.cat([told[name] for told in found]).contiguous() for name in found[0]}
+            with disk(shard.path):
+                shard.path.parent.mkdir(exist_ok=True)
+                write_whole(shard.path, save(kept, {"crc32": str(_sum(kept))}))
 
 
 def _whole(path: Path) -> bool:
-    """Return whether a shard is there and as long as its header says; it was renamed into place when it was whole."""
+    """Return whether a shard is there and holds what was written, bit for bit."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt"):
-            return True
+        with safe_open(path, framework="pt") as file:
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            return (file.metadata() or {}).get("crc32") == str(_sum(kept))
     except (OSError, SafetensorError):
         return False
+
+
+def _sum(tensors: Mapping[str, torch.Tensor]) -> int:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
+    return found
+
+
+def _digests(pictures: Pictures, path: Path) -> list[str]:
+    """Return the SHA-256 of each picture; of files that are as they were, as it was written down. Raises OSError."""
+    try:
+        known = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    states: dict[str, list[int]] = {}
+    names = []
+    for example in pictures.examples:
+        file = example.place[0]
+        if file not in states:
+            status = os.stat(file)
+            states[file] = [status.st_size, status.st_mtime_ns]
+        names.append(json.dumps([os.path.abspath(file), *example.place[1:], *states[file]]))
+    found = {name: known.get(name) or e.digest() for name, e in zip(names, pictures.examples, strict=True)}
+    if found.keys() - known.keys():
+        write_whole(path, json.dumps({**known, **found}).encode())
+    return [found[name] for name in names]

@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -122,14 +122,9 @@ class Pictures:
 
     def _caption(self, example: Example, colour: str, lot: random.Random) -> str:
         values = {**example.fields, "caption": example.caption or ""}
-        templates = [t for t in self.data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
-        template = lot.choice(templates)
+        template = lot.choice(usable(self.data, values))
         chosen = {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
-        names = FIELD.findall(template)
-        if colour and self.data.recolour is not None and names:  # of the thing, however this template names it
-            thing = "caption" if "caption" in names else names[-1]
-            chosen[thing] = filled(self.data.recolour.caption, {"caption": chosen[thing], "colour": colour})
-        text = filled(template, chosen)
+        text = worded(self.data, template, chosen, colour)
         if not self.data.caption_shuffle:
             return text
         parts = [part.strip() for part in text.split(",")]
@@ -201,7 +196,21 @@ def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:
     return turned
 
 
-def filled(template: str, values: dict[str, Any]) -> str:
+def usable(data: Data, values: Mapping[str, Any]) -> list[str]:
+    """Return the templates of a recipe of which a picture has every field."""
+    return [t for t in data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
+
+
+def worded(data: Data, template: str, values: Mapping[str, Any], colour: str) -> str:
+    """Return a caption; `colour`, where there is one, is said of the thing, however this template names it."""
+    names = FIELD.findall(template)
+    if colour and data.recolour is not None and names:
+        thing = "caption" if "caption" in names else names[-1]
+        values = {**values, thing: filled(data.recolour.caption, {"caption": values[thing], "colour": colour})}
+    return filled(template, values)
+
+
+def filled(template: str, values: Mapping[str, Any]) -> str:
     return FIELD.sub(lambda m: str(values.get(m[1], m[0])), template).strip()
 
 
@@ -219,13 +228,13 @@ def _shapes(resolution: tuple[int, int], step: int) -> list[tuple[int, int]]:
 def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
     """Return the batches of an epoch: each picture `repeat` times, a batch of one bucket, its last one short."""
     lot = random.Random(fold(source.seed, "order", epoch))
-    batches = []
+    found = []
     for shape in sorted(source.buckets):
         members = source.buckets[shape] * source.data.repeat
         lot.shuffle(members)
-        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-    lot.shuffle(batches)
-    return batches
+        found += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
+    lot.shuffle(found)
+    return found
 
 
 class Feed:
@@ -240,28 +249,35 @@ class Feed:
 
     def places(self, start: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (epoch, indices) of this process's micro-steps from `start` on."""
-        epoch, batches = -1, []
+        epoch, own = -1, []
         number = start * self.world + self.rank
         while True:
             if number // self.steps != epoch:
                 epoch = number // self.steps
-                batches = order(self.source, self.batch_size, epoch)
-            yield epoch, batches[number % self.steps]
+                own = order(self.source, self.batch_size, epoch)
+            yield epoch, own[number % self.steps]
             number += self.world
 
     def from_micro_step(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Yield (epoch, batch) from a micro-step on. Raises InputError for a picture that cannot be read."""
-        if not self.workers:
-            for epoch, indices in self.places(start):
-                yield epoch, self.source.batch(indices, epoch)
-        loader = torch.utils.data.DataLoader(
-            _Fetch(self.source), batch_size=None, sampler=_Endless(self, start), num_workers=self.workers,
-            prefetch_factor=4, pin_memory=self.pin, collate_fn=_same,
-        )  # fmt: skip
-        for epoch, batch in loader:
-            if isinstance(batch, str):
-                raise InputError(batch)
-            yield epoch, Batch(**batch)
+        return batches(self.source, self.places(start), self.workers, self.pin)
+
+
+def batches(
+    source: Source, places: Iterable[tuple[int, list[int]]], workers: int = 0, pin: bool = False
+) -> Iterator[tuple[int, Batch]]:
+    """Yield (epoch, batch) for each of `places`, (epoch, indices), in their order, read ahead by so many processes."""
+    if not workers:
+        yield from ((epoch, source.batch(indices, epoch)) for epoch, indices in places)
+        return
+    loader = torch.utils.data.DataLoader(
+        _Fetch(source), batch_size=None, sampler=_Places(places), num_workers=workers,
+        prefetch_factor=4, pin_memory=pin, collate_fn=_same,
+    )  # fmt: skip
+    for epoch, batch in loader:
+        if isinstance(batch, str):
+            raise InputError(batch)
+        yield epoch, Batch(**batch)
 
 
 class _Fetch(torch.utils.data.Dataset[Any]):
@@ -275,12 +291,12 @@ class _Fetch(torch.utils.data.Dataset[Any]):
             return place[0], str(error)
 
 
-class _Endless(torch.utils.data.Sampler[Any]):
-    def __init__(self, feed: Feed, start: int) -> None:
-        self.feed, self.start = feed, start
+class _Places(torch.utils.data.Sampler[Any]):
+    def __init__(self, places: Iterable[tuple[int, list[int]]]) -> None:
+        self.places = places
 
     def __iter__(self) -> Iterator[Any]:
-        return self.feed.places(self.start)
+        return iter(self.places)
 
 
 def _same(value: Any) -> Any:

@@ -76,12 +76,13 @@ class Setup:
                 mixed_precision=recipe.train.mixed_precision, cpu=target.type == "cpu",
                 log_with="tensorboard" if recipe.save.tensorboard else None, project_dir=out,
             )  # fmt: skip
+            _free_or_own(out)
+            if accelerator.is_main_process:
+                check_data(recipe, examples, held, info, out, lambda text: _say(text, quiet), quiet=quiet)
             _same_run(out, recipe, info, examples, accelerator.num_processes)
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
             components = load_components(info, device=accelerator.device, dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
-            if accelerator.is_main_process:
-                check_data(recipe, examples, held, info, out, lambda text: _say(text, quiet), quiet=quiet)
             pictures = _pictures(recipe, examples, task)
             validation = _pictures(recipe, held, task) if held else None
             state = State(task.networks, recipe.train)
@@ -251,6 +252,7 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
         fingerprint = [
             weight_hashes(dataclasses.replace(info, parts=frozen)),
             recipe.token and recipe.token.placeholder,
+            recipe.train.mixed_precision,
         ]
         folder = out / "cache" if recipe.data.cache_folder is None else Path(recipe.data.cache_folder)
         with accelerator.main_process_first():
@@ -279,6 +281,12 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _free_or_own(out: Path) -> None:
+    others = ("model_index.json", "checkpoints", "results.jsonl")
+    if not (out / "run.json").exists() and any((out / name).exists() for name in others):
+        raise InputError(f"{place(out)}: holds something else than a training run: take another folder")
+
+
 def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example], processes: int) -> None:
     """Write run.json, or compare with what is there: another recipe or other data would not be the same training."""
     data = hashlib.sha256()
@@ -298,8 +306,6 @@ def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example
                 f"{place(path)}: {key}: was {shown(old)}, is now {shown(new)}: take another folder, or change it back"
             )
         return
-    if any((out / name).exists() for name in ("model_index.json", "checkpoints", "results.jsonl")):
-        raise InputError(f"{place(out)}: holds something else than a training run: take another folder")
     with disk(path):
         write_whole(path, json_line(now).encode())
 
