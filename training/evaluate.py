@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ _MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def overfit_since(scores: dict[int, dict[str, Any]]) -> int | None:
+def overfit_since(scores: Mapping[int, Mapping[str, Any]]) -> int | None:
     """Return the step of the least validation loss where two later ones lie above its interval, else None."""
     losses = {step: s["loss"] for step, s in sorted(scores.items()) if s.get("loss") is not None}
     if not losses:

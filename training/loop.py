@@ -15,6 +15,7 @@ import torch
 
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM
 from genkit.training.checkpoint import open_log
+from genkit.training.evaluate import overfit_since
 from genkit.training.recipe import Recipe
 from genkit.training.setup import Setup
 from genkit.training.state import learning_rate
@@ -28,13 +29,14 @@ class Diverged(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How training ended: exit code, why, the step, the scores of the best checkpoint, images a second."""
+    """How training ended: exit code, why, the step, best evaluation, pictures a second, the step it overfits from."""
 
     exit_code: int
     reason: str
     step: int
     scores: dict[str, Any]
     rate: float
+    overfit: int | None
 
 
 def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False) -> Outcome:
@@ -70,19 +72,19 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                 state.seconds = time.monotonic() - began
                 pending.append((state.step, torch.stack(losses).mean(), rate, norm, keys))
                 ended = _ended(s, stop)
-                save = ended or state.step % recipe.save.every == 0 or state.step == plan.steps
-                look = s.looks(state.step) or (state.step == plan.steps and not stop)
-                if save or look or len(pending) >= (LOOK_BACK if s.device.type == "cuda" else 1):
+                save, look = state.step % recipe.save.every == 0, s.looks(state.step) and not stop
+                if save or look or ended or len(pending) >= (LOOK_BACK if s.device.type == "cuda" else 1):
                     _say(s, pending, log, bar)
                 if look:
-                    state.scores[state.step] = s.evaluate()
-                    ended = ended or s.enough()
-                if save and s.accelerator.is_main_process:
+                    s.evaluate()
+                    ended, save = ended or s.enough(), save or s.is_best()
+                if (save or ended or state.step == plan.steps) and s.accelerator.is_main_process:
                     s.checkpoints.write(state, s.scaler_state())
+        step, code = state.step, stop[0] if stop else EXIT_OK
+        rate = s.rate(step - first)
         if not stop:
             s.finish()
-        code = stop[0] if stop else EXIT_OK
-        return Outcome(code, ended or "all steps are done", state.step, s.best(), s.rate(state.step - first))
+        return Outcome(code, ended or "all steps are done", step, s.best(), rate, overfit_since(state.scores))
 
 
 def _say(s: Setup, pending: list[Any], log: Any, bar: Any) -> None:

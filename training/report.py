@@ -1,9 +1,25 @@
-"""What a training run looks like: a line at its end, and index.html with losses and samples."""
+"""What a training run looks like: a line at its end, and index.html with losses, scores and samples."""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from genkit.durable import disk, write_whole
+from genkit.training.checkpoint import read_log
+from genkit.training.evaluate import overfit_since
+
+WIDTH, HEIGHT, POINTS = 760, 220, 400  # of a curve: pixels, and points at most
+POLICY = "default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'"
+STYLE = (
+    ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:1060px;margin:24px auto;"
+    "padding:0 16px}img,svg{max-width:100%;border-radius:8px}table{border-collapse:collapse;overflow-x:auto;"
+    "display:block;font-variant-numeric:tabular-nums}td,th{padding:4px 14px 4px 0;text-align:right}"
+    "polyline{fill:none;stroke:#3d5afe;stroke-width:1.5}circle{fill:#d1495b}text{font-size:12px;fill:currentColor}"
+    "figure{margin:18px 0}figcaption{color:#808080;overflow-wrap:anywhere}.best{font-weight:700}"
+)
 
 
 def described(outcome: Any, folder: Path) -> str:
@@ -11,5 +27,64 @@ def described(outcome: Any, folder: Path) -> str:
     lines = [f"step {outcome.step}: {outcome.reason}; {outcome.rate:.1f} images/s"]
     figures = [f"{k} {v:.4g}" for k, v in outcome.scores.items() if isinstance(v, float)]
     lines += [f"best: step {outcome.scores['step']}: {', '.join(figures)}"] if figures else []
+    lines += [f"overfit since step {outcome.overfit}"] if outcome.overfit is not None else []
     lines += [f"the same command goes on from step {outcome.step}"] if outcome.exit_code else [f"model in {folder}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"losses and samples: {folder / 'index.html'}"])
+
+
+def write_page(
+    out: Path, title: str, scores: Mapping[int, Mapping[str, Any]], prompts: Sequence[str], best: int
+) -> None:
+    """Write index.html of a training run: no script, and every text escaped. Raises HostError."""
+    steps = sorted(scores)
+    figures = {name for found in scores.values() for name, value in found.items() if isinstance(value, int | float)}
+    names = sorted(figures, key=lambda name: (name != "loss", name))
+    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("step", *names))
+    rows = "".join(
+        f"<tr{' class=best' if step == best else ''}><td>{step}</td>"
+        + "".join(f"<td>{_number(scores[step].get(n))}</td>" for n in names) + "</tr>"
+        for step in steps
+    )  # fmt: skip
+    losses = [(line["step"], line["loss"]) for line in read_log(out / "log.jsonl")]
+    held = [(step, scores[step]["loss"]) for step in steps if scores[step].get("loss") is not None]
+    since = overfit_since(scores)
+    warning = "" if since is None else f"<p>Overfit since step {since}: the loss on held-out pictures rises.</p>"
+    told = " · ".join(prompts)
+    sheets = "".join(
+        f'<figure><img src="samples/{path.name}" alt="samples" loading="lazy"><figcaption>step {int(path.stem)}: '
+        f"{html.escape(told)}</figcaption></figure>"
+        for path in sorted((out / "samples").glob("*.png"), reverse=True)
+    )
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{warning}"
+        f"{curve(losses, held)}<table><tr>{head}</tr>{rows}</table>{sheets}</html>\n"
+    )
+    with disk(out):
+        write_whole(out / "index.html", page.encode("utf-8", "backslashreplace"))
+
+
+def curve(losses: Sequence[tuple[int, float]], held: Sequence[tuple[int, float]]) -> str:
+    """Return an SVG of the training loss, smoothed, and of the loss on held-out pictures as points."""
+    if len(losses) < 2:
+        return ""
+    every = max(1, len(losses) // POINTS)
+    parts = [losses[i : i + every] for i in range(0, len(losses), every)]
+    line = [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
+    values = [loss for _, loss in [*line, *held]]
+    low, high, last = min(values), max(values), max(step for step, _ in [*line, *held])
+
+    def at(step: int, loss: float) -> tuple[float, float]:
+        share = (loss - low) / (high - low or 1)
+        return 50 + (WIDTH - 60) * step / last, 10 + (HEIGHT - 40) * (1 - share)
+
+    drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line))
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in (at(*point) for point in held))
+    labels = f'<text x="0" y="20">{high:.3g}</text><text x="0" y="{HEIGHT - 30}">{low:.3g}</text>'
+    labels += f'<text x="50" y="{HEIGHT - 8}">loss by step, 0 to {last}; dots: held-out pictures</text>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"><polyline points="{drawn}"/>{dots}{labels}</svg>'
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"

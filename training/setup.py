@@ -31,6 +31,7 @@ from genkit.training.data import Feed, Pictures
 from genkit.training.evaluate import LOWER_IS_BETTER, Evaluation
 from genkit.training.output import write_model
 from genkit.training.recipe import Recipe
+from genkit.training.report import write_page
 from genkit.training.state import State, fold
 from genkit.training.tasks import KINDS, Tensors, make_task
 
@@ -109,6 +110,8 @@ class Setup:
             if self.accelerator.scaler is not None and manifest["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(manifest["scaler"])
             self.say(f"going on from step {self.state.step} of {self.recipe.train.steps}")
+        elif self.recipe.evaluate.every and self.recipe.model is not None:
+            self.evaluate()  # of what it starts from: the first row of the report
         self.began, self.first = time.monotonic(), self.state.step
 
     @property
@@ -163,10 +166,18 @@ class Setup:
         every = self.recipe.evaluate.every
         return step == self.recipe.train.steps or bool(every and step % every == 0)
 
-    def evaluate(self) -> dict[str, Any]:
-        """Return the metrics of the averaged weights."""
+    def evaluate(self) -> None:
+        """Measure the averaged weights, and show it in index.html."""
         with self.state.averaged():
-            return self.evaluation(self.state.step)
+            found = self.evaluation(self.state.step)
+        self.state.scores[self.state.step] = found
+        if self.accelerator.is_main_process:
+            best = self.ranked()[:1] or [self.state.step]
+            write_page(self.out, self.out.name, self.state.scores, self.recipe.evaluate.prompts, best[0])
+
+    def is_best(self) -> bool:
+        """Return whether this step's checkpoint is one to keep for its score."""
+        return bool(self.recipe.save.keep_best) and self.ranked()[:1] == [self.state.step]
 
     def enough(self) -> str:
         """Return why to stop early, or ""."""
@@ -184,19 +195,15 @@ class Setup:
         """Write the model: of the best checkpoint that is kept, or of the last step without one."""
         if not self.accelerator.is_main_process:
             return
+        self.say("writing the model")
         best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[:1]
         scores = dict(self.state.scores)
         if best and best[0] != self.state.step:
             self.checkpoints.restore(self.state, self.say, best[0])
             self.state.scores = scores
         with self.state.averaged():
-            write_model(
-                self.recipe,
-                self.info,
-                self.task,
-                self.out,
-                {"step": self.state.step, **scores.get(self.state.step, {})},
-            )
+            facts = {"step": self.state.step, **scores.get(self.state.step, {})}
+            write_model(self.recipe, self.info, self.task, self.out, facts)
 
     def report(self, bar: Steps, step: int, loss: float) -> None:
         """Say where it stands: loss, pictures a second, memory."""
