@@ -44,7 +44,7 @@ def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int,
     keeps for its backward pass, halved for mixed precision, or encoding the pictures where that is more. Left out: what
     libraries keep to themselves, and the one block at a time that gradient checkpointing computes again.
     """
-    item = 4 if recipe.train.mixed_precision == "no" else 2
+    item = 4 if recipe.train.mixed_precision == "fp32" else 2
     every = {id(p): p for network in task.everything for p in network.parameters()}
     learns = sum(p.numel() for p in every.values() if p.requires_grad)
     rest = sum(p.numel() for p in every.values()) - learns

@@ -208,8 +208,9 @@ def test_dreambooth_keeps_the_prior_in_every_batch(places: Path, tmp_path: Path)
 
 
 def test_autoencoder_learns_and_measures_its_scale(places: Path, tmp_path: Path) -> None:
-    networks = {"vae": {"block_out_channels": [16, 16], "latent_channels": 4, "norm_num_groups": 4, "sample_size": 16,
-                        "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}}  # fmt: skip
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"block_out_channels": [16, 16], "latent_channels": 4, "norm_num_groups": 4, "sample_size": 16}
+    networks = {"vae": {**blocks, **sizes}}
     outcome, scores = run(places, tmp_path, "autoencoder", networks=networks, train={"steps": 120})
     assert scores[-1]["psnr"] > scores[0]["psnr"] + 3
     from diffusers import AutoencoderKL

@@ -15,7 +15,7 @@ import torch
 
 from genkit.errors import InputError, nearest, shown
 from genkit.sources import Example
-from genkit.training.recipe import Data
+from genkit.training.recipe import Background, Data
 from genkit.training.state import fold
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Pictures:
     """
 
     def __init__(self, examples: Sequence[Example], data: Data, resolution: tuple[int, int], multiple: int, seed: int):
-        self.examples, self.data, self.seed = list(examples), data, seed
+        self.examples, self.data, self.seed, self.multiple = list(examples), data, seed, multiple
         side = data.resolution
         self.resolution = resolution if side is None else (side, side) if isinstance(side, int) else (side[0], side[1])
         step = math.lcm(data.bucket_step, multiple) if data.buckets else multiple
@@ -119,6 +119,18 @@ class Pictures:
         """Return whether a picture's caption is not told in an epoch."""
         lot = random.Random(fold(self.seed, "drop", epoch, self.examples[index].key))
         return lot.random() < self.data.caption_dropout
+
+    def plain(self, examples: Sequence[Example]) -> Pictures:
+        """Return other examples as they are, with the first caption that fits: what a validation set wants."""
+        still: dict[str, Any] = {"flip": 0.0, "crop": "center", "zoom": 1.0, "recolour": None, "caption_shuffle": False}
+        colour = "white" if self.data.background.colour == "random" else self.data.background.colour
+        still |= {"background": Background(colour=colour), "captions": self.data.captions[:1]}
+        data = self.data.model_copy(update=still)
+        return Pictures(examples, data, self.resolution, self.multiple, self.seed)
+
+    def names(self) -> set[str]:
+        """Return every caption that there is, without what is drawn by lot."""
+        return {self._caption(example, "", random.Random(0)) for example in self.examples}
 
     def _caption(self, example: Example, colour: str, lot: random.Random) -> str:
         values = {**example.fields, "caption": example.caption or ""}

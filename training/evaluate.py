@@ -26,9 +26,10 @@ BATCH = 16
 class Evaluation:
     """What is measured, and on what: the same pictures, noise and seeds every time."""
 
-    def __init__(self, recipe: Recipe, task: Any, validation: Pictures | None, out: Path) -> None:
+    def __init__(self, recipe: Recipe, task: Any, validation: Pictures | None, trained: Pictures, out: Path) -> None:
         self.recipe, self.task, self.validation, self.out = recipe, task, validation, out
         self.plan = recipe.evaluate
+        self.trained = trained
         self.scorer: Any = None
         if self.plan.metrics and recipe.task in ("autoencoder", "clip"):
             raise InputError(f"evaluate.metrics: task {recipe.task} draws no pictures to measure")
@@ -151,13 +152,13 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
 
 
 def _zero_shot(e: Evaluation) -> dict[str, Any]:
-    """The contrastive loss, and how often a held-out picture's own caption is its best, or one of its best five."""
+    """The contrastive loss, and how often a held-out picture's own caption is the best of all, or one of five."""
     losses, images, captions = [], [], []
     for batch in e.batches():
         losses += e.task.loss(e.task.encode(batch), e.generator("noise"), plain=True).tolist()
         images.append(e.task.scorer.embed_images(batch.pixels / 2 + 0.5))
         captions += batch.captions
-    names = sorted(set(captions))
+    names = sorted({*captions, *e.trained.names()})
     e.task.scorer.texts._seen.clear()  # the encoder learns: what it said before is old
     cosines = torch.cat(images) @ e.task.scorer.embed_texts(names).T
     own = cosines[torch.arange(len(captions)), [names.index(c) for c in captions]]

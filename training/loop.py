@@ -97,6 +97,7 @@ def _say(s: Setup, pending: list[Any], log: Any, bar: Any) -> None:
             shown = ", ".join(keys[:8]) + (", …" if len(keys) > 8 else "")
             raise Diverged(f"step {step}: the loss is {value}; its pictures: {shown}; {good}")
         log({"step": step, "loss": value, "lr": rate, "grad_norm": float(norm), "seconds": round(s.state.seconds, 3)})
+        s.track({"loss": value, "lr": rate, "grad_norm": float(norm)}, step)
         s.report(bar, step, value)
     pending.clear()
 

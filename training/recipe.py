@@ -166,7 +166,7 @@ class Train(Section):
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 4
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 1
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     learning_rate: Positive = 1e-4
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: Count = 0

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,7 +36,7 @@ from genkit.training.report import write_page
 from genkit.training.state import State, fold
 from genkit.training.tasks import KINDS, Tensors, make_task
 
-MIXED = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MIXED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What may change between the starts of a run; the rest decides on what comes of it.
 FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", "data.cache_folder")
 
@@ -72,9 +73,13 @@ class Setup:
         with disk(out):
             out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
+            if recipe.save.tensorboard and find_spec("tensorboard") is None:
+                raise InputError(
+                    "save.tensorboard: tensorboard is not installed: pip install 'genkit-diffusion[train]'"
+                )
             AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
             accelerator = Accelerator(
-                mixed_precision=recipe.train.mixed_precision, cpu=target.type == "cpu",
+                mixed_precision=recipe.train.mixed_precision.replace("fp32", "no"), cpu=target.type == "cpu",
                 log_with="tensorboard" if recipe.save.tensorboard else None, project_dir=out,
             )  # fmt: skip
             _free_or_own(out)
@@ -85,11 +90,11 @@ class Setup:
             components = load_components(info, device=accelerator.device, dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
             pictures = _pictures(recipe, examples, task)
-            validation = _pictures(recipe, held, task) if held else None
+            validation = pictures.plain(held) if held else None
             state = State(task.networks, recipe.train)
             metric = recipe.evaluate.best
             checkpoints = Checkpoints(out / "checkpoints", recipe.save, metric in LOWER_IS_BETTER, metric)
-            evaluation = Evaluation(recipe, task, validation, out)
+            evaluation = Evaluation(recipe, task, validation, pictures.plain(examples), out)
             sources = [pictures, *([_prior(recipe, task, out)] if recipe.prior is not None else [])]
             feeds = [_feed(recipe, source, task, info, out, accelerator) for source in sources]
             bar = Steps(quiet=quiet or not accelerator.is_main_process)
@@ -105,6 +110,8 @@ class Setup:
             network.train()
         self.task.nets = {name: self.accelerator.prepare(net) for name, net in self.task.nets.items()}
         self.stepper = self.accelerator.prepare(self.state.optimizer)
+        if self.recipe.save.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
         manifest = self.checkpoints.restore(self.state, self.say)
         if manifest is not None:
             if self.accelerator.scaler is not None and manifest["scaler"] is not None:
@@ -171,6 +178,7 @@ class Setup:
         with self.state.averaged():
             found = self.evaluation(self.state.step)
         self.state.scores[self.state.step] = found
+        self.track({f"validation/{k}": v for k, v in found.items() if isinstance(v, int | float)}, self.state.step)
         if self.accelerator.is_main_process:
             best = self.ranked()[:1] or [self.state.step]
             write_page(self.out, self.out.name, self.state.scores, self.recipe.evaluate.prompts, best[0])
@@ -204,6 +212,11 @@ class Setup:
         with self.state.averaged():
             facts = {"step": self.state.step, **scores.get(self.state.step, {})}
             write_model(self.recipe, self.info, self.task, self.out, facts)
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        """Tell TensorBoard, where the recipe asks for it."""
+        if self.recipe.save.tensorboard:
+            self.accelerator.log(values, step=step)
 
     def report(self, bar: Steps, step: int, loss: float) -> None:
         """Say where it stands: loss, pictures a second, memory."""
