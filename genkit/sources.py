@@ -273,9 +273,11 @@ def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Exam
         digest = hashlib.sha256(str(e.key if by is None else e.fields[by]).encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    held = [e for e in examples if lot(e) < data.validation]
-    if data.validation and not held:  # few pictures: one at least
-        held = [min(examples, key=lot)] if len(examples) > 1 else []
+    lots = [lot(e) for e in examples]
+    held = [e for e, own in zip(examples, lots, strict=True) if own < data.validation]
+    least = min(lots)
+    if data.validation and not held and len(examples) > 1:  # few pictures: one at least, or all of one value
+        held = [e for e, own in zip(examples, lots, strict=True) if own == least]
     kept = {e.key for e in held}
     rest = [e for e in examples if e.key not in kept]
     if not rest:
