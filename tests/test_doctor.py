@@ -67,6 +67,7 @@ def recipe_of(
 ) -> Any:
     extra = {"lora": {"rank": 2}} if task == "lora" else {}
     values = {"task": task, "model": str(model), "data": {"path": str(path), "validation": 0.0, **data}, **extra}
+    values["evaluate"] = {"pictures": 1, "num_inference_steps": 1}
     return make_recipe(values | {"train": {"batch_size": 2, "steps": 2, **(train or {})}})
 
 

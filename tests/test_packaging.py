@@ -82,7 +82,7 @@ def test_light_modules_do_not_import_torch() -> None:
     """Command line, readers, run folder and schedulers start without torch, diffusers or transformers."""
     modules = (
         "cli job request prompts run selection gallery images settings draws schedulers scoring.gates components judge"
-        " commands study calibrate label compare votes"
+        " commands study sources doctor calibrate label compare votes"
     )
     code = f"import sys\nfor m in {modules.split()!r}:\n    __import__('genkit.' + m)\n"
     code += "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
