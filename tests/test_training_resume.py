@@ -24,6 +24,7 @@ from genkit.training.state import State
 from tests.pictures import colour_folder
 from tests.tiny import tiny_ddpm, tiny_stable_diffusion
 
+torch.set_num_threads(1)  # a forked child would wait for threads that it does not have
 STEPS = 12  # 18 pictures to train on, 5 batches of 4 an epoch, the last one short
 
 

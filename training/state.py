@@ -50,7 +50,7 @@ class State:
         groups: list[dict[str, Any]] = [{"params": shrinking}, others]
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=train.learning_rate, betas=(train.betas[0], train.betas[1]),
-            weight_decay=train.weight_decay, fused=next(iter(self.params.values())).is_cuda,
+            weight_decay=train.weight_decay, fused=True,
         )  # fmt: skip
         self.ema = {n: p.detach().float().clone() for n, p in self.params.items()} if train.ema else {}
         self.decay = train.ema
