@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from genkit.cli import AsJson, Device, app
-from genkit.errors import EXIT_INPUT, EXIT_OK
+from genkit.cli import AsJson, Device, _say, app
+from genkit.errors import EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED
 
 
 @app.command()
@@ -126,10 +127,16 @@ def train(
 
     read = read_recipe(recipe, changes or ())
     folder = Path("runs") / recipe.stem if out is None else out
+    from genkit.training.loop import Diverged
     from genkit.training.loop import train as run
     from genkit.training.report import described
 
-    outcome = run(read, folder, device=device, quiet=as_json)
+    try:
+        outcome = run(read, folder, device=device, quiet=as_json)
+    except Diverged as error:
+        return _say(str(error), EXIT_SOME_FAILED)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        return outcome.exit_code
     if push_to_hub is not None and outcome.exit_code == EXIT_OK:
         from genkit.training.output import push
 

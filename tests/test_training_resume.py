@@ -289,3 +289,42 @@ def test_one_process_trains_in_a_folder(places: Path, half: Path) -> None:
     with pytest.raises(HostError, match="one at a time"):
         train(recipe_of(places), half, device="cpu", quiet=True)
     os.close(handle)
+
+
+def pair(recipe: Any, out: Path) -> list[int]:
+    """Train in two forked processes that share the work, and return how they ended."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                from accelerate.state import PartialState
+
+                PartialState._reset_state()
+                told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
+                code = train(recipe, out, device="cpu", quiet=True).exit_code
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def test_two_processes_go_on_exactly(places: Path, whole: Path, tmp_path: Path) -> None:
+    def recipe(**more: Any) -> Any:  # a curve to the last step would be another one of fewer steps
+        return recipe_of(places, train={"lr_scheduler": "constant", "gradient_accumulation_steps": 2, **more})
+
+    assert pair(recipe(), tmp_path / "one") == [0, 0]
+    assert pair(recipe(steps=8), tmp_path / "two") == [0, 0]
+    assert pair(recipe(), tmp_path / "two") == [0, 0]
+    same(tmp_path / "one", tmp_path / "two")
+    own, other = (checkpoint.read_log(out / "log.jsonl")[0]["loss"] for out in (whole, tmp_path / "one"))
+    assert own != other  # each process had pictures of its own
+    with pytest.raises(InputError, match="processes: was 2, is now 1"):
+        train(recipe(), tmp_path / "two", device="cpu", quiet=True)

@@ -47,11 +47,12 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
     """
     with Setup.prepared(recipe, out, device, quiet) as s:
         state, plan = s.state, recipe.train
-        scale = 1 / plan.gradient_accumulation_steps
+        scale, pause = 1 / plan.gradient_accumulation_steps, LOOK_BACK if s.device.type == "cuda" else 1
         pending: list[tuple[int, torch.Tensor, float, torch.Tensor, list[str]]] = []
-        ended, began, first = "", time.monotonic() - state.seconds, state.step
+        ended, code, began, first = "", EXIT_OK, time.monotonic() - state.seconds, state.step
         feed = s.feed(state.step * plan.gradient_accumulation_steps)
-        with open_log(out / "log.jsonl", state.step) as log, _stopping() as stop, s.bar as bar:
+        log_file = open_log(out / "log.jsonl", state.step) if s.accelerator.is_main_process else _silent()
+        with log_file as log, _stopping() as stop, s.bar as bar:
             while state.step < plan.steps and not ended:
                 rate = learning_rate(plan, state.step, state.seconds)
                 for group in state.optimizer.param_groups:
@@ -69,20 +70,20 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                 norm = s.step_optimizer(plan.max_grad_norm)
                 state.step += 1
                 state.average()
-                state.seconds = time.monotonic() - began
+                if not s.shared or state.step % pause == 0:  # they stop together
+                    state.seconds, code = s.agreed(time.monotonic() - began, stop[0] if stop else EXIT_OK)
                 pending.append((state.step, torch.stack(losses).mean(), rate, norm, keys))
-                ended = _ended(s, stop)
-                save, look = state.step % recipe.save.every == 0, s.looks(state.step) and not stop
-                if save or look or ended or len(pending) >= (LOOK_BACK if s.device.type == "cuda" else 1):
+                ended = _ended(s, code)
+                save, look = state.step % recipe.save.every == 0, s.looks(state.step) and not code
+                if save or look or ended or len(pending) >= pause:
                     _say(s, pending, log, bar)
                 if look:
                     s.evaluate()
                     ended, save = ended or s.enough(), save or s.is_best()
                 if (save or ended or state.step == plan.steps) and s.accelerator.is_main_process:
                     s.checkpoints.write(state, s.scaler_state())
-        step, code = state.step, stop[0] if stop else EXIT_OK
-        rate = s.rate(step - first)
-        if not stop:
+        step, rate = state.step, s.rate(state.step - first)
+        if not code:
             s.finish()
         return Outcome(code, ended or "all steps are done", step, s.best(), rate, overfit_since(state.scores))
 
@@ -102,11 +103,16 @@ def _say(s: Setup, pending: list[Any], log: Any, bar: Any) -> None:
     pending.clear()
 
 
-def _ended(s: Setup, stop: list[int]) -> str:
-    if stop:
+def _ended(s: Setup, code: int) -> str:
+    if code:
         return "stopped"
     most = s.recipe.train.max_seconds
     return "the time is up" if most is not None and s.state.seconds >= most else ""
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[Any]:
+    yield lambda values: None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from genkit.components.compose import compose_model
 from genkit.device import compute_dtype, pick_device
 from genkit.doctor import check_data
 from genkit.durable import disk, json_line, lock_folder, write_whole
-from genkit.errors import InputError, shown
+from genkit.errors import HostError, InputError, shown
 from genkit.files import place, read_json
 from genkit.progress import Steps, printable
 from genkit.sources import Example, read_examples, split
@@ -82,12 +82,13 @@ class Setup:
                 mixed_precision=recipe.train.mixed_precision.replace("fp32", "no"), cpu=target.type == "cpu",
                 log_with="tensorboard" if recipe.save.tensorboard else None, project_dir=out,
             )  # fmt: skip
-            _free_or_own(out)
-            if accelerator.is_main_process:
-                check_data(recipe, examples, held, info, out, lambda text: _say(text, quiet), quiet=quiet)
-            _same_run(out, recipe, info, examples, accelerator.num_processes)
+            with accelerator.main_process_first():
+                if accelerator.is_main_process:
+                    _free_or_own(out)
+                    check_data(recipe, examples, held, info, out, lambda text: _say(text, quiet), quiet=quiet)
+                _same_run(out, recipe, info, examples, accelerator.num_processes)
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
-            components = load_components(info, device=accelerator.device, dtype=torch.float32)
+            components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
             pictures = _pictures(recipe, examples, task)
             validation = pictures.plain(held) if held else None
@@ -95,12 +96,22 @@ class Setup:
             metric = recipe.evaluate.best
             checkpoints = Checkpoints(out / "checkpoints", recipe.save, metric in LOWER_IS_BETTER, metric)
             evaluation = Evaluation(recipe, task, validation, pictures.plain(examples), out)
-            sources = [pictures, *([_prior(recipe, task, out)] if recipe.prior is not None else [])]
+            sources = [pictures]
+            if recipe.prior is not None:
+                with accelerator.main_process_first():
+                    sources.append(_prior(recipe, task, out, accelerator.is_main_process))
             feeds = [_feed(recipe, source, task, info, out, accelerator) for source in sources]
             bar = Steps(quiet=quiet or not accelerator.is_main_process)
             found = cls(recipe, out, info, accelerator, task, state, checkpoints, evaluation, feeds, bar)
-            found._prepare()
-            yield found
+            try:
+                found._prepare()
+                yield found
+            except torch.OutOfMemoryError as error:
+                raise HostError(
+                    f"device {device}: out of memory: train.batch_size {recipe.train.batch_size} is too "
+                    "much; try less, with train.gradient_accumulation_steps or "
+                    "train.gradient_checkpointing"
+                ) from error
 
     def _prepare(self) -> None:
         """Wrap the networks and the optimizer for device, precision and processes; restore the newest checkpoint."""
@@ -123,7 +134,20 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        return _placed(self.accelerator.device)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes train beside this one."""
+        return self.accelerator.num_processes > 1
+
+    def agreed(self, seconds: float, stop: int) -> tuple[float, int]:
+        """Return the same time and exit code in all processes: the greatest of any."""
+        if not self.shared:
+            return seconds, stop
+        every = self.accelerator.gather(torch.tensor([[seconds, stop]], dtype=torch.float64, device=self.device))
+        seconds, stop = every.amax(dim=0).tolist()
+        return seconds, int(stop)
 
     def say(self, text: str) -> None:
         """Print one line to standard error, of the main process alone."""
@@ -174,10 +198,20 @@ class Setup:
         return step == self.recipe.train.steps or bool(every and step % every == 0)
 
     def evaluate(self) -> None:
-        """Measure the averaged weights, and show it in index.html."""
-        with self.state.averaged():
-            found = self.evaluation(self.state.step)
-        self.state.scores[self.state.step] = found
+        """Measure the averaged weights, and show it in index.html; one process measures for all."""
+        told: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            nets = self.task.nets
+            if self.shared:  # as they are without the wrapping, whose forward waits for the others
+                self.task.nets = dict(self.task.networks)
+            with self.state.averaged():
+                told = [self.evaluation(self.state.step)]
+            self.task.nets = nets
+        if self.shared:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(told)
+        found = self.state.scores[self.state.step] = told[0]
         self.track({f"validation/{k}": v for k, v in found.items() if isinstance(v, int | float)}, self.state.step)
         if self.accelerator.is_main_process:
             best = self.ranked()[:1] or [self.state.step]
@@ -237,6 +271,11 @@ class Setup:
         return {"step": ranked[0], **self.state.scores[ranked[0]]} if ranked else {}
 
 
+def _placed(device: torch.device) -> torch.device:
+    """Return a device as every library takes it: processes that share a CPU get it as cpu:0."""
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
 def _say(text: str, quiet: bool) -> None:
     if not quiet:
         print(printable(text), file=sys.stderr, flush=True)
@@ -246,7 +285,7 @@ def _pictures(recipe: Recipe, examples: list[Example], task: Any) -> Pictures:
     return Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
 
 
-def _prior(recipe: Recipe, task: Any, out: Path) -> Pictures:
+def _prior(recipe: Recipe, task: Any, out: Path, draw: bool) -> Pictures:
     """Return DreamBooth's pictures of the class: those given, or drawn once by the model as it is."""
     from genkit.job import generate
     from genkit.request import Request
@@ -254,7 +293,7 @@ def _prior(recipe: Recipe, task: Any, out: Path) -> Pictures:
     prior = recipe.prior
     assert prior is not None
     folder = Path(prior.path) if prior.path is not None else out / "prior" / "images"
-    if prior.path is None:
+    if prior.path is None and draw:
         row = Request(id="prior", prompt=prior.prompt, num_images=prior.count, seed=recipe.seed)
         generate([row], out=out / "prior", model=str(recipe.model), clip="none")
     captioned = [dataclasses.replace(e, caption=prior.prompt) for e in read_examples(recipe.data, str(folder))]
