@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from genkit.errors import InputError
 from genkit.memory import CLIP_BATCH
 from genkit.outofmemory import in_parts
 from genkit.residency import Hold
@@ -74,6 +75,9 @@ class TextEncoderPair:
 
     def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
         self.first, self.second = first, second
+        lengths = [encoder.tokenizer.model_max_length for encoder in (first, second)]
+        if lengths[0] != lengths[1]:
+            raise InputError(f"tokenizer_2: reads {lengths[1]} tokens, but tokenizer reads {lengths[0]}")
 
     def knows(self, prompts: Iterable[str]) -> bool:
         """Return whether these prompts need no encoding any more."""

@@ -275,6 +275,8 @@ CASES = [
     # Code.
     case("auto_map", "sd", change(CONFIG, auto_map={"AutoModel": "model.Evil"}), CONFIG, "auto_map", "never run"),
     case("auto_map, text", "sd", change(TEXT, auto_map={"AutoModel": "model.Evil"}), TEXT, "auto_map", "never run"),
+    case("padding past the table", "sd", change(TOKENIZER, pad_token="<pad>"), TOKENIZER, "pad_token", "'<pad>'"),
+    case("no padding", "sd", change(TOKENIZER, pad_token=None), TOKENIZER, "pad_token", "None"),
     case("auto_map, tokenizer", "sd", change(TOKENIZER, auto_map={}), TOKENIZER, "auto_map", "never run"),
     case("auto_map, CLIP", "clip", inside("config.json", "vision_config", auto_map={}), "vision_config", "auto_map"),
     case("custom_pipeline", "sd", change(INDEX, custom_pipeline="model.py"), INDEX, "custom_pipeline", "never run"),

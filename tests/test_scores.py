@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -295,6 +296,13 @@ def test_scorers_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> No
     ]:
         with pytest.raises(InputError, match=words):
             find_scorers([name])
+
+
+def test_features_of_inception_need_their_library() -> None:
+    if importlib.util.find_spec("torch_fidelity"):
+        pytest.skip("torch-fidelity is there")
+    with pytest.raises(InputError, match=r"evaluate.features: inception needs torch-fidelity \(pip install"):
+        plugins.find_features("inception", "evaluate.features", "cpu")
 
 
 def test_names_that_collide_are_refused() -> None:

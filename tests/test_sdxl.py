@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 from PIL import Image
 
 from genkit import ImageToImage, InputError, Request, TextToImage, generate
-from genkit.components import inspect_model
+from genkit.components import inspect_model, load_components
 from genkit.components.registry import NETWORKS
 from genkit.components.rules import check_config
+from genkit.generators import Generator
+from genkit.schedulers import Scheduler
 from tests.test_parity import assert_same, seeds
 from tests.tiny import tiny_sdxl
 
@@ -121,6 +124,16 @@ BROKEN: list[tuple[str, Callable[[Path], Any], str]] = [
      "addition_embed_type: 'image'"),
     ("plain encoder", lambda f: edit(f / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
      "text_encoder_2: class 'transformers.CLIPTextModel' is not supported"),
+    ("no width of the projection", lambda f: edit(f / "text_encoder_2" / "config.json", projection_dim=None),
+     "projection_dim: None is no width"),
+    ("unlike tokenizers", lambda f: edit(f / "tokenizer_2" / "tokenizer_config.json", model_max_length=16),
+     "tokenizer_2: reads 16 tokens, but tokenizer reads 32"),
+    ("padding past the table", lambda f: edit(f / "tokenizer_2" / "tokenizer_config.json", pad_token="<pad>"),
+     "pad_token: '<pad>' is not in the vocabulary"),
+    ("no index, no second tokenizer", lambda f: [(f / "model_index.json").unlink(), shutil.rmtree(f / "tokenizer_2")],
+     "tokenizer_2: is absent, which text_encoder_2 needs"),
+    ("no index, no second encoder", lambda f: [(f / "model_index.json").unlink(), shutil.rmtree(f / "text_encoder_2")],
+     "text_encoder_2: is absent, which tokenizer_2 needs"),
     ("no weights", lambda f: (f / "text_encoder_2" / "model.safetensors").unlink(), "text_encoder_2"),
 ]  # fmt: skip
 
@@ -132,6 +145,24 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path, breaking: Callable[
     with pytest.raises(InputError) as caught:
         inspect_model(tmp_path)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_index_of_the_published_base_is_read(tmp_path: Path) -> None:
+    tiny_sdxl(tmp_path, add_watermarker=None, feature_extractor=[None, None], image_encoder=[None, None])
+    assert inspect_model(tmp_path).kind == "text-to-image"
+
+
+def test_a_half_of_the_second_pair_is_refused(folder: Path) -> None:
+    parts = load_components(inspect_model(folder), device=torch.device("cpu"), dtype=torch.float32)
+    given: dict[str, Any] = {
+        "unet": parts.unet, "scheduler": Scheduler.from_config(parts.info.scheduler_config), "vae": parts.vae,
+        "text_encoder": parts.text_encoder, "tokenizer": parts.tokenizer,
+        "text_encoder_2": parts.text_encoder_2, "tokenizer_2": parts.tokenizer_2,
+    }  # fmt: skip
+    Generator(**given)
+    for half in (["tokenizer_2"], ["text_encoder_2"], ["text_encoder_2", "tokenizer_2"]):
+        with pytest.raises(InputError, match="text_encoder_2, tokenizer_2: SDXL's UNet needs both"):
+            Generator(**{**given, **dict.fromkeys(half)})
 
 
 # The configs of stabilityai/stable-diffusion-xl-base-1.0, without the keys that transformers writes everywhere.

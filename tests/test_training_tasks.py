@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from genkit import TextToImage, Unconditional
 from genkit.components import inspect_model
 from genkit.errors import InputError
+from genkit.scoring import plugins
 from genkit.training.loop import Outcome, train
 from genkit.training.recipe import make_recipe
 from tests.pictures import COLOURS, colour_folder
@@ -32,6 +34,7 @@ UNET: dict[str, Any] = {
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "block_out_channels": [16, 16], "layers_per_block": 1,
     "norm_num_groups": 4, "attention_head_dim": 8, "cross_attention_dim": 16,
 }  # fmt: skip
+FID = {"metrics": ["fid"], "num_images": 8, "prompts": ["red"]}
 V: dict[str, Any] = {**SCHEDULER, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 V["timestep_spacing"] = "trailing"
 
@@ -69,17 +72,34 @@ def nearest_colour(images: list[Any]) -> list[str]:
     return [list(COLOURS)[int(np.abs(known - colour).sum(axis=1).argmin())] for colour in mean_colours(images)]
 
 
-def test_unconditional_pictures_get_the_colours_of_the_data(places: Path, tmp_path: Path) -> None:
-    config = {"model": str(places / "tiny_ddpm"), "networks": {"unet": {"sample_size": 8}}, "scheduler": V}
-    _, scores = run(places, tmp_path, "unconditional", train={"steps": 200, "learning_rate": 4e-3}, **config)
+def colours(pictures: torch.Tensor) -> torch.Tensor:
+    """A feature network: (B, 3) mean colours."""
+    assert pictures.dtype == torch.uint8
+    return pictures.float().mean(dim=(2, 3)) / 255
+
+
+def test_unconditional_pictures_get_the_colours_of_the_data(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = EntryPoints([EntryPoint("colours", "tests.test_training_tasks:colours", plugins.FEATURES)])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: found.select(group=group))
+    config: dict[str, Any] = {"model": str(places / "tiny_ddpm"), "networks": {"unet": {"sample_size": 8}}}
+    look = {"num_images": 12, "metrics": ["fid", "kid"], "features": "colours", "best": "fid", "every": 100}
+    outcome, scores = run(
+        places, tmp_path, "unconditional", train={"steps": 200, "learning_rate": 4e-3}, scheduler=V, evaluate=look,
+        **config,
+    )  # fmt: skip
     assert scores[-1]["loss"] < 0.7 * scores[0]["loss"]
+    assert scores[-1]["fid"] < 0.5 * scores[0]["fid"] and scores[-1]["kid"] < scores[0]["kid"]
+    assert scores[-1]["fid_interval"][0] < scores[-1]["fid"] < scores[-1]["fid_interval"][1]
+    assert outcome.scores["fid"] == min(s["fid"] for s in scores)
     images = Unconditional.from_pretrained(tmp_path, device="cpu", dtype="float32")(
         16, seed=1, num_inference_steps=20
     ).images
-    colours = mean_colours(images)
-    distance = np.abs(colours[:, None] - np.array(list(COLOURS.values()))).sum(axis=2).min(axis=1)
+    means = mean_colours(images)
+    distance = np.abs(means[:, None] - np.array(list(COLOURS.values()))).sum(axis=2).min(axis=1)
     assert np.median(distance) < 150, "random pictures lie at about 300 from red and from blue"
-    assert (colours[:, 1] < 128).mean() > 0.9, "neither colour has much green"
+    assert (means[:, 1] < 128).mean() > 0.9, "neither colour has much green"
     from diffusers import DDPMPipeline
 
     assert DDPMPipeline.from_pretrained(tmp_path)(num_inference_steps=2).images[0].size == (8, 8)
@@ -101,7 +121,8 @@ def drawn_from_text(places: Path) -> tuple[Path, list[dict[str, Any]]]:
     _, scores = run(
         places, out, "text-to-image", model=str(places / "tiny_stable_diffusion"), networks=networks, scheduler=V,
         train={"steps": 40, "gradient_accumulation_steps": 2, "text_encoder": True}, data={"caption_dropout": 0.1},
-        objective={"snr_gamma": 5.0}, evaluate={"prompts": ["a red picture"]},
+        objective={"snr_gamma": 5.0},
+        evaluate={"prompts": ["a red picture", "a blue picture"], "metrics": ["clip", "cmmd"]},
     )  # fmt: skip
     return out, scores
 
@@ -118,6 +139,9 @@ def test_text_to_image_learns_and_loads_in_diffusers(drawn_from_text: tuple[Path
     theirs = pipeline("a red picture", generator=torch.manual_seed(3), num_inference_steps=4, guidance_scale=7.5)
     assert np.abs(np.asarray(ours.images[0], dtype=int) - np.asarray(theirs.images[0], dtype=int)).max() <= 2
     assert (out / "samples" / "000040.png").is_file()
+    for found in scores:
+        assert found["clip_interval"][0] <= found["clip"] <= found["clip_interval"][1] and found["cmmd"] > 0
+    assert f"{scores[-1]['clip']:.4g}" in (out / "index.html").read_text()
     card = (out / "README.md").read_text()
     assert "library_name: diffusers" in card and '"snr_gamma": 5.0' in card
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
@@ -260,6 +284,8 @@ def test_sdxl_shapes_train_whole_and_by_adapters(places: Path, tmp_path: Path) -
         ({"task": "lora", "lora": {"targets": ["to_z"]}}, r"lora\.targets: \['to_z'\]"),
         ({"task": "textual-inversion", "token": {"placeholder": "fox", "initializer": "cat"}}, r"placeholder: 'fox'"),
         ({"task": "text-to-image", "evaluate": {"metrics": ["fid"]}, "data": {"validation": 0.0}}, "too few pictures"),
+        ({"task": "text-to-image", "evaluate": {"metrics": ["fid"], "num_images": 1}}, "a distance needs 2"),
+        ({"task": "text-to-image", "evaluate": {**FID, "features": "incepton"}}, r"features: 'incepton': no such"),
         ({"task": "text-to-image", "objective": {"zero_snr": True, "prediction": "epsilon"}}, r"prediction: epsilon"),
         ({"task": "unconditional"}, "is a model of kind text-to-image, not unconditional"),
         ({"task": "autoencoder", "data": {"cache": 2}}, r"data\.cache: task autoencoder"),

@@ -12,7 +12,8 @@ import torch
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError
 from genkit.request import Request
-from genkit.scoring.distances import DISTANCES, interval
+from genkit.scoring.distances import DISTANCES, halved, interval
+from genkit.scoring.plugins import find_features
 from genkit.training.data import Batch, Pictures
 from genkit.training.recipe import Recipe
 from genkit.training.state import fold
@@ -37,6 +38,10 @@ class Evaluation:
             raise InputError("evaluate.prompts: are missing, which metric clip needs")
         if set(self.plan.metrics) & set(DISTANCES) and (validation is None or len(validation) < 2):
             raise InputError("data.validation: leaves too few pictures to measure a distance to")
+        if set(self.plan.metrics) & set(DISTANCES) and self.plan.num_images * max(1, len(self.plan.prompts)) < 2:
+            raise InputError("evaluate.num_images: a distance needs 2 pictures or more, of all prompts")
+        if self.plan.features != "clip":
+            self.features = find_features(self.plan.features, "evaluate.features", task.device)
         if self.plan.best == "loss" and validation is None and self.plan.patience:
             raise InputError("evaluate.patience: needs data.validation, or another metric as evaluate.best")
 
@@ -96,24 +101,32 @@ class Evaluation:
         if not good:
             return {}
         _sheet([r.image for r in good], self.out / "samples" / f"{step:06d}.png")
-        return self._scores(torch.stack([torch.as_tensor(r.pixels) for r in good]), [r.prompt for r in good])
+        pictures = torch.stack([torch.as_tensor(r.pixels).permute(2, 0, 1) for r in good])
+        return self._scores(pictures, [r.prompt for r in good])
 
     def _scores(self, pictures: torch.Tensor, prompts: list[str]) -> dict[str, Any]:
         if not self.plan.metrics:
             return {}
-        from genkit.scoring.clip import ClipScorer
-
-        self.scorer = self.scorer or ClipScorer.from_pretrained(self.plan.clip, device=self.task.device.type)
-        drawn = self.scorer.embed_images(pictures).cpu()
         found: dict[str, Any] = {}
         if "clip" in self.plan.metrics:
-            cosines = (drawn * self.scorer.embed_texts(prompts).cpu()).sum(dim=1).tolist()
+            cosines = (self._embedded(pictures) * self.scorer.embed_texts(prompts).cpu()).sum(dim=1).tolist()
             found |= {"clip": float(np.mean(cosines)), "clip_interval": interval(cosines)}
         wanted = [name for name in self.plan.metrics if name in DISTANCES]
         if wanted:
-            real = torch.cat([self.scorer.embed_images(b.pixels / 2 + 0.5).cpu() for b in self.batches()])
-            found |= {name: DISTANCES[name](drawn, real) for name in wanted}
+            read = self._embedded if self.plan.features == "clip" else self.features
+            drawn = torch.cat([read(part.to(self.task.device)).cpu() for part in pictures.split(BATCH)])
+            held = ((batch.pixels * 127.5 + 127.5).round().byte() for batch in self.batches())
+            real = torch.cat([read(part.to(self.task.device)).cpu() for part in held])
+            for name in wanted:
+                value, error = DISTANCES[name](drawn, real), halved(DISTANCES[name], drawn, real)
+                found |= {name: value, f"{name}_interval": (value - 1.96 * error, value + 1.96 * error)}
         return found
+
+    def _embedded(self, pictures: torch.Tensor) -> torch.Tensor:
+        from genkit.scoring.clip import ClipScorer
+
+        self.scorer = self.scorer or ClipScorer.from_pretrained(self.plan.clip, device=self.task.device.type)
+        return self.scorer.embed_images(pictures / 255).cpu()
 
 
 def _noise_loss(e: Evaluation) -> dict[str, Any]:

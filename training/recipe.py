@@ -183,8 +183,8 @@ class Evaluate(Section):
 
     pictures: of the validation set, for its loss. prompts, num_images, num_inference_steps, guidance_scale: of the
     sample grid, drawn with fixed seeds. metrics: besides the loss, of the samples: "clip", "fid", "kid", "cmmd" with
-    `clip` as scorer and feature network. best: the metric by which the best checkpoint is chosen. patience: stop after
-    so many evaluations without a better one.
+    `clip` as scorer. features: the network of the distances: "clip", "inception", or an installed one. best: the
+    metric by which the best checkpoint is chosen. patience: stop after so many evaluations without a better one.
     """
 
     every: Count = 500
@@ -195,6 +195,7 @@ class Evaluate(Section):
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     metrics: list[Literal["clip", "fid", "kid", "cmmd"]] = []
     clip: Text = "emoji-clip"
+    features: Text = "clip"
     best: Literal["loss", "clip", "fid", "kid", "cmmd"] = "loss"
     patience: Some | None = None
 

@@ -42,7 +42,7 @@ def write_page(
     head = "".join(f"<th>{html.escape(n)}</th>" for n in ("step", *names))
     rows = "".join(
         f"<tr{' class=best' if step == best else ''}><td>{step}</td>"
-        + "".join(f"<td>{_number(scores[step].get(n))}</td>" for n in names) + "</tr>"
+        + "".join(f"<td>{_measured(scores[step], n)}</td>" for n in names) + "</tr>"
         for step in steps
     )  # fmt: skip
     losses = [(line["step"], line["loss"]) for line in read_log(out / "log.jsonl")]
@@ -86,5 +86,8 @@ def curve(losses: Sequence[tuple[int, float]], held: Sequence[tuple[int, float]]
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"><polyline points="{drawn}"/>{dots}{labels}</svg>'
 
 
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _measured(found: Mapping[str, Any], name: str) -> str:
+    """Return a figure as text, with its interval where there is one."""
+    value, ends = found.get(name), found.get(f"{name}_interval") or [None]
+    text = "" if value is None else f"{value:.4g}"
+    return text if None in ends else f"{text} <small>{ends[0]:.4g} – {ends[1]:.4g}</small>"

@@ -107,12 +107,16 @@ def _read_pipeline(folder: Path) -> tuple[str, _Networks, dict[str, Any]]:
     if "tokenizer" in parts:
         at, _, text = networks["text_encoder"]
         others["tokenizer"] = folder / "tokenizer"
-        check_tokenizer(folder / "tokenizer", text["vocab_size"], place(at / "config.json"))
+        checked = check_tokenizer(folder / "tokenizer", text["vocab_size"], place(at / "config.json"))
+        length = min(checked["model_max_length"], text["max_position_embeddings"])
     if "tokenizer_2" in parts:
         at, _, text = networks["text_encoder_2"]
         others |= {"tokenizer_2": folder / "tokenizer_2", "zero_empty": options["force_zeros_for_empty_prompt"]}
         others["defaults"] = {"guidance_scale": 5.0}  # SDXL's own
-        check_tokenizer(folder / "tokenizer_2", text["vocab_size"], place(at / "config.json"))
+        checked = check_tokenizer(folder / "tokenizer_2", text["vocab_size"], place(at / "config.json"))
+        other = min(checked["model_max_length"], text["max_position_embeddings"])
+        if other != length:
+            raise InputError(f"{place(folder / 'tokenizer_2')}: reads {other} tokens, but tokenizer reads {length}")
     return kind, networks, others
 
 
@@ -177,6 +181,9 @@ def _guess_index(folder: Path) -> tuple[str, dict[str, str], str | None, dict[st
     kind = "unconditional" if cls == "UNet2DModel" else "text-to-image"
     optional = ("vae", *SECOND)
     there = [key for key in COMPONENTS if key in REQUIRED[kind] or (key in optional and _there(folder / key))]
+    for one, other in (SECOND, SECOND[::-1]):
+        if one in there and other not in there:
+            raise InputError(f"{place(folder / other)}: is absent, which {one} needs")
     options = {key: option.default for key, option in INDEX_OPTIONS.items()}
     return kind, {key: cls if key == "unet" else COMPONENTS[key][1][0] for key in there}, None, options
 
@@ -253,6 +260,8 @@ def _check_texts(where: str, unet: Mapping[str, Any], networks: _Networks) -> No
             f"{where}: cross_attention_dim: {unet['cross_attention_dim']}, but {place(at / 'config.json')} and "
             f"{place(second_at / 'config.json')} have hidden_size {text['hidden_size']} and {second['hidden_size']}"
         )
+    if second["projection_dim"] is None:
+        raise InputError(f"{place(second_at / 'config.json')}: projection_dim: None is no width, which SDXL needs")
     added = 6 * unet["addition_time_embed_dim"] + second["projection_dim"]
     if unet["projection_class_embeddings_input_dim"] != added:
         raise InputError(

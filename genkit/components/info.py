@@ -86,6 +86,10 @@ class ModelInfo:
 
 
 def weight_hashes(info: ModelInfo) -> dict[str, str]:
-    """Return the SHA-256 of every weight file, by its path inside the model's folder."""
-    files = (file for part in info.parts.values() for file in part.files)
-    return {file.relative_to(info.folder).as_posix(): sha256(file) for file in files}
+    """Return the SHA-256 of every weight file, by its path inside the model's folder, or part/name where elsewhere."""
+    found = {}
+    for part in info.parts.values():
+        for file in part.files:
+            inside = file.is_relative_to(info.folder)
+            found[file.relative_to(info.folder).as_posix() if inside else f"{part.name}/{file.name}"] = sha256(file)
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from genkit.components import keys, shapes
-from genkit.components.rules import FLAG, Key, Rule, choice
+from genkit.components.rules import FLAG, Key, Rule, choice, optional
 
 # Old spellings of weights, in files that are still in use: attention as diffusers wrote it before 0.15, the prefix that
 # transformers dropped in version 5, and a buffer that was saved as if it were a weight.
@@ -119,5 +119,6 @@ SECOND = ("text_encoder_2", "tokenizer_2")  # what SDXL has besides
 INDEX_OPTIONS = {
     "requires_safety_checker": Key(FLAG, False),
     "force_zeros_for_empty_prompt": Key(FLAG, True),  # SDXL's; others have no say in it
+    "add_watermarker": Key(optional(FLAG), None),  # SDXL's; no mark is put into the pictures
     "requires_aesthetics_score": Key(choice(False), False),  # of SDXL's refiner, which is not supported
 }

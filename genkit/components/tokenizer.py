@@ -25,10 +25,10 @@ from genkit.files import place, read_json, read_text
 TOKENIZER_LIMIT = 2**25  # bytes; CLIP's tokenizer.json has 2.2 million
 VOCAB_LIMIT = 2**24
 _TOKEN = either(TEXT, Rule("a token object", lambda v: isinstance(v, dict) and isinstance(v.get("content"), str)))
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SPECIAL = {"bos_token": "<|startoftext|>", **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")}
 
 CONFIG = {
-    **{name: Key(optional(_TOKEN), None) for name in _SPECIAL},
+    **{name: Key(_TOKEN, default) for name, default in _SPECIAL.items()},
     "model_max_length": Key(real(3, 1e31), 77),
 }
 _CONFIG_UNUSED = {
@@ -53,7 +53,7 @@ def check_tokenizer(folder: Path, vocab_size: int, text_config: str) -> dict[str
     vocab_size: rows of the text encoder's table, which every token must be below. text_config: names that encoder in
     messages. Raises InputError naming file and entry.
     """
-    config: dict[str, Any] = {"model_max_length": CONFIG["model_max_length"].default}
+    config: dict[str, Any] = {name: key.default for name, key in CONFIG.items()}
     path = folder / "tokenizer_config.json"
     if path.exists():
         config = check_config(read_json(path), CONFIG, place(path), _CONFIG_UNUSED)
@@ -61,18 +61,24 @@ def check_tokenizer(folder: Path, vocab_size: int, text_config: str) -> dict[str
     added = _added(folder / "added_tokens.json")
     if not fast.exists() and not vocab_file.exists():
         raise InputError(f"{place(fast)}: is absent, and so is vocab.json with merges.txt")
+    known = set(added)
     if fast.exists():
-        _check_fast(fast, vocab_size, text_config)
+        known |= _check_fast(fast, vocab_size, text_config).keys()
     if vocab_file.exists():
         vocab = _check_vocab(read_json(vocab_file, VOCAB_LIMIT), place(vocab_file))
         lines = read_text(folder / "merges.txt", VOCAB_LIMIT).split("\n")
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         _check_merges(pairs, vocab, place(folder / "merges.txt"))
         _check_size({**vocab, **added}, vocab_size, place(vocab_file), text_config)
+        known |= vocab.keys()
+    for name in _SPECIAL:  # the library would add it, with an id past the encoder's table
+        token = config[name] if isinstance(config[name], str) else config[name]["content"]
+        if token not in known:
+            raise InputError(f"{place(path)}: {name}: {shown(token)} is not in the vocabulary")
     return config
 
 
-def _check_fast(path: Path, vocab_size: int, text_config: str) -> None:
+def _check_fast(path: Path, vocab_size: int, text_config: str) -> dict[str, int]:
     content = read_json(path, TOKENIZER_LIMIT)
     where = place(path)
     refuse_code(content, where)
@@ -86,9 +92,9 @@ def _check_fast(path: Path, vocab_size: int, text_config: str) -> None:
     _check_merges((m.split(" ") if isinstance(m, str) else m for m in merges), vocab, f"{where}: merges")
     if not isinstance(added, list) or not all(isinstance(t, dict) and type(t.get("id")) is int for t in added):
         raise InputError(f"{where}: added_tokens: is not a list of tokens with ids")
-    _check_size(
-        {**vocab, **{str(t.get("content")): t["id"] for t in added}}, vocab_size, f"{where}: vocab", text_config
-    )
+    tokens = {**vocab, **{str(t.get("content")): t["id"] for t in added}}
+    _check_size(tokens, vocab_size, f"{where}: vocab", text_config)
+    return tokens
 
 
 def _added(path: Path) -> dict[str, int]:

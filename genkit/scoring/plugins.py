@@ -2,22 +2,25 @@
 
 pictures: a uint8 tensor (B, 3, H, W) on the device that drew them, to do with as one likes; prompts: B texts. A
 package offers one under the entry-point group `genkit.scorers`; in Python the function itself is passed. It gives one
-score, of the name it is registered under, or those that its attribute `names` lists.
+score, of the name it is registered under, or those that its attribute `names` lists. A feature network for distances
+between sets of pictures is a function pictures -> (B, D), under the group `genkit.features`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import keyword
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
-from genkit.errors import InputError, nearest, reason, shown
+from genkit.errors import HostError, InputError, nearest, reason, shown
 from genkit.scoring.names import SCORES
 
-GROUP = "genkit.scorers"
+GROUP, FEATURES = "genkit.scorers", "genkit.features"
 Function = Callable[[Any, list[str]], Mapping[str, Any]]
 TAKEN = {*SCORES, "p", "min", "max", "abs", "embedding"}
 
@@ -51,7 +54,11 @@ def find_scorers(asked: Sequence[str | Function]) -> list[Plugin]:
     plugins: list[Plugin] = []
     taken: dict[str, str] = {}
     for each in asked:
-        name, function = _installed(each) if isinstance(each, str) else (getattr(each, "__name__", ""), each)
+        name, function = (
+            _installed(each, GROUP, "--scorer", "scorer")
+            if isinstance(each, str)
+            else (getattr(each, "__name__", ""), each)
+        )
         if not callable(function):
             raise InputError(f"--scorer: {shown(name)} is no function of (pictures, prompts)")
         names = getattr(function, "names", None) or (name,)
@@ -67,15 +74,37 @@ def find_scorers(asked: Sequence[str | Function]) -> list[Plugin]:
     return plugins
 
 
-def _installed(name: str) -> tuple[str, Function]:
-    installed = entry_points(group=GROUP)
+def find_features(name: str, field: str, device: Any) -> Callable[[Any], Any]:
+    """Return the feature network of that name: uint8 pictures (B, 3, H, W) on `device` -> (B, D).
+
+    "inception" is InceptionV3 as FID was defined with, through torch-fidelity. Raises InputError, speaking of `field`,
+    for one that is not installed, HostError where its weights cannot be had.
+    """
+    if name != "inception":
+        return _installed(name, FEATURES, field, "feature network")[1]
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except Exception as error:  # the torchvision that it imports raises RuntimeError beside another torch
+        raise InputError(
+            f"{field}: inception needs torch-fidelity (pip install torch-fidelity): {reason(error)}"
+        ) from None
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+    except OSError as error:
+        raise HostError(f"{field}: the weights of inception cannot be had: {reason(error)}") from None
+    return lambda pictures: network(pictures)[0]
+
+
+def _installed(name: str, group: str, field: str, what: str) -> tuple[str, Any]:
+    installed = entry_points(group=group)
     if name not in installed.names:
         known = ", ".join(sorted(installed.names)) or "none"
-        raise InputError(f"--scorer: {shown(name)}: no such scorer{nearest(name, installed.names)}; installed: {known}")
+        raise InputError(f"{field}: {shown(name)}: no such {what}{nearest(name, installed.names)}; installed: {known}")
     try:
         return name, installed[name].load()
     except Exception as error:  # whatever importing somebody's package raises
-        raise InputError(f"--scorer: {name} cannot be loaded: {type(error).__name__}: {reason(error)}") from None
+        raise InputError(f"{field}: {name} cannot be loaded: {type(error).__name__}: {reason(error)}") from None
 
 
 def _numbers(column: Any) -> list[float | bool | None]:
