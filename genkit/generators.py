@@ -83,8 +83,8 @@ class Generator:
         self.geometry = Geometry.of(unet.config, None if vae is None else vae.config)
         if self.geometry.text != (text_encoder is not None) or (text_encoder is None) != (tokenizer is None):
             raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
-        second = [part is not None for part in (text_encoder_2, tokenizer_2)]
-        if set(second) != {getattr(unet.config, "addition_embed_type", None) == "text_time"}:
+        given = {part is not None for part in (text_encoder_2, tokenizer_2)}
+        if given != {getattr(unet.config, "addition_embed_type", None) == "text_time"}:
             raise InputError("text_encoder_2, tokenizer_2: SDXL's UNet needs both, any other takes neither")
         self.defaults, self.folder = defaults or {}, folder
         self.residency = residency or Residency(next(unet.parameters()).device)

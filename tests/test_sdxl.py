@@ -106,6 +106,11 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def remove(folder: Path, file: str, part: str) -> None:
+    (folder / file).unlink()
+    shutil.rmtree(folder / part)
+
+
 BROKEN: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no second encoder", lambda f: edit(f / "model_index.json", text_encoder_2=[None, None]),
      "model_index.json: text_encoder_2: is missing, which a StableDiffusionXLPipeline needs"),
@@ -130,9 +135,9 @@ BROKEN: list[tuple[str, Callable[[Path], Any], str]] = [
      "tokenizer_2: reads 16 tokens, but tokenizer reads 32"),
     ("padding past the table", lambda f: edit(f / "tokenizer_2" / "tokenizer_config.json", pad_token="<pad>"),
      "pad_token: '<pad>' is not in the vocabulary"),
-    ("no index, no second tokenizer", lambda f: [(f / "model_index.json").unlink(), shutil.rmtree(f / "tokenizer_2")],
+    ("no index, no second tokenizer", lambda f: remove(f, "model_index.json", "tokenizer_2"),
      "tokenizer_2: is absent, which text_encoder_2 needs"),
-    ("no index, no second encoder", lambda f: [(f / "model_index.json").unlink(), shutil.rmtree(f / "text_encoder_2")],
+    ("no index, no second encoder", lambda f: remove(f, "model_index.json", "text_encoder_2"),
      "text_encoder_2: is absent, which tokenizer_2 needs"),
     ("no weights", lambda f: (f / "text_encoder_2" / "model.safetensors").unlink(), "text_encoder_2"),
 ]  # fmt: skip
