@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
-import os
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from genkit import __version__
 from genkit.components import inspect_model, load_components, weight_hashes
@@ -28,13 +22,12 @@ from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, 
 from genkit.gallery import write_gallery
 from genkit.guidance import network_rows
 from genkit.memory import away, budget_for, check_memory, describe
-from genkit.metadata import texts
 from genkit.picking import NONE, Picking, read_known
 from genkit.plans import is_tuned, plan_for, tuned_file
 from genkit.progress import Progress
 from genkit.prompts import read_prompts
 from genkit.records import read_rows
-from genkit.request import Request, Result
+from genkit.request import Request
 from genkit.run import Run, read_config
 from genkit.schedulers import Plan, Scheduler
 from genkit.scoring.aesthetic import Head, check_head
@@ -43,15 +36,11 @@ from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
 from genkit.selection import decide, hard_lines, passes, write_selection
 from genkit.settings import Geometry, settings
+from genkit.signals import Interrupted, Signals
+from genkit.writers import Writers
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
-
-# Images that may wait for a writer before denoising waits for the disk, and the bytes of their pixels: 64 of 1024x1024
-QUEUE, QUEUE_BYTES = 64, 2**28
-# Most of a small image's time is waiting for the disk. Of 128x128, on two cores: 1 thread 152 images/s, 2 334, 4 447,
-# 8 725, 16 887; of 512x512, which keep the cores busy, two threads and more alike.
-WRITERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +119,6 @@ class Summary:
     def images_per_second(self) -> float:
         """New images over the whole wall time, loading included."""
         return self.new / self.seconds if self.seconds else 0.0
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived: finish what is being written and leave."""
 
 
 def generate(
@@ -387,13 +372,15 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
     note = generator.budget.line(generator.device, job.options.memory)
     if note:
         progress.say(note)
-    writers = _Writers(run, job)
+    store = None if job.clip is None else Store(run.folder, job.clip.configs["clip"]["projection_dim"])
+    form = encoding(job.options.format, job.options.quality)
+    writers = Writers(run, job.rows, form, job.info.name, store)
     gates = {r.id: Expression(r.gate, r.labels, names=None) for r in job.rows if r.gate is not None}
     stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
     said = list(generator.attention.notes)
     for note in said:
         progress.say(note)
-    with _Signals() as signals, _notes(progress):
+    with Signals(interrupt=True) as signals, _notes(progress):
         try:
             signals.armed = True
             for result in stream:
@@ -431,80 +418,3 @@ def _notes(progress: Progress) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-
-
-class _Writers:
-    """Threads that encode and save pictures while the next are drawn; `put` waits when they fall behind."""
-
-    def __init__(self, run: Run, job: Job) -> None:
-        self.run, self.job = run, job
-        self.encoding = encoding(job.options.format, job.options.quality)
-        self.rows = {r.id: r for r in job.rows}
-        self.pool = ThreadPoolExecutor(WRITERS, "genkit-write")
-        self.waiting: deque[tuple[Future[None], int]] = deque()  # with the bytes of its pixels
-        self.bytes = 0
-        clip = job.clip
-        self.store = None if clip is None else Store(run.folder, clip.configs["clip"]["projection_dim"])
-
-    def put(self, result: Result) -> None:
-        """Hand over one result. Raises what an earlier write raised, say HostError for a full disk."""
-        size = 0 if result.pixels is None else result.pixels.nbytes
-        self.bytes += size
-        self.waiting.append((self.pool.submit(self._write, result), size))
-        while self.waiting and (self._full() or self.waiting[0][0].done()):
-            future, size = self.waiting.popleft()
-            self.bytes -= size
-            future.result()
-
-    def _full(self) -> bool:
-        return len(self.waiting) > QUEUE or (self.bytes > QUEUE_BYTES and len(self.waiting) > 1)
-
-    def close(self) -> None:
-        """Wait for the writes under way."""
-        self.pool.shutdown(wait=True)
-        try:
-            for future, _ in self.waiting:
-                future.result()
-        finally:
-            if self.store is not None:
-                self.store.close()
-
-    def _write(self, result: Result) -> None:
-        if result.status != "done":
-            self.run.fail(result)
-            return
-        text = texts(self.rows[result.id].to_json(), result, self.job.info.name, __version__)
-        data = self.encoding.encode(result.pixels, text)
-        if self.store is not None and result.embedding is not None:  # before the record: what is done has one
-            self.store.add(result.id, result.index, hashlib.sha256(data).hexdigest(), result.embedding)
-        self.run.save(result, data, self.encoding.suffix)
-        result.pixels = None  # it is on disk now; thousands of them would not fit in memory
-
-
-class _Signals:
-    """While open, the first SIGINT or SIGTERM raises Interrupted where `armed`; a second one leaves at once.
-
-    Only the main thread may catch signals: elsewhere this does nothing.
-    """
-
-    CODES: ClassVar = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
-
-    def __init__(self) -> None:
-        self.armed, self.exit_code = False, EXIT_OK
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in self.CODES}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._before.items():
-            signal.signal(number, old)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if self.exit_code:
-            os._exit(self.exit_code)
-        if self.armed:
-            self.armed, self.exit_code = False, self.CODES[signal.Signals(number)]
-            raise Interrupted

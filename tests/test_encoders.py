@@ -10,14 +10,14 @@ import threading
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from genkit import InputError, Request, Result, generate, job
+from genkit import InputError, Request, Result, generate
+from genkit import writers as writing
 from genkit.encoders import encoding
 from genkit.images import read_image
 from genkit.judge import score_images
@@ -388,13 +388,10 @@ def test_denoising_waits_for_writers_by_count_and_by_bytes(
     monkeypatch: pytest.MonkeyPatch, side: int, waiting: int
 ) -> None:
     """At most 1,000 bytes of pixels wait, or 8 pictures, beside the one handed over; one alone may be larger."""
-    monkeypatch.setattr(job, "QUEUE", 8)
-    monkeypatch.setattr(job, "QUEUE_BYTES", 1000)
+    monkeypatch.setattr(writing, "QUEUE", 8)
+    monkeypatch.setattr(writing, "QUEUE_BYTES", 1000)
     run, row = SlowRun(), Request(id="a", prompt="x", num_images=12)
-    plan: Any = SimpleNamespace(
-        options=job.Options(format="webp"), rows=[row], info=SimpleNamespace(name="emoji"), clip=None
-    )
-    writers = job._Writers(run, plan)  # type: ignore[arg-type]
+    writers = writing.Writers(run, [row], encoding("webp"), "emoji")  # type: ignore[arg-type]
     results = [Result("a", k, k, pixels=np.zeros((side, side, 3), np.uint8)) for k in range(12)]
     handed: list[int] = []
 

@@ -156,12 +156,8 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
         latents.append(e.task.vae.encode(tensors["pixels"]).latent_dist.mean.float().cpu())
     psnr = [10 * np.log10(4 / max(x, 1e-12)) for x in losses]  # values reach from -1 to 1
     std = float(torch.cat([x.flatten() for x in latents]).std())
-    return {
-        "loss": float(np.mean(losses)),
-        "psnr": float(np.mean(psnr)),
-        "psnr_interval": interval(psnr),
-        "latent_std": std,
-    }
+    mean = float(np.mean(losses))
+    return {"loss": mean, "psnr": float(np.mean(psnr)), "psnr_interval": interval(psnr), "latent_std": std}
 
 
 def _zero_shot(e: Evaluation) -> dict[str, Any]:

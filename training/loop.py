@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 
 import torch
 
-from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM
+from genkit.errors import EXIT_OK
+from genkit.signals import Signals
 from genkit.training.checkpoint import open_log
 from genkit.training.evaluate import overfit_since
 from genkit.training.recipe import Recipe
@@ -52,7 +51,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
         ended, code, began, first = "", EXIT_OK, time.monotonic() - state.seconds, state.step
         feed = s.feed(state.step * plan.gradient_accumulation_steps)
         log_file = open_log(out / "log.jsonl", state.step) if s.accelerator.is_main_process else _silent()
-        with log_file as log, _stopping() as stop, s.bar as bar:
+        with log_file as log, Signals() as signals, s.bar as bar:
             while state.step < plan.steps and not ended:
                 rate = learning_rate(plan, state.step, state.seconds)
                 for group in state.optimizer.param_groups:
@@ -71,7 +70,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                 state.step += 1
                 state.average()
                 if not s.shared or state.step % pause == 0:  # they stop together
-                    state.seconds, code = s.agreed(time.monotonic() - began, stop[0] if stop else EXIT_OK)
+                    state.seconds, code = s.agreed(time.monotonic() - began, signals.exit_code)
                 pending.append((state.step, torch.stack(losses).mean(), rate, norm, keys))
                 ended = _ended(s, code)
                 save, look = state.step % recipe.save.every == 0, s.looks(state.step) and not code
@@ -113,22 +112,3 @@ def _ended(s: Setup, code: int) -> str:
 @contextlib.contextmanager
 def _silent() -> Iterator[Any]:
     yield lambda values: None
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[list[int]]:
-    """Yield a list that holds the exit code once SIGINT or SIGTERM came; the second one ends the process at once."""
-    stop: list[int] = []
-    codes = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
-
-    def handle(number: int, _frame: object) -> None:
-        if stop:
-            sys.exit(stop[0])
-        stop.append(codes[signal.Signals(number)])
-
-    before = {number: signal.signal(number, handle) for number in codes}
-    try:
-        yield stop
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -312,15 +312,9 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
         return str(near) if near.exists() or any(folder.glob(value) if value else ()) else value
 
     data, prior, networks = (values.get(name) for name in ("data", "prior", "networks"))
-    places: list[tuple[Any, tuple[str, ...]]] = [
-        (data, ("path", "validation")),
-        (prior, ("path",)),
-        (values, ("model",)),
-    ]
-    for mapping, keys in places:
-        for key in keys if isinstance(mapping, dict) else ():
-            if key in mapping:
-                mapping[key] = at(mapping[key])
+    for mapping, keys in ((data, ("path", "validation")), (prior, ("path",)), (values, ("model",))):
+        if isinstance(mapping, dict):
+            mapping.update({key: at(mapping[key]) for key in keys if key in mapping})
     if isinstance(networks, dict):
         networks.update({key: at(value) for key, value in networks.items()})
 

@@ -65,9 +65,8 @@ class Setup:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
-        info = compose_model(
-            KINDS.get(recipe.task, "text-to-image"), recipe.model, recipe.networks, recipe.scheduler
-        )  # fmt: skip
+        kind = KINDS.get(recipe.task, "text-to-image")
+        info = compose_model(kind, recipe.model, recipe.networks, recipe.scheduler)
         examples, held = split(read_examples(recipe.data), recipe.data)
         target, _ = pick_device(device, "float32")
         with disk(out):
@@ -90,7 +89,7 @@ class Setup:
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
             components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
-            pictures = _pictures(recipe, examples, task)
+            pictures = Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
             validation = pictures.plain(held) if held else None
             state = State(task.networks, recipe.train)
             metric = recipe.evaluate.best
@@ -107,11 +106,9 @@ class Setup:
                 found._prepare()
                 yield found
             except torch.OutOfMemoryError as error:
-                raise HostError(
-                    f"device {device}: out of memory: train.batch_size {recipe.train.batch_size} is too "
-                    "much; try less, with train.gradient_accumulation_steps or "
-                    "train.gradient_checkpointing"
-                ) from error
+                hint = "try less, with train.gradient_accumulation_steps or train.gradient_checkpointing"
+                much = f"train.batch_size {recipe.train.batch_size} is too much"
+                raise HostError(f"device {device}: out of memory: {much}; {hint}") from error
 
     def _prepare(self) -> None:
         """Wrap the networks and the optimizer for device, precision and processes; restore the newest checkpoint."""
@@ -281,10 +278,6 @@ def _say(text: str, quiet: bool) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def _pictures(recipe: Recipe, examples: list[Example], task: Any) -> Pictures:
-    return Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
-
-
 def _prior(recipe: Recipe, task: Any, out: Path, draw: bool) -> Pictures:
     """Return DreamBooth's pictures of the class: those given, or drawn once by the model as it is."""
     from genkit.job import generate
@@ -308,11 +301,8 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
         if recipe.task in ("autoencoder", "clip"):
             raise InputError(f"data.cache: task {recipe.task} has no latents to keep")
         frozen = {name: part for name, part in info.parts.items() if name not in task.networks}
-        fingerprint = [
-            weight_hashes(dataclasses.replace(info, parts=frozen)),
-            recipe.token and recipe.token.placeholder,
-            recipe.train.mixed_precision,
-        ]
+        weights = weight_hashes(dataclasses.replace(info, parts=frozen))
+        fingerprint = [weights, recipe.token and recipe.token.placeholder, recipe.train.mixed_precision]
         folder = out / "cache" if recipe.data.cache_folder is None else Path(recipe.data.cache_folder)
         with accelerator.main_process_first():
             source = encoded(pictures, task.encode, folder, fingerprint, quiet=not accelerator.is_main_process)
@@ -351,9 +341,8 @@ def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example
     data = hashlib.sha256()
     for e in examples:
         data.update(json.dumps([e.key, e.caption, e.fields], default=str).encode())
-    plain = recipe.plain
     now = {
-        "recipe": plain, "weights": weight_hashes(info), "pictures": len(examples), "data": data.hexdigest(),
+        "recipe": recipe.plain, "weights": weight_hashes(info), "pictures": len(examples), "data": data.hexdigest(),
         "processes": processes,
     }  # fmt: skip
     path = out / "run.json"
