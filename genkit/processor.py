@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from genkit.attention import BACKENDS, Attend, choose, first_line
+from genkit.attention import BACKENDS, NARROW_TRAINED, Attend, choose, first_line
 from genkit.device import check_attention
 
 EVERY_DTYPE = ("sdpa", "sliced", "math")  # what works in one dtype works in the others
@@ -126,6 +126,13 @@ class AttentionChoice:
         if reason is not None:
             self._refused[kind] = reason
         return self.chosen[kind]
+
+
+def narrow_attention(network: Any) -> None:
+    """Have the attention modules of a float32 network that learns on a CPU use what is fastest there both ways."""
+    for module in _plain_modules(network):
+        if module.inner_dim // module.heads <= NARROW_TRAINED:
+            module.set_processor(Processor("sliced", torch.float32, []))
 
 
 def fuse_projections(network: Any) -> int:

@@ -10,6 +10,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, embedding
 
 from genkit.components import Components
 from genkit.errors import InputError, shown
+from genkit.processor import narrow_attention
 from genkit.scoring.clip import ClipScorer
 from genkit.settings import Geometry
 from genkit.text import Penultimate, TextEncoder, TextEncoderPair
@@ -64,6 +65,8 @@ class Diffusion:
             parts.vae.to(dtype)
         self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
         self.nets: dict[str, Any] = dict(self.networks)
+        if parts.device.type == "cpu" and dtype == torch.float32:
+            narrow_attention(parts.unet)
         self.text_learns = any(name in self.networks for name in self.encoders)
         self.text: Any = None if self.text_learns or not self.encoders else self._frozen_text()
 
