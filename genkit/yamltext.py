@@ -15,6 +15,7 @@ _PLAIN = (
     (re.compile(r"[-+]?(0|[1-9][0-9]{0,99})"), int),
     (re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?"), float),
 )
+_EXPONENT = re.compile(r"[-+]?(0|[1-9][0-9]{0,15})[eE][-+]?[0-9]{1,3}")
 # What YAML 1.1 and 1.2 readers disagree about: no is false to one and "no" to the other, 010 is 8 or 10, 1:30 is 90.
 _AMBIGUOUS = re.compile(
     r"(?i:y|n|yes|no|on|off|[-+]?\.(inf|nan))|[-+]?[0-9][0-9_.]*([eE][-+]?[0-9]*)?|[-+]?0[box][0-9a-fA-F_]+"
@@ -30,11 +31,12 @@ class Block(dict[Any, Any]):
     line = 0
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, exponents: bool = False) -> Any:
     """Return the one document in `text`: Blocks, lists, str, int, float, bool, None.
 
-    Raises InputError naming `where` and the line for bad YAML, a key given twice, anchors and aliases, tags, words that
-    YAML 1.1 and 1.2 read differently, and nesting past MAX_DEPTH.
+    exponents: 1e-4 is a number, as YAML 1.2 has it, and not the text of YAML 1.1. Raises InputError naming `where` and
+    the line for bad YAML, a key given twice, anchors and aliases, tags, words that YAML 1.1 and 1.2 read differently,
+    and nesting past MAX_DEPTH.
     """
     import yaml
 
@@ -44,7 +46,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(
             f"{where}:{line}: {shown(odd[0])} cannot stand in YAML; write it as an escape in double quotes"
         )
-    builder = _Builder(where)
+    builder = _Builder(where, exponents)
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             builder.add(event)
@@ -59,8 +61,8 @@ def parse_yaml(text: str, where: str) -> Any:
 class _Builder:
     """Builds values from the parser's events, with a stack of its own: no file can exhaust Python's."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str, exponents: bool) -> None:
+        self.where, self.exponents = where, exponents
         self.document: Any = None
         self._documents = 0
         self._open: list[Block | list[Any]] = []
@@ -134,6 +136,8 @@ class _Builder:
         for pattern, convert in _PLAIN:
             if pattern.fullmatch(text):
                 return convert(text)
+        if self.exponents and _EXPONENT.fullmatch(text):
+            return float(text)
         if _AMBIGUOUS.fullmatch(text):
             raise self._error(line, f"{shown(text)}: YAML readers disagree on what this is; write it in quotes")
         return text

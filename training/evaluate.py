@@ -178,9 +178,7 @@ def _zero_shot(e: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
-    "autoencoder": _reconstruction, "clip": _zero_shot,
-}  # fmt: skip
+_MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {"autoencoder": _reconstruction, "clip": _zero_shot}
 
 
 def overfit_since(scores: Mapping[int, Mapping[str, Any]]) -> int | None:

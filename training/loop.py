@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
         pending: list[tuple[int, torch.Tensor, float, torch.Tensor, list[str]]] = []
         ended, code, began, first = "", EXIT_OK, time.monotonic() - state.seconds, state.step
         feed = s.feed(state.step * plan.gradient_accumulation_steps)
-        log_file = open_log(out / "log.jsonl", state.step) if s.accelerator.is_main_process else _silent()
+        silent: Any = contextlib.nullcontext(lambda values: None)
+        log_file = open_log(out / "log.jsonl", state.step) if s.accelerator.is_main_process else silent
         with log_file as log, Signals() as signals, s.bar as bar:
             while state.step < plan.steps and not ended:
                 rate = learning_rate(plan, state.step, state.seconds)
@@ -107,8 +107,3 @@ def _ended(s: Setup, code: int) -> str:
         return "stopped"
     most = s.recipe.train.max_seconds
     return "the time is up" if most is not None and s.state.seconds >= most else ""
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[Any]:
-    yield lambda values: None

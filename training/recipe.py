@@ -273,7 +273,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     the file, the key, its value and the nearest known key.
     """
     where = place(path)
-    raw = parse_yaml(read_text(path), where)
+    raw = parse_yaml(read_text(path), where, exponents=True)
     if not isinstance(raw, dict):
         raise InputError(f"{where}: holds {shown(raw)}, not a recipe; it begins with `task:`")
     found = _plain(raw)
@@ -282,7 +282,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"{shown(text)}: is not like train.steps=1000")
-        _set(found, key, _plain(parse_yaml(value, key)))
+        _set(found, key, _plain(parse_yaml(value, key, exponents=True)))
     return make_recipe(found, where)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from genkit.durable import disk, write_whole
 from genkit.training.checkpoint import read_log
-from genkit.training.evaluate import overfit_since
+from genkit.training.evaluate import TIMES, overfit_since
 
 WIDTH, HEIGHT, POINTS = 760, 220, 400  # of a curve: pixels, and points at most
 POLICY = "default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'"
@@ -36,17 +36,11 @@ def write_page(
     out: Path, title: str, scores: Mapping[int, Mapping[str, Any]], prompts: Sequence[str], best: int
 ) -> None:
     """Write index.html of a training run: no script, and every text escaped. Raises HostError."""
-    steps = sorted(scores)
-    figures = {name for found in scores.values() for name, value in found.items() if isinstance(value, int | float)}
-    names = sorted(figures, key=lambda name: (name != "loss", name))
-    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("step", *names))
-    rows = "".join(
-        f"<tr{' class=best' if step == best else ''}><td>{step}</td>"
-        + "".join(f"<td>{_measured(scores[step], n)}</td>" for n in names) + "</tr>"
-        for step in steps
-    )  # fmt: skip
     losses = [(line["step"], line["loss"]) for line in read_log(out / "log.jsonl")]
-    held = [(step, scores[step]["loss"]) for step in steps if scores[step].get("loss") is not None]
+    held = [(step, found["loss"]) for step, found in sorted(scores.items()) if found.get("loss") is not None]
+    names = [f"{10 * k} to {10 * k + 10} %" for k in range(TIMES)]
+    tenths = {s: dict(zip(names, found.get("loss_by_time", []), strict=False)) for s, found in scores.items()}
+    by_time = f"<h2>Loss by noise level, 100 % is noise</h2>{table(tenths, best)}" if any(tenths.values()) else ""
     since = overfit_since(scores)
     warning = "" if since is None else f"<p>Overfit since step {since}: the loss on held-out pictures rises.</p>"
     told = " · ".join(prompts)
@@ -59,10 +53,23 @@ def write_page(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{warning}"
-        f"{curve(losses, held)}<table><tr>{head}</tr>{rows}</table>{sheets}</html>\n"
+        f"{curve(losses, held)}{table(scores, best)}{sheets}{by_time}</html>\n"
     )
     with disk(out):
         write_whole(out / "index.html", page.encode("utf-8", "backslashreplace"))
+
+
+def table(scores: Mapping[int, Mapping[str, Any]], best: int) -> str:
+    """Return a table of every figure, a row for each step, that of `best` in bold."""
+    figures = {name for found in scores.values() for name, value in found.items() if isinstance(value, int | float)}
+    names = sorted(figures, key=lambda name: (name != "loss", name))
+    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("step", *names))
+    rows = "".join(
+        f"<tr{' class=best' if step == best else ''}><td>{step}</td>"
+        + "".join(f"<td>{_measured(found, n)}</td>" for n in names) + "</tr>"
+        for step, found in sorted(scores.items())
+    )  # fmt: skip
+    return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 def curve(losses: Sequence[tuple[int, float]], held: Sequence[tuple[int, float]]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy, embedding
 
 from genkit.components import Components
+from genkit.cpu import suit_cpu
 from genkit.errors import InputError, shown
 from genkit.processor import narrow_attention
 from genkit.scoring.clip import ClipScorer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 Networks = dict[str, torch.nn.Module]
 MOST_SCALE = 100.0  # of CLIP's logits, as in Radford et al. 2021, section 2.5
+CACHED = 2**16  # pixels that a CPU encodes at a time: 16 pictures of 128x128 take twice as long at once
 LEVELS = 3  # coarser scales of the autoencoder's error
 
 
@@ -65,8 +67,12 @@ class Diffusion:
             parts.vae.to(dtype)
         self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
         self.nets: dict[str, Any] = dict(self.networks)
-        if parts.device.type == "cpu" and dtype == torch.float32:
-            narrow_attention(parts.unet)
+        if parts.device.type == "cpu":
+            for name, part in {"vae": parts.vae, **self.encoders}.items():
+                if part is not None and name not in self.networks:
+                    suit_cpu(part)
+            if dtype == torch.float32:
+                narrow_attention(parts.unet)
         self.text_learns = any(name in self.networks for name in self.encoders)
         self.text: Any = None if self.text_learns or not self.encoders else self._frozen_text()
 
@@ -83,7 +89,9 @@ class Diffusion:
         vae, kept = self.parts.vae, torch.float16 if self.recipe.data.cache else torch.float32
         found = {"pixels": pixels}
         if vae is not None:
-            found = {"moments": vae.encode(pixels.to(vae.dtype)).latent_dist.parameters.to(kept)}
+            few = max(1, CACHED // pixels[0, 0].numel()) if self.device.type == "cpu" else len(pixels)
+            moments = [vae.encode(part.to(vae.dtype)).latent_dist.parameters for part in pixels.split(few)]
+            found = {"moments": torch.cat(moments).to(kept)}
         if self.encoders:
             told = self._ids(batch.captions) if self.text is None else self._embedded(batch.captions)
             found |= {name: t.to(kept) if t.is_floating_point() else t for name, t in told.items()}
@@ -91,12 +99,8 @@ class Diffusion:
 
     def _ids(self, captions: Sequence[str]) -> Tensors:
         """Return the tokens of each tokenizer, "ids" and "ids_2", (B, T)."""
-        found = {}
-        for name, tokenizer in zip(("ids", "ids_2"), self.tokenizers, strict=False):
-            options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-            texts = [self.expanded(c) for c in captions]
-            found[name] = tokenizer(texts, return_tensors="pt", **options).input_ids.to(self.device)
-        return found
+        texts, pairs = [self.expanded(c) for c in captions], zip(("ids", "ids_2"), self.tokenizers, strict=False)
+        return {name: _tokens(tokenizer, texts).to(self.device) for name, tokenizer in pairs}
 
     def expanded(self, caption: str) -> str:
         """Return a caption with every token of a new word in place of the word."""
@@ -208,10 +212,8 @@ class Contrastive:
 
     def encode(self, batch: Batch) -> Tensors:
         """Return pixel_values (B, 3, H, W) and ids (B, T)."""
-        pixels = self.scorer.preprocess(batch.pixels / 2 + 0.5)
-        options = {"padding": "max_length", "max_length": self.parts.tokenizer.model_max_length, "truncation": True}
-        ids = self.parts.tokenizer(list(batch.captions), return_tensors="pt", **options).input_ids
-        return {"pixel_values": pixels, "ids": ids.to(self.device)}
+        ids = _tokens(self.parts.tokenizer, batch.captions).to(self.device)
+        return {"pixel_values": self.scorer.preprocess(batch.pixels / 2 + 0.5), "ids": ids}
 
     def loss(
         self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
@@ -224,6 +226,11 @@ class Contrastive:
         same = (tensors["ids"][:, None] == tensors["ids"][None]).all(dim=2).float()
         wanted = same / same.sum(dim=1, keepdim=True)
         return (cross_entropy(logits, wanted, reduction="none") + cross_entropy(logits.T, wanted, reduction="none")) / 2
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(list(texts), return_tensors="pt", **options).input_ids
 
 
 class NewTokens(torch.nn.Module):
@@ -312,9 +319,7 @@ PREPARE: dict[str, Callable[[Recipe, Components], Networks]] = {
     "everything": _everything, "adapters": _adapters, "words": _words,
 }  # fmt: skip
 KINDS = {"autoencoder": "autoencoder", "clip": "clip", "unconditional": "unconditional"}  # others: text-to-image
-TASKS: dict[str, Callable[[Recipe, Components, torch.dtype], Any]] = {
-    "autoencoder": Autoencoding, "clip": Contrastive,
-}  # fmt: skip
+TASKS: dict[str, Callable[[Recipe, Components, torch.dtype], Any]] = {"autoencoder": Autoencoding, "clip": Contrastive}
 
 
 def make_task(recipe: Recipe, parts: Components, dtype: torch.dtype) -> Any:
