@@ -162,18 +162,17 @@ def test_captions_decide_on_the_colour(places: Path, tmp_path: Path) -> None:
         assert nearest_colour(images).count(colour) >= 5
 
 
-def test_lora_changes_the_adapters_alone_and_loads_everywhere(places: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [["to_q", "to_k", "to_v", "to_out.0"], ["proj_in", "ff.net.0.proj", "conv1"]])
+def test_lora_changes_the_adapters_alone_and_loads_everywhere(places: Path, tmp_path: Path, targets: list[str]) -> None:
     from diffusers import StableDiffusionPipeline
 
     base = places / "tiny_stable_diffusion"
-    lora = {"rank": 2, "alpha": 4.0, "text_encoder": True}
+    lora = {"rank": 2, "alpha": 4.0, "text_encoder": True, "targets": targets}
     _, scores = run(places, tmp_path, "lora", model=str(base), lora=lora, evaluate={"prompts": ["a red picture"]})
     assert scores[-1]["loss"] < scores[0]["loss"]
     before, after = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (base, tmp_path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(
-        name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for name in changed
-    )
+    assert changed == {name for name in before if name.endswith(tuple(f"{target}.weight" for target in targets))}
     assert before.keys() == after.keys()
     merged = StableDiffusionPipeline.from_pretrained(tmp_path)
     for name in ("pytorch_lora_weights", "kohya"):
