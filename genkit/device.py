@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,19 @@ def free_memory(device: torch.device) -> float:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return host_memory()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes that torch held on a GPU; on a CPU, that this process held, 0 where no one says."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 def host_memory() -> float:

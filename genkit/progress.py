@@ -100,6 +100,7 @@ class Steps:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet, self.last_line = quiet, 0.0
+        self._began: tuple[int, float] | None = None
         self._bar: Bar | None = None
 
     def __enter__(self) -> Steps:
@@ -118,8 +119,11 @@ class Steps:
             self._bar.stop()
 
     def __call__(self, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        self._began = first, began = self._began or (done, now)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=text)
-        elif not self.quiet and (done == total or time.monotonic() - self.last_line > LINE_SECONDS):
-            self.last_line = time.monotonic()
-            print(f"{100 * done // max(1, total):3d} %  {text}", file=sys.stderr, flush=True)
+        elif not self.quiet and (done == total or now - self.last_line > LINE_SECONDS):
+            self.last_line = now
+            left = f", {_clock((total - done) * (now - began) / (done - first))} to go" if first < done < total else ""
+            print(f"{100 * done // max(1, total):3d} %  {text}{left}", file=sys.stderr, flush=True)

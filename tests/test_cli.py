@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from genkit import cli
+from genkit.progress import Steps
 from tests.check_run import check_run
 
 ROOT = Path(__file__).parent.parent
@@ -336,3 +337,15 @@ def test_inspect_and_env(tmp_path: Path) -> None:
     found = json.loads(genkit("inspect", "emoji", "--json").stdout)
     assert found["kind"] == "text-to-image" and found["components"]["unet"]["class"] == "UNet2DConditionModel"
     assert json.loads(genkit("env", "--json").stdout)["torch"].startswith("2.")
+
+
+def test_plain_lines_of_progress_say_how_long_it_will_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("genkit.progress.time.monotonic", lambda: now[0])
+    with Steps() as say:
+        for done, text in ((300, "begun"), (330, "on"), (331, "too soon"), (400, "done")):
+            say(done, 400, text)
+            now[0] += 60 if done == 300 else 1
+    assert capsys.readouterr().err.splitlines() == [" 75 %  begun", " 82 %  on, 2:20 to go", "100 %  done"]

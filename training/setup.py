@@ -19,7 +19,7 @@ import torch
 
 from genkit.components import ModelInfo, load_components, weight_hashes
 from genkit.components.compose import compose_model
-from genkit.device import compute_dtype, pick_device
+from genkit.device import compute_dtype, peak_memory, pick_device
 from genkit.doctor import check_data
 from genkit.durable import disk, json_line, lock_folder, write_whole
 from genkit.errors import HostError, InputError, shown
@@ -252,10 +252,8 @@ class Setup:
     def report(self, bar: Steps, step: int, loss: float) -> None:
         """Say where it stands: loss, pictures a second, memory."""
         train = self.recipe.train
-        text = f"step {step} of {train.steps}  loss {loss:.4f}  {self.rate(step - self.first):.1f} images/s"
-        if self.device.type == "cuda":
-            text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        bar(step, train.steps, text)
+        rate, peak = self.rate(step - self.first), peak_memory(self.device) / 2**30
+        bar(step, train.steps, f"step {step} of {train.steps}, loss {loss:.4f}, {rate:.1f} images/s, {peak:.1f} GiB")
 
     def rate(self, steps: int) -> float:
         """Pictures a second since the first step of this start."""
