@@ -162,7 +162,7 @@ class Setup:
     def _tensors(self, batch: Any) -> Tensors:
         told = self.task.encode(batch) if batch.tensors is None else batch.tensors
         told = {name: tensor.to(self.device, non_blocking=True) for name, tensor in told.items()}
-        return told | {"weights": batch.weights.to(self.device), "dropped": batch.dropped}
+        return told | {"weights": batch.weights.to(self.device), "dropped": batch.dropped.to(self.device)}
 
     def seeded(self, step: int, part: int) -> torch.Generator:
         """Return the generator of one micro-step, and seed dropout likewise: the same whatever came before."""

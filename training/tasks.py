@@ -60,9 +60,14 @@ class Diffusion:
         self.multiple = geometry.multiple
         self.tokenizers = [t for t in (parts.tokenizer, parts.tokenizer_2) if t is not None]
         self.encoders = {n: m for n in ("text_encoder", "text_encoder_2") if (m := getattr(parts, n)) is not None}
-        for frozen in (parts.unet, *self.encoders.values()) if recipe.task in _FROZEN else self.encoders.values():
-            if frozen.dtype != dtype:  # what does not learn need not be stored in float32
-                frozen.to(dtype)
+        whole = _way(recipe) == "everything"
+        frozen = [
+            *([] if whole else [parts.unet]),
+            *([] if whole and recipe.train.text_encoder else self.encoders.values()),
+        ]
+        for network in frozen:
+            if network.dtype != dtype:  # what does not learn need not be stored in float32
+                network.to(dtype)
         if parts.vae is not None and not getattr(parts.vae.config, "force_upcast", False):
             parts.vae.to(dtype)
         self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
@@ -74,6 +79,9 @@ class Diffusion:
             if dtype == torch.float32:
                 narrow_attention(parts.unet)
         self.text_learns = any(name in self.networks for name in self.encoders)
+        if len(self.encoders) == 2:  # what comes after the layer that is taken has no say, and would wait for gradients
+            for unheard in (parts.text_encoder.encoder.layers[-1], parts.text_encoder.final_layer_norm):
+                unheard.requires_grad_(False)
         self.text: Any = None if self.text_learns or not self.encoders else self._frozen_text()
 
     def _frozen_text(self) -> Any:
@@ -119,7 +127,8 @@ class Diffusion:
         """Return the weighted squared error of the prediction, averaged over each picture: (B,)."""
         noised = self.noising(self._latents(tensors, generator), generator, timesteps, plain)
         told = self._told(tensors) if self.encoders else {}
-        out = self.nets.get("unet", self.parts.unet)(noised.x, noised.t, return_dict=False, **told)[0]
+        x = noised.x.to(self._dtype)  # that of a UNet that does not learn is no float32, and nothing else may cast
+        out = self.nets.get("unet", self.parts.unet)(x, noised.t, return_dict=False, **told)[0]
         return (out.float() - noised.target).square().flatten(1).mean(dim=1) * noised.weight
 
     def _latents(self, tensors: Tensors, generator: torch.Generator) -> torch.Tensor:
@@ -138,15 +147,18 @@ class Diffusion:
             empty = {name: torch.zeros_like(t) for name, t in empty.items()}
         dropped = tensors.get("dropped")
         told = {name: tensors[name] for name in empty}
-        if dropped is not None and bool(dropped.any()):
+        if dropped is not None:  # to ask whether any is would have a GPU waited for
             told = {n: torch.where(dropped.view(-1, *[1] * (t.ndim - 1)), empty[n].to(t), t) for n, t in told.items()}
         if self.text is None:
             told = self._encoded(told)
-        dtype = next(self.parts.unet.parameters()).dtype
         added = {}
         if "pooled" in told:
-            added = {"added_cond_kwargs": {"text_embeds": told["pooled"].to(dtype), "time_ids": tensors["sizes"]}}
-        return {"encoder_hidden_states": told["text"].to(dtype), **added}
+            added = {"added_cond_kwargs": {"text_embeds": told["pooled"].to(self._dtype), "time_ids": tensors["sizes"]}}
+        return {"encoder_hidden_states": told["text"].to(self._dtype), **added}
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parts.unet.parameters()).dtype
 
     def _encoded(self, ids: Tensors) -> Tensors:
         """Run text encoders that learn."""
@@ -252,8 +264,9 @@ class NewTokens(torch.nn.Module):
 
 
 def _everything(recipe: Recipe, parts: Components) -> Networks:
-    names = ["unet", *(["text_encoder"] if recipe.train.text_encoder and parts.text_encoder is not None else [])]
-    found = {name: getattr(parts, name).float().requires_grad_(True) for name in names}
+    names = ["unet", *(("text_encoder", "text_encoder_2") if recipe.train.text_encoder else ())]
+    parts_of = {name: part for name in names if (part := getattr(parts, name)) is not None}
+    found = {name: part.float().requires_grad_(True) for name, part in parts_of.items()}
     if recipe.train.gradient_checkpointing:
         for network in found.values():
             (getattr(network, "enable_gradient_checkpointing", None) or network.gradient_checkpointing_enable)()
@@ -304,9 +317,6 @@ def _words(recipe: Recipe, parts: Components) -> Networks:
     first = table.weight.detach()[[start[min(i, len(start) - 1)] for i in range(len(names))]]
     encoder.set_input_embeddings(NewTokens(table, first).to(parts.device))
     return {"text_encoder": encoder}
-
-
-_FROZEN = ("lora", "textual-inversion")  # tasks whose UNet stays as it is, but for what is added
 
 
 def _way(recipe: Recipe) -> str:
