@@ -66,7 +66,8 @@ class _Group:
 
     def add(self, new: list[Trajectory]) -> bool:
         """Take in trajectories: all of them, or none where it raises."""
-        x = torch.stack([t.latent for t in new]).to(self.device, torch.float32)
+        # One by one: those that paused lie on the device already, those that begin do not.
+        x = torch.stack([t.latent.to(self.device, torch.float32) for t in new])
         history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
         for place, trajectory in enumerate(new, len(self.live)):
             if trajectory.history is not None:  # it paused, and goes on

@@ -65,6 +65,28 @@ def finals(engine: Engine, trajectories: list[Trajectory]) -> dict[str, torch.Te
     return {t.tag[0].id: t.latent.clone() for ended in engine.run(take) for t in ended}
 
 
+def test_a_batch_lies_on_the_device_of_its_engine(gen: TextToImage) -> None:
+    """Meta tensors refuse to meet the CPU's as those of a GPU do."""
+    there = torch.device("meta")
+    waiting = [gen.begin(row, 0, int(row.seed)) for row in twelve(gen)]  # type: ignore[arg-type]
+    for trajectory in waiting[:5]:
+        trajectory.pause = 2
+
+    def take(free: float, alone: bool) -> list[Trajectory]:
+        taken, waiting[:] = waiting[: int(free)], waiting[int(free) :]
+        return taken
+
+    ended, paused = [], 0
+    for over in Engine(Denoiser(Elementwise().to(there)), there, slots=4).run(take):
+        for trajectory in over:
+            if trajectory.step < trajectory.plan.nfe:  # it goes on beside others that only begin
+                paused, trajectory.pause = paused + 1, 0
+                waiting.insert(0, trajectory)
+            else:
+                ended.append(trajectory)
+    assert (len(ended), paused) == (12, 4) and all(t.latent.device == there for t in ended)
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["row-independent network, bitwise", "embedded model, 1e-4"])
 def test_twelve_different_requests_in_one_engine_equal_their_solo_runs(gen: TextToImage, exact: bool) -> None:
     denoiser = Denoiser(Elementwise() if exact else gen.unet)
