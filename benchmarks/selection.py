@@ -20,6 +20,7 @@ import platform
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ from PIL import Image, ImageDraw
 from genkit import Request, generate
 from genkit.request import Result
 from genkit.run import read_results
-from genkit.scoring.gates import Expression
-from genkit.selection import passes
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 OBJECTS = (
@@ -39,6 +38,7 @@ OBJECTS = (
 )  # fmt: skip
 PAIRS = 5  # of colour and background, for each object
 WANTED, FIRST, MOST, PASS = 2, 8, 16, 0.9
+GATES = (0.3, 0.5, 0.7, PASS)
 # Hues in degrees at which a colour begins; red goes on from 345 round to 15.
 HUES = {"red": 345, "orange": 15, "yellow": 42, "green": 70, "blue": 170, "purple": 255, "pink": 310}
 GREY = 0.25, 0.2  # less saturation, or less value, is no colour
@@ -106,17 +106,17 @@ def _most(names: np.ndarray) -> str:
     return str(found[counts.argmax()]) if len(found) else "none"
 
 
-Row = list[tuple[float, bool, bool]]  # clip, passed, right; of image 0, 1, …
+Row = list[tuple[float, float, bool]]  # clip, p of the asked-for colour, right; of image 0, 1, …
 
 
 def judged(folder: Path, asked: list[Request]) -> dict[str, Row]:
-    found: dict[str, dict[int, tuple[float, bool, bool]]] = defaultdict(dict)
-    gates = {str(r.id): Expression(str(r.gate), labels=r.labels) for r in asked}
+    found: dict[str, dict[int, tuple[float, float, bool]]] = defaultdict(dict)
+    prompts = {str(r.id): r.prompt for r in asked}
     for r in read_results(folder):
-        if r.status == "done" and r.id in gates:
+        if r.status == "done" and r.id in prompts:
             colour, _, background = r.id.split("-")
             right = colours(pixels(folder, r)) == (colour, background)
-            found[r.id][r.index] = float(r.scores["clip"]), passes(gates[r.id], r.scores), right
+            found[r.id][r.index] = float(r.scores["clip"]), r.scores["p"][prompts[r.id]], right
     return {row: [images[k] for k in sorted(images)] for row, images in found.items()}
 
 
@@ -132,9 +132,9 @@ def best_of(row: Row, k: int, column: int) -> float:
     return sum(w * float(image[column]) for w, image in zip(ways, ranked, strict=True)) / sum(ways)
 
 
-def until(row: Row) -> tuple[Row, int]:
-    """The pictures that "until 2 pass" hands over, and how many it draws for them."""
-    places = [k for k, (_, passed, _) in enumerate(row) if passed][:WANTED]
+def until(row: Row, least: float = PASS) -> tuple[Row, int]:
+    """The pictures that "until 2 pass p > least" hands over, and how many it draws for them."""
+    places = [k for k, (_, p, _) in enumerate(row) if p > least][:WANTED]
     return [row[k] for k in places], places[-1] + 1 if len(places) == WANTED else len(row)
 
 
@@ -150,12 +150,16 @@ def mean(values: Iterator[Any] | list[Any]) -> float:
     return float(np.mean(list(values) or [math.nan]))
 
 
-def right_of_gate(found: list[Row]) -> float:
-    return mean(right for row in found for _, _, right in until(row)[0])
+def right_of_gate(found: list[Row], least: float = PASS) -> float:
+    return mean(right for row in found for _, _, right in until(row, least)[0])
 
 
-def fewer(found: list[Row]) -> float:
-    return MOST * len(found) / sum(until(row)[1] for row in found)
+def fewer(found: list[Row], least: float = PASS) -> float:
+    return MOST * len(found) / sum(until(row, least)[1] for row in found)
+
+
+def lift(found: list[Row], least: float = PASS) -> float:
+    return right_of_gate(found, least) - mean(best_of(r, 1, 2) for r in found)
 
 
 FIGURES: list[tuple[str, str, Callable[[list[Row]], float]]] = [
@@ -165,14 +169,25 @@ FIGURES: list[tuple[str, str, Callable[[list[Row]], float]]] = [
     ("right colours, one draw", "{:.1%}", lambda f: mean(best_of(r, 1, 2) for r in f)),
     ("right colours, best of 4 by clip", "{:.1%}", lambda f: mean(best_of(r, 4, 2) for r in f)),
     ("right colours, gate + until 2 pass", "{:.1%}", right_of_gate),
-    ("  points over one draw", "{:+.1%}", lambda f: right_of_gate(f) - mean(best_of(r, 1, 2) for r in f)),
+    ("  points over one draw", "{:+.1%}", lift),
     ("  one draw, prompts with a pass only", "{:.1%}", lambda f: mean(best_of(r, 1, 2) for r in f if until(r)[0])),
     ("  right ones of all pictures asked for", "{:.1%}", lambda f: mean(
         sum(right for _, _, right in until(r)[0]) / WANTED for r in f)),
-    ("draws that pass the gate", "{:.1%}", lambda f: mean(mean(p for _, p, _ in r[:FIRST]) for r in f)),
+    ("draws that pass the gate", "{:.1%}", lambda f: mean(mean(p > PASS for _, p, _ in r[:FIRST]) for r in f)),
     ("prompts with 2 that pass within 16", "{:.1%}", lambda f: mean(len(until(r)[0]) == WANTED for r in f)),
     ("best of 16 draws more, times", "{:.2f}", fewer),
 ]  # fmt: skip
+
+
+def by_gate(found: list[Row]) -> None:
+    """Print what looser gates would have bought; until PASS they decide on the same draws."""
+    print("\ngate     draws pass   2 in 16   right colours   points over one draw      best of 16 draws more, times")
+    for least in GATES:
+        rate = mean(mean(p > least for _, p, _ in row[:FIRST]) for row in found)
+        full = mean(len(until(row, least)[0]) == WANTED for row in found)
+        points = "{:+.1%} ({:+.1%} to {:+.1%})".format(*interval(found, partial(lift, least=least)))
+        more = "{:.2f} ({:.2f} to {:.2f})".format(*interval(found, partial(fewer, least=least)))
+        print(f"p > {least}  {rate:>10.0%} {full:>9.0%} {right_of_gate(found, least):>15.1%}   {points:24}  {more}")
 
 
 def sheet(folder: Path, asked: list[Request], out: Path) -> None:
@@ -211,6 +226,7 @@ def main() -> None:
     for title, form, figure in FIGURES:
         middle, low, high = (form.format(v) for v in interval(list(found.values()), figure))
         print(f"{title:40}  {middle:>8}  ({low} to {high})")
+    by_gate(list(found.values()))
 
 
 if __name__ == "__main__":
