@@ -1,4 +1,4 @@
-"""Kept pictures as a folder, WebDataset and Parquet: read back by what people use, killed half-way, refused where it must be."""
+"""Kept pictures as a folder, WebDataset, Parquet: read by what people use, killed half-way, refused where needed."""
 
 from __future__ import annotations
 
