@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from genkit.components import inspect_model
 from genkit.device import check_device
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
 from genkit.images import check_image, list_images, read_image
-from genkit.progress import Progress, printable
+from genkit.progress import Progress, printable, printable_json
 from genkit.prompts import read_prompts, typed
 from genkit.records import RESULTS, read_results, read_rows
 from genkit.request import Result
@@ -232,9 +231,7 @@ def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | 
 
 
 def _line(record: dict[str, Any]) -> str:
-    """Return a JSON line that moves no cursor: other than spaces, what does not print is escaped."""
-    text = json.dumps(record, ensure_ascii=False)
-    return (text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)) + "\n"
+    return printable_json(record) + "\n"
 
 
 @contextlib.contextmanager

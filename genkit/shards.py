@@ -168,7 +168,8 @@ def _parquet(file: BinaryIO, folder: Path, part: Sequence[Result], columns: Colu
     from pyarrow import parquet
 
     schema = _schema(columns)
-    with parquet.ParquetWriter(file, schema) as writer:
+    plain = [name for name in columns if name != "image"]  # of small pictures the statistics hold two whole ones
+    with parquet.ParquetWriter(file, schema, use_dictionary=plain, write_statistics=plain) as writer:
         for start in range(0, len(part), GROUP):
             rows = [_row(folder, r, columns) for r in part[start : start + GROUP]]
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))

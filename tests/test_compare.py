@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -64,6 +66,27 @@ def test_copies_go_into_an_empty_folder_only(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["pairs"] == 20
     with pytest.raises(InputError, match="is not an empty folder"):
         compare_runs(a, b, tmp_path / "out")
+
+
+def test_pictures_are_found_from_the_page_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    a = judged_run(tmp_path / os.fsdecode(b"50% #1 ?\xff"), plain, rows=1)
+    b = judged_run(tmp_path / "b", plain, rows=1)
+    compare_runs(a, b)
+    data = re.search(
+        r'<script type="application/json"[^>]*>(.*?)</script>', (b / "compare.html").read_text(), re.DOTALL
+    )
+    assert data is not None
+    url = json.loads(data[1])["images"][0]["a"]["file"]
+    assert url == "../50%25%20%231%20%3F%FF/images/r0-00.png"
+    assert os.path.samefile(os.path.join(os.fsencode(b), unquote_to_bytes(url)), a / "images" / "r0-00.png")
+
+
+def test_the_terminal_lists_no_more_scores_than_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = {"clip": 0.5, "p": {f"label {n}": 0.5 for n in range(200)}}
+    a, b = (judged_run(tmp_path / n, lambda n, k: many, rows=1) for n in "ab")
+    assert _run(["compare", str(a), str(b)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) < 45 and said[-2] == "… and 171 more scores, on the page"
 
 
 def test_hostile_text_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,8 @@ def test_parquet_has_pictures_captions_and_scores(run: Path, tmp_path: Path) -> 
     assert refilter(run, out=out, target=Target("parquet", 6000))["copied"] == 10
     tables = [parquet.read_table(path) for path in sorted(out.glob("*.parquet"))]
     assert len(tables) > 2 and len({table.schema for table in tables}) == 1
+    first = parquet.read_metadata(out / "000000.parquet").row_group(0).column(0)
+    assert first.path_in_schema == "image.bytes" and first.statistics is None, "or they hold two whole pictures"
     rows = [row for table in tables for row in table.to_pylist()]
     assert [(row["id"], row["index"]) for row in rows] == [(i, k) for i in IDS for k in range(2)]
     for row in rows:
