@@ -133,7 +133,7 @@ def test_one_labels_at_a_time(page: Page, folder: Path) -> None:
         ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "null"}, 403),
         ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "http://["}, 403),
         ("POST", "/TOKEN/vote", {"Content-Type": "text/plain", "Origin": "OWN"}, 415),
-        ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "OWN", "Content-Length": "5000000"}, 413),
+        ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "OWN", "Content-Length": "500000"}, 413),
         ("POST", "/TOKEN/vote", {"Origin": "OWN", "Sec-Fetch-Site": "cross-site"}, 403),
         ("PUT", "/TOKEN/vote", {}, 501),
     ],
