@@ -64,7 +64,7 @@ def read_labels(path: Path, bad: Path | None, others_bad: bool, pictures: Mappin
 def read_votes(path: Path) -> list[Vote]:
     """Return the lines of a votes.csv. Raises InputError with file and line."""
     where = place(path)
-    csv.field_size_limit(LIMIT)  # a column of somebody's own may be long
+    usual = csv.field_size_limit(LIMIT)  # a column of somebody's own may be long
     reader = csv.reader(io.StringIO(read_text(path, LIMIT).removeprefix("\ufeff"), newline=""), strict=True)
     found: list[Vote] = []
     try:
@@ -77,6 +77,8 @@ def read_votes(path: Path) -> list[Vote]:
                 found.append(_vote(dict(zip(names, cells, strict=False)), where, reader.line_num))
     except csv.Error as error:
         raise InputError(f"{where}:{reader.line_num}: is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(usual)
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from genkit.votes import read_votes
 from tests.judged_run import judged_run
 
 HOSTILE = "</script><script>alert(1)</script>\x1b[31m =cmd|'x'!A0 \u2028 " + "x" * 3000
@@ -108,8 +109,8 @@ def test_votes_that_an_editor_wrote_again_are_gone_on_with(folder: Path) -> None
     page.vote(state["image"]["number"], "no")
     process.kill()
     process.communicate()
-    (_, vote) = csv.DictReader(path.open(encoding="utf-8-sig", newline=""))
-    assert vote == {"Note": "", "Image": f"images/{state['image']['name']}.png", "Vote": "no"}
+    assert path.read_text("utf-8").split(note)[1].splitlines()[1] == f",images/{state['image']['name']}.png,no"
+    assert [vote.good for vote in read_votes(path)] == [True, False]
 
 
 def test_one_labels_at_a_time(page: Page, folder: Path) -> None:
