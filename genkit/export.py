@@ -12,6 +12,7 @@ from typing import Any
 
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, read_lines, write_whole
 from genkit.errors import HostError, InputError, nearest, shown
+from genkit.progress import Steps
 from genkit.request import Result
 
 METADATA = "metadata.jsonl"
@@ -78,9 +79,11 @@ def _folder(folder: Path, kept: Sequence[Result], out: Path, _size: int) -> int:
         write_whole(out / PLAN, "".join(json_line({"file_name": n, "sha256": d}) for n, d in planned).encode())
         for name in filter(is_temporary, os.listdir(out)):
             (out / name).unlink()
-        for name, r in names.items():
-            if earlier.get(name) != r.sha256:
-                _put(out / name, picture(folder, r))
+        with Steps() as tell:
+            for n, (name, r) in enumerate(names.items(), 1):
+                if earlier.get(name) != r.sha256:
+                    _put(out / name, picture(folder, r))
+                tell(n, len(names), "of the pictures copied")
         write_whole(out / METADATA, (_line(name, r) for name, r in names.items()))
         for name in earlier.keys() - names.keys():
             (out / name).unlink(missing_ok=True)

@@ -230,6 +230,8 @@ class Handler(BaseHTTPRequestHandler):
         _, token, *rest = [*self.path.split("?")[0].split("/", 2), ""]
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
             raise Refused(404, "not found")
+        if len(rest) < 2:
+            raise Refused(404, "the address ends with a /")
         return rest[0]
 
     def _get(self, asked: str) -> tuple[str, bytes]:

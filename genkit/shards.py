@@ -10,12 +10,14 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, sync_folder, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.export import caption, picture
+from genkit.progress import Steps
 from genkit.request import Result
 
 MANIFEST = ".export.json"  # hidden: `datasets` would take it for data
@@ -47,14 +49,16 @@ def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, siz
                 shards[name] = earlier[name]
         manifest = {"format": form, "samples": len(kept), "complete": False, "shards": shards}
         _note(out, manifest)
-        for name, part in plan.items():
-            if not (out / name).exists():
-                with _whole(out / name) as file:
-                    write(file, folder, part, columns)
-            found = count(out / name)
-            if found != len(part):
-                raise HostError(f"{out / name}: holds {found} of {len(part)} pictures; remove it and try again")
-            shards[name]["bytes"] = (out / name).stat().st_size
+        with Steps() as tell:
+            for done, (name, part) in zip(accumulate(map(len, plan.values())), plan.items(), strict=True):
+                if not (out / name).exists():
+                    with _whole(out / name) as file:
+                        write(file, folder, part, columns)
+                found = count(out / name)
+                if found != len(part):
+                    raise HostError(f"{out / name}: holds {found} of {len(part)} pictures; remove it and try again")
+                shards[name]["bytes"] = (out / name).stat().st_size
+                tell(done, len(kept), "of the pictures are in shards")
         _note(out, {**manifest, "complete": True})
     return len(kept)
 

@@ -63,7 +63,9 @@ def samples(out: Path) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def test_webdataset_shards_hold_every_kept_picture_with_its_caption(run: Path, tmp_path: Path) -> None:
+def test_webdataset_shards_hold_every_kept_picture_with_its_caption(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert refilter(run, where="clip > 0.05", out=out, target=Target("webdataset", 6000))["copied"] == 9
     found = samples(out)
@@ -77,6 +79,7 @@ def test_webdataset_shards_hold_every_kept_picture_with_its_caption(run: Path, t
         assert told["scores"]["clip"] > 0.05
     assert sorted(shards(out)) == [f"{n:06d}.tar" for n in range(len(shards(out)))] and len(shards(out)) > 2
     assert all(len(data) <= 6000 + 10240 for data in shards(out).values()), "but for the end mark of a tar"
+    assert "100 %  of the pictures are in shards" in capsys.readouterr().err
 
 
 def test_a_library_reads_the_shards(run: Path, tmp_path: Path) -> None:

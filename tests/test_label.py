@@ -125,6 +125,7 @@ def test_one_labels_at_a_time(page: Page, folder: Path) -> None:
         ("GET", "/", {}, 404),
         ("GET", "/state", {}, 404),
         ("GET", "/wrong/state", {}, 404),
+        ("GET", "/TOKEN", {}, 404),
         ("GET", "/TOKEN/state", {"Host": "evil.example"}, 403),
         ("GET", "/TOKEN/image/../run.json", {}, 404),
         ("GET", "/TOKEN/image/99", {}, 404),
