@@ -134,7 +134,9 @@ def score_table(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
         one, two = numbers(pair.a), numbers(pair.b)
         for name in one.keys() & two.keys():
             groups[name][pair.group].append((one[name], two[name]))
-    return {name: _figures(list(groups[name].values())) for name in sorted(groups, key=lambda n: (n[:2] == "p[", n))}
+    of = {name: sum(map(len, groups[name].values())) for name in groups}
+    order = sorted(groups, key=lambda name: (name[:2] == "p[", -of[name] if name[:2] == "p[" else 0, name))
+    return {name: _figures(list(groups[name].values())) for name in order}
 
 
 def _figures(groups: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import pytest
@@ -83,11 +84,15 @@ def test_pictures_are_found_from_the_page_whatever_the_folder_is_called(tmp_path
 
 
 def test_the_terminal_lists_no_more_scores_than_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    many = {"clip": 0.5, "p": {f"label {n}": 0.5 for n in range(200)}}
-    a, b = (judged_run(tmp_path / n, lambda n, k: many, rows=1) for n in "ab")
+    def many(n: int, k: int) -> dict[str, Any]:
+        return {"clip": 0.5, "p": {f"label {i}": 0.5 for i in range(200)} if n else {"z, of all": 0.5, "label 0": 0.5}}
+
+    a, b = (judged_run(tmp_path / n, many, rows=2, images=3) for n in "ab")
     assert _run(["compare", str(a), str(b)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert len(said) < 45 and said[-2] == "… and 171 more scores, on the page"
+    assert len(said) < 45 and said[-2] == "… and 172 more scores, on the page"
+    labels = [line.split("  ")[0] for line in said if line.startswith("p[")]
+    assert labels[:2] == ["p['label 0']", "p['label 1']"], "those of most pairs first"
 
 
 def test_hostile_text_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
