@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -353,13 +352,15 @@ def _slots(text: str) -> int | None:
 
 
 def _print(found: dict[str, Any], as_json: bool) -> None:
+    from genkit.progress import printable, printable_json
+
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(printable_json(found))
         return
     lines = list(_flat(found))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
-        print(f"{name:<{width}}  {value}")
+        print(printable(f"{name:<{width}}  {value}"))
 
 
 def _flat(found: dict[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:

@@ -57,9 +57,10 @@ def label(
     port: Annotated[int, typer.Option(help="0: a free one.")] = 0,
 ) -> int:
     """Serve a page on this machine that takes votes (y good, n bad) on a run's pictures into its votes.csv."""
+    from genkit.calibrate import named_gate
     from genkit.label import label as serve
 
-    return serve(run, where, shuffle, port)
+    return serve(run, named_gate(run, where), shuffle, port)
 
 
 @app.command()
@@ -81,14 +82,15 @@ def calibrate(
 ) -> int:
     """Fit a gate to labelled pictures: the lowest threshold above which so many are good."""
     from genkit.calibrate import calibrate as fitted
-    from genkit.calibrate import report
+    from genkit.calibrate import named_gate, report
+    from genkit.progress import printable, printable_json
 
     found = fitted(
-        run, labels, precision, score, where,
+        run, labels, precision, score, named_gate(run, where),
         bad=bad, others_bad=others_bad, confidence=confidence, sure=sure, name=name,
     )  # fmt: skip
-    text = found["expression"] if quiet else report(found)
-    print(json.dumps(found, ensure_ascii=False) if as_json else text)
+    lines = [found["expression"]] if quiet else report(found).splitlines()
+    print(printable_json(found) if as_json else "\n".join(map(printable, lines)))
     return EXIT_OK
 
 
@@ -103,11 +105,10 @@ def compare(
 ) -> int:
     """Say which of two runs scores higher, pair by pair, and show them side by side."""
     from genkit.compare import compare_runs, report
-    from genkit.progress import printable
+    from genkit.progress import printable, printable_json
 
     found = compare_runs(a, b, out)
-    lines = [json.dumps(found, ensure_ascii=False)] if as_json else map(printable, report(found).splitlines())
-    print("\n".join(lines))
+    print(printable_json(found) if as_json else "\n".join(map(printable, report(found).splitlines())))
     return EXIT_OK
 
 

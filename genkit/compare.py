@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from genkit.durable import disk, json_line, json_pieces, write_whole
 from genkit.errors import HostError, InputError, shown
@@ -24,6 +25,7 @@ from genkit.votes import name_of
 
 PAGE, FIGURES = "compare.html", "comparison.json"
 NAMED = 10  # pictures without a partner that are named
+LINES = 30  # scores in the terminal: each row may have labels of its own
 # Fields of a row that do not decide on its pixels, or that a pair has in common anyway.
 _ASIDE = {"id", "prompt", "seed", "num_images", "keep", "rank_by", "gate", "max_images", "labels", "meta"}
 
@@ -132,7 +134,9 @@ def score_table(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
         one, two = numbers(pair.a), numbers(pair.b)
         for name in one.keys() & two.keys():
             groups[name][pair.group].append((one[name], two[name]))
-    return {name: _figures(list(groups[name].values())) for name in sorted(groups, key=lambda n: (n[:2] == "p[", n))}
+    of = {name: sum(map(len, groups[name].values())) for name in groups}
+    order = sorted(groups, key=lambda name: (name[:2] == "p[", -of[name] if name[:2] == "p[" else 0, name))
+    return {name: _figures(list(groups[name].values())) for name in order}
 
 
 def _figures(groups: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any]:
@@ -224,9 +228,9 @@ def _half(r: Result) -> dict[str, Any]:
 
 
 def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[Result], str]:
-    """Return a function that gives a picture's path relative to the page, and that copies it there first with `out`."""
+    """Return a function that gives a picture's URL relative to the page, and that copies it there first with `out`."""
     if out is None:
-        base = os.path.relpath(side.folder.resolve(), page.resolve())
+        base = quote(os.fsencode(os.path.relpath(side.folder.resolve(), page.resolve())))  # may be no Unicode
         return lambda r: f"{base}/{r.file}" if base != "." else str(r.file)
     (out / letter).mkdir(exist_ok=True)
 
@@ -249,11 +253,13 @@ def report(found: Mapping[str, Any]) -> str:
         lines.append(f"{alone['count']:,} {reason}: {', '.join(alone['first'])}{rest}")
     lines += [f"differs: {d['what']}: {d['a']} | {d['b']}" for d in found["differs"]] or ["nothing else differs"]
     table = [("score", "pairs", "mean A", "mean B", "B wins", "(95 %)", "B - A", "(95 %)")]
-    for name, s in found["scores"].items():
+    for name, s in [*found["scores"].items()][:LINES]:
         share = " to ".join(f"{x:.1%}" for x in s["win_interval"])
         gain = " to ".join("?" if x is None else f"{x:+.4g}" for x in s["difference_interval"])
         row = f"{s['pairs']:,}", f"{s['a']:.4g}", f"{s['b']:.4g}", f"{s['win_rate']:.1%}", share
         table.append((name[:40], *row, f"{s['difference']:+.4g}", gain))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines += ["  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=True)).rstrip() for row in table]
+    if len(found["scores"]) > LINES:
+        lines.append(f"… and {len(found['scores']) - LINES} more scores, on the page")
     return "\n".join([*lines, f"side by side: {found['page']}"])

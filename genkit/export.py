@@ -6,16 +6,17 @@ import dataclasses
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, read_lines, write_whole
 from genkit.errors import HostError, InputError, nearest, shown
+from genkit.progress import Steps
 from genkit.request import Result
 
 METADATA = "metadata.jsonl"
+PLAN = ".export.jsonl"  # of an export under way: what is there, and what will be
 SHARD = 500_000_000  # bytes
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -66,52 +67,77 @@ def export(folder: Path, kept: Sequence[Result], out: Path, target: Target | Non
 def _folder(folder: Path, kept: Sequence[Result], out: Path, _size: int) -> int:
     """Copy the pictures of `kept` from a run folder to `out`, with a line each in metadata.jsonl; return their number.
 
-    A line has file_name, text (the prompt), id, index, seed, sha256, scores and meta. `out` is new, empty, or an
-    earlier export, of which the pictures not in `kept` go. Raises InputError for another folder, HostError.
+    A line has file_name, text (the prompt), id, index, seed, sha256, scores and, as JSON text, meta: a column has one
+    type for those who read it as a table, `datasets` for one. `out` is new, empty, or an earlier export, whole or
+    broken off: what it has of `kept` stays, its other pictures go. Raises InputError for another folder, HostError.
     """
     names = {Path(str(r.file)).name: r for r in kept}
     with disk(out):
         earlier = _exported(out)
         out.mkdir(parents=True, exist_ok=True)
-        for name, r in names.items():
-            _copy(folder / str(r.file), out / name, r.bytes)
-        lines = "".join(json_line({"file_name": name, **caption(r)}) for name, r in names.items())
-        write_whole(out / METADATA, lines.encode("utf-8", "backslashreplace"))
-        for name in earlier - set(names):
+        planned = [*earlier.items(), *((name, r.sha256) for name, r in names.items())]
+        write_whole(out / PLAN, "".join(json_line({"file_name": n, "sha256": d}) for n, d in planned).encode())
+        for name in filter(is_temporary, os.listdir(out)):
+            (out / name).unlink()
+        with Steps() as tell:
+            for n, (name, r) in enumerate(names.items(), 1):
+                if earlier.get(name) != r.sha256:
+                    _put(out / name, picture(folder, r))
+                tell(n, len(names), "of the pictures copied")
+        write_whole(out / METADATA, (_line(name, r) for name, r in names.items()))
+        for name in earlier.keys() - names.keys():
             (out / name).unlink(missing_ok=True)
         found = sum(name in names for name in os.listdir(out))
-    if found != len(kept):
-        raise HostError(f"{out}: holds {found} of the {len(kept)} pictures that were copied")
+        if found != len(kept):
+            raise HostError(f"{out}: holds {found} of the {len(kept)} pictures that were copied")
+        (out / PLAN).unlink()
     return found
 
 
-def _exported(out: Path) -> set[str]:
-    """Return the names of an earlier export's pictures in `out`.
+def _exported(out: Path) -> dict[str, str]:
+    """Return {name: SHA-256} of the pictures in `out` that an earlier export, whole or broken off, put there.
 
     Raises InputError when anything else is there, an edited picture included: it may be somebody's work.
     """
     if not out.exists():
-        return set()
+        return {}
     if not out.is_dir():
         raise InputError(f"--out: {out} is not a folder")
-    lines = read_lines(out / METADATA)[0] if (out / METADATA).is_file() else []
-    hashes = {line.get("file_name"): line.get("sha256") for line in lines if isinstance(line, dict)}
-    there = sorted(p for p in out.iterdir() if p.name != METADATA and not is_temporary(p.name))
-    for path in there:
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != hashes.get(path.name):
+    tables = [out / name for name in (METADATA, PLAN) if (out / name).is_file()]
+    lines = [line for table in tables for line in read_lines(table)[0] if isinstance(line, dict)]
+    known = {(line.get("file_name"), line.get("sha256")) for line in lines if isinstance(line.get("sha256"), str)}
+    found = {}
+    for path in sorted(out.iterdir()):
+        if path.name in (METADATA, PLAN) or is_temporary(path.name):
+            continue
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        if (path.name, found[path.name]) not in known:
             raise InputError(
                 f"--out: {out} holds {shown(path.name)}, which is no picture of an earlier export as it was"
             )
-    return {path.name for path in there}
+    return found
 
 
-def _copy(source: Path, target: Path, size: int | None) -> None:
-    temp = target.with_name(f"{TEMP_PREFIX}{target.name}{TEMP_SUFFIX}")
-    shutil.copyfile(source, temp)
-    if temp.stat().st_size != size:
-        temp.unlink()
-        raise HostError(f"{source}: is damaged; `genkit generate` with the same arguments draws it again")
-    temp.replace(target)
+def _put(path: Path, data: bytes) -> None:
+    temp = path.with_name(f"{TEMP_PREFIX}{path.name}{TEMP_SUFFIX}")
+    temp.write_bytes(data)
+    temp.replace(path)
+
+
+def picture(folder: Path, r: Result) -> bytes:
+    """Return the bytes of a record's picture. Raises HostError where they are not those that were recorded."""
+    path = folder / str(r.file)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != r.sha256:
+        raise HostError(f"{path}: is damaged; `genkit generate` with the same arguments draws it again")
+    return data
+
+
+def _line(name: str, r: Result) -> bytes:
+    told = {"file_name": name, **caption(r)}
+    if r.meta is not None:
+        told["meta"] = json_line(r.meta).strip()
+    return json_line(told).encode("utf-8", "backslashreplace")
 
 
 def caption(r: Result) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,9 @@ from typing import IO, TYPE_CHECKING, Any
 from genkit.accuracy import Confusion
 from genkit.components import inspect_model
 from genkit.device import check_device
-from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
+from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, nearest, shown
 from genkit.images import check_image, list_images, read_image
-from genkit.progress import Progress, printable
+from genkit.progress import Progress, printable, printable_json
 from genkit.prompts import read_prompts, typed
 from genkit.records import RESULTS, read_results, read_rows
 from genkit.request import Result
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 BATCH = 32  # pictures that are embedded together; of their full size there is one in memory at a time
 MAX_LABELS = 1000
+STRANGERS = 5  # folders of no label that are named
 
 
 def score_images(
@@ -50,6 +50,7 @@ def score_images(
     if names is None and not any(texts):
         raise InputError("--prompt: nothing to score against; give --prompt, --prompts or --labels")
     check_device(device, dtype)
+    _check_out(out)
     info = _clip_model(clip)
     if aesthetic is not None:
         check_head(Path(aesthetic), info.configs["clip"]["projection_dim"])
@@ -86,8 +87,10 @@ def classify_images(
     if len(by_name) < len(names):
         raise InputError("--labels: two of them differ in nothing but _ and space")
     check_device(device, dtype)
+    _check_out(out)
     panel = _panel(_clip_model(clip), device, dtype, (), None, ())
     confusion, chosen = Confusion(names), Counter[str]()
+    strangers = Counter(truth for truth in truths if truth is not None and _text(truth) not in by_name)
     lines = as_json or out is not None
     with _output(out) as write:
         for (file, found), truth in zip(judged(files, [""] * len(files), list(by_name), panel), truths, strict=True):
@@ -105,6 +108,10 @@ def classify_images(
             write(_line(confusion.summary()))
     if confusion.of and not as_json:
         print("\n".join(confusion.lines()))
+    if strangers and (confusion.of or any(nearest(truth, names) for truth in strangers)):
+        named = ", ".join(f"{shown(t)} ({n}){nearest(t, names)}" for t, n in strangers.most_common(STRANGERS))
+        more = f" and {len(strangers) - STRANGERS} more" if len(strangers) > STRANGERS else ""
+        print(f"in no label's folder, and not counted: {named}{more}", file=sys.stderr)
     print(printable("  ".join(f"{label}: {n}" for label, n in chosen.most_common())), file=sys.stderr)
     return EXIT_SOME_FAILED if chosen["(failed)"] else EXIT_OK
 
@@ -167,6 +174,14 @@ def _measured(panel: Panel, file: Path, text: str) -> tuple[dict[str, Any], torc
     pixels = as_tensor(picture)
     found = {**measures(pixels)[0], "nan": False, "flat": flat, **panel.plugged_in(pixels, [text])[0]}
     return found, panel.clip.preprocess(pixels)
+
+
+def _check_out(out: Path | None) -> None:
+    """Raise what stands in the way of writing `out`, before the work and not after it."""
+    if out is not None and out.is_dir():
+        raise InputError(f"--out: {shown(str(out))} is a folder; name a file")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise InputError(f"--out: {shown(str(out.parent))} is no folder")
 
 
 def _clip_model(clip: str) -> ModelInfo:
@@ -232,9 +247,7 @@ def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | 
 
 
 def _line(record: dict[str, Any]) -> str:
-    """Return a JSON line that moves no cursor: other than spaces, what does not print is escaped."""
-    text = json.dumps(record, ensure_ascii=False)
-    return (text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)) + "\n"
+    return printable_json(record) + "\n"
 
 
 @contextlib.contextmanager

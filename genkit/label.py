@@ -21,7 +21,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from genkit.calibrate import checked_gate, read_pictures
 from genkit.durable import disk, sync_folder, write_whole
@@ -29,7 +28,7 @@ from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
 from genkit.gallery import policy
 from genkit.request import Result
 from genkit.selection import passes
-from genkit.votes import COLUMNS, MEANING, UNDO, VOTES, read_votes, standing
+from genkit.votes import COLUMNS, MEANING, UNDO, VOTES, header, read_votes, standing
 
 LONG = 2000  # characters of a prompt that are shown
 KEYS = "Open the address above; y good, n bad, u undo, space later; Ctrl-C ends."
@@ -59,7 +58,7 @@ class Ballots:
                 raise HostError(f"{self.path}: another `genkit label` holds it; one at a time") from None
             self._mend()
         self.votes = read_votes(self.path)
-        self._columns = self.path.open(encoding="utf-8-sig").readline().strip().lower().split(",")
+        self._columns = header(self.path)
 
     def _mend(self) -> None:
         """Cut off a last line that a power cut tore; end one that merely has no line break, as editors leave it."""
@@ -77,7 +76,7 @@ class Ballots:
     def add(self, r: Result, vote: str) -> None:
         """Add a line. Raises HostError."""
         cells = {"image": str(r.file), "vote": vote, "sha256": r.sha256 or ""}
-        line = ",".join(cells.get(column.strip(), "") for column in self._columns)
+        line = ",".join(cells.get(column, "") for column in self._columns)
         with disk(self.path):
             size = os.fstat(self._handle).st_size
             try:
@@ -231,6 +230,8 @@ class Handler(BaseHTTPRequestHandler):
         _, token, *rest = [*self.path.split("?")[0].split("/", 2), ""]
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
             raise Refused(404, "not found")
+        if len(rest) < 2:
+            raise Refused(404, "the address ends with a /")
         return rest[0]
 
     def _get(self, asked: str) -> tuple[str, bytes]:
@@ -248,8 +249,8 @@ class Handler(BaseHTTPRequestHandler):
     def _post(self, asked: str) -> tuple[str, bytes]:
         if asked != "vote":
             raise Refused(404, "not found")
-        origin, site = urlsplit(self.headers.get("Origin", "")), self.headers.get("Sec-Fetch-Site", "same-origin")
-        if origin.scheme != "http" or origin.netloc != self.headers.get("Host") or site != "same-origin":
+        own, site = f"http://{self.headers.get('Host')}", self.headers.get("Sec-Fetch-Site", "same-origin")
+        if self.headers.get("Origin") != own or site != "same-origin":
             raise Refused(403, "votes come from the page itself")
         if self.headers.get("Content-Type") != "application/json":
             raise Refused(415, "a vote is JSON")

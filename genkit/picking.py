@@ -93,7 +93,8 @@ def read_known(folder: Path, config: Mapping[str, Any], results: Sequence[Result
     if picking.reference is not None:
         from genkit.reference import nearest_references
 
-        near = nearest_references(picking.reference, config["binding"].get("clip"), place, vectors)
+        same = {(r.id, r.index): r.sha256 for r in results}
+        near = nearest_references(picking.reference, config["binding"].get("clip"), place, vectors, same)
     return Known(place, vectors, near)
 
 

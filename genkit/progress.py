@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genkit.request import Result
 
@@ -17,6 +18,12 @@ LINE_SECONDS = 10.0  # between plain lines, where there is no terminal
 def printable(text: str) -> str:
     """Return `text` with control characters spelled out: a prompt must not move the cursor or colour the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_json(value: Any) -> str:
+    """Return `value` as JSON that moves no cursor: other than spaces, what does not print is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 class Progress:

@@ -242,7 +242,8 @@ def refilter(
         selection = decide(rows, results, where, rank_by, keep, picking, read_known(folder, config, results, picking))
         summary = {"run": str(folder), "rows": len(rows), "images": len(results), "kept": selection["kept"]}
         if out is not None:
-            kept = [r for r in results if selection["images"][_name(r)]["kept"]]
+            found = {_name(r): r for r in results}  # in the order of the rows, whenever each was finished
+            kept = [found[name] for name, image in selection["images"].items() if image["kept"]]
             summary |= {"out": str(out), "copied": export(folder, kept, out, target)}
         write_selection(folder, selection)
         write_gallery(folder, rows, results, selection, config)

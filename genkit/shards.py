@@ -10,12 +10,14 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, sync_folder, write_whole
 from genkit.errors import HostError, InputError, shown
-from genkit.export import caption
+from genkit.export import caption, picture
+from genkit.progress import Steps
 from genkit.request import Result
 
 MANIFEST = ".export.json"  # hidden: `datasets` would take it for data
@@ -47,14 +49,16 @@ def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, siz
                 shards[name] = earlier[name]
         manifest = {"format": form, "samples": len(kept), "complete": False, "shards": shards}
         _note(out, manifest)
-        for name, part in plan.items():
-            if not (out / name).exists():
-                with _whole(out / name) as file:
-                    write(file, folder, part, columns)
-            found = count(out / name)
-            if found != len(part):
-                raise HostError(f"{out / name}: holds {found} of {len(part)} pictures; remove it and try again")
-            shards[name]["bytes"] = (out / name).stat().st_size
+        with Steps() as tell:
+            for done, (name, part) in zip(accumulate(map(len, plan.values())), plan.items(), strict=True):
+                if not (out / name).exists():
+                    with _whole(out / name) as file:
+                        write(file, folder, part, columns)
+                found = count(out / name)
+                if found != len(part):
+                    raise HostError(f"{out / name}: holds {found} of {len(part)} pictures; remove it and try again")
+                shards[name]["bytes"] = (out / name).stat().st_size
+                tell(done, len(kept), "of the pictures are in shards")
         _note(out, {**manifest, "complete": True})
     return len(kept)
 
@@ -81,7 +85,7 @@ def _rounded(size: int) -> int:
 def _digest(form: str, columns: Columns, part: Sequence[Result]) -> str:
     sums = hashlib.sha256(json.dumps([form, columns]).encode())
     for r in part:
-        sums.update(_json(r))
+        sums.update(_json(r) + Path(str(r.file)).suffix.encode())
     return sums.hexdigest()
 
 
@@ -128,14 +132,6 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _picture(folder: Path, r: Result) -> bytes:
-    path = folder / str(r.file)
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != r.sha256:
-        raise HostError(f"{path}: is damaged; `genkit generate` with the same arguments draws it again")
-    return data
-
-
 def _text(r: Result) -> bytes:
     return r.prompt.encode("utf-8", "backslashreplace")
 
@@ -145,15 +141,16 @@ def _json(r: Result) -> bytes:
 
 
 def _tar(file: BinaryIO, folder: Path, part: Sequence[Result], columns: Columns) -> None:
-    """Write <key>.png, <key>.txt and <key>.json for each picture.
+    """Write <key>.png (or as the picture's file ends), <key>.txt and <key>.json for each picture.
 
     Readers cut a key at its first dot; "%2E" stands for those of an id, which holds no "%" itself.
     """
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for r in part:
             key = f"{r.id}-{r.index:02d}".replace(".", "%2E")
-            for suffix, data in (("png", _picture(folder, r)), ("txt", _text(r)), ("json", _json(r))):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
+            parts = ((Path(str(r.file)).suffix, picture(folder, r)), (".txt", _text(r)), (".json", _json(r)))
+            for suffix, data in parts:
+                member = tarfile.TarInfo(key + suffix)
                 member.size, member.mode = len(data), 0o644
                 tar.addfile(member, io.BytesIO(data))
 
@@ -175,7 +172,8 @@ def _parquet(file: BinaryIO, folder: Path, part: Sequence[Result], columns: Colu
     from pyarrow import parquet
 
     schema = _schema(columns)
-    with parquet.ParquetWriter(file, schema) as writer:
+    plain = [name for name in columns if name != "image"]  # of small pictures the statistics hold two whole ones
+    with parquet.ParquetWriter(file, schema, use_dictionary=plain, write_statistics=plain) as writer:
         for start in range(0, len(part), GROUP):
             rows = [_row(folder, r, columns) for r in part[start : start + GROUP]]
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
@@ -207,7 +205,7 @@ def _schema(columns: Columns) -> Any:
 
 def _row(folder: Path, r: Result, columns: Columns) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "image": {"bytes": _picture(folder, r), "path": Path(str(r.file)).name},
+        "image": {"bytes": picture(folder, r), "path": Path(str(r.file)).name},
         "text": _text(r).decode(), "id": r.id, "index": r.index, "seed": r.seed, "sha256": r.sha256,
     }  # fmt: skip
     for name, kind in columns.items():

@@ -64,19 +64,32 @@ def read_labels(path: Path, bad: Path | None, others_bad: bool, pictures: Mappin
 def read_votes(path: Path) -> list[Vote]:
     """Return the lines of a votes.csv. Raises InputError with file and line."""
     where = place(path)
+    usual = csv.field_size_limit(LIMIT)  # a column of somebody's own may be long
     reader = csv.reader(io.StringIO(read_text(path, LIMIT).removeprefix("\ufeff"), newline=""), strict=True)
     found: list[Vote] = []
     try:
-        header = [name.strip().lower() for name in next(reader)]
+        names = _names_of(next(reader))
         for column in COLUMNS[:2]:
-            if header.count(column) != 1:
-                raise InputError(f"{where}:1: needs one column {column!r}{nearest(column, header)}")
+            if names.count(column) != 1:
+                raise InputError(f"{where}:1: needs one column {column!r}{nearest(column, names)}")
         for cells in reader:
             if cells:
-                found.append(_vote(dict(zip(header, cells, strict=False)), where, reader.line_num))
+                found.append(_vote(dict(zip(names, cells, strict=False)), where, reader.line_num))
     except csv.Error as error:
         raise InputError(f"{where}:{reader.line_num}: is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(usual)
     return found
+
+
+def header(path: Path) -> list[str]:
+    """Return the names of the columns of a votes.csv that `read_votes` has read."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return _names_of(next(csv.reader(file)))
+
+
+def _names_of(cells: Iterable[str]) -> list[str]:
+    return [name.strip().lower() for name in cells]
 
 
 def _vote(cells: dict[str, str], where: str, line: int) -> Vote:
@@ -111,13 +124,13 @@ def standing(
 
 
 def _listed(path: Path, bad: Path | None, others_bad: bool, pictures: Mapping[str, Result]) -> Labels:
+    good = _names(path, pictures)
     if (bad is None) != others_bad:
         problem = (
             "names the good pictures only: name the bad ones with --bad FILE, or, if you looked at every picture of"
             " the run, say --others-bad" if bad is None else "--bad, --others-bad: give one of them, not both"
         )  # fmt: skip
         raise InputError(f"{place(path)}: {problem}")
-    good = _names(path, pictures)
     if bad is None:
         return Labels({name: name in good for name in pictures})
     poor = _names(bad, pictures)

@@ -87,6 +87,8 @@ def test_list_of_good_pictures_needs_to_know_what_was_looked_at(folder: Path) ->
     names.write_text("# the good ones\n" + "\n".join(f"images/r{n}-{k:02d}.png" for (n, k), g in GOOD.items() if g))
     with pytest.raises(InputError, match="--others-bad"):
         calibrate(folder, names, 0.9)
+    with pytest.raises(InputError, match=r"godo\.txt: is absent"):
+        calibrate(folder, folder / "godo.txt", 0.9)
     assert calibrate(folder, names, 0.9, others_bad=True) == calibrate(folder, votes(folder), 0.9)
 
 
@@ -101,6 +103,7 @@ def test_list_of_good_pictures_needs_to_know_what_was_looked_at(folder: Path) ->
         ("\n".join(f"r{n}-{k:02d},1" for n, k in GOOD), "all 100 labelled pictures are good"),
         ("=cmd|' /C calc'!A0,1", r"votes\.csv:2: "),
         ("\x1b[31mr0,1", r"votes\.csv:2: '\\x1b\[31mr0'"),
+        ("x" * 300_000 + ",1", r"votes\.csv:2: 'x+… is no picture of this run"),
     ],
 )
 def test_bad_votes_are_named(folder: Path, text: str, message: str) -> None:
@@ -108,6 +111,26 @@ def test_bad_votes_are_named(folder: Path, text: str, message: str) -> None:
         calibrate(folder, votes(folder, text), 0.9)
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
     assert not (folder / "gates.json").exists()
+
+
+def test_hostile_labels_are_text_and_the_gate_still_means_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = "\x1b[2J\u202e<b>\x9b"
+    scores = {key: {"clip": n / 100, "p": {label: n / 100}} for n, key in enumerate(sorted(GOOD))}
+    folder = judged_run(tmp_path / "run", lambda n, k: scores[n, k], rows=20, labels=[label, "other"])
+    arguments = ["calibrate", str(folder), "--labels", str(votes(folder)), "--precision", "0.5", "--name", "odd"]
+    printed = []
+    for more in ([], ["--json"], ["--quiet"]):
+        assert _run([*arguments, "--where", f"p['{label}'] > 0.2", *more]) == 0
+        printed.append(capsys.readouterr().out)
+        assert "".join(printed[-1].splitlines()).isprintable()
+    passed = json.loads(printed[1])["passed"]
+    for where in ("@odd", printed[2].strip()):
+        assert _run(["filter", str(folder), "--where", where, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["kept"] == passed
+    assert _run([*arguments, "--where", "@odd", "--score", "clip", "--json"]) == 0, "a gate can be named here, too"
+    assert json.loads(capsys.readouterr().out)["passed"] <= passed
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -64,6 +67,32 @@ def test_copies_go_into_an_empty_folder_only(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["pairs"] == 20
     with pytest.raises(InputError, match="is not an empty folder"):
         compare_runs(a, b, tmp_path / "out")
+
+
+def test_pictures_are_found_from_the_page_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    a = tmp_path / os.fsdecode(b"50% #1 ?\xff")
+    judged_run(tmp_path / "a", plain, rows=1).rename(a)
+    b = judged_run(tmp_path / "b", plain, rows=1)
+    compare_runs(a, b)
+    data = re.search(
+        r'<script type="application/json"[^>]*>(.*?)</script>', (b / "compare.html").read_text(), re.DOTALL
+    )
+    assert data is not None
+    url = json.loads(data[1])["images"][0]["a"]["file"]
+    assert url == "../50%25%20%231%20%3F%FF/images/r0-00.png"
+    assert os.path.samefile(os.path.join(os.fsencode(b), unquote_to_bytes(url)), a / "images" / "r0-00.png")
+
+
+def test_the_terminal_lists_no_more_scores_than_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def many(n: int, k: int) -> dict[str, Any]:
+        return {"clip": 0.5, "p": {f"label {i}": 0.5 for i in range(200)} if n else {"z, of all": 0.5, "label 0": 0.5}}
+
+    a, b = (judged_run(tmp_path / n, many, rows=2, images=3) for n in "ab")
+    assert _run(["compare", str(a), str(b)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) < 45 and said[-2] == "… and 172 more scores, on the page"
+    labels = [line.split("  ")[0] for line in said if line.startswith("p[")]
+    assert labels[:2] == ["p['label 0']", "p['label 1']"], "those of most pairs first"
 
 
 def test_hostile_text_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Kept pictures as WebDataset and Parquet: read back by what people use, killed half-way, refused where it must be."""
+"""Kept pictures as a folder, WebDataset, Parquet: read by what people use, killed half-way, refused where needed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import genkit.export
 import genkit.shards
 from genkit.errors import HostError, InputError
 from genkit.export import Target
-from genkit.request import Request
+from genkit.request import Request, Result
 from genkit.run import Run
 from genkit.selection import refilter
 from tests.null_run import CONFIG, png, result_of
@@ -62,7 +63,9 @@ def samples(out: Path) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def test_webdataset_shards_hold_every_kept_picture_with_its_caption(run: Path, tmp_path: Path) -> None:
+def test_webdataset_shards_hold_every_kept_picture_with_its_caption(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert refilter(run, where="clip > 0.05", out=out, target=Target("webdataset", 6000))["copied"] == 9
     found = samples(out)
@@ -76,6 +79,7 @@ def test_webdataset_shards_hold_every_kept_picture_with_its_caption(run: Path, t
         assert told["scores"]["clip"] > 0.05
     assert sorted(shards(out)) == [f"{n:06d}.tar" for n in range(len(shards(out)))] and len(shards(out)) > 2
     assert all(len(data) <= 6000 + 10240 for data in shards(out).values()), "but for the end mark of a tar"
+    assert "100 %  of the pictures are in shards" in capsys.readouterr().err
 
 
 def test_a_library_reads_the_shards(run: Path, tmp_path: Path) -> None:
@@ -93,6 +97,8 @@ def test_parquet_has_pictures_captions_and_scores(run: Path, tmp_path: Path) -> 
     assert refilter(run, out=out, target=Target("parquet", 6000))["copied"] == 10
     tables = [parquet.read_table(path) for path in sorted(out.glob("*.parquet"))]
     assert len(tables) > 2 and len({table.schema for table in tables}) == 1
+    first = parquet.read_metadata(out / "000000.parquet").row_group(0).column(0)
+    assert first.path_in_schema == "image.bytes" and first.statistics is None, "or they hold two whole pictures"
     rows = [row for table in tables for row in table.to_pylist()]
     assert [(row["id"], row["index"]) for row in rows] == [(i, k) for i in IDS for k in range(2)]
     for row in rows:
@@ -143,28 +149,29 @@ def test_one_shard_holds_what_fits_and_a_picture_larger_than_a_shard_has_its_own
 CHILD = """
 import sys, time
 from pathlib import Path
-import genkit.shards
+import genkit.export, genkit.shards
 from genkit.export import Target
 from genkit.selection import refilter
-real = genkit.shards._picture
+real = genkit.export.picture
 def slow(folder, r):
     print("picture", flush=True)
     time.sleep(0.05)
     return real(folder, r)
-genkit.shards._picture = slow
-refilter(Path(sys.argv[1]), out=Path(sys.argv[2]), target=Target(sys.argv[3], 6000))
+genkit.export.picture = genkit.shards.picture = slow
+size = None if sys.argv[3] == "folder" else 6000
+refilter(Path(sys.argv[1]), out=Path(sys.argv[2]), target=Target(sys.argv[3], size))
 """
 
 
-@pytest.mark.parametrize("form", ["webdataset", "parquet"])
+@pytest.mark.parametrize("form", ["folder", "webdataset", "parquet"])
 @pytest.mark.parametrize("pictures", [1, 4, 9])
-def test_a_killed_export_leaves_whole_shards_only_and_goes_on(
+def test_a_killed_export_leaves_whole_files_only_and_goes_on(
     form: str, pictures: int, run: Path, tmp_path: Path
 ) -> None:
     if form == "parquet":
         pytest.importorskip("pyarrow")
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    refilter(run, out=whole, target=Target(form, 6000))
+    whole, out, target = tmp_path / "whole", tmp_path / "out", Target(form, None if form == "folder" else 6000)
+    refilter(run, out=whole, target=target)
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(run), str(out), form], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -177,19 +184,68 @@ def test_a_killed_export_leaves_whole_shards_only_and_goes_on(
     left = shards(out)
     assert left.items() <= shards(whole).items() and len(left) < len(shards(whole))
     stamps = {name: (out / name).stat().st_mtime_ns for name in left}
-    assert refilter(run, out=out, target=Target(form, 6000))["copied"] == 10
+    assert refilter(run, out=out, target=target)["copied"] == 10
     assert shards(out) == shards(whole)
     assert {name: (out / name).stat().st_mtime_ns for name in left} == stamps, "what was whole was not written again"
-    assert not [path for path in out.iterdir() if path.name.endswith(".part")]
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_a_damaged_picture_is_never_in_a_shard(run: Path, tmp_path: Path) -> None:
+def test_an_export_goes_on_for_another_choice_and_leaves_nothing_of_the_first(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    refilter(run, where="clip < 0.45", out=out)
+    taken: list[str] = []
+
+    def breaks(folder: Path, r: Result) -> bytes:
+        taken.append(r.id)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return real(folder, r)
+
+    real = genkit.export.picture
+    monkeypatch.setattr("genkit.export.picture", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        refilter(run, out=out)
+    assert len(list(out.glob("*.png"))) == 7
+    assert refilter(run, where="clip > 0.35", out=out)["copied"] == 6
+    assert len(taken) == 3 + 3, "what is there as it should be is not copied again"
+    fresh = tmp_path / "fresh"
+    refilter(run, where="clip > 0.35", out=fresh)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in fresh.iterdir()}
+
+
+def test_a_table_is_read_whatever_the_rows_say_in_meta(tmp_path: Path) -> None:
+    """`datasets` reads metadata.jsonl with this: a column has one type."""
+    reader = pytest.importorskip("pyarrow.json")
+    rows = [Request(id=f"r{n}", prompt=f"p{n}") for n in range(3)]
+    with Run.open(tmp_path / "run", CONFIG, rows) as made:
+        for row, meta in zip(rows, ({"a": 1}, {"a": "x", "b": [1, "x"]}, None), strict=True):
+            made.save(result_of(row, 0, scores={"clip": 0.5, "p": {row.prompt: 0.5}}, meta=meta), png(row, 0))
+    refilter(tmp_path / "run", out=tmp_path / "out")
+    table = reader.read_json(tmp_path / "out" / "metadata.jsonl").to_pydict()
+    assert table["file_name"] == ["r0-00.png", "r1-00.png", "r2-00.png"]
+    assert table["meta"] == ['{"a": 1}', '{"a": "x", "b": [1, "x"]}', None]
+
+
+def test_pictures_of_another_format_keep_their_ending_and_the_order_is_that_of_the_rows(tmp_path: Path) -> None:
+    rows = [Request(id=f"r{n}", prompt=f"p{n}") for n in range(3)]
+    with Run.open(tmp_path / "run", CONFIG, rows) as made:
+        for row in reversed(rows):
+            made.save(result_of(row, 0), png(row, 0), ".webp")
+    refilter(tmp_path / "run", out=tmp_path / "out", target=Target("webdataset"))
+    with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
+        assert tar.getnames()[::3] == ["r0-00.webp", "r1-00.webp", "r2-00.webp"]
+
+
+@pytest.mark.parametrize("form", ["folder", "webdataset"])
+def test_a_damaged_picture_is_never_exported(form: str, run: Path, tmp_path: Path) -> None:
     path = run / "images" / "plain-00.png"
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
     with pytest.raises(HostError, match=r"plain-00\.png: is damaged"):
-        refilter(run, out=tmp_path / "out", target=Target("webdataset"))
+        refilter(run, out=tmp_path / "out", target=Target(form))
     assert shards(tmp_path / "out") == {}
 
 

@@ -100,12 +100,26 @@ def test_the_same_as_json(folders: Path, stub: Brightness, capsys: pytest.Captur
 def test_labels_beside_the_folders(folders: Path, stub: Brightness, capsys: pytest.CaptureFixture[str]) -> None:
     (folders / "light" / "torn.png").unlink()
     assert cli._run(["classify", str(folders), "--labels", "very dark,something else", "--json"]) == 0
-    total = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out, err = capsys.readouterr()
+    total = json.loads(out.splitlines()[-1])
     assert total["confusion"] == {"very dark": {"very dark": 4, "something else": 1}}, "light is none of the labels"
+    assert "in no label's folder, and not counted: 'light' (3)\n" in err
+    assert cli._run(["classify", str(folders), "--labels", "Light,Dark"]) == 0
+    assert "not counted: 'very_dark' (5), 'light' (3) (did you mean 'Light'?)\n" in capsys.readouterr().err
     assert cli._run(["classify", str(folders), "--labels", "dark,bright", "--json"]) == 0
     assert "accuracy" not in capsys.readouterr().out, "no folder is called that"
     assert cli._run(["classify", str(folders / "light"), "--json"]) == 2
     assert "has 1 subfolders with pictures" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    folders: Path, stub: Brightness, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["classify"], ["score", "--prompt", "x"]):
+        for out, problem in ((folders, "is a folder; name a file"), (folders / "no" / "x", "is no folder")):
+            assert cli._run([*command, str(folders), "-o", str(out)]) == 2
+            out_, err = capsys.readouterr()
+            assert out_ == "" and err.startswith("genkit: --out: ") and problem in err and err.count("\n") == 1
 
 
 def test_one_picture_is_in_memory_at_a_time(

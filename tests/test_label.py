@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from genkit.votes import read_votes
 from tests.judged_run import judged_run
 
 HOSTILE = "</script><script>alert(1)</script>\x1b[31m =cmd|'x'!A0 \u2028 " + "x" * 3000
@@ -96,6 +97,22 @@ def test_going_on_after_a_kill_and_ctrl_c(page: Page, folder: Path) -> None:
     assert "1 votes in" in said and "the same command goes on" in said
 
 
+def test_votes_that_an_editor_wrote_again_are_gone_on_with(folder: Path) -> None:
+    """With a byte order mark, quoted names, CRLF, columns of somebody's own, and a field of 300 kB."""
+    path = folder / "votes.csv"
+    note = "=1+1 " * 60_000
+    path.write_text(f'\ufeff"Note","Image","Vote"\r\n"{note}","images/r0-00.png","yes"\r\n', newline="")
+    url, process = serve(folder)
+    page = Page(url, process)
+    state = page.state()
+    assert (state["good"], state["left"]) == (1, 9)
+    page.vote(state["image"]["number"], "no")
+    process.kill()
+    process.communicate()
+    assert path.read_text("utf-8").split(note)[1].splitlines()[1] == f",images/{state['image']['name']}.png,no"
+    assert [vote.good for vote in read_votes(path)] == [True, False]
+
+
 def test_one_labels_at_a_time(page: Page, folder: Path) -> None:
     other = subprocess.run([sys.executable, "-m", "genkit", "label", str(folder)], capture_output=True, text=True)
     assert other.returncode == 3
@@ -108,13 +125,17 @@ def test_one_labels_at_a_time(page: Page, folder: Path) -> None:
         ("GET", "/", {}, 404),
         ("GET", "/state", {}, 404),
         ("GET", "/wrong/state", {}, 404),
+        ("GET", "/TOKEN", {}, 404),
         ("GET", "/TOKEN/state", {"Host": "evil.example"}, 403),
         ("GET", "/TOKEN/image/../run.json", {}, 404),
         ("GET", "/TOKEN/image/99", {}, 404),
         ("GET", "/TOKEN/image/-1", {}, 404),
         ("POST", "/TOKEN/vote", {"Content-Type": "application/json"}, 403),
         ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "http://evil.example"}, 403),
+        ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "null"}, 403),
+        ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "http://["}, 403),
         ("POST", "/TOKEN/vote", {"Content-Type": "text/plain", "Origin": "OWN"}, 415),
+        ("POST", "/TOKEN/vote", {"Content-Type": "application/json", "Origin": "OWN", "Content-Length": "500000"}, 413),
         ("POST", "/TOKEN/vote", {"Origin": "OWN", "Sec-Fetch-Site": "cross-site"}, 403),
         ("PUT", "/TOKEN/vote", {}, 501),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -208,20 +210,35 @@ def test_references_are_embedded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     embedded: list[list[str]] = []
     real = reference._embed
 
-    def counted(files: dict[str, Path], asked: dict[str, Any]) -> dict[str, np.ndarray]:
+    def counted(files: dict[str, Path], asked: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
         embedded.append([path.name for path in files.values()])
         return real(files, asked)
 
+    def vectors() -> np.ndarray:
+        files = reference.list_images(folder)
+        return reference._embedded(folder, files, [sha256(file.read_bytes()).hexdigest() for file in files], clip)
+
     monkeypatch.setattr(reference, "_embed", counted)
-    first = reference._embedded(folder, reference.list_images(folder), clip)
-    found = reference.nearest_references(folder, clip, {("a", 0): 0}, first[[1]])
+    first = vectors()
+    place = {("a", 0): 0, ("b", 0): 0}
+    same = {("a", 0): None, ("b", 0): sha256((folder / "red.png").read_bytes()).hexdigest()}
+    found = reference.nearest_references(folder, clip, place, first[[1]], same)
     assert found[("a", 0)][0] == "red.png" and found[("a", 0)][1] == pytest.approx(1, abs=1e-3)
+    assert found[("b", 0)] == ("red.png", 1.0), "the same file, for --dedupe 1"
     assert [len(names) for names in embedded] == [2], "identical pictures are one, and the second look is free"
     Image.new("RGB", (32, 32), "green").save(folder / "red.png")
-    reference._embedded(folder, reference.list_images(folder), clip)
+    vectors()
     assert embedded[1:] == [["red.png"]], "only what changed"
+    monkeypatch.setattr(reference, "BATCH", 1)
+    Image.new("RGB", (32, 32), "black").save(folder / "red.png")
+    (folder / "sub/torn.png").write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"torn\.png"):
+        vectors()
+    (folder / "sub/torn.png").unlink()
+    vectors()
+    assert len(embedded) == 3, "what was embedded before the bad one is kept"
     with pytest.raises(InputError, match="no longer the CLIP model"):
-        reference._embed({"0": folder / "red.png"}, {**clip, "weights": {"model.safetensors": "0"}})
+        next(reference._embed({"0": folder / "red.png"}, {**clip, "weights": {"model.safetensors": "0"}}))
 
 
 def test_generate_refuses_diversity_without_a_clip_model(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_kept_pictures_are_copied_with_their_metadata_and_again(run: Path, tmp_p
     assert [line["file_name"] for line in lines] == ["r1-01.png", "r2-00.png", "r2-01.png"]
     assert lines[0] | {"sha256": "", "scores": {}} == {
         "file_name": "r1-01.png", "text": "picture 1", "id": "r1", "index": 1, "seed": 1, "sha256": "", "scores": {},
-        "meta": {"set": "test"},
+        "meta": '{"set": "test"}',
     }  # fmt: skip
     for line in lines:
         assert hashlib.sha256((out / line["file_name"]).read_bytes()).hexdigest() == line["sha256"]
