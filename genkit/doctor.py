@@ -19,7 +19,7 @@ from genkit.errors import InputError, nearest, shown
 from genkit.images import SUFFIXES
 from genkit.likeness import Look, alike, joined, look_at
 from genkit.progress import printable
-from genkit.sources import Example, read_examples, split
+from genkit.sources import TABLES, Example, left_out, read_examples, split
 from genkit.training.recipe import Data, Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False)
     if recipe_path is None:
         if path is None:
             raise InputError("DATA: is missing; or say --recipe, which names its own")
+        if not path:
+            raise InputError("DATA: is empty")
         data = Data.model_validate({"path": path, "validation": 0.0})
         return examine(data, read_examples(data), quiet=quiet)
     recipe = read_recipe(recipe_path, () if path is None else [f"data.path={json.dumps(path)}"])
@@ -139,8 +141,11 @@ def check_data(
     for example in (*train, *held):
         path = example.place[0]
         if path not in states:
-            status = os.stat(path)
-            states[path] = (status.st_size, status.st_mtime_ns)
+            try:
+                status = os.stat(path)
+                states[path] = (status.st_size, status.st_mtime_ns)
+            except OSError:  # a link that leads nowhere: it will be named
+                states[path] = (-1, 0)
         sums.update(json.dumps([example.key, example.caption, example.place, states[path]]).encode())
     known, fingerprint = folder / ".doctor", sums.hexdigest()
     if known.exists() and known.read_text("utf-8") == fingerprint:
@@ -183,6 +188,14 @@ def _uncaptioned(case: Case) -> Iterator[Finding]:
     yield Finding("warning" if allowed else "error", text + hint + end, [[i] for i in missing])
 
 
+def _left_out(case: Case) -> Iterator[Finding]:
+    files = left_out(case.data)
+    if files:
+        told = ", ".join(files[:NAMED]) + (", …" if len(files) > NAMED else "")
+        kinds = "linked folders, and pictures that are no PNG, JPEG, WebP or JPEG XL"
+        yield Finding("warning", f"{len(files)} files are left out: {told}: {kinds}, are not read")
+
+
 def _mistaken(example: Example, data: Data) -> str:
     """Return where the caption of a picture may be instead: a column of another name, or a file beside it."""
     texts = [name for name, value in example.fields.items() if isinstance(value, str) and value]
@@ -200,6 +213,11 @@ def _mistaken(example: Example, data: Data) -> str:
         with tarfile.open(path, "r:") as tar:
             beside = sorted(PurePosixPath(name).name for name in tar.getnames())
     files = [n for n in beside if not n.startswith(".") and PurePosixPath(n).suffix.lower() not in SUFFIXES]
+    table = next((n for n in files if n in TABLES), None)
+    if table is not None and not example.fields:
+        return f" (no line of {table} speaks of it)"
+    if f"{stem}.txt" in files:
+        return f" ({shown(f'{stem}.txt')} is empty)"
     close = [n for n in files if n.startswith(stem)] or difflib.get_close_matches(f"{stem}.txt", files[:5000], 1, 0.7)
     return f" (beside it is {shown(close[0])}; its caption is looked for in {shown(f'{stem}.txt')})" if close else ""
 
@@ -374,7 +392,7 @@ def write_page(report: Report, path: Path) -> Path:
     return path
 
 
-CHECKS = (_unreadable, _uncaptioned, _twins, _small, _long, _uneven, _held)
+CHECKS = (_unreadable, _left_out, _uncaptioned, _twins, _small, _long, _uneven, _held)
 FACTS: dict[str, Callable[[Case], str]] = {
     "pictures": _counts, "sizes": _sizes, "captions": _captions, "buckets": _table, "steps": _steps, "memory": _memory,
 }  # fmt: skip

@@ -68,7 +68,7 @@ class Data(Section):
     cache_folder: where; default RUN/cache. repeat: times a picture comes in an epoch. workers: processes that read.
     """
 
-    path: str | list[str] = Field(min_length=1)
+    path: Text | Annotated[list[Text], Field(min_length=1)]
     caption: Text = "caption"
     captions: list[Text] = Field(["{caption}"], min_length=1)
     caption_dropout: Share = 0.0
@@ -82,7 +82,7 @@ class Data(Section):
     zoom: Annotated[float, Field(gt=0, le=1)] = 1.0
     background: Background = Background()
     recolour: Recolour | None = None
-    validation: Share | str = 0.05
+    validation: Share | Text = 0.05
     validation_by: str | None = None
     cache: Annotated[int, Field(ge=0, le=1000)] = 0
     cache_folder: str | None = None
@@ -349,7 +349,9 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _explained(error: ValidationError) -> str:
     """Return the first complaint of pydantic as one line: key, value, what it may be or the nearest known key."""
-    first = error.errors()[0]
+    errors = error.errors()  # of a union one for each kind: what a value of the right kind lacks says most
+    same = [e for e in errors if e["loc"][:2] == errors[0]["loc"][:2] and not e["type"].endswith("_type")]
+    first = (same or errors)[0]
     names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-"))]
     section: Any = Recipe
     for name in names[:-1]:
