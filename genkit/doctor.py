@@ -75,6 +75,8 @@ class Report:
         width = max(map(len, self.facts))
         told = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
         told += [f"{f.level:<{width}}  {f.text}" for f in self.findings]
+        if any(len(f.groups) > NAMED for f in self.findings):
+            told.append(f"{'':<{width}}  --json names all of them, -o PAGE.html shows them")
         return [printable(line) for line in told] + ([] if self.findings else ["nothing is wrong"])
 
     def plain(self) -> dict[str, Any]:
@@ -259,6 +261,9 @@ def _twins(case: Case) -> Iterator[Finding]:
 
 
 def _small(case: Case) -> Iterator[Finding]:
+    if case.recipe is None:
+        yield from _tiny(case)
+        return
     most: list[tuple[float, int]] = []
     for (width, height), members in case.buckets.items():
         for i in members:
@@ -270,6 +275,17 @@ def _small(case: Case) -> Iterator[Finding]:
         sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.looks[i].size))})" for i in numbers[:NAMED]]
         text = f"{len(small)} pictures are smaller than they are trained at, and blown up to {small[0][0]:.1f} times"
         yield Finding("warning", f"{text}: {', '.join(sizes)}", [[i] for i in numbers])
+
+
+def _tiny(case: Case) -> Iterator[Finding]:
+    """Where it is not known what they are for: pictures of less than a tenth of the pixels that half of them have."""
+    areas = {i: look.size[0] * look.size[1] for i, look in enumerate(case.looks) if not look.problem}
+    usual = statistics.median(areas.values()) if areas else 0
+    tiny = sorted((i for i, area in areas.items() if area * 10 < usual), key=lambda i: areas[i])
+    if tiny:
+        sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.looks[i].size))})" for i in tiny[:NAMED]]
+        told = ", ".join(sizes) + (", …" if len(tiny) > NAMED else "")
+        yield Finding("warning", f"{len(tiny)} pictures are tiny beside the others: {told}", [[i] for i in tiny])
 
 
 def _long(case: Case) -> Iterator[Finding]:
@@ -382,6 +398,39 @@ def _memory(case: Case) -> str:
     return f"about {sum(found.values()) / 2**20:,.0f} MiB: {parts}"
 
 
+def _time(case: Case) -> str:
+    """Return how long the steps take at least: what torch counts of them at the speed of a matrix product here."""
+    if case.recipe is None or case.info is None or not case.buckets:
+        return ""
+    from genkit.device import pick_device
+    from genkit.estimate import speed, training_work
+    from genkit.training.setup import MIXED
+
+    train = case.recipe.train
+    try:
+        work = training_work(case.recipe, case.task, max(case.buckets, key=lambda s: s[0] * s[1]))
+    except (NotImplementedError, RuntimeError):
+        return "unknown"
+    device, _ = pick_device("auto", "float32")
+    rate = speed(device, MIXED[train.mixed_precision])
+    pictures = train.batch_size * (2 if case.recipe.prior is not None else 1) * train.gradient_accumulation_steps
+    seconds = train.steps * pictures * work / rate
+    if train.max_seconds is not None and train.max_seconds < seconds:
+        return (
+            f"{_lasting(train.max_seconds)}, which train.max_seconds allows; all steps take {_lasting(seconds)} or more"
+        )
+    per = f"{pictures * work / 1e9:,.0f} GFLOP a step, at the {rate / 1e9:,.0f} GFLOP/s of a matrix product"
+    return f"{_lasting(seconds)} or more on {device.type}: {per}; looks and saves come on top"
+
+
+def _lasting(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"
+
+
 def write_page(report: Report, path: Path) -> Path:
     """Write the report with thumbnails, on one page that needs nothing else, and return its path. Raises HostError."""
     from genkit.doctorpage import page
@@ -395,4 +444,5 @@ def write_page(report: Report, path: Path) -> Path:
 CHECKS = (_unreadable, _left_out, _uncaptioned, _twins, _small, _long, _uneven, _held)
 FACTS: dict[str, Callable[[Case], str]] = {
     "pictures": _counts, "sizes": _sizes, "captions": _captions, "buckets": _table, "steps": _steps, "memory": _memory,
+    "time": _time,
 }  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -273,6 +276,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     the file, the key, its value and the nearest known key.
     """
     where = place(path)
+    own = Path(__file__).parent / "recipes" / f"{path.stem}.yaml"
+    if own.is_file() and not os.path.exists(path):
+        raise InputError(f"{where}: is absent; genkit's own lies in {place(own)}")
     raw = parse_yaml(read_text(path), where, exponents=True)
     if not isinstance(raw, dict):
         raise InputError(f"{where}: holds {shown(raw)}, not a recipe; it begins with `task:`")
@@ -283,6 +289,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         if not equals:
             raise InputError(f"{shown(text)}: is not like train.steps=1000")
         _set(found, key, _plain(parse_yaml(value, key, exponents=True)))
+    _resolve(found, Path())
     return make_recipe(found, where)
 
 
@@ -306,10 +313,11 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
     def at(value: Any) -> Any:
         if isinstance(value, list):
             return [at(item) for item in value]
-        if not isinstance(value, str) or Path(value).is_absolute():
+        if not isinstance(value, str) or not value or "\0" in value:
             return value
-        near = folder / value
-        return str(near) if near.exists() or any(folder.glob(value) if value else ()) else value
+        value = os.path.expanduser(value)
+        near = os.path.join(folder, value)
+        return near if os.path.exists(near) or (glob.has_magic(near) and glob.glob(near, recursive=True)) else value
 
     data, prior, networks = (values.get(name) for name in ("data", "prior", "networks"))
     for mapping, keys in ((data, ("path", "validation")), (prior, ("path",)), (values, ("model",))):
@@ -317,6 +325,8 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
             mapping.update({key: at(mapping[key]) for key in keys if key in mapping})
     if isinstance(networks, dict):
         networks.update({key: at(value) for key, value in networks.items()})
+    if isinstance(data, dict) and isinstance(data.get("cache_folder"), str):  # which is written to
+        data["cache_folder"] = os.path.expanduser(data["cache_folder"])
 
 
 def _sections(of: Any = Recipe) -> dict[str, Any]:
@@ -331,6 +341,8 @@ def _sections(of: Any = Recipe) -> dict[str, Any]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Put an override in its place."""
     path = key.strip().split(".")
+    if not all(path):
+        raise InputError(f"{shown(key)}: is not like train.steps=1000")
     known = _sections()
     inside: Any = values
     if len(path) == 1 and path[0] not in known:
@@ -361,7 +373,7 @@ def _explained(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         known = _sections(section) if section is not None else ()
         return f"{key}: unknown key{nearest(names[-1], known)}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = re.sub(r"dictionary or instance of \w+", "mapping", first["msg"].removeprefix("Value error, "))
     if first["type"] == "missing":
         return f"{key}: is missing"
     return f"{key}: {shown(first['input'])}: {message[0].lower()}{message[1:]}" if key else message
