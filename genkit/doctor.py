@@ -158,7 +158,8 @@ def check_data(
         say(f"{finding.level}: {finding.text}")
     if report.errors:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
-        raise InputError(f"data: {report.errors[0].text}{more}; see {page}")
+        about = "data: " if report.errors[0].groups else ""  # else of the recipe, and names its key itself
+        raise InputError(f"{about}{report.errors[0].text}{more}; see {page}")
     with disk(known):
         write_whole(known, fingerprint.encode())
 

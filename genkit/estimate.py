@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from genkit.components import Components, ModelInfo
 from genkit.components.footprint import vae_encode
 from genkit.components.loading import construct, load_tokenizer, text_config
+from genkit.errors import InputError
 from genkit.schedulers import Scheduler
 from genkit.training.data import Batch
 from genkit.training.recipe import Recipe
@@ -28,7 +29,7 @@ def task_on_shapes(recipe: Recipe, info: ModelInfo) -> Any:
     parts = Components(
         info=info, device=SHAPES, tokenizer=load_tokenizer(info.tokenizer, text_config(info)),
         tokenizer_2=load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
-        scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None, **networks,
+        scheduler=_scheduler(info), **networks,
     )  # fmt: skip
     task = make_task(recipe, parts, torch.float32)
     task.everything = [*networks.values(), *task.networks.values()]
@@ -36,6 +37,13 @@ def task_on_shapes(recipe: Recipe, info: ModelInfo) -> Any:
     for network in task.networks.values():
         network.train()
     return task
+
+
+def _scheduler(info: ModelInfo) -> Scheduler | None:
+    try:
+        return Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None
+    except InputError as error:
+        raise InputError(f"scheduler: {error}") from None
 
 
 def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int, int]) -> dict[str, int]:

@@ -90,6 +90,7 @@ def test_the_home_folder_and_odd_paths(tmp_path: Path, monkeypatch: pytest.Monke
         (PLAIN, ["steps"], "'steps': is not like train.steps=1000"),
         (PLAIN, ["train..steps=3"], "'train..steps': is not like train.steps=1000"),
         (PLAIN, ["train=3"], "train: 3: input should be a valid mapping"),
+        ("task: clip\nmodel: emoji-clip\ndata: {path: x, cache: 2}\n", [], "data.cache: 2: has no say in task clip"),
         (PLAIN, ["data.path=['']"], "data.path.0: '': string should have at least 1 character"),
         (PLAIN, ["resolution=[64, 5]"], "data.resolution.1: 5: input should be greater than or equal to 8"),
         ("task: clip\nmodel: emoji-clip\ndata: {path: ''}\n", [], "data.path: '': string should have at least 1"),

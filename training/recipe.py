@@ -220,6 +220,11 @@ READ_BY = {
     "lora": ("lora", "dreambooth"), "token": ("textual-inversion",), "prior": ("dreambooth",),
     "autoencoder": ("autoencoder",), "objective": tuple(t for t in TASKS if t not in ("autoencoder", "clip")),
 }  # fmt: skip
+# Keys of `data` that these tasks do nothing with: no latents to keep, no captions that they can do without, one size.
+UNREAD = {
+    "cache": ("autoencoder", "clip"), "buckets": ("clip",),
+    "caption_dropout": ("autoencoder", "clip", "unconditional"),
+}  # fmt: skip
 
 
 class Recipe(Section):
@@ -249,6 +254,9 @@ class Recipe(Section):
         for section, tasks in READ_BY.items():
             if section in self.model_fields_set and getattr(self, section) is not None and self.task not in tasks:
                 raise ValueError(f"{section}: has no say in task {self.task}; it belongs to {', '.join(tasks)}")
+        for key, tasks in UNREAD.items():
+            if getattr(self.data, key) and self.task in tasks:
+                raise ValueError(f"data.{key}: {getattr(self.data, key)}: has no say in task {self.task}")
         if self.task == "lora" and self.lora is None:
             raise ValueError("lora: is missing; `lora: {rank: 8}` will do")
         if self.task == "textual-inversion" and self.token is None:

@@ -302,8 +302,6 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
     """Return the stream of batches: of the pictures, or of what is kept on the disk of them."""
     source: Any = pictures
     if recipe.data.cache:
-        if recipe.task in ("autoencoder", "clip"):
-            raise InputError(f"data.cache: task {recipe.task} has no latents to keep")
         frozen = {name: part for name, part in info.parts.items() if name not in task.networks}
         weights = weight_hashes(dataclasses.replace(info, parts=frozen))
         configs = {name: dict(part.config) for name, part in frozen.items()}
