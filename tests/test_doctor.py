@@ -288,7 +288,7 @@ def test_what_is_wrong_with_the_recipe_is_not_said_of_the_data(pictures: Path, m
     with pytest.raises(InputError, match=r"^scheduler: _class_name: .*DDIMSchedular"):
         train(recipe, tmp_path / "run", device="cpu", quiet=True)
     recipe = recipe_of(models / "sd", pictures, resolution=17)
-    with pytest.raises(InputError, match=r"^data\.resolution: 20 is not a multiple of"):
+    with pytest.raises(InputError, match=r"^data\.resolution: 17 is not a multiple of"):
         train(recipe, tmp_path / "run", device="cpu", quiet=True)
 
 
