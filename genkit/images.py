@@ -147,7 +147,7 @@ def _rgb(picture: Image.Image, transparent: bool = False) -> Image.Image:
         picture = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        if transparent and picture.getchannel("A").getextrema()[0] < 255:
+        if transparent and any(picture.getchannel("A").histogram()[:255]):
             return picture
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)

@@ -239,10 +239,10 @@ def _check_words(data: Data, known: Collection[str]) -> None:
     recolour, ground = data.recolour, data.background
     own: list[tuple[str, Sequence[str], Collection[str], Collection[str]]] = [
         ("data.captions", data.captions, known, ()),
-        ("data.background.caption", [ground.caption], *[("caption", "background")] * 2),
+        ("data.background.caption", [ground.caption], ("caption", "background"), ("caption", "background")),
     ]
     if recolour is not None:
-        own.append(("data.recolour.caption", [recolour.caption], *[("caption", "colour")] * 2))
+        own.append(("data.recolour.caption", [recolour.caption], ("caption", "colour"), ("caption", "colour")))
         own.append(("data.recolour.where", [f"{{{recolour.where}}}"] if recolour.where else [], known, ()))
     for field, templates, may, must in own:
         for template in templates:

@@ -36,8 +36,8 @@ class Section(BaseModel):
 class Recolour(Section):
     """Turn a picture's hue to a named colour, and say so: for data whose colours are to be asked for.
 
-    share: of the pictures. caption: with {colour} and {caption}. where: a field of a picture's metadata that must be
-    true for its hue to be turned.
+    share: of the pictures whose caption names no colour. caption: with {colour} and {caption}. where: a field of a
+    picture's metadata that must be true for its hue to be turned.
     """
 
     share: Share = 0.3
@@ -59,16 +59,18 @@ class Background(Section):
 class Data(Section):
     """Pictures and captions: where they are, and what happens to them on the way.
 
-    path: folder, .tar shards (WebDataset) or .parquet files; wildcards allowed, relative to the recipe. caption: the
-    column, key or suffix that holds captions. captions: templates, one drawn for each picture and epoch, with {caption}
-    and any field of the metadata; a template whose field is empty is not drawn. caption_dropout: share trained on the
-    empty prompt. caption_shuffle: shuffle what commas separate. missing_captions: "error", or "empty" for pictures
-    without. resolution: side, or [width, height], in pixels. buckets: train at each picture's own aspect ratio, sides
-    multiples of bucket_step and area at most that of `resolution`. crop: where what does not fit is cut. flip: share
-    mirrored. zoom: pictures are drawn at a random scale down to this, on their background. validation: share of the
-    pictures held out, by `validation_by` (a field of the metadata, or the picture itself), or a path of its own.
-    cache: keep latents and embeddings of so many variants of each picture on the disk; 0 computes them every time.
-    cache_folder: where; default RUN/cache. repeat: times a picture comes in an epoch. workers: processes that read.
+    path: folder, .tar shards (WebDataset) or .parquet files; wildcards allowed, relative to the recipe. caption:
+    the column or key that holds captions in metadata. captions: templates, one drawn for each picture and epoch,
+    with {caption} and any field of the metadata; a template whose field is empty is not drawn. caption_dropout:
+    share trained on the empty prompt. caption_shuffle: shuffle what commas separate. missing_captions: "error", or
+    "empty" for pictures without. resolution: side, or [width, height], in pixels. buckets: train at each picture's
+    own aspect ratio, sides multiples of bucket_step and area at most that of `resolution`. crop: where what does
+    not fit is cut. flip: share mirrored, but for pictures whose caption says left or right. zoom: pictures are
+    drawn at a random scale down to this, on their background. validation: share of the pictures held out, by
+    `validation_by` (a field of the metadata, or the picture itself), or a path of its own. cache: keep latents and
+    embeddings of so many variants of each picture on the disk; 0 computes them every time. cache_folder: where;
+    default RUN/cache. repeat: times a picture comes in an epoch, anew each time. limit: take the first so many
+    alone. workers: processes that read.
     """
 
     path: Text | Annotated[list[Text], Field(min_length=1)]
