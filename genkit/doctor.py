@@ -19,7 +19,7 @@ from genkit.errors import InputError, nearest, shown
 from genkit.images import SUFFIXES
 from genkit.likeness import Look, alike, joined, look_at
 from genkit.progress import printable
-from genkit.sources import Example, read_examples, split
+from genkit.sources import TABLES, Example, left_out, read_examples, split
 from genkit.training.recipe import Data, Recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class Report:
         width = max(map(len, self.facts))
         told = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
         told += [f"{f.level:<{width}}  {f.text}" for f in self.findings]
+        if any(len(f.groups) > NAMED for f in self.findings):
+            told.append(f"{'':<{width}}  --json names all of them, -o PAGE.html shows them")
         return [printable(line) for line in told] + ([] if self.findings else ["nothing is wrong"])
 
     def plain(self) -> dict[str, Any]:
@@ -114,6 +116,8 @@ def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False)
     if recipe_path is None:
         if path is None:
             raise InputError("DATA: is missing; or say --recipe, which names its own")
+        if not path:
+            raise InputError("DATA: is empty")
         data = Data.model_validate({"path": path, "validation": 0.0})
         return examine(data, read_examples(data), quiet=quiet)
     recipe = read_recipe(recipe_path, () if path is None else [f"data.path={json.dumps(path)}"])
@@ -139,8 +143,11 @@ def check_data(
     for example in (*train, *held):
         path = example.place[0]
         if path not in states:
-            status = os.stat(path)
-            states[path] = (status.st_size, status.st_mtime_ns)
+            try:
+                status = os.stat(path)
+                states[path] = (status.st_size, status.st_mtime_ns)
+            except OSError:  # a link that leads nowhere: it will be named
+                states[path] = (-1, 0)
         sums.update(json.dumps([example.key, example.caption, example.place, states[path]]).encode())
     known, fingerprint = folder / ".doctor", sums.hexdigest()
     if known.exists() and known.read_text("utf-8") == fingerprint:
@@ -151,7 +158,8 @@ def check_data(
         say(f"{finding.level}: {finding.text}")
     if report.errors:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
-        raise InputError(f"data: {report.errors[0].text}{more}; see {page}")
+        about = "data: " if report.errors[0].groups else ""  # else of the recipe, and names its key itself
+        raise InputError(f"{about}{report.errors[0].text}{more}; see {page}")
     with disk(known):
         write_whole(known, fingerprint.encode())
 
@@ -183,6 +191,14 @@ def _uncaptioned(case: Case) -> Iterator[Finding]:
     yield Finding("warning" if allowed else "error", text + hint + end, [[i] for i in missing])
 
 
+def _left_out(case: Case) -> Iterator[Finding]:
+    files = left_out(case.data)
+    if files:
+        told = ", ".join(files[:NAMED]) + (", …" if len(files) > NAMED else "")
+        kinds = "linked folders, and pictures that are no PNG, JPEG, WebP or JPEG XL"
+        yield Finding("warning", f"{len(files)} files are left out: {told}: {kinds}, are not read")
+
+
 def _mistaken(example: Example, data: Data) -> str:
     """Return where the caption of a picture may be instead: a column of another name, or a file beside it."""
     texts = [name for name, value in example.fields.items() if isinstance(value, str) and value]
@@ -200,6 +216,11 @@ def _mistaken(example: Example, data: Data) -> str:
         with tarfile.open(path, "r:") as tar:
             beside = sorted(PurePosixPath(name).name for name in tar.getnames())
     files = [n for n in beside if not n.startswith(".") and PurePosixPath(n).suffix.lower() not in SUFFIXES]
+    table = next((n for n in files if n in TABLES), None)
+    if table is not None and not example.fields:
+        return f" (no line of {table} speaks of it)"
+    if f"{stem}.txt" in files:
+        return f" ({shown(f'{stem}.txt')} is empty)"
     close = [n for n in files if n.startswith(stem)] or difflib.get_close_matches(f"{stem}.txt", files[:5000], 1, 0.7)
     return f" (beside it is {shown(close[0])}; its caption is looked for in {shown(f'{stem}.txt')})" if close else ""
 
@@ -241,6 +262,9 @@ def _twins(case: Case) -> Iterator[Finding]:
 
 
 def _small(case: Case) -> Iterator[Finding]:
+    if case.recipe is None:
+        yield from _tiny(case)
+        return
     most: list[tuple[float, int]] = []
     for (width, height), members in case.buckets.items():
         for i in members:
@@ -252,6 +276,17 @@ def _small(case: Case) -> Iterator[Finding]:
         sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.looks[i].size))})" for i in numbers[:NAMED]]
         text = f"{len(small)} pictures are smaller than they are trained at, and blown up to {small[0][0]:.1f} times"
         yield Finding("warning", f"{text}: {', '.join(sizes)}", [[i] for i in numbers])
+
+
+def _tiny(case: Case) -> Iterator[Finding]:
+    """Where it is not known what they are for: pictures of less than a tenth of the pixels that half of them have."""
+    areas = {i: look.size[0] * look.size[1] for i, look in enumerate(case.looks) if not look.problem}
+    usual = statistics.median(areas.values()) if areas else 0
+    tiny = sorted((i for i, area in areas.items() if area * 10 < usual), key=lambda i: areas[i])
+    if tiny:
+        sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.looks[i].size))})" for i in tiny[:NAMED]]
+        told = ", ".join(sizes) + (", …" if len(tiny) > NAMED else "")
+        yield Finding("warning", f"{len(tiny)} pictures are tiny beside the others: {told}", [[i] for i in tiny])
 
 
 def _long(case: Case) -> Iterator[Finding]:
@@ -364,6 +399,39 @@ def _memory(case: Case) -> str:
     return f"about {sum(found.values()) / 2**20:,.0f} MiB: {parts}"
 
 
+def _time(case: Case) -> str:
+    """Return how long the steps take at least: what torch counts of them at the speed of a matrix product here."""
+    if case.recipe is None or case.info is None or not case.buckets:
+        return ""
+    from genkit.device import pick_device
+    from genkit.estimate import speed, training_work
+    from genkit.training.setup import MIXED
+
+    train = case.recipe.train
+    try:
+        work = training_work(case.recipe, case.task, max(case.buckets, key=lambda s: s[0] * s[1]))
+    except (NotImplementedError, RuntimeError):
+        return "unknown"
+    device, _ = pick_device("auto", "float32")
+    rate = speed(device, MIXED[train.mixed_precision])
+    pictures = train.batch_size * (2 if case.recipe.prior is not None else 1) * train.gradient_accumulation_steps
+    seconds = train.steps * pictures * work / rate
+    if train.max_seconds is not None and train.max_seconds < seconds:
+        return (
+            f"{_lasting(train.max_seconds)}, which train.max_seconds allows; all steps take {_lasting(seconds)} or more"
+        )
+    per = f"{pictures * work / 1e9:,.0f} GFLOP a step, at the {rate / 1e9:,.0f} GFLOP/s of a matrix product"
+    return f"{_lasting(seconds)} or more on {device.type}: {per}; looks and saves come on top"
+
+
+def _lasting(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"
+
+
 def write_page(report: Report, path: Path) -> Path:
     """Write the report with thumbnails, on one page that needs nothing else, and return its path. Raises HostError."""
     from genkit.doctorpage import page
@@ -374,7 +442,8 @@ def write_page(report: Report, path: Path) -> Path:
     return path
 
 
-CHECKS = (_unreadable, _uncaptioned, _twins, _small, _long, _uneven, _held)
+CHECKS = (_unreadable, _left_out, _uncaptioned, _twins, _small, _long, _uneven, _held)
 FACTS: dict[str, Callable[[Case], str]] = {
     "pictures": _counts, "sizes": _sizes, "captions": _captions, "buckets": _table, "steps": _steps, "memory": _memory,
+    "time": _time,
 }  # fmt: skip

@@ -67,7 +67,9 @@ def _card(case: Case, number: int) -> str:
     caption = caption if len(caption) <= LONG else caption[:LONG] + "…"
     small = base64.b64encode(_thumbnail(case, number)).decode()
     shown = f'<img src="data:image/webp;base64,{small}" alt="">' if small else '<i class="broken">unreadable</i>'
-    size = "×".join(map(str, case.looks[number].size)) + (", held out" if number >= case.train else "")
+    look = case.looks[number]
+    size = escape(look.problem.removeprefix(f"{example.key}: ")) or "×".join(map(str, look.size))
+    size += ", held out" if number >= case.train else ""
     return (
         f'<figure>{shown}<figcaption><span dir="auto">{escape(caption) or "<i>no caption</i>"}</span>'
         f'<small dir="auto">{escape(example.key)}</small><small>{size}</small></figcaption></figure>'

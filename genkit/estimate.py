@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from genkit.components import Components, ModelInfo
 from genkit.components.footprint import vae_encode
 from genkit.components.loading import construct, load_tokenizer, text_config
+from genkit.errors import InputError
 from genkit.schedulers import Scheduler
 from genkit.training.data import Batch
 from genkit.training.recipe import Recipe
@@ -26,7 +29,7 @@ def task_on_shapes(recipe: Recipe, info: ModelInfo) -> Any:
     parts = Components(
         info=info, device=SHAPES, tokenizer=load_tokenizer(info.tokenizer, text_config(info)),
         tokenizer_2=load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
-        scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None, **networks,
+        scheduler=_scheduler(info), **networks,
     )  # fmt: skip
     task = make_task(recipe, parts, torch.float32)
     task.everything = [*networks.values(), *task.networks.values()]
@@ -34,6 +37,13 @@ def task_on_shapes(recipe: Recipe, info: ModelInfo) -> Any:
     for network in task.networks.values():
         network.train()
     return task
+
+
+def _scheduler(info: ModelInfo) -> Scheduler | None:
+    try:
+        return Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None
+    except InputError as error:
+        raise InputError(f"scheduler: {error}") from None
 
 
 def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int, int]) -> dict[str, int]:
@@ -59,6 +69,42 @@ def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int,
     }  # fmt: skip
 
 
+def training_work(recipe: Recipe, task: Any, size: tuple[int, int]) -> int:
+    """Return the floating-point operations that one picture of `size` takes in a step, forward and backward.
+
+    Those of matrix products and convolutions, as torch counts them; of encoding too where that is not kept.
+    """
+    with FlopCounterMode(display=False) as counter:
+        batch = _nothing(size)
+        tensors = task.encode(batch)
+        before = counter.get_total_flops()
+        with torch.enable_grad():
+            task.loss(tensors, None, torch.zeros(2, dtype=torch.long, device=SHAPES)).sum().backward()
+    for network in task.networks.values():
+        network.zero_grad(set_to_none=True)
+    return (counter.get_total_flops() - before * bool(recipe.data.cache)) // 2
+
+
+def speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations a second of matrix products on a device: more than networks come to."""
+    side, times = (4096, 10) if device.type == "cuda" else (1024, 3)
+    one = torch.ones(side, side, device=device, dtype=dtype)
+    one @ one
+    best = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        (one @ one)[0, 0].item()  # waits for it
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def _nothing(size: tuple[int, int]) -> Batch:
+    """Return a batch of two pictures that are shapes alone."""
+    pixels = torch.zeros(2, 3, size[1], size[0], device=SHAPES)
+    sizes = torch.zeros(2, 6, dtype=torch.long, device=SHAPES)
+    return Batch(pixels, [""] * 2, [""] * 2, sizes, torch.ones(2), torch.zeros(2, dtype=torch.bool))
+
+
 def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:
     """Return the bytes, in float32, that the loss of one picture keeps for its backward pass: half those of two, since
     norms refuse one number alone.
@@ -73,15 +119,10 @@ def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:
             storages[storage._cdata] = storage  # held, so that no other gets its address
         return tensor
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=SHAPES)
-
-    pixels, sizes = zeros(2, 3, size[1], size[0]), zeros(2, 6, dtype=torch.long)
-    batch = Batch(pixels, [""] * 2, [""] * 2, sizes, torch.ones(2), torch.zeros(2, dtype=torch.bool))
-    tensors = task.encode(batch)
+    tensors = task.encode(_nothing(size))
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with torch.enable_grad(), hooks, _FusedAttention():
-        loss = task.loss(tensors, None, zeros(2, dtype=torch.long))
+        loss = task.loss(tensors, None, torch.zeros(2, dtype=torch.long, device=SHAPES))
     total = sum(storage.nbytes() for storage in storages.values())
     del loss  # the graph lived for as long as it did
     return total // 2

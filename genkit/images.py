@@ -73,7 +73,12 @@ def decode_image(data: bytes, where: str) -> Image.Image:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Return the .png, .jpg, .jpeg, .webp and .jxl files in `folder` and below, sorted.
+    """Return the .png, .jpg, .jpeg, .webp and .jxl files of `list_files`."""
+    return [path for path in list_files(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def list_files(folder: str | Path) -> list[Path]:
+    """Return the files in `folder` and below, sorted.
 
     Hidden files and folders are left out, and linked folders are not entered: they could lead round in circles.
     Raises InputError when the folder, or one below, cannot be read.
@@ -85,7 +90,7 @@ def list_images(folder: str | Path) -> list[Path]:
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, f) for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(found)
 
 
@@ -142,7 +147,7 @@ def _rgb(picture: Image.Image, transparent: bool = False) -> Image.Image:
         picture = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        if transparent:
+        if transparent and any(picture.getchannel("A").histogram()[:255]):
             return picture
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -83,6 +84,7 @@ def only(report: Report, level: str) -> str:
 
 
 def test_nothing_is_said_of_what_is_right(pictures: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._run(["doctor", ""]) == 2
     assert cli._run(["doctor", str(pictures)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("pictures  8: 8 to train on, 0 held out\nsizes     32x32 (8)\n") and "nothing is wrong" in out
@@ -136,7 +138,9 @@ def test_captions_past_the_token_limit_as_templates_make_them(pictures: Path, mo
 # -- pictures --
 
 
-def test_pictures_that_cannot_be_read_are_all_named(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_that_cannot_be_read_are_all_named(
+    pictures: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = (pictures / "2.png").read_bytes()
     (pictures / "2.png").write_bytes(whole[:-20])
     (pictures / "6.png").write_bytes(b"GIF89a")
@@ -144,7 +148,33 @@ def test_pictures_that_cannot_be_read_are_all_named(pictures: Path, capsys: pyte
     found = json.loads(capsys.readouterr().out)["findings"]
     assert found[0]["pictures"] == [["2.png"], ["6.png"]] and found[0]["level"] == "error"
     assert "2 of 8 pictures cannot be read: 2.png: is truncated; 6.png: is not a PNG" in found[0]["text"]
-    assert "unreadable" in (pictures.parent / "page.html").read_text()
+    assert "unreadable</i>" in (page := (pictures.parent / "page.html").read_text()) and ">is truncated</small>" in page
+    for n in (3, 4):
+        (pictures / f"{n}.png").write_bytes(b"")
+    assert cli._run(["doctor", str(pictures)]) == 2
+    assert "--json names all of them" in capsys.readouterr().out
+    (pictures / "7.png").unlink()
+    os.symlink("nowhere", pictures / "7.png")
+    recipe = recipe_of(models / "sd", pictures)
+    with pytest.raises(InputError, match=r"data: 5 of 8 pictures cannot be read: "):
+        train(recipe, pictures.parent / "out", device="cpu", quiet=True)
+
+
+def test_what_is_tiny_and_what_is_not_read_is_named(pictures: Path, tmp_path: Path) -> None:
+    picture(70, 4, 4).save(pictures / "0.png")
+    assert only(report_on(pictures), "warning") == "1 pictures are tiny beside the others: 0.png (4x4)"
+    picture(0).save(pictures / "0.png")
+    picture(8).save(pictures / "8.BMP")
+    (pictures / "sub").symlink_to(tmp_path)
+    assert only(report_on(pictures), "warning").startswith("2 files are left out: 8.BMP, sub: ")
+
+
+def test_an_empty_caption_and_a_picture_without_a_line_are_said_to_be_that(pictures: Path) -> None:
+    (pictures / "3.txt").write_text("\n")
+    assert "3.png ('3.txt' is empty)" in only(report_on(pictures), "error")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
+    assert "7 of 8" in (said := only(report_on(pictures), "error"))
+    assert "(no line of metadata.jsonl speaks of it)" in said
 
 
 def test_small_pictures_and_small_buckets(pictures: Path, models: Path) -> None:
@@ -253,6 +283,15 @@ def test_errors_stop_training_and_mended_data_trains(
     assert train(recipe, out, device="cpu", quiet=True).exit_code == 0
 
 
+def test_what_is_wrong_with_the_recipe_is_not_said_of_the_data(pictures: Path, models: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(models / "sd", pictures).model_copy(update={"scheduler": {"_class_name": "DDIMSchedular"}})
+    with pytest.raises(InputError, match=r"^scheduler: _class_name: .*DDIMSchedular"):
+        train(recipe, tmp_path / "run", device="cpu", quiet=True)
+    recipe = recipe_of(models / "sd", pictures, resolution=17)
+    with pytest.raises(InputError, match=r"^data\.resolution: 17 is not a multiple of"):
+        train(recipe, tmp_path / "run", device="cpu", quiet=True)
+
+
 def test_data_are_examined_again_when_a_file_changed(pictures: Path, models: Path, tmp_path: Path) -> None:
     recipe = recipe_of(models / "sd", pictures)
     info = compose_model("text-to-image", recipe.model, recipe.networks, recipe.scheduler)
@@ -310,6 +349,32 @@ def test_activations_are_those_that_a_real_step_keeps(
     assert loss.shape == (1,)
     real = sum(storage.nbytes() for storage in kept.values())
     assert real * 0.9 < found["activations"] < real * 1.15
+
+
+def test_the_time_is_what_torch_counts_at_the_speed_of_the_machine(
+    pictures: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from genkit.estimate import task_on_shapes, training_work
+
+    def work(task: str = "unconditional", model: str = "ddpm", size: int = 16, **data: Any) -> tuple[Any, int]:
+        recipe = recipe_of(models / model, pictures, task, **data)
+        info = compose_model(KINDS.get(task, "text-to-image"), recipe.model, recipe.networks, recipe.scheduler)
+        return info, training_work(recipe, task_on_shapes(recipe, info), (size, size))
+
+    info, counted = work()
+    network = load_components(info, device="cpu", dtype=torch.float32).unet
+    with FlopCounterMode(display=False) as counter:
+        network.requires_grad_(True)(torch.zeros(1, 3, 16, 16), torch.zeros(1)).sample.sum().backward()
+    assert 1 <= counted / counter.get_total_flops() < 1.2, "a CPU's own attention is not counted"
+    assert 3.5 < work(size=32)[1] / counted < 6
+    assert work("lora", "sd", cache=1)[1] < work("lora", "sd")[1] < work("text-to-image", "sd")[1]
+    monkeypatch.setattr("genkit.estimate.speed", lambda device, dtype: counted / 6)
+    recipe = recipe_of(models / "ddpm", pictures, "unconditional", {"steps": 100, "gradient_accumulation_steps": 3})
+    assert report_for(recipe).facts["time"].startswith("60 min or more on c"), "100 steps of 6 pictures of 6 s"
+    recipe = recipe_of(models / "ddpm", pictures, "unconditional", {"steps": 10**6, "max_seconds": 60})
+    assert report_for(recipe).facts["time"] == "60 s, which train.max_seconds allows; all steps take 139 days or more"
 
 
 # -- the cache --

@@ -63,6 +63,22 @@ def test_paths_of_a_file_are_beside_it_and_those_of_changes_are_not(tmp_path: Pa
     assert read_recipe(tmp_path / "r.yaml", ["data.path=pictures"]).data.path == "pictures"
 
 
+def test_a_recipe_of_the_house_is_found_when_it_is_not_here(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"lora: is absent; genkit's own lies in .*recipes/lora\.yaml"):
+        read_recipe(tmp_path / "lora")
+
+
+def test_the_home_folder_and_odd_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("task: clip\nmodel: ~/base\ndata: {path: 'a/**b', cache_folder: ~/kept}\n")
+    found = read_recipe(tmp_path / "r.yaml", ["data.validation=~/held"])
+    assert (found.model, found.data.path) == (str(tmp_path / "base"), "a/**b")
+    assert (found.data.validation, found.data.cache_folder) == (str(tmp_path / "held"), str(tmp_path / "kept"))
+    for odd in ("a" * 5000, '"a\\0b"'):
+        (tmp_path / "r.yaml").write_text(f"task: clip\nmodel: {odd}\ndata: {{path: {odd}}}\n")
+        assert read_recipe(tmp_path / "r.yaml").data.path == odd.replace('"', "").replace("\\0", "\0")
+
+
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
@@ -72,6 +88,12 @@ def test_paths_of_a_file_are_beside_it_and_those_of_changes_are_not(tmp_path: Pa
         (PLAIN, ["lerning_rate=1"], "'lerning_rate': unknown key (did you mean 'train.learning_rate'?)"),
         (PLAIN, ["every=3"], "'every': is in several sections: say evaluate.every or save.every"),
         (PLAIN, ["steps"], "'steps': is not like train.steps=1000"),
+        (PLAIN, ["train..steps=3"], "'train..steps': is not like train.steps=1000"),
+        (PLAIN, ["train=3"], "train: 3: input should be a valid mapping"),
+        ("task: clip\nmodel: emoji-clip\ndata: {path: x, cache: 2}\n", [], "data.cache: 2: has no say in task clip"),
+        (PLAIN, ["data.path=['']"], "data.path.0: '': string should have at least 1 character"),
+        (PLAIN, ["resolution=[64, 5]"], "data.resolution.1: 5: input should be greater than or equal to 8"),
+        ("task: clip\nmodel: emoji-clip\ndata: {path: ''}\n", [], "data.path: '': string should have at least 1"),
         (PLAIN, ["steps=3.5"], "train.steps: 3.5: input should be a valid integer"),
         (PLAIN, ["steps='3'"], "train.steps: '3': input should be a valid integer"),
         (PLAIN, ["steps=0"], "train.steps: 0: input should be greater than or equal to 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import shutil
 import tarfile
@@ -143,10 +144,23 @@ def test_what_filter_exports_can_be_trained_on(tmp_path: Path) -> None:
         (lambda p: (p / "metadata.jsonl").write_text("[1]"), "is not a JSON object"),
         (
             lambda p: (p / "metadata.csv").write_bytes(b"file_name,text\n000.png,\xff"),
-            r"metadata\.csv: byte 23 is not UTF",
+            r"metadata\.csv:2: byte 0xff is not UTF-8",
         ),
-        (lambda p: (p / "000.txt").write_bytes(b"\xff\xfe"), r"000\.txt: byte 0 is not UTF-8"),
+        (lambda p: (p / "000.txt").write_bytes(b"\xff\xfe"), r"000\.txt:1: byte 0xff is not UTF-8; save it as"),
         (lambda p: [x.unlink() for x in p.glob("*.png")], "holds no pictures"),
+        (lambda p: (p / "a.tar").touch(), r"holds pictures, '000\.png', and shards, 'a\.tar'"),
+        (
+            lambda p: (p / "metadata.jsonl").write_text('{"file_name": "000.png"}\n{"file_name": "./000.png"}'),
+            r"jsonl:2: file_name: '\./000\.png' is there twice: see .*jsonl:1",
+        ),
+        (lambda p: (p / "metadata.jsonl").write_text(f'{{"file_name": "{"x" * 999}"}}'), "there is no such file"),
+        (lambda p: (p / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "\\ud800"}'), "half a char"),
+        (lambda p: (p / "metadata.csv").write_text("file_name,text\n000.png,a,b"), "csv:2: has more cells than the 2"),
+        (lambda p: (p / "metadata.csv").write_text("file_name,a,a\n000.png,a,b"), "csv:1: 'a': column is there twice"),
+        (
+            lambda p: (p / "metadata.csv").write_text('file_name,text\n000.png,"a\nb"\n001.png,"5 inch\n002.png,c\n'),
+            "csv:4: is not CSV: unexpected end of data",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
@@ -154,6 +168,95 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path, spoil: Callable[[P
     spoil(folder)
     with pytest.raises(InputError, match=message):
         read_examples(data_of(folder))
+
+
+def test_classes_are_several_folders_without_anything_like_a_caption(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        (tmp_path / "set" / label / "0.png").write_bytes(png())
+
+    def captions() -> list[str | None]:
+        return [e.caption for e in read_examples(data_of(tmp_path / "set"))]
+
+    (tmp_path / "set" / "LICENSE.txt").write_text("MIT")
+    assert captions() == ["cat", "dog"]
+    (tmp_path / "set" / "dog" / "0.caption").write_text("a dog")
+    assert captions() == [None, None], "captions under a name that is not looked for"
+    (tmp_path / "set" / "dog" / "0.caption").unlink()
+    shutil.rmtree(tmp_path / "set" / "dog")
+    assert captions() == [None], "one folder is no class"
+
+
+def test_metadata_may_lie_in_any_folder_and_leaves_out_no_picture(tmp_path: Path) -> None:
+    folder = tmp_path / "set" / "deep"
+    folder.mkdir(parents=True)
+    for n in range(3):
+        (folder / f"{n}.png").write_bytes(png())
+    (folder / "metadata.csv").write_bytes(b"\xef\xbb\xbffile_name,text\r\n0.png,one\r\n1.png,two\r\n")
+    found = read_examples(data_of(tmp_path / "set"))
+    assert [(e.key, e.caption) for e in found] == [("deep/0.png", "one"), ("deep/1.png", "two"), ("deep/2.png", None)]
+
+
+def test_paths_of_several_places_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b[1]"):
+        shard(tmp_path / name)
+    both = [str(tmp_path / "a" / "set.tar"), str(tmp_path / "b[1]" / "set.tar")]
+    found = read_examples(data_of(tmp_path / "x").model_copy(update={"path": both}))
+    assert [e.key for e in found[3:5]] == ["a/set.tar!003.png", "b[1]/set.tar!000.png"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(read_examples(data_of("~/a/**/*.tar"))) == 4
+    with pytest.raises(InputError, match=r"data\.validation: 'nowhere': there is no such"):
+        split(found, data_of(tmp_path / "a", validation="nowhere"))
+    fifo = plain_folder(tmp_path / "c") / "001.png"
+    fifo.unlink()
+    os.mkfifo(fifo)
+    with pytest.raises(InputError, match="is a pipe"):
+        read_examples(data_of(tmp_path / "c" / "set"))[1].read()
+
+
+def packed(path: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_shards_say_what_is_wrong_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    hidden = ("._0.png", b"x"), (".DS_Store", b"x"), ("0.png", png()), ("0.txt", b"\xef\xbb\xbfa cat")
+    assert [e.caption for e in read_examples(data_of(packed(path, *hidden)))] == ["a cat"]
+    for members, message in [
+        ([("0.png", png()), ("0.jpg", b"x")], "'0': has several pictures"),
+        ([("0.png", png()), ("0.txt", b"caf\xe9")], r"0\.png: txt:1: byte 0xe9 is not UTF-8"),
+        ([("a.b.png", png())], r"'a': has no picture, but b\.png"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            read_examples(data_of(packed(path, *members)))
+    whole = packed(path, *[(f"{n}.png", png()) for n in range(4)]).read_bytes()
+    third = whole.index(b"2.png")
+    for content, message in [
+        (whole[:third], "has no end"),  # as long as it is, a tar file
+        (whole[: third + 9] + b"?" + whole[third + 10 :], f"is damaged, or another begins, at byte {third}"),
+        (whole[:third] + bytes(1024) + whole[third:], f"is damaged, or another begins, at byte {third}"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_examples(data_of(path))
+
+
+def test_parquet_of_datasets_with_class_labels(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    from pyarrow.parquet import write_table
+
+    table = arrow.table({"img": [{"bytes": png(), "path": None}] * 2, "label": [1, 0]})
+    features = {"info": {"features": {"label": {"names": ["cat", "red_fox"], "_type": "ClassLabel"}}}}
+    write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "a.parquet")
+    found = read_examples(data_of(tmp_path / "a.parquet"))
+    assert [(e.caption, e.fields, e.size()) for e in found] == [
+        ("red fox", {"label": "red fox"}, (16, 16)), ("cat", {"label": "cat"}, (16, 16)),
+    ]  # fmt: skip
 
 
 def test_bad_shards_and_paths_are_named(tmp_path: Path) -> None:
@@ -256,17 +359,48 @@ def test_captions_stay_true_to_colour_and_background(tmp_path: Path) -> None:
     assert 15 < seen["ground"] < 45
 
 
+def test_what_would_make_a_caption_untrue_is_not_done(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    half = Image.new("RGB", (16, 16), (210, 40, 40))
+    half.paste((250, 180, 180), (0, 0, 8, 16))
+    half.putalpha(255)
+    texts = {"a": "square", "b": "red square", "c": "arrow pointing Left", "d": "square on a white background"}
+    for name, text in texts.items():
+        picture = half.copy()
+        if name != "a":
+            picture.putalpha(Image.new("L", (16, 16), 128))
+        picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(text)
+    pictures = pictures_of(folder, recolour={"share": 1.0}, background={"share": 1.0}, flip=0.5)
+    seen: dict[str, Counter[str]] = {name: Counter() for name in texts}
+    mirrored: dict[str, Counter[bool]] = {name: Counter() for name in texts}
+    for turn in range(40):
+        for index, name in enumerate(texts):
+            pixels, caption, _, _ = pictures.make(index, turn)
+            seen[name][caption] += 1
+            mirrored[name][bool(pixels[:, :, 2].mean() < pixels[:, :, -3].mean())] += 1
+    assert all("background" not in c for c in seen["a"]), "nothing of a background is to be seen"
+    assert {c.partition(" on a ")[0] for c in seen["b"]} == {"red square"} and len(seen["b"]) > 5
+    assert set(seen["d"]) == {"square on a white background"}
+    assert len(mirrored["a"]) == len(mirrored["b"]) == 2 and len(mirrored["c"]) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"recolour": {"where": "shiftable"}}, r"data\.recolour\.where: no picture has a field 'shiftable'"),
+        ({"recolour": {"caption": "{color} {caption}"}}, r"data\.recolour\.caption: .*'color' \(did you mean 'colour'"),
+        ({"background": {"caption": "{caption}"}}, r"data\.background\.caption: .* says nothing of \{background\}"),
+        ({"buckets": True}, r"data\.bucket_step: sides in steps of 64 are more than data\.resolution, 16"),
         ({"captions": ["a {colr} thing"]}, r"data\.captions: no picture has a field 'colr'"),
         ({"resolution": 20}, r"data\.resolution: 20 is not a multiple of 8"),
-        ({"background": {"colour": "wite"}, "zoom": 0.5}, r"colour: 'wite' is no colour \(did you mean 'white'"),
+        ({"background": {"colour": "wite"}, }, r"colour: 'wite' is no colour \(did you mean 'white'"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_met_are_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        pictures_of(colour_folder(tmp_path / "set", 2), **fields).make(0, 0)
+        pictures_of(colour_folder(tmp_path / "set", 2), **fields)
 
 
 # -- order --
@@ -284,10 +418,34 @@ def test_buckets_drop_nothing_and_keep_shapes(tmp_path: Path) -> None:
     assert all(w % 16 == 0 and h % 16 == 0 and w * h <= 64 * 64 for w, h in pictures.buckets)
     for epoch in range(2):
         batches = order(pictures, 4, epoch)
-        assert Counter(i for batch in batches for i in batch) == dict.fromkeys(range(23), 2)
+        assert sorted(i for batch in batches for i in batch) == list(range(46))
+        assert Counter(k for batch in batches for k in pictures.batch(batch, epoch).keys) == dict.fromkeys(
+            (e.key for e in pictures.examples), 2
+        )
         for batch in batches:
             assert pictures.batch(batch, epoch).pixels.shape[0] == len(batch)
     assert order(pictures, 4, 0) == order(pictures, 4, 0) != order(pictures, 4, 1)
+
+
+def test_a_picture_that_comes_twice_in_an_epoch_comes_as_in_two(tmp_path: Path) -> None:
+    folder = colour_folder(tmp_path / "set", 6)
+    options: dict[str, Any] = {"flip": 0.5, "caption_dropout": 0.5, "zoom": 0.5}
+    once, twice = pictures_of(folder, **options), pictures_of(folder, repeat=2, **options)
+
+    def told(batch: Batch) -> list[Any]:
+        return [
+            (k, x.tobytes(), bool(d)) for k, x, d in zip(batch.keys, batch.pixels.numpy(), batch.dropped, strict=True)
+        ]
+
+    epochs = [told(once.batch(range(6), epoch)) for epoch in range(4)]
+    assert [told(twice.batch(range(12), epoch)) for epoch in range(2)] == [epochs[0] + epochs[1], epochs[2] + epochs[3]]
+    cached = encoded(
+        pictures_of(folder, repeat=2, cache=3, **options), lambda batch: {"x": batch.pixels}, tmp_path / "c", "", True
+    )
+    for epoch, wanted in enumerate(([0, 1], [2, 0], [1, 2])):
+        batch = cached.batch([2, 8], epoch)
+        assert batch.tensors is not None
+        assert [x.numpy().tobytes() for x in batch.tensors["x"]] == [epochs[turn][2][1] for turn in wanted]
 
 
 def drawn(feed: Feed, start: int, count: int) -> list[Any]:

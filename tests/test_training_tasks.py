@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,22 @@ def test_textual_inversion_changes_one_word_alone(places: Path, tmp_path: Path) 
     assert np.abs(np.asarray(ours, dtype=int) - np.asarray(other, dtype=int)).max() <= 2
 
 
+def test_a_shared_cache_does_not_take_other_words_for_these(places: Path, tmp_path: Path) -> None:
+    """The same captions, pictures and weights, but tokens of another number or of another tokenizer."""
+    tokenizer = shutil.copytree(places / "tiny_stable_diffusion" / "tokenizer", tmp_path / "tokenizer")
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"errors": "ignore"}))
+    data = {"captions": ["a <red> picture"], "cache": 1, "cache_folder": str(tmp_path / "cache"), "validation": 0.0}
+    counts = []
+    for number, (vectors, words) in enumerate([(1, {}), (2, {}), (1, {"tokenizer": str(tokenizer)})]):
+        token = {"placeholder": "<red>", "initializer": "picture", "vectors": vectors}
+        changes: dict[str, Any] = {"train": {"steps": 1}, "evaluate": {"every": 0}, "networks": words}
+        model = str(places / "tiny_stable_diffusion")
+        run(places, tmp_path / str(number), "textual-inversion", model=model, token=token, data=data, **changes)
+        counts.append(len(list((tmp_path / "cache").rglob("*.safetensors"))))
+    assert counts == [1, 2, 3]
+
+
 def inspect_tokens(word: str) -> list[int]:
     from transformers import CLIPTokenizer
 
@@ -286,8 +303,12 @@ def test_sdxl_shapes_train_whole_and_by_adapters(places: Path, tmp_path: Path) -
         ({"task": "text-to-image", "evaluate": {"metrics": ["fid"], "num_images": 1}}, "a distance needs 2"),
         ({"task": "text-to-image", "evaluate": {**FID, "features": "incepton"}}, r"features: 'incepton': no such"),
         ({"task": "text-to-image", "objective": {"zero_snr": True, "prediction": "epsilon"}}, r"prediction: epsilon"),
+        (
+            {"task": "dreambooth", "prior": {"prompt": "a dog", "path": "nowhere"}},
+            r"prior\.path: 'nowhere': there is no such",
+        ),
         ({"task": "unconditional"}, "is a model of kind text-to-image, not unconditional"),
-        ({"task": "autoencoder", "data": {"cache": 2}}, r"data\.cache: task autoencoder"),
+        ({"task": "autoencoder", "data": {"cache": 2}}, r"data\.cache: 2: has no say in task autoenc"),
         ({"task": "text-to-image", "networks": {"unet": {"layers": 2}}}, r"networks\.unet: 'layers': unknown key"),
         ({"task": "text-to-image", "data": {"resolution": 21}}, r"data\.resolution: 21 is not a multiple"),
     ],

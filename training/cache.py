@@ -18,11 +18,12 @@ import torch
 
 from genkit.durable import disk, write_whole
 from genkit.progress import Steps
-from genkit.training.data import Batch, Pictures, batches
+from genkit.training.data import Batch, Pictures, batches, turned
 from genkit.training.state import fold
 
 SHARD, TOGETHER = 256, 32  # pictures of a shard, about, and of a pass through the networks
 # What of a recipe's `data` the tensors depend on, besides the pictures, their captions and their sizes.
+VERSION = 2  # of how pictures and captions are made and kept: another one makes them anew
 SETTINGS = {"captions", "caption_shuffle", "crop", "flip", "zoom", "background", "recolour"}
 
 
@@ -36,9 +37,10 @@ class Cached:
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
         """Return a Batch with tensors, and without pixels and captions."""
-        rows = [self._row(index, epoch % self.data.cache) for index in indices]
+        indices, turns = turned(self.data, len(self.pictures), indices, epoch)
+        rows = [self._row(index, turn % self.data.cache) for index, turn in zip(indices, turns, strict=True)]
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        dropped = torch.tensor([self.pictures.dropped(index, epoch) for index in indices])
+        dropped = torch.tensor([self.pictures.dropped(*place) for place in zip(indices, turns, strict=True)])
         keys = [self.pictures.examples[i].key for i in indices]
         return Batch(torch.empty(0), [], keys, torch.empty(0), torch.ones(len(rows)), dropped, tensors)
 
@@ -69,7 +71,7 @@ def encoded(
         folder.mkdir(parents=True, exist_ok=True)
         digests = _digests(pictures, folder / "digests.json")
     settings = json.loads(pictures.data.model_dump_json(include=SETTINGS))
-    base = json.dumps([fingerprint, settings, pictures.seed], sort_keys=True)
+    base = json.dumps([VERSION, fingerprint, settings, pictures.seed], sort_keys=True)
     plan = []
     for shape, members in sorted(pictures.buckets.items()):
         parts: dict[int, list[int]] = defaultdict(list)
@@ -90,7 +92,11 @@ def _fill(missing: list[_Shard], pictures: Pictures, encode: Callable[[Batch], A
     from safetensors.torch import save
 
     total, done, began = sum(len(shard.members) for shard in missing), 0, time.monotonic()
-    places = [(s.variant, s.members[i : i + TOGETHER]) for s in missing for i in range(0, len(s.members), TOGETHER)]
+    places = []
+    for shard in missing:
+        epoch, copy = divmod(shard.variant, pictures.data.repeat)  # when that variant comes
+        members = [index + copy * len(pictures) for index in shard.members]
+        places += [(epoch, members[i : i + TOGETHER]) for i in range(0, len(members), TOGETHER)]
     feed = batches(pictures, places, pictures.data.workers)
     with Steps(quiet=quiet) as say:
         for shard in missing:

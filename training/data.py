@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -29,6 +29,12 @@ BACKGROUNDS = {
 }  # fmt: skip
 SATURATED, LIT = 60, 50  # of 255: what has less of either has no hue to speak of
 COLOURED = 0.15  # the share of a picture that must have a hue for it to be turned
+# What is said of a thing that would not be true of it turned to another hue, or mirrored.
+COLOURED_WORD = re.compile(
+    rf"\b({'|'.join({*HUES, *BACKGROUNDS})}|grey|brown|violet|cyan|magenta|gold|golden|silver|beige)\b", re.IGNORECASE
+)
+SIDED_WORD = re.compile(r"\b(left|right)(ward)?s?\b|clockwise", re.IGNORECASE)
+SEEN = 0.1  # the share of a picture that its background must be of to be spoken of
 FIELD = re.compile(r"\{(\w+)\}")
 ASPECTS = 2.0  # buckets go from 1:2 to 2:1
 
@@ -72,12 +78,12 @@ class Pictures:
         self.resolution = resolution if side is None else (side, side) if isinstance(side, int) else (side[0], side[1])
         step = math.lcm(data.bucket_step, multiple) if data.buckets else multiple
         for number in self.resolution:
-            if number % multiple or (data.buckets and number < step):
-                raise InputError(f"data.resolution: {number} is not a multiple of {multiple}")
-        known = {"caption"}.union(*(e.fields for e in self.examples))
-        for name in (n for template in data.captions for n in FIELD.findall(template)):
-            if name not in known:
-                raise InputError(f"data.captions: no picture has a field {shown(name)}{nearest(name, known)}")
+            if number % multiple:
+                raise InputError(f"data.resolution: {number} is not a multiple of {multiple}, as the networks need it")
+            if data.buckets and number < step:
+                raise InputError(f"data.bucket_step: sides in steps of {step} are more than data.resolution, {number}")
+        if self.examples:
+            _check_words(data, {"caption"}.union(*(e.fields for e in self.examples)))
         self.buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
         shapes = _shapes(self.resolution, step) if data.buckets else [self.resolution]
         for index, example in enumerate(self.examples):
@@ -89,88 +95,94 @@ class Pictures:
         return len(self.examples)
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
-        """Return the pictures of `indices`, which are of one bucket, as epoch `epoch` has them."""
-        made = [self.make(index, epoch) for index in indices]
+        """Return the pictures of `indices`, of one bucket and as `order` has them, as epoch `epoch` has them."""
+        indices, turns = turned(self.data, len(self), indices, epoch)
+        made = [self.make(index, turn) for index, turn in zip(indices, turns, strict=True)]
         pixels, captions, sizes, dropped = zip(*made, strict=True)
         return Batch(
             torch.from_numpy(np.stack(pixels)), list(captions), [self.examples[i].key for i in indices],
             torch.tensor(sizes), torch.ones(len(made)), torch.tensor(dropped),
         )  # fmt: skip
 
-    def make(self, index: int, epoch: int) -> tuple[np.ndarray, str, tuple[int, ...], bool]:
-        """Return pixels (3, H, W), caption, sizes and whether the caption is dropped. Raises InputError, naming it."""
+    def make(self, index: int, turn: int) -> tuple[np.ndarray, str, tuple[int, ...], bool]:
+        """Return pixels (3, H, W), caption, sizes and whether the caption is dropped. Raises InputError, naming it.
+
+        turn: how often it has come before. What would make its caption untrue is not done to it.
+        """
         example, data = self.examples[index], self.data
-        variant = epoch % data.cache if data.cache else epoch
+        variant = turn % data.cache if data.cache else turn
         lot = random.Random(fold(self.seed, "picture", variant, example.key))
         picture, colour, wanted = example.read(), "", data.recolour
+        template, values = self._told(example, lot)
         may = wanted is not None and (wanted.where is None or bool(example.fields.get(wanted.where)))
         if wanted is not None and may and lot.random() < wanted.share:
             colour = lot.choice(list(HUES))
-            turned = turn_hue(picture, HUES[colour])
-            picture, colour = (picture, "") if turned is None else (turned, colour)
-        caption = self._caption(example, colour, lot)
-        said, picture = self._on_background(picture, lot)
+            known = COLOURED_WORD.search(worded(data, template, values, ""))
+            hued = None if known else turn_hue(picture, HUES[colour])
+            picture, colour = (picture, "") if hued is None else (hued, colour)
+        caption = worded(data, template, values, colour)
+        if data.caption_shuffle:
+            parts = [part.strip() for part in caption.split(",")]
+            lot.shuffle(parts)
+            caption = ", ".join(parts)
+        said, picture = self._on_background(picture, "background" in caption.lower(), lot)
         if said:
             caption = filled(data.background.caption, {"caption": caption, "background": said})
-        pixels, sizes = self._fitted(picture, self._shape[index], lot)
-        return pixels, caption, sizes, self.dropped(index, epoch)
+        flip = 0.0 if SIDED_WORD.search(caption) else data.flip
+        pixels, sizes = self._fitted(picture, self._shape[index], flip, lot)
+        return pixels, caption, sizes, self.dropped(index, turn)
 
-    def dropped(self, index: int, epoch: int) -> bool:
-        """Return whether a picture's caption is not told in an epoch."""
-        lot = random.Random(fold(self.seed, "drop", epoch, self.examples[index].key))
+    def dropped(self, index: int, turn: int) -> bool:
+        """Return whether a picture's caption is not told this time."""
+        lot = random.Random(fold(self.seed, "drop", turn, self.examples[index].key))
         return lot.random() < self.data.caption_dropout
 
     def plain(self, examples: Sequence[Example]) -> Pictures:
         """Return other examples as they are, with the first caption that fits: what a validation set wants."""
         still: dict[str, Any] = {"flip": 0.0, "crop": "center", "zoom": 1.0, "recolour": None, "caption_shuffle": False}
         colour = "white" if self.data.background.colour == "random" else self.data.background.colour
-        still |= {"background": Background(colour=colour), "captions": self.data.captions[:1]}
+        fields = {"caption"}.union(*(e.fields for e in examples))
+        first = [t for t in self.data.captions[:1] if fields.issuperset(FIELD.findall(t))]
+        still |= {"background": Background(colour=colour), "captions": first or ["{caption}"]}
         data = self.data.model_copy(update=still)
         return Pictures(examples, data, self.resolution, self.multiple, self.seed)
 
     def names(self) -> set[str]:
         """Return every caption that there is, without what is drawn by lot."""
-        return {self._caption(example, "", random.Random(0)) for example in self.examples}
+        return {worded(self.data, *self._told(example, random.Random(0)), "") for example in self.examples}
 
-    def _caption(self, example: Example, colour: str, lot: random.Random) -> str:
+    def _told(self, example: Example, lot: random.Random) -> tuple[str, dict[str, Any]]:
+        """Return a template, and one value of each field."""
         values = {**example.fields, "caption": example.caption or ""}
         template = lot.choice(usable(self.data, values))
-        chosen = {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
-        text = worded(self.data, template, chosen, colour)
-        if not self.data.caption_shuffle:
-            return text
-        parts = [part.strip() for part in text.split(",")]
-        lot.shuffle(parts)
-        return ", ".join(parts)
+        return template, {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
 
-    def _on_background(self, picture: Image.Image, lot: random.Random) -> tuple[str, Image.Image]:
-        """Return the background's name where it is to be said, and the picture on it, drawn smaller by `zoom`."""
-        from PIL import Image, ImageColor
+    def _on_background(self, picture: Image.Image, told: bool, lot: random.Random) -> tuple[str, Image.Image]:
+        """Return the background's name where it is to be said, and the picture on it, drawn smaller by `zoom`.
 
-        plan, said = self.data.background, ""
-        name = plan.colour
-        if picture.mode == "RGBA" and lot.random() < plan.share:
-            name = said = lot.choice(list(BACKGROUNDS))
-        if name == "random":
-            colour: tuple[int, ...] = tuple(lot.randrange(256) for _ in range(3))
-        else:
-            try:
-                colour = ImageColor.getrgb(BACKGROUNDS.get(name, name))[:3]
-            except ValueError:
-                hint = nearest(name, BACKGROUNDS)
-                raise InputError(f"data.background.colour: {shown(name)} is no colour{hint}") from None
+        told: whether the caption speaks of a background already.
+        """
+        from PIL import Image
+
+        plan, clear, named = self.data.background, picture.mode == "RGBA", ""
+        if clear and lot.random() < plan.share:
+            named = lot.choice(list(BACKGROUNDS))
         scale = lot.uniform(self.data.zoom, 1.0)
-        if picture.mode != "RGBA" and self.data.zoom == 1:
-            return said, picture
+        if not clear and self.data.zoom == 1:
+            return "", picture
+        covered = scale**2 * float(np.asarray(picture.getchannel("A")).mean()) / 255 if named else 1.0
+        said = "" if told or 1 - covered < SEEN else named
+        drawn = tuple(lot.randrange(256) for _ in range(3)) if plan.colour == "random" else None
+        colour = drawn if drawn is not None and not said else _colour(said or plan.colour)
         width, height = (max(1, round(side * scale)) for side in picture.size)
         ground = Image.new("RGB", picture.size, colour)
         at = lot.randint(0, picture.width - width), lot.randint(0, picture.height - height)
         small = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
-        ground.paste(small, at, small if small.mode == "RGBA" else None)
+        ground.paste(small, at, small if clear else None)
         return said, ground
 
     def _fitted(
-        self, picture: Image.Image, shape: tuple[int, int], lot: random.Random
+        self, picture: Image.Image, shape: tuple[int, int], flip: float, lot: random.Random
     ) -> tuple[np.ndarray, tuple[int, ...]]:
         """Return the picture cut and scaled to `shape`, perhaps mirrored, as (3, H, W), and SDXL's sizes."""
         from PIL import Image
@@ -183,7 +195,7 @@ class Pictures:
         spare = width - shape[0], height - shape[1]
         left, top = (lot.randint(0, s) for s in spare) if self.data.crop == "random" else (s // 2 for s in spare)
         picture = picture.crop((left, top, left + shape[0], top + shape[1]))
-        if lot.random() < self.data.flip:
+        if lot.random() < flip:
             picture, left = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), spare[0] - left
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
         return np.ascontiguousarray(pixels), (*original, top, left, shape[1], shape[0])
@@ -222,6 +234,39 @@ def worded(data: Data, template: str, values: Mapping[str, Any], colour: str) ->
     return filled(template, values)
 
 
+def _check_words(data: Data, known: Collection[str]) -> None:
+    """Raise InputError for a template that names a field that no picture has, or a colour that there is not."""
+    recolour, ground = data.recolour, data.background
+    own: list[tuple[str, Sequence[str], Collection[str], Collection[str]]] = [
+        ("data.captions", data.captions, known, ()),
+        ("data.background.caption", [ground.caption], ("caption", "background"), ("caption", "background")),
+    ]
+    if recolour is not None:
+        own.append(("data.recolour.caption", [recolour.caption], ("caption", "colour"), ("caption", "colour")))
+        own.append(("data.recolour.where", [f"{{{recolour.where}}}"] if recolour.where else [], known, ()))
+    for field, templates, may, must in own:
+        for template in templates:
+            names = FIELD.findall(template)
+            strange = next((name for name in names if name not in may), None)
+            if strange is not None:
+                raise InputError(f"{field}: no picture has a field {shown(strange)}{nearest(strange, may)}")
+            missing = next((name for name in must if name not in names), None)
+            if missing is not None:
+                raise InputError(f"{field}: {shown(template)} says nothing of {{{missing}}}")
+    if ground.colour != "random":
+        _colour(ground.colour)
+
+
+def _colour(name: str) -> tuple[int, ...]:
+    from PIL import ImageColor
+
+    try:
+        return ImageColor.getrgb(BACKGROUNDS.get(name, name))[:3]
+    except ValueError:
+        hint = nearest(name, BACKGROUNDS)
+        raise InputError(f"data.background.colour: {shown(name)} is no colour{hint}") from None
+
+
 def filled(template: str, values: Mapping[str, Any]) -> str:
     return FIELD.sub(lambda m: str(values.get(m[1], m[0])), template).strip()
 
@@ -238,15 +283,24 @@ def _shapes(resolution: tuple[int, int], step: int) -> list[tuple[int, int]]:
 
 
 def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
-    """Return the batches of an epoch: each picture `repeat` times, a batch of one bucket, its last one short."""
+    """Return the batches of an epoch, each of one bucket, its last one short; each picture is in `repeat` of them.
+
+    The second time that a picture comes its index is as much higher as there are pictures, and so on: see `turned`.
+    """
     lot = random.Random(fold(source.seed, "order", epoch))
+    count = sum(map(len, source.buckets.values()))
     found = []
     for shape in sorted(source.buckets):
-        members = source.buckets[shape] * source.data.repeat
+        members = [index + copy * count for copy in range(source.data.repeat) for index in source.buckets[shape]]
         lot.shuffle(members)
         found += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
     lot.shuffle(found)
     return found
+
+
+def turned(data: Data, count: int, places: Sequence[int], epoch: int) -> tuple[list[int], list[int]]:
+    """Return the pictures at `places` of an order, of `count`, and how often each has come before."""
+    return [place % count for place in places], [epoch * data.repeat + place // count for place in places]
 
 
 class Feed:

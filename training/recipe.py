@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -33,8 +36,8 @@ class Section(BaseModel):
 class Recolour(Section):
     """Turn a picture's hue to a named colour, and say so: for data whose colours are to be asked for.
 
-    share: of the pictures. caption: with {colour} and {caption}. where: a field of a picture's metadata that must be
-    true for its hue to be turned.
+    share: of the pictures whose caption names no colour. caption: with {colour} and {caption}. where: a field of a
+    picture's metadata that must be true for its hue to be turned.
     """
 
     share: Share = 0.3
@@ -56,19 +59,21 @@ class Background(Section):
 class Data(Section):
     """Pictures and captions: where they are, and what happens to them on the way.
 
-    path: folder, .tar shards (WebDataset) or .parquet files; wildcards allowed, relative to the recipe. caption: the
-    column, key or suffix that holds captions. captions: templates, one drawn for each picture and epoch, with {caption}
-    and any field of the metadata; a template whose field is empty is not drawn. caption_dropout: share trained on the
-    empty prompt. caption_shuffle: shuffle what commas separate. missing_captions: "error", or "empty" for pictures
-    without. resolution: side, or [width, height], in pixels. buckets: train at each picture's own aspect ratio, sides
-    multiples of bucket_step and area at most that of `resolution`. crop: where what does not fit is cut. flip: share
-    mirrored. zoom: pictures are drawn at a random scale down to this, on their background. validation: share of the
-    pictures held out, by `validation_by` (a field of the metadata, or the picture itself), or a path of its own.
-    cache: keep latents and embeddings of so many variants of each picture on the disk; 0 computes them every time.
-    cache_folder: where; default RUN/cache. repeat: times a picture comes in an epoch. workers: processes that read.
+    path: folder, .tar shards (WebDataset) or .parquet files; wildcards allowed, relative to the recipe. caption:
+    the column or key that holds captions in metadata. captions: templates, one drawn for each picture and epoch,
+    with {caption} and any field of the metadata; a template whose field is empty is not drawn. caption_dropout:
+    share trained on the empty prompt. caption_shuffle: shuffle what commas separate. missing_captions: "error", or
+    "empty" for pictures without. resolution: side, or [width, height], in pixels. buckets: train at each picture's
+    own aspect ratio, sides multiples of bucket_step and area at most that of `resolution`. crop: where what does
+    not fit is cut. flip: share mirrored, but for pictures whose caption says left or right. zoom: pictures are
+    drawn at a random scale down to this, on their background. validation: share of the pictures held out, by
+    `validation_by` (a field of the metadata, or the picture itself), or a path of its own. cache: keep latents and
+    embeddings of so many variants of each picture on the disk; 0 computes them every time. cache_folder: where;
+    default RUN/cache. repeat: times a picture comes in an epoch, anew each time. limit: take the first so many
+    alone. workers: processes that read.
     """
 
-    path: str | list[str] = Field(min_length=1)
+    path: Text | Annotated[list[Text], Field(min_length=1)]
     caption: Text = "caption"
     captions: list[Text] = Field(["{caption}"], min_length=1)
     caption_dropout: Share = 0.0
@@ -82,7 +87,7 @@ class Data(Section):
     zoom: Annotated[float, Field(gt=0, le=1)] = 1.0
     background: Background = Background()
     recolour: Recolour | None = None
-    validation: Share | str = 0.05
+    validation: Share | Text = 0.05
     validation_by: str | None = None
     cache: Annotated[int, Field(ge=0, le=1000)] = 0
     cache_folder: str | None = None
@@ -217,6 +222,11 @@ READ_BY = {
     "lora": ("lora", "dreambooth"), "token": ("textual-inversion",), "prior": ("dreambooth",),
     "autoencoder": ("autoencoder",), "objective": tuple(t for t in TASKS if t not in ("autoencoder", "clip")),
 }  # fmt: skip
+# Keys of `data` that these tasks do nothing with: no latents to keep, no captions that they can do without, one size.
+UNREAD = {
+    "cache": ("autoencoder", "clip"), "buckets": ("clip",),
+    "caption_dropout": ("autoencoder", "clip", "unconditional"),
+}  # fmt: skip
 
 
 class Recipe(Section):
@@ -246,6 +256,9 @@ class Recipe(Section):
         for section, tasks in READ_BY.items():
             if section in self.model_fields_set and getattr(self, section) is not None and self.task not in tasks:
                 raise ValueError(f"{section}: has no say in task {self.task}; it belongs to {', '.join(tasks)}")
+        for key, tasks in UNREAD.items():
+            if getattr(self.data, key) and self.task in tasks:
+                raise ValueError(f"data.{key}: {getattr(self.data, key)}: has no say in task {self.task}")
         if self.task == "lora" and self.lora is None:
             raise ValueError("lora: is missing; `lora: {rank: 8}` will do")
         if self.task == "textual-inversion" and self.token is None:
@@ -273,6 +286,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     the file, the key, its value and the nearest known key.
     """
     where = place(path)
+    own = Path(__file__).parent / "recipes" / f"{path.stem}.yaml"
+    if own.is_file() and not os.path.exists(path):
+        raise InputError(f"{where}: is absent; genkit's own lies in {place(own)}")
     raw = parse_yaml(read_text(path), where, exponents=True)
     if not isinstance(raw, dict):
         raise InputError(f"{where}: holds {shown(raw)}, not a recipe; it begins with `task:`")
@@ -283,6 +299,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         if not equals:
             raise InputError(f"{shown(text)}: is not like train.steps=1000")
         _set(found, key, _plain(parse_yaml(value, key, exponents=True)))
+    _resolve(found, Path())
     return make_recipe(found, where)
 
 
@@ -306,10 +323,11 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
     def at(value: Any) -> Any:
         if isinstance(value, list):
             return [at(item) for item in value]
-        if not isinstance(value, str) or Path(value).is_absolute():
+        if not isinstance(value, str) or not value or "\0" in value:
             return value
-        near = folder / value
-        return str(near) if near.exists() or any(folder.glob(value) if value else ()) else value
+        value = os.path.expanduser(value)
+        near = os.path.join(folder, value)
+        return near if os.path.exists(near) or (glob.has_magic(near) and glob.glob(near, recursive=True)) else value
 
     data, prior, networks = (values.get(name) for name in ("data", "prior", "networks"))
     for mapping, keys in ((data, ("path", "validation")), (prior, ("path",)), (values, ("model",))):
@@ -317,6 +335,8 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
             mapping.update({key: at(mapping[key]) for key in keys if key in mapping})
     if isinstance(networks, dict):
         networks.update({key: at(value) for key, value in networks.items()})
+    if isinstance(data, dict) and isinstance(data.get("cache_folder"), str):  # which is written to
+        data["cache_folder"] = os.path.expanduser(data["cache_folder"])
 
 
 def _sections(of: Any = Recipe) -> dict[str, Any]:
@@ -331,6 +351,8 @@ def _sections(of: Any = Recipe) -> dict[str, Any]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """Put an override in its place."""
     path = key.strip().split(".")
+    if not all(path):
+        raise InputError(f"{shown(key)}: is not like train.steps=1000")
     known = _sections()
     inside: Any = values
     if len(path) == 1 and path[0] not in known:
@@ -349,7 +371,9 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _explained(error: ValidationError) -> str:
     """Return the first complaint of pydantic as one line: key, value, what it may be or the nearest known key."""
-    first = error.errors()[0]
+    errors = error.errors()  # of a union one for each kind: what a value of the right kind lacks says most
+    same = [e for e in errors if e["loc"][:2] == errors[0]["loc"][:2] and not e["type"].endswith("_type")]
+    first = (same or errors)[0]
     names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-"))]
     section: Any = Recipe
     for name in names[:-1]:
@@ -359,7 +383,7 @@ def _explained(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         known = _sections(section) if section is not None else ()
         return f"{key}: unknown key{nearest(names[-1], known)}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = re.sub(r"dictionary or instance of \w+", "mapping", first["msg"].removeprefix("Value error, "))
     if first["type"] == "missing":
         return f"{key}: is missing"
     return f"{key}: {shown(first['input'])}: {message[0].lower()}{message[1:]}" if key else message

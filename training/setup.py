@@ -19,11 +19,13 @@ import torch
 
 from genkit.components import ModelInfo, load_components, weight_hashes
 from genkit.components.compose import compose_model
+from genkit.components.weights import sha256
 from genkit.device import compute_dtype, peak_memory, pick_device
 from genkit.doctor import check_data
 from genkit.durable import disk, json_line, lock_folder, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place, read_json
+from genkit.likeness import look_at
 from genkit.progress import Steps, printable
 from genkit.sources import Example, read_examples, split
 from genkit.training.cache import encoded
@@ -287,8 +289,12 @@ def _prior(recipe: Recipe, task: Any, out: Path, draw: bool) -> Pictures:
     if prior.path is None and draw:
         row = Request(id="prior", prompt=prior.prompt, num_images=prior.count, seed=recipe.seed)
         generate([row], out=out / "prior", model=str(recipe.model), clip="none")
-    captioned = [dataclasses.replace(e, caption=prior.prompt) for e in read_examples(recipe.data, str(folder))]
-    plain = recipe.data.model_copy(update={"captions": ["{caption}"], "recolour": None, "buckets": False})
+    changes: dict[str, Any] = {"captions": ["{caption}"], "recolour": None, "buckets": False, "limit": None}
+    plain = recipe.data.model_copy(update=changes)
+    captioned = [dataclasses.replace(e, caption=prior.prompt) for e in read_examples(plain, str(folder), "prior.path")]
+    for look in look_at(captioned):
+        if look.problem:
+            raise InputError(f"prior.path: {look.problem}")
     return Pictures(captioned, plain, task.resolution, task.multiple, recipe.seed)
 
 
@@ -296,16 +302,21 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
     """Return the stream of batches: of the pictures, or of what is kept on the disk of them."""
     source: Any = pictures
     if recipe.data.cache:
-        if recipe.task in ("autoencoder", "clip"):
-            raise InputError(f"data.cache: task {recipe.task} has no latents to keep")
         frozen = {name: part for name, part in info.parts.items() if name not in task.networks}
         weights = weight_hashes(dataclasses.replace(info, parts=frozen))
-        fingerprint = [weights, recipe.token and recipe.token.placeholder, recipe.train.mixed_precision]
+        configs = {name: dict(part.config) for name, part in frozen.items()}
+        words = [_words(folder) for folder in (info.tokenizer, info.tokenizer_2) if folder is not None]
+        fingerprint = [weights, configs, words, recipe.token and recipe.token.names, recipe.train.mixed_precision]
         folder = out / "cache" if recipe.data.cache_folder is None else Path(recipe.data.cache_folder)
         with accelerator.main_process_first():
             source = encoded(pictures, task.encode, folder, fingerprint, quiet=not accelerator.is_main_process)
     rank, world = accelerator.process_index, accelerator.num_processes
     return Feed(source, recipe.train.batch_size, recipe.data.workers, rank, world, accelerator.device.type == "cuda")
+
+
+def _words(folder: Path) -> list[str]:
+    """Return the SHA-256 of the files that a tokenizer is made of."""
+    return [sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt", ".model")]
 
 
 _HELD: set[int] = set()  # handles of locks
