@@ -21,11 +21,12 @@ from genkit.training import checkpoint, loop
 from genkit.training.loop import Diverged, train
 from genkit.training.recipe import make_recipe
 from genkit.training.state import State
+from genkit.training.tasks import Diffusion
 from tests.pictures import colour_folder
 from tests.tiny import tiny_ddpm, tiny_stable_diffusion
 
 torch.set_num_threads(1)  # a forked child would wait for threads that it does not have
-STEPS = 12  # 18 pictures to train on, 5 batches of 4 an epoch, the last one short
+STEPS = 12  # 19 pictures to train on, 5 batches of 4 an epoch, the last one short
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +168,21 @@ def test_captions_dropout_and_adapters_are_exact_too(places: Path, tmp_path: Pat
     same(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_saves_and_ends_143(places: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", [5, 4, STEPS])  # at 4 and at the end there is an evaluation
+def test_sigterm_saves_and_ends_143(places: Path, whole: Path, tmp_path: Path, when: int) -> None:
     def work() -> Any:
         count, average = itertools.count(1), State.average
 
         def stop(state: State) -> None:
             average(state)
-            if next(count) == 5:
+            if next(count) == when:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         State.average = stop  # type: ignore[assignment, method-assign]
         return train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
 
     assert in_child(work) == 143
-    assert (tmp_path / "run" / "checkpoints" / "000005").is_dir()
+    assert (tmp_path / "run" / "checkpoints" / f"{when:06d}").is_dir()
     assert not (tmp_path / "run" / "model_index.json").exists()
     train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
     same(whole, tmp_path / "run")
@@ -254,6 +256,44 @@ def test_nan_stops_with_step_pictures_and_last_good_checkpoint(
     ):
         train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["000002", "000004"]
+
+
+def test_a_gradient_that_is_no_number_spoils_no_checkpoint(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def broken(parameters: Any, *others: Any, **options: Any) -> torch.Tensor:
+        if next(count) == 4:
+            parameters[0].grad.fill_(float("inf"))
+        return real(parameters, *others, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(Diverged, match=r"step 4: the gradient's norm is inf; .*checkpoint is that of step 2"):
+        train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["000002"]
+
+
+def test_every_picture_of_a_step_has_the_same_say(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 19 pictures, four at a time, the last three are a short batch."""
+    losses: list[torch.Tensor] = []
+    real = Diffusion.loss
+
+    def note(self: Diffusion, *given: Any, **options: Any) -> torch.Tensor:
+        loss = real(self, *given, **options)
+        losses.extend([loss.detach()] if loss.requires_grad and loss.device.type == "cpu" else [])  # not an estimate's
+        return loss
+
+    monkeypatch.setattr(Diffusion, "loss", note)
+    changes = {"steps": 1, "gradient_accumulation_steps": 5, "lr_warmup_steps": 0}
+    train(recipe_of(places, train=changes, evaluate={"every": 0}), tmp_path / "run", device="cpu", quiet=True)
+    own = losses[:5]
+    assert sorted(len(loss) for loss in own) == [3, 4, 4, 4, 4]
+    logged = checkpoint.read_log(tmp_path / "run" / "log.jsonl")[0]["loss"]
+    assert logged == pytest.approx(float(torch.cat(own).mean()), rel=1e-6)
+    assert logged != pytest.approx(float(torch.stack([loss.mean() for loss in own]).mean()), rel=1e-6)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(

@@ -14,7 +14,7 @@ from genkit.errors import InputError, shown
 from genkit.processor import narrow_attention
 from genkit.scoring.clip import ClipScorer
 from genkit.settings import Geometry
-from genkit.text import Penultimate, TextEncoder, TextEncoderPair
+from genkit.text import Penultimate, TextEncoder, TextEncoderPair, spelled
 from genkit.training.objective import Noising, objective_scheduler
 from genkit.training.recipe import Recipe
 
@@ -54,15 +54,17 @@ class Diffusion:
         assert parts.scheduler is not None
         self.recipe, self.parts, self.device = recipe, parts, parts.device
         self.scheduler = objective_scheduler(parts.scheduler, recipe.objective)
+        self.scheduler.to_config()  # what cannot be written at the end is said now
         self.noising = Noising(self.scheduler, recipe.objective, parts.device)
         geometry = Geometry.of(parts.unet.config, None if parts.vae is None else parts.vae.config)
         self.resolution = self.sample_size = (geometry.width, geometry.height)
         self.multiple = geometry.multiple
         self.tokenizers = [t for t in (parts.tokenizer, parts.tokenizer_2) if t is not None]
         self.encoders = {n: m for n in ("text_encoder", "text_encoder_2") if (m := getattr(parts, n)) is not None}
-        for frozen in (parts.unet, *self.encoders.values()) if recipe.task in _FROZEN else self.encoders.values():
+        still = () if _way(recipe) == "everything" else (parts.unet,)  # but for what is added to it
+        for frozen in (*still, *self.encoders.values()):
             if frozen.dtype != dtype:  # what does not learn need not be stored in float32
-                frozen.to(dtype)
+                torch.nn.Module.to(frozen, dtype)  # diffusers' own warns of nothing
         if parts.vae is not None and not getattr(parts.vae.config, "force_upcast", False):
             parts.vae.to(dtype)
         self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
@@ -99,13 +101,8 @@ class Diffusion:
 
     def _ids(self, captions: Sequence[str]) -> Tensors:
         """Return the tokens of each tokenizer, "ids" and "ids_2", (B, T)."""
-        texts, pairs = [self.expanded(c) for c in captions], zip(("ids", "ids_2"), self.tokenizers, strict=False)
-        return {name: _tokens(tokenizer, texts).to(self.device) for name, tokenizer in pairs}
-
-    def expanded(self, caption: str) -> str:
-        """Return a caption with every token of a new word in place of the word."""
-        token = self.recipe.token
-        return caption if token is None else caption.replace(token.placeholder, " ".join(token.names))
+        pairs = zip(("ids", "ids_2"), self.tokenizers, strict=False)
+        return {name: _tokens(tokenizer, spelled(tokenizer, captions)).to(self.device) for name, tokenizer in pairs}
 
     def _embedded(self, captions: Sequence[str]) -> Tensors:
         rows = self.text(captions)
@@ -119,7 +116,8 @@ class Diffusion:
         """Return the weighted squared error of the prediction, averaged over each picture: (B,)."""
         noised = self.noising(self._latents(tensors, generator), generator, timesteps, plain)
         told = self._told(tensors) if self.encoders else {}
-        out = self.nets.get("unet", self.parts.unet)(noised.x, noised.t, return_dict=False, **told)[0]
+        x = noised.x if "unet" in self.nets else noised.x.to(self.parts.unet.dtype)
+        out = self.nets.get("unet", self.parts.unet)(x, noised.t, return_dict=False, **told)[0]
         return (out.float() - noised.target).square().flatten(1).mean(dim=1) * noised.weight
 
     def _latents(self, tensors: Tensors, generator: torch.Generator) -> torch.Tensor:
@@ -142,6 +140,8 @@ class Diffusion:
             told = {n: torch.where(dropped.view(-1, *[1] * (t.ndim - 1)), empty[n].to(t), t) for n, t in told.items()}
         if self.text is None:
             told = self._encoded(told)
+            if dropped is not None and self.parts.info.zero_empty:  # as the pipeline has it, whatever the encoders say
+                told = {n: t * ~dropped.to(t.device).view(-1, *[1] * (t.ndim - 1)) for n, t in told.items()}
         dtype = next(self.parts.unet.parameters()).dtype
         added = {}
         if "pooled" in told:
@@ -252,8 +252,8 @@ class NewTokens(torch.nn.Module):
 
 
 def _everything(recipe: Recipe, parts: Components) -> Networks:
-    names = ["unet", *(["text_encoder"] if recipe.train.text_encoder and parts.text_encoder is not None else [])]
-    found = {name: getattr(parts, name).float().requires_grad_(True) for name in names}
+    names = ["unet", *(("text_encoder", "text_encoder_2") if recipe.train.text_encoder else ())]
+    found = {n: m.float().requires_grad_(True) for n in names if (m := getattr(parts, n)) is not None}
     if recipe.train.gradient_checkpointing:
         for network in found.values():
             (getattr(network, "enable_gradient_checkpointing", None) or network.gradient_checkpointing_enable)()
@@ -304,9 +304,6 @@ def _words(recipe: Recipe, parts: Components) -> Networks:
     first = table.weight.detach()[[start[min(i, len(start) - 1)] for i in range(len(names))]]
     encoder.set_input_embeddings(NewTokens(table, first).to(parts.device))
     return {"text_encoder": encoder}
-
-
-_FROZEN = ("lora", "textual-inversion")  # tasks whose UNet stays as it is, but for what is added
 
 
 def _way(recipe: Recipe) -> str:
