@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from genkit.errors import HostError, InputError
-from genkit.training import checkpoint, loop
+from genkit.training import checkpoint, loop, output
 from genkit.training.loop import Diverged, train
 from genkit.training.recipe import make_recipe
 from genkit.training.state import State
@@ -316,6 +317,19 @@ def test_a_full_disk_keeps_the_old_checkpoint(
     monkeypatch.undo()
     train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
     same(whole, tmp_path / "run")
+
+
+def test_a_disk_too_full_for_the_model_is_one_line_and_what_there_is_stays(
+    places: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    before = sorted(p.name for p in half.iterdir())
+    monkeypatch.setattr(output, "write_network", full)
+    with pytest.raises(HostError, match=r"the model was not written: .*No space left on device"):
+        train(recipe_of(places), half, device="cpu", quiet=True)
+    assert sorted(p.name for p in half.iterdir()) == before
 
 
 def test_what_is_kept(places: Path, tmp_path: Path) -> None:

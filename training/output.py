@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from genkit.components.info import ModelInfo, Part
 from genkit.components.loading import stored_weights
 from genkit.components.lora import merged_weights, write_lora
 from genkit.components.writing import link_network, write_index, write_json, write_network
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk
+from genkit.errors import HostError, shown
+from genkit.files import place
 from genkit.training.recipe import Recipe
 from genkit.training.tasks import NewTokens
 
@@ -31,16 +34,20 @@ def write_model(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: d
     Of parts that did not learn the files are linked or copied. Raises HostError when the disk does not do.
     """
     new = out / f"{TEMP_PREFIX}model{TEMP_SUFFIX}"
-    with disk(new):
+    try:
+        with disk(new):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            _LAYOUTS.get(recipe.task, _pipeline)(recipe, info, task, new, scores)
+            (new / "README.md").write_text(model_card(recipe, scores), encoding="utf-8")
+            for path in sorted(new.iterdir()):
+                if (old := out / path.name).is_dir():
+                    shutil.rmtree(old)
+                os.replace(path, out / path.name)
+    except SafetensorError as error:  # which is how its library says that the disk is full
+        raise HostError(f"{place(out)}: the model was not written: {shown(str(error), 200)}") from error
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        _LAYOUTS.get(recipe.task, _pipeline)(recipe, info, task, new, scores)
-        (new / "README.md").write_text(model_card(recipe, scores), encoding="utf-8")
-        for path in sorted(new.iterdir()):
-            if (old := out / path.name).is_dir():
-                shutil.rmtree(old)
-            os.replace(path, out / path.name)
-        new.rmdir()
 
 
 def _pipeline(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
