@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +17,21 @@ from genkit.outofmemory import in_parts
 from genkit.residency import Hold
 
 CACHED_PROMPTS = 4096  # 77 x 768 in half precision is 118 kB: half a gigabyte at the very most
+
+
+def spelled(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
+    """Return prompts with every token of a learned word of several vectors in place of the word, as diffusers does.
+
+    They are its tokens <cat>, <cat>_1, <cat>_2, … (textual inversion); written out in full they stay as they are.
+    """
+    texts, added = list(prompts), tokenizer.get_added_vocab()
+    for word in added:
+        if f"{word}_1" in added:
+            others = (f"{word}_{i}" for i in itertools.count(1))
+            whole = " ".join([word, *itertools.takewhile(added.__contains__, others)])
+            alone = re.compile(re.escape(word) + rf"(?!_\d|\s+{re.escape(word)}_1)")
+            texts = [alone.sub(lambda _, whole=whole: whole, text) for text in texts]  # type: ignore[misc]
+    return texts
 
 
 class TextEncoder:
@@ -55,8 +72,9 @@ class TextEncoder:
 
     def _encode(self, prompts: list[str]) -> torch.Tensor:
         length = self.tokenizer.model_max_length
-        ids = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        full = self.tokenizer(prompts, truncation=False)["input_ids"]
+        texts = spelled(self.tokenizer, prompts)
+        ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        full = self.tokenizer(texts, truncation=False)["input_ids"]
         self.truncated.update(p for p, tokens in zip(prompts, full, strict=True) if len(tokens) > length)
         # As Stable Diffusion was trained: padding takes part, unless the model's config asks for the mask.
         mask = (

@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from genkit.errors import HostError, InputError
-from genkit.training import checkpoint, loop
+from genkit.training import checkpoint, loop, output
 from genkit.training.loop import Diverged, train
 from genkit.training.recipe import make_recipe
 from genkit.training.state import State
+from genkit.training.tasks import Diffusion
 from tests.pictures import colour_folder
 from tests.tiny import tiny_ddpm, tiny_stable_diffusion
 
 torch.set_num_threads(1)  # a forked child would wait for threads that it does not have
-STEPS = 12  # 18 pictures to train on, 5 batches of 4 an epoch, the last one short
+STEPS = 12  # 19 pictures to train on, 5 batches of 4 an epoch, the last one short
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +120,13 @@ def whole(places: Path) -> Path:
     return places / "whole"
 
 
-@pytest.mark.parametrize("kills", [(4,), (5,), (6,), (1,), (7, 1), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("kills", [(5,), (6,), (7,), (1,), (7, 1), (3, 3, 3)], ids=str)
 def test_killed_and_going_on_is_bitwise_the_whole_run(
     places: Path, whole: Path, tmp_path: Path, kills: tuple[int, ...]
 ) -> None:
+    """An epoch is 5 steps; what dies in a step goes on from the one before: 4, 5 and 6 in the first three."""
     for steps in kills:
-        killed_after(recipe_of(places), tmp_path / "run", steps)
+        killed_after(recipe_of(places, save={"every": 1}), tmp_path / "run", steps)
     assert train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True).step == STEPS
     same(whole, tmp_path / "run")
 
@@ -140,8 +143,10 @@ def test_killed_during_a_save(places: Path, whole: Path, tmp_path: Path, call: s
 def test_workers_and_accumulation_are_exact_too(
     places: Path, whole: Path, tmp_path: Path, workers: int, accumulate: int
 ) -> None:
-    recipe = recipe_of(places, data={"workers": workers}, train={"gradient_accumulation_steps": accumulate})
-    killed_after(recipe, tmp_path / "killed", 7)
+    """From the end of an epoch, which is step 5 in both."""
+    changes = {"data": {"workers": workers}, "train": {"gradient_accumulation_steps": accumulate}}
+    recipe = recipe_of(places, **changes, save={"every": 1})
+    killed_after(recipe, tmp_path / "killed", 6)
     train(recipe, tmp_path / "killed", device="cpu", quiet=True)
     if accumulate == 1:  # and the number of workers changes nothing
         same(whole, tmp_path / "killed")
@@ -167,20 +172,21 @@ def test_captions_dropout_and_adapters_are_exact_too(places: Path, tmp_path: Pat
     same(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_saves_and_ends_143(places: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", [5, 4, STEPS])  # at 4 and at the end there is an evaluation
+def test_sigterm_saves_and_ends_143(places: Path, whole: Path, tmp_path: Path, when: int) -> None:
     def work() -> Any:
         count, average = itertools.count(1), State.average
 
         def stop(state: State) -> None:
             average(state)
-            if next(count) == 5:
+            if next(count) == when:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         State.average = stop  # type: ignore[assignment, method-assign]
         return train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
 
     assert in_child(work) == 143
-    assert (tmp_path / "run" / "checkpoints" / "000005").is_dir()
+    assert (tmp_path / "run" / "checkpoints" / f"{when:06d}").is_dir()
     assert not (tmp_path / "run" / "model_index.json").exists()
     train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
     same(whole, tmp_path / "run")
@@ -256,6 +262,44 @@ def test_nan_stops_with_step_pictures_and_last_good_checkpoint(
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["000002", "000004"]
 
 
+def test_a_gradient_that_is_no_number_spoils_no_checkpoint(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def broken(parameters: Any, *others: Any, **options: Any) -> torch.Tensor:
+        if next(count) == 4:
+            parameters[0].grad.fill_(float("inf"))
+        return real(parameters, *others, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(Diverged, match=r"step 4: the gradient's norm is inf; .*checkpoint is that of step 2"):
+        train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["000002"]
+
+
+def test_every_picture_of_a_step_has_the_same_say(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 19 pictures, four at a time, the last three are a short batch."""
+    losses: list[torch.Tensor] = []
+    real = Diffusion.loss
+
+    def note(self: Diffusion, *given: Any, **options: Any) -> torch.Tensor:
+        loss = real(self, *given, **options)
+        losses.extend([loss.detach()] if loss.requires_grad and loss.device.type == "cpu" else [])  # not an estimate's
+        return loss
+
+    monkeypatch.setattr(Diffusion, "loss", note)
+    changes = {"steps": 1, "gradient_accumulation_steps": 5, "lr_warmup_steps": 0}
+    train(recipe_of(places, train=changes, evaluate={"every": 0}), tmp_path / "run", device="cpu", quiet=True)
+    own = losses[:5]
+    assert sorted(len(loss) for loss in own) == [3, 4, 4, 4, 4]
+    logged = checkpoint.read_log(tmp_path / "run" / "log.jsonl")[0]["loss"]
+    assert logged == pytest.approx(float(torch.cat(own).mean()), rel=1e-6)
+    assert logged != pytest.approx(float(torch.stack([loss.mean() for loss in own]).mean()), rel=1e-6)
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(
     places: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +317,19 @@ def test_a_full_disk_keeps_the_old_checkpoint(
     monkeypatch.undo()
     train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
     same(whole, tmp_path / "run")
+
+
+def test_a_disk_too_full_for_the_model_is_one_line_and_what_there_is_stays(
+    places: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    before = sorted(p.name for p in half.iterdir())
+    monkeypatch.setattr(output, "write_network", full)
+    with pytest.raises(HostError, match=r"the model was not written: .*No space left on device"):
+        train(recipe_of(places), half, device="cpu", quiet=True)
+    assert sorted(p.name for p in half.iterdir()) == before
 
 
 def test_what_is_kept(places: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from genkit import TextToImage, Unconditional
 from genkit.components import inspect_model
 from genkit.errors import InputError
 from genkit.scoring import plugins
+from genkit.training import setup
 from genkit.training.loop import Outcome, train
 from genkit.training.recipe import make_recipe
 from tests.pictures import COLOURS, colour_folder
@@ -35,6 +36,7 @@ UNET: dict[str, Any] = {
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "block_out_channels": [16, 16], "layers_per_block": 1,
     "norm_num_groups": 4, "attention_head_dim": 8, "cross_attention_dim": 16,
 }  # fmt: skip
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 FID = {"metrics": ["fid"], "num_images": 8, "prompts": ["red"]}
 V: dict[str, Any] = {**SCHEDULER, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 V["timestep_spacing"] = "trailing"
@@ -210,7 +212,11 @@ def test_textual_inversion_changes_one_word_alone(places: Path, tmp_path: Path) 
     theirs = StableDiffusionPipeline.from_pretrained(base)
     theirs.load_textual_inversion(tmp_path / "learned_embeds.safetensors", token="<red>")
     drawer = TextToImage.from_pretrained(tmp_path, device="cpu", dtype="float32")
-    ours = drawer("a <red> <red>_1 picture", seed=3, num_inference_steps=3, guidance_scale=7.5).images[0]
+    ours, full = (  # the word stands for all its tokens, which may also be written out
+        drawer(text, seed=3, num_inference_steps=3, guidance_scale=7.5).images[0]
+        for text in ("a <red> picture", "a <red> <red>_1 picture")
+    )
+    assert ours.tobytes() == full.tobytes()
     other = theirs("a <red> picture", generator=torch.manual_seed(3), num_inference_steps=3).images[0]
     assert np.abs(np.asarray(ours, dtype=int) - np.asarray(other, dtype=int)).max() <= 2
 
@@ -231,19 +237,66 @@ def test_a_shared_cache_does_not_take_other_words_for_these(places: Path, tmp_pa
     assert counts == [1, 2, 3]
 
 
+def test_less_precision_in_training_leaves_the_rest_as_it_was(places: Path, tmp_path: Path) -> None:
+    """What does not learn computes in bf16, and is written as it was read; small updates are not rounded away."""
+    base, few = places / "tiny_stable_diffusion", {"steps": 2, "mixed_precision": "bf16", "learning_rate": 1e-4}
+    prompts = {"prompts": ["a red picture"], "every": 0}
+    run(
+        places,
+        tmp_path / "lora",
+        "lora",
+        model=str(base),
+        lora={"rank": 2},
+        train={**few, "ema": 0.0},
+        evaluate=prompts,
+    )
+    before, after = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (base, tmp_path / "lora"))
+    adapters = load_file(tmp_path / "lora" / "lora" / "pytorch_lora_weights.safetensors")
+    updates = {
+        name.removeprefix("unet.").replace("lora_A.", ""): adapters[name.replace("lora_A", "lora_B")] @ adapters[name]
+        for name in adapters
+        if "lora_A" in name
+    }
+    assert updates
+    for name in before:
+        torch.testing.assert_close(after[name], before[name] + updates.get(name, 0), atol=1e-8, rtol=1e-6)
+    token = {"placeholder": "<red>", "initializer": "picture"}
+    run(
+        places, tmp_path / "word", "textual-inversion", model=str(base), token=token, train=few, evaluate=prompts,
+        data={"captions": ["a <red> picture"]},
+    )  # fmt: skip
+    before, after = (load_file(f / "text_encoder" / "model.safetensors") for f in (base, tmp_path / "word"))
+    assert all(torch.equal(after[name][: len(before[name])], before[name]) for name in before)
+
+
 def inspect_tokens(word: str) -> list[int]:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(EMBEDDED / "emoji" / "tokenizer")(word, add_special_tokens=False).input_ids
 
 
-def test_dreambooth_keeps_the_prior_in_every_batch(places: Path, tmp_path: Path) -> None:
+def test_dreambooth_keeps_the_prior_in_every_batch(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves, sizes = [], []
+    real = setup.Setup.feed
+
+    def note(self: Any, start: int) -> Any:
+        for tensors, keys, share in real(self, start):
+            weights, own = tensors["weights"], sum(key.startswith("0") and len(key) == 7 for key in keys)
+            halves.append((float(weights[:own].sum()) / len(weights), float(weights[own:].sum()) / len(weights)))
+            sizes.append((own, len(weights) - own))
+            yield tensors, keys, share
+
+    monkeypatch.setattr(setup.Setup, "feed", note)
     prior = {"prompt": "a blue picture", "count": 6, "weight": 0.5}
     outcome, _ = run(
         places, tmp_path, "dreambooth", model=str(places / "tiny_stable_diffusion"), prior=prior, train={"steps": 20},
     )  # fmt: skip
     assert outcome.exit_code == 0
     assert len(list((tmp_path / "prior" / "images").glob("*.png"))) == 6
+    assert halves and all(abs(own - 1) < 1e-6 and abs(other - 0.5) < 1e-6 for own, other in halves)
+    assert {n for n, _ in sizes} == {8, 1}, "an epoch's last batch is short"
     assert inspect_model(tmp_path).kind == "text-to-image"
 
 
@@ -281,8 +334,12 @@ def test_sdxl_shapes_train_whole_and_by_adapters(places: Path, tmp_path: Path) -
     base = str(places / "tiny_sdxl")
     data = {"caption_dropout": 0.3, "crop": "random"}
     _, whole = run(
-        places, tmp_path / "whole", "text-to-image", model=base, data=data, train={"steps": 30}, evaluate={"every": 10}
-    )
+        places, tmp_path / "whole", "text-to-image", model=base, data=data, train={"steps": 30, "text_encoder": True},
+        evaluate={"every": 10},
+    )  # fmt: skip
+    for name in ("text_encoder", "text_encoder_2"):
+        before, after = (load_file(f / name / "model.safetensors") for f in (Path(base), tmp_path / "whole"))
+        assert any(not torch.equal(before[key], after[key]) for key in before)
     assert whole[-1]["loss"] < whole[0]["loss"]
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole")
     _, lora = run(
@@ -309,6 +366,15 @@ def test_sdxl_shapes_train_whole_and_by_adapters(places: Path, tmp_path: Path) -
         ),
         ({"task": "unconditional"}, "is a model of kind text-to-image, not unconditional"),
         ({"task": "autoencoder", "data": {"cache": 2}}, r"data\.cache: 2: has no say in task autoenc"),
+        ({"task": "textual-inversion", "token": {"placeholder": "<a>", "initializer": "cat"}}, "none has the new word"),
+        (
+            {"task": "autoencoder", "networks": {"vae": {}}, "data": {"validation": 0.0}},
+            r"data\.validation: holds nothing out",
+        ),
+        (
+            {"task": "unconditional", "scheduler": FLOW, "objective": {"prediction": "v_prediction"}},
+            "'v_prediction' cannot be said",
+        ),
         ({"task": "text-to-image", "networks": {"unet": {"layers": 2}}}, r"networks\.unet: 'layers': unknown key"),
         ({"task": "text-to-image", "data": {"resolution": 21}}, r"data\.resolution: 21 is not a multiple"),
     ],
@@ -317,6 +383,7 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(
     places: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     model = "emoji" if "token" in changes else str(places / "tiny_stable_diffusion")
+    model = str(places / "tiny_ddpm") if "scheduler" in changes else model
     with pytest.raises(InputError, match=message) as error:
         run(places, tmp_path, **{"model": model, **changes})
     assert "\n" not in str(error.value)

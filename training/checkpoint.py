@@ -42,8 +42,10 @@ class Checkpoints:
 
         final = self.folder / f"{state.step:06d}"
         if final.exists():
-            with contextlib.suppress(InputError):
-                _read(final)
+            with contextlib.suppress(InputError), disk(final):
+                told, scores = _read(final)[0], json.loads(json_line(state.scores))
+                if told["scores"] != scores:  # evaluated since, as it was stopped before it could be
+                    write_whole(final / MANIFEST, json_line(told | {"scores": scores}).encode())
                 return final
         temporary = self.folder / f"{TEMP_PREFIX}{final.name}{TEMP_SUFFIX}"
         try:

@@ -8,6 +8,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -312,6 +313,7 @@ class Feed:
         self.source, self.batch_size, self.workers, self.pin = source, batch_size, workers, pin
         self.rank, self.world = rank, world
         self.steps = sum(-(-len(m) * source.data.repeat // batch_size) for m in source.buckets.values())
+        self._counts = lru_cache(8)(lambda epoch: [len(members) for members in order(source, batch_size, epoch)])
 
     def places(self, start: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (epoch, indices) of this process's micro-steps from `start` on."""
@@ -323,6 +325,15 @@ class Feed:
                 own = order(self.source, self.batch_size, epoch)
             yield epoch, own[number % self.steps]
             number += self.world
+
+    def share(self, micro_step: int, passes: int) -> float:
+        """Return the share of this process's pictures of a micro-step among all of its step, by the processes.
+
+        So that every picture of a step has the same say, also those of an epoch's or a bucket's short last batch.
+        """
+        first = micro_step // passes * passes * self.world
+        every = [self._counts(n // self.steps)[n % self.steps] for n in range(first, first + passes * self.world)]
+        return every[micro_step * self.world + self.rank - first] * self.world / sum(every)
 
     def from_micro_step(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Yield (epoch, batch) from a micro-step on. Raises InputError for a picture that cannot be read."""

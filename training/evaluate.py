@@ -40,6 +40,8 @@ class Evaluation:
             raise InputError("data.validation: leaves too few pictures to measure a distance to")
         if set(self.plan.metrics) & set(DISTANCES) and self.plan.num_images * max(1, len(self.plan.prompts)) < 2:
             raise InputError("evaluate.num_images: a distance needs 2 pictures or more, of all prompts")
+        if validation is None and isinstance(recipe.networks.get("vae"), dict):
+            raise InputError("data.validation: holds nothing out, and a new autoencoder's latents are measured on it")
         if self.plan.features != "clip":
             self.features = find_features(self.plan.features, "evaluate.features", task.device)
         if self.plan.best == "loss" and validation is None and self.plan.patience:
@@ -79,7 +81,7 @@ class Evaluation:
         from genkit.generators import Generator
 
         parts = self.task.parts
-        words = [self.task.expanded(p) for p in self.plan.prompts] if self.task.encoders else [""]
+        words = self.plan.prompts if self.task.encoders else [""]
         if not words or not self.plan.num_images:
             return {}
         drawer = Generator(
@@ -157,7 +159,10 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
     psnr = [10 * np.log10(4 / max(x, 1e-12)) for x in losses]  # values reach from -1 to 1
     std = float(torch.cat([x.flatten() for x in latents]).std())
     mean = float(np.mean(losses))
-    return {"loss": mean, "psnr": float(np.mean(psnr)), "psnr_interval": interval(psnr), "latent_std": std}
+    return {
+        "loss": mean, "loss_interval": interval(losses), "psnr": float(np.mean(psnr)), "psnr_interval": interval(psnr),
+        "latent_std": std,
+    }  # fmt: skip
 
 
 def _zero_shot(e: Evaluation) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
     """
     with Setup.prepared(recipe, out, device, quiet) as s:
         state, plan = s.state, recipe.train
-        scale, pause = 1 / plan.gradient_accumulation_steps, LOOK_BACK if s.device.type == "cuda" else 1
+        pause = LOOK_BACK if s.device.type == "cuda" else 1
         pending: list[tuple[int, torch.Tensor, float, torch.Tensor, list[str]]] = []
-        ended, code, began, first = "", EXIT_OK, time.monotonic() - state.seconds, state.step
+        code, began, first = EXIT_OK, time.monotonic() - state.seconds, state.step
+        ended = _ended(s, code) or s.enough()  # as it was when it stopped by itself
         feed = s.feed(state.step * plan.gradient_accumulation_steps)
         silent: Any = contextlib.nullcontext(lambda values: None)
         log_file = open_log(out / "log.jsonl", state.step) if s.accelerator.is_main_process else silent
@@ -58,20 +60,20 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                     group["lr"] = rate
                 losses, keys = [], []
                 for part in range(plan.gradient_accumulation_steps):
-                    tensors, names = next(feed)
+                    tensors, names, share = next(feed)
                     generator = s.seeded(state.step, part)
                     last = part == plan.gradient_accumulation_steps - 1
                     with contextlib.nullcontext() if last else s.unsynced(), s.accelerator.autocast():
                         loss = (s.task.loss(tensors, generator) * tensors["weights"]).mean()
-                        s.accelerator.backward(loss * scale)
-                    losses.append(loss.detach())
+                        s.accelerator.backward(loss * share)
+                    losses.append(loss.detach() * share)
                     keys += names
                 norm = s.step_optimizer(plan.max_grad_norm)
                 state.step += 1
                 state.average()
                 if not s.shared or state.step % pause == 0:  # they stop together
                     state.seconds, code = s.agreed(time.monotonic() - began, signals.exit_code)
-                pending.append((state.step, torch.stack(losses).mean(), rate, norm, keys))
+                pending.append((state.step, torch.stack(losses).sum(), rate, norm, keys))
                 ended = _ended(s, code)
                 save, look = state.step % recipe.save.every == 0, s.looks(state.step) and not code
                 if save or look or ended or len(pending) >= pause:
@@ -88,16 +90,17 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
 
 
 def _say(s: Setup, pending: list[Any], log: Any, bar: Any) -> None:
-    """Log the steps since the last look, and stop at the first loss that is no number: nothing of it was saved yet."""
+    """Log the steps since the last look, and stop at the first that is no number: nothing of it was saved yet."""
     for step, loss, rate, norm, keys in pending:
-        value = float(s.accelerator.reduce(loss, "mean"))
-        if value != value or value in (float("inf"), float("-inf")):
+        value, length = float(s.accelerator.reduce(loss, "mean")), float(norm)
+        bad = {"loss": value} if s.accelerator.scaler is not None else {"loss": value, "gradient's norm": length}
+        for name in (n for n, number in bad.items() if not math.isfinite(number)):  # of fp16 a scaler skips the step
             kept = s.checkpoints.steps()
             good = f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
             shown = ", ".join(keys[:8]) + (", …" if len(keys) > 8 else "")
-            raise Diverged(f"step {step}: the loss is {value}; its pictures: {shown}; {good}")
-        log({"step": step, "loss": value, "lr": rate, "grad_norm": float(norm), "seconds": round(s.state.seconds, 3)})
-        s.track({"loss": value, "lr": rate, "grad_norm": float(norm)}, step)
+            raise Diverged(f"step {step}: the {name} is {bad[name]}; its pictures: {shown}; {good}")
+        log({"step": step, "loss": value, "lr": rate, "grad_norm": length, "seconds": round(s.state.seconds, 3)})
+        s.track({"loss": value, "lr": rate, "grad_norm": length}, step)
         s.report(bar, step, value)
     pending.clear()
 

@@ -9,6 +9,7 @@ import torch
 
 from genkit.errors import InputError
 from genkit.schedulers import Scheduler
+from genkit.schedulers.diffusers_config import KEYS
 from genkit.schedulers.prediction import PREDICTIONS
 from genkit.training.recipe import Objective
 
@@ -25,9 +26,18 @@ class Noised(NamedTuple):
 
 
 def objective_scheduler(scheduler: Scheduler, objective: Objective) -> Scheduler:
-    """Return the scheduler of the network that comes of training: with the recipe's prediction and zero_snr."""
+    """Return the scheduler of the network that comes of training: with the recipe's prediction and zero_snr.
+
+    For the latter one that begins at pure noise, of a class that knows of it in diffusers too.
+    """
     asked = {"prediction": objective.prediction, "zero_snr": objective.zero_snr}
-    return scheduler.with_options(**{key: value for key, value in asked.items() if value is not None})
+    made = scheduler.with_options(**{key: value for key, value in asked.items() if value is not None})
+    if not objective.zero_snr:
+        return made
+    if "rescale_betas_zero_snr" not in KEYS[made.to_config()["_class_name"]]:
+        made = made.with_options(solver="ddim", clip=None)  # PNDM, which does not clip
+    early = {"spacing": "trailing"} if made.spacing == "leading" else {}
+    return made.with_options(**early, **({"ends": "trailing"} if made.ends == "leading" else {}))
 
 
 class Noising:
@@ -37,8 +47,10 @@ class Noising:
         self.objective, self.prediction = objective, PREDICTIONS[scheduler.prediction]
         self.count = scheduler.num_train_timesteps
         levels = scheduler.levels(np.arange(self.count))
-        if scheduler.prediction == "epsilon" and not levels.alpha.all():
-            raise InputError("objective.prediction: epsilon says nothing about the picture at pure noise (zero_snr)")
+        if scheduler.prediction == "epsilon" and (scheduler.zero_snr or not levels.alpha.all()):
+            raise InputError(
+                "objective.prediction: epsilon says nothing about the picture at pure noise (zero_snr, or flow)"
+            )
         weight = loss_weights(levels.alpha, levels.sigma, scheduler.prediction, objective)
         scale = self.prediction.c_in(levels.alpha, levels.sigma)
         columns = (levels.alpha, levels.sigma, levels.t, scale, weight)
@@ -88,7 +100,5 @@ def loss_weights(alpha: np.ndarray, sigma: np.ndarray, prediction: str, objectiv
     with np.errstate(divide="ignore"):
         snr = np.minimum((alpha / sigma) ** 2, 1e12)
     slope = PREDICTIONS[prediction].to_x0(alpha, sigma)[1] ** 2
-    weight = np.sqrt(np.minimum(snr, MOST_SNR)) if objective.debiased else np.minimum(snr, 1e12)
-    if objective.snr_gamma is not None:
-        weight = np.minimum(weight, objective.snr_gamma)
-    return weight * slope
+    gamma = objective.snr_gamma
+    return slope * (np.sqrt(np.minimum(snr, MOST_SNR)) if gamma is None else np.minimum(snr, gamma))

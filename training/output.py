@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from genkit.components.info import ModelInfo
+from genkit.components.info import ModelInfo, Part
+from genkit.components.loading import stored_weights
 from genkit.components.lora import merged_weights, write_lora
 from genkit.components.writing import link_network, write_index, write_json, write_network
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk
+from genkit.errors import HostError, shown
+from genkit.files import place
 from genkit.training.recipe import Recipe
 from genkit.training.tasks import NewTokens
 
-KEPT = ("checkpoints/*", "cache/*", "samples/*", "prior/*", ".lock", "log.jsonl", "tensorboard/*")  # not for the hub
+# What goes to the hub: the model, and not the pictures and reports that lie beside it.
+PUSHED = ("README.md", "model_index.json", "*config.json", "*.safetensors", "*tokenizer*", "*.txt", "*vocab.json")
+PRIVATE = ("checkpoints/*", "cache/*", "prior/*", "samples/*", "tensorboard/*")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -28,22 +34,26 @@ def write_model(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: d
     Of parts that did not learn the files are linked or copied. Raises HostError when the disk does not do.
     """
     new = out / f"{TEMP_PREFIX}model{TEMP_SUFFIX}"
-    with disk(new):
+    try:
+        with disk(new):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            _LAYOUTS.get(recipe.task, _pipeline)(recipe, info, task, new, scores)
+            (new / "README.md").write_text(model_card(recipe, scores), encoding="utf-8")
+            for path in sorted(new.iterdir()):
+                if (old := out / path.name).is_dir():
+                    shutil.rmtree(old)
+                os.replace(path, out / path.name)
+    except SafetensorError as error:  # which is how its library says that the disk is full
+        raise HostError(f"{place(out)}: the model was not written: {shown(str(error), 200)}") from error
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        _LAYOUTS.get(recipe.task, _pipeline)(recipe, info, task, new, scores)
-        (new / "README.md").write_text(model_card(recipe, scores), encoding="utf-8")
-        for path in sorted(new.iterdir()):
-            if (old := out / path.name).is_dir():
-                shutil.rmtree(old)
-            os.replace(path, out / path.name)
-        new.rmdir()
 
 
 def _pipeline(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
     for name, part in info.parts.items():
         if name in task.networks or not part.files:
-            _network(recipe, getattr(task.parts, name), part.kind, out / name)
+            _network(recipe, getattr(task.parts, name), part, out / name)
         else:
             link_network(part, out / name)
     for name in ("tokenizer", "tokenizer_2"):
@@ -64,30 +74,31 @@ def _pipeline(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dic
         save_file({recipe.token.placeholder: vectors}, out / "learned_embeds.safetensors", metadata={"format": "pt"})
 
 
-def _network(recipe: Recipe, network: Any, kind: str, folder: Path) -> None:
-    """Write a network with its adapters merged, and new words at the end of its table."""
+def _network(recipe: Recipe, network: Any, part: Part, folder: Path) -> None:
+    """Write a network with its adapters merged, and new words at the end of its table; the rest is as it was read."""
     dtype, config = DTYPES[recipe.save.dtype], network.config
-    weights = merged_weights(network)
+    stored = {} if recipe.lora is None and recipe.token is None else stored_weights(part)
+    weights = merged_weights(network, stored)
     words = next((module for module in network.modules() if isinstance(module, NewTokens)), None)
     if words is not None:
         name = next(n for n in weights if n.endswith(".table.weight"))
         vectors = weights.pop(name.replace(".table.weight", ".vectors"))
-        table = torch.cat([weights.pop(name), vectors.to(words.table.weight)])
-        weights[name.replace(".table.weight", ".weight")] = table
+        plain, own = name.replace(".table.weight", ".weight"), weights.pop(name)
+        table = weights[plain] = torch.cat([stored.get(plain, own).to(vectors), vectors])
         config = type(config).from_dict({**config.to_dict(), "vocab_size": len(table)})
     kept = {n: w.to(dtype if w.is_floating_point() else w.dtype).cpu().contiguous() for n, w in weights.items()}
-    write_network(kind, config, kept, folder)
+    write_network(part.kind, config, kept, folder)
 
 
 def _autoencoder(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
     part = info.parts["vae"]
     if not part.files and scores.get("latent_std"):  # UNets expect latents of unit variance
         task.vae.register_to_config(scaling_factor=1 / scores["latent_std"])
-    _network(recipe, task.vae, part.kind, out / "vae")
+    _network(recipe, task.vae, part, out / "vae")
 
 
 def _clip(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
-    _network(recipe, task.parts.clip, "CLIPModel", out)
+    _network(recipe, task.parts.clip, info.parts["clip"], out)
     task.parts.tokenizer.save_pretrained(out)
     usual = {"do_normalize": True, "do_rescale": True, "do_resize": True, "do_convert_rgb": True, "resample": 3}
     kind = {"image_processor_type": "CLIPImageProcessor"}
@@ -96,7 +107,8 @@ def _clip(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[st
 
 def model_card(recipe: Recipe, scores: dict[str, Any]) -> str:
     """Return a README.md with the front matter that the hub reads, the figures and the recipe."""
-    base = f"base_model: {json.dumps(recipe.model)}\n" if recipe.model and "/" in recipe.model else ""
+    hub = recipe.model is not None and recipe.model.count("/") == 1 and not Path(recipe.model).exists()
+    base = f"base_model: {json.dumps(recipe.model)}\n" if hub else ""
     library = "transformers" if recipe.task == "clip" else "diffusers"
     figures = "".join(f"- {key}: {value:.5g}\n" for key, value in scores.items() if isinstance(value, int | float))
     how = _USE.get(recipe.task, 'genkit generate --prompt "…" --model FOLDER -o runs/first')
@@ -114,7 +126,11 @@ def push(out: Path, repository: str) -> str:
 
     api = HfApi()
     api.create_repo(repository, exist_ok=True, private=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=str(out), ignore_patterns=list(KEPT)))
+    return str(
+        api.upload_folder(
+            repo_id=repository, folder_path=str(out), allow_patterns=list(PUSHED), ignore_patterns=list(PRIVATE)
+        )
+    )
 
 
 _USE = {"clip": 'genkit score IMAGES --prompt "…" --clip FOLDER', "autoencoder": "networks: {vae: FOLDER/vae}"}

@@ -115,7 +115,7 @@ class Objective(Section):
     weight by the root of the SNR (Yu et al. 2024). density: of the timesteps, "uniform" or "logit_normal" (Esser et al.
     2024, section 3.1) with `mean` and `std`. offset_noise: noise added to whole channels (Guttenberg 2023), usually
     0.05. input_perturbation: extra noise in the input alone (Ning et al. 2023), usually 0.1. zero_snr: rescale the
-    schedule to end in pure noise.
+    schedule to end in pure noise (Lin et al. 2024), where sampling then begins.
     """
 
     prediction: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
@@ -161,9 +161,9 @@ class Token(Section):
 class Train(Section):
     """How it is trained: steps of the optimizer, or max_seconds, whichever ends first.
 
-    batch_size: pictures a device and pass; gradient_accumulation_steps passes make a step. lr_scheduler: after
-    lr_warmup_steps, constant, or falling to zero. ema: decay of the averaged weights, which are what is saved; 0 saves
-    the weights themselves. text_encoder: train it too.
+    batch_size: pictures a device and pass; gradient_accumulation_steps passes make a step, whose pictures
+    weigh alike. lr_scheduler: after lr_warmup_steps, constant, or falling to zero. ema: decay of the averaged weights,
+    which are what is saved; 0 saves the weights themselves. text_encoder: train it too, SDXL's both.
     """
 
     steps: Some = 1000
@@ -175,7 +175,7 @@ class Train(Section):
     learning_rate: Positive = 1e-4
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: Count = 0
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-2
     max_grad_norm: Positive = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -269,9 +269,26 @@ class Recipe(Section):
             raise ValueError(f"model: is missing, which {self.task} changes")
         if self.evaluate.best not in ("loss", *self.evaluate.metrics):
             raise ValueError(f"evaluate.best: {self.evaluate.best!r} is not among evaluate.metrics")
+        self._check_unread()
         if self.train.lr_warmup_steps >= self.train.steps:
             raise ValueError(f"train.lr_warmup_steps: {self.train.lr_warmup_steps} of only {self.train.steps} steps")
         return self
+
+    def _check_unread(self) -> None:
+        """Refuse what would be read by nothing."""
+        data, goal, blind = self.data, self.objective, self.task in ("unconditional", "autoencoder", "clip")
+        whole = self.task in ("text-to-image", "dreambooth") and self.lora is None
+        place = "; it is lora.text_encoder" if self.lora is not None else ""
+        for wrong, complaint in (
+            (self.train.text_encoder and not whole, f"train.text_encoder: has no say in task {self.task}{place}"),
+            (blind and self.evaluate.prompts, f"evaluate.prompts: have no say in task {self.task}"),
+            (blind and data.caption_dropout, f"data.caption_dropout: has no say in task {self.task}"),
+            (self.prior is not None and data.buckets, "data.buckets: not with prior: a batch has one shape"),
+            (goal.debiased and goal.snr_gamma, "objective: snr_gamma and debiased are two weights; take one"),
+            (goal.density == "uniform" and (goal.mean, goal.std) != (0, 1), "objective.mean, std: are of logit_normal"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(complaint)
 
     @property
     def plain(self) -> dict[str, Any]:

@@ -92,6 +92,8 @@ class Setup:
             components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
             pictures = Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
+            if recipe.token and not any(recipe.token.placeholder in text for text in pictures.names()):
+                raise InputError(f"data.captions: none has the new word {shown(recipe.token.placeholder)} in it")
             validation = pictures.plain(held) if held else None
             state = State(task.networks, recipe.train)
             metric = recipe.evaluate.best
@@ -100,7 +102,7 @@ class Setup:
             sources = [pictures]
             if recipe.prior is not None:
                 with accelerator.main_process_first():
-                    sources.append(_prior(recipe, task, out, accelerator.is_main_process))
+                    sources.append(_prior(recipe, task, out, device, accelerator.is_main_process))
             feeds = [_feed(recipe, source, task, info, out, accelerator) for source in sources]
             bar = Steps(quiet=quiet or not accelerator.is_main_process)
             found = cls(recipe, out, info, accelerator, task, state, checkpoints, evaluation, feeds, bar)
@@ -127,6 +129,10 @@ class Setup:
             if self.accelerator.scaler is not None and manifest["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(manifest["scaler"])
             self.say(f"going on from step {self.state.step} of {self.recipe.train.steps}")
+            if self.looks(self.state.step) and self.state.step not in self.state.scores:
+                self.evaluate()  # it was stopped before it could
+                if self.accelerator.is_main_process:
+                    self.checkpoints.write(self.state, manifest["scaler"])
         elif self.recipe.evaluate.every and self.recipe.model is not None:
             self.evaluate()  # of what it starts from: the first row of the report
         self.began, self.first = time.monotonic(), self.state.step
@@ -152,14 +158,23 @@ class Setup:
         """Print one line to standard error, of the main process alone."""
         _say(text, self.bar.quiet)
 
-    def feed(self, start: int) -> Iterator[tuple[Tensors, list[str]]]:
-        """Yield the tensors and the names of each micro-step's pictures from `start` on, DreamBooth's prior beside."""
-        for parts in zip(*(feed.from_micro_step(start) for feed in self.feeds), strict=True):
+    def feed(self, start: int) -> Iterator[tuple[Tensors, list[str], float]]:
+        """Yield the tensors, names and share of each micro-step's pictures from `start` on, DreamBooth's prior beside.
+
+        The mean loss of the step is the sum of those of its micro-steps by their share.
+        """
+        passes = self.recipe.train.gradient_accumulation_steps
+        every = zip(*(feed.from_micro_step(start) for feed in self.feeds), strict=True)
+        for number, parts in enumerate(every, start):
             tensors = [self._tensors(batch) for _, batch in parts]
-            if len(tensors) == 2 and self.recipe.prior is not None:
-                tensors[1]["weights"] = tensors[1]["weights"] * self.recipe.prior.weight
+            count = sum(len(t["weights"]) for t in tensors)
+            for told, prior in zip(
+                tensors, (None, self.recipe.prior), strict=False
+            ):  # the mean of each, then their sum
+                if len(tensors) == 2:
+                    told["weights"] *= count / len(told["weights"]) * (1.0 if prior is None else prior.weight)
             joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
-            yield joined, [key for _, batch in parts for key in batch.keys]
+            yield joined, [key for _, batch in parts for key in batch.keys], self.feeds[0].share(number, passes)
 
     def _tensors(self, batch: Any) -> Tensors:
         told = self.task.encode(batch) if batch.tensors is None else batch.tensors
@@ -233,11 +248,11 @@ class Setup:
         return self.checkpoints.ranked(self.state, list(self.state.scores))
 
     def finish(self) -> None:
-        """Write the model: of the best checkpoint that is kept, or of the last step without one."""
+        """Write the model: of the best checkpoint, or of the last step where none is kept for being best."""
         if not self.accelerator.is_main_process:
             return
         self.say("writing the model")
-        best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[:1]
+        best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[: min(1, self.recipe.save.keep_best)]
         scores = dict(self.state.scores)
         if best and best[0] != self.state.step:
             self.checkpoints.restore(self.state, self.say, best[0])
@@ -278,7 +293,7 @@ def _say(text: str, quiet: bool) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def _prior(recipe: Recipe, task: Any, out: Path, draw: bool) -> Pictures:
+def _prior(recipe: Recipe, task: Any, out: Path, device: str, draw: bool) -> Pictures:
     """Return DreamBooth's pictures of the class: those given, or drawn once by the model as it is."""
     from genkit.job import generate
     from genkit.request import Request
@@ -288,7 +303,10 @@ def _prior(recipe: Recipe, task: Any, out: Path, draw: bool) -> Pictures:
     folder = Path(prior.path) if prior.path is not None else out / "prior" / "images"
     if prior.path is None and draw:
         row = Request(id="prior", prompt=prior.prompt, num_images=prior.count, seed=recipe.seed)
-        generate([row], out=out / "prior", model=str(recipe.model), clip="none")
+        if generate([row], out=out / "prior", model=str(recipe.model), device=device, clip="none").exit_code:
+            raise HostError(
+                f"{place(out / 'prior')}: the model did not draw all pictures of prior.prompt; see results.jsonl"
+            )
     changes: dict[str, Any] = {"captions": ["{caption}"], "recolour": None, "buckets": False, "limit": None}
     plain = recipe.data.model_copy(update=changes)
     captioned = [dataclasses.replace(e, caption=prior.prompt) for e in read_examples(plain, str(folder), "prior.path")]

@@ -14,7 +14,7 @@ from genkit.errors import InputError, shown
 from genkit.processor import narrow_attention
 from genkit.scoring.clip import ClipScorer
 from genkit.settings import Geometry
-from genkit.text import Penultimate, TextEncoder, TextEncoderPair
+from genkit.text import Penultimate, TextEncoder, TextEncoderPair, spelled
 from genkit.training.objective import Noising, objective_scheduler
 from genkit.training.recipe import Recipe
 
@@ -54,6 +54,7 @@ class Diffusion:
         assert parts.scheduler is not None
         self.recipe, self.parts, self.device = recipe, parts, parts.device
         self.scheduler = objective_scheduler(parts.scheduler, recipe.objective)
+        self.scheduler.to_config()  # what cannot be written at the end is said now
         self.noising = Noising(self.scheduler, recipe.objective, parts.device)
         geometry = Geometry.of(parts.unet.config, None if parts.vae is None else parts.vae.config)
         self.resolution = self.sample_size = (geometry.width, geometry.height)
@@ -67,7 +68,7 @@ class Diffusion:
         ]
         for network in frozen:
             if network.dtype != dtype:  # what does not learn need not be stored in float32
-                network.to(dtype)
+                torch.nn.Module.to(network, dtype)  # diffusers' own warns of nothing
         if parts.vae is not None and not getattr(parts.vae.config, "force_upcast", False):
             parts.vae.to(dtype)
         self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
@@ -107,13 +108,8 @@ class Diffusion:
 
     def _ids(self, captions: Sequence[str]) -> Tensors:
         """Return the tokens of each tokenizer, "ids" and "ids_2", (B, T)."""
-        texts, pairs = [self.expanded(c) for c in captions], zip(("ids", "ids_2"), self.tokenizers, strict=False)
-        return {name: _tokens(tokenizer, texts).to(self.device) for name, tokenizer in pairs}
-
-    def expanded(self, caption: str) -> str:
-        """Return a caption with every token of a new word in place of the word."""
-        token = self.recipe.token
-        return caption if token is None else caption.replace(token.placeholder, " ".join(token.names))
+        pairs = zip(("ids", "ids_2"), self.tokenizers, strict=False)
+        return {name: _tokens(tokenizer, spelled(tokenizer, captions)).to(self.device) for name, tokenizer in pairs}
 
     def _embedded(self, captions: Sequence[str]) -> Tensors:
         rows = self.text(captions)
@@ -151,6 +147,8 @@ class Diffusion:
             told = {n: torch.where(dropped.view(-1, *[1] * (t.ndim - 1)), empty[n].to(t), t) for n, t in told.items()}
         if self.text is None:
             told = self._encoded(told)
+            if dropped is not None and self.parts.info.zero_empty:  # as the pipeline has it, whatever the encoders say
+                told = {n: t * ~dropped.view(-1, *[1] * (t.ndim - 1)) for n, t in told.items()}
         added = {}
         if "pooled" in told:
             added = {"added_cond_kwargs": {"text_embeds": told["pooled"].to(self._dtype), "time_ids": tensors["sizes"]}}
@@ -265,8 +263,7 @@ class NewTokens(torch.nn.Module):
 
 def _everything(recipe: Recipe, parts: Components) -> Networks:
     names = ["unet", *(("text_encoder", "text_encoder_2") if recipe.train.text_encoder else ())]
-    parts_of = {name: part for name in names if (part := getattr(parts, name)) is not None}
-    found = {name: part.float().requires_grad_(True) for name, part in parts_of.items()}
+    found = {n: m.float().requires_grad_(True) for n in names if (m := getattr(parts, n)) is not None}
     if recipe.train.gradient_checkpointing:
         for network in found.values():
             (getattr(network, "enable_gradient_checkpointing", None) or network.gradient_checkpointing_enable)()

@@ -128,6 +128,17 @@ def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *,
     network.to(device).eval().requires_grad_(False)
 
 
+def stored_weights(part: Part) -> dict[str, torch.Tensor]:
+    """Return the weights of a network as its files hold them, in RAM; none of one with fresh weights."""
+    import torch
+
+    found: dict[str, Any] = {}
+    for file in part.files:
+        wanted = {n: t for n, t in part.tensors.items() if t.file == file}
+        found |= _read(file, wanted, torch.device("cpu"), lambda w: w)
+    return found
+
+
 def _read(
     file: Path, tensors: Mapping[str, Tensor], device: torch.device, place_on: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, Any]:

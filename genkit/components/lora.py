@@ -13,20 +13,21 @@ PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "l
 KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
-def merged_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a network's weights with its adapters, if any, worked into what they adapt."""
+def merged_weights(network: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a network's weights with its adapters, if any, worked into what they adapt, in float32.
+
+    stored: weights as their files have them, which the network may hold in less precision; these are what is adapted.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapted = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    for module in adapted:
-        module.merge()
-    weights = {
-        name.replace(".base_layer", ""): value.detach().clone()
-        for name, value in network.state_dict().items()
-        if ".lora_" not in name
-    }
-    for module in adapted:
-        module.unmerge()
+    own = {n.replace(".base_layer", ""): w.detach() for n, w in network.state_dict().items() if ".lora_" not in n}
+    weights = {name: stored.get(name, weight) for name, weight in own.items()}
+    for name, module in network.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            key = f"{name}.weight"
+            layer: Any = module
+            update = layer.get_delta_weight("default").detach().float()
+            weights[key] = weights[key].to(update) + update
     return weights
 
 
