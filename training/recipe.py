@@ -222,10 +222,11 @@ READ_BY = {
     "lora": ("lora", "dreambooth"), "token": ("textual-inversion",), "prior": ("dreambooth",),
     "autoencoder": ("autoencoder",), "objective": tuple(t for t in TASKS if t not in ("autoencoder", "clip")),
 }  # fmt: skip
-# Keys of `data` that these tasks do nothing with: no latents to keep, no captions that they can do without, one size.
+# Keys that these tasks do nothing with: no latents to keep, one size, no captions that they could do without or draw.
 UNREAD = {
-    "cache": ("autoencoder", "clip"), "buckets": ("clip",),
-    "caption_dropout": ("autoencoder", "clip", "unconditional"),
+    "data.cache": ("autoencoder", "clip"), "data.buckets": ("clip",),
+    "data.caption_dropout": ("autoencoder", "clip", "unconditional"),
+    "evaluate.prompts": ("autoencoder", "clip", "unconditional"),
 }  # fmt: skip
 
 
@@ -256,9 +257,6 @@ class Recipe(Section):
         for section, tasks in READ_BY.items():
             if section in self.model_fields_set and getattr(self, section) is not None and self.task not in tasks:
                 raise ValueError(f"{section}: has no say in task {self.task}; it belongs to {', '.join(tasks)}")
-        for key, tasks in UNREAD.items():
-            if getattr(self.data, key) and self.task in tasks:
-                raise ValueError(f"data.{key}: {getattr(self.data, key)}: has no say in task {self.task}")
         if self.task == "lora" and self.lora is None:
             raise ValueError("lora: is missing; `lora: {rank: 8}` will do")
         if self.task == "textual-inversion" and self.token is None:
@@ -276,17 +274,19 @@ class Recipe(Section):
 
     def _check_unread(self) -> None:
         """Refuse what would be read by nothing."""
-        data, goal, blind = self.data, self.objective, self.task in ("unconditional", "autoencoder", "clip")
+        goal, told = self.objective, f"has no say in task {self.task}"
+        for key, tasks in UNREAD.items():
+            section, name = key.split(".")
+            if (value := getattr(getattr(self, section), name)) and self.task in tasks:
+                raise ValueError(f"{key}: {value}: {told}")
         whole = self.task in ("text-to-image", "dreambooth") and self.lora is None
         place = "; it is lora.text_encoder" if self.lora is not None else ""
         for wrong, complaint in (
-            (self.train.text_encoder and not whole, f"train.text_encoder: has no say in task {self.task}{place}"),
-            (blind and self.evaluate.prompts, f"evaluate.prompts: have no say in task {self.task}"),
-            (blind and data.caption_dropout, f"data.caption_dropout: has no say in task {self.task}"),
-            (self.prior is not None and data.buckets, "data.buckets: not with prior: a batch has one shape"),
+            (self.train.text_encoder and not whole, f"train.text_encoder: {told}{place}"),
+            (self.prior is not None and self.data.buckets, "data.buckets: not with prior: a batch has one shape"),
             (goal.debiased and goal.snr_gamma, "objective: snr_gamma and debiased are two weights; take one"),
             (goal.density == "uniform" and (goal.mean, goal.std) != (0, 1), "objective.mean, std: are of logit_normal"),
-        ):  # fmt: skip
+        ):
             if wrong:
                 raise ValueError(complaint)
 

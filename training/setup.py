@@ -168,11 +168,9 @@ class Setup:
         for number, parts in enumerate(every, start):
             tensors = [self._tensors(batch) for _, batch in parts]
             count = sum(len(t["weights"]) for t in tensors)
-            for told, prior in zip(
-                tensors, (None, self.recipe.prior), strict=False
-            ):  # the mean of each, then their sum
-                if len(tensors) == 2:
-                    told["weights"] *= count / len(told["weights"]) * (1.0 if prior is None else prior.weight)
+            if (prior := self.recipe.prior) is not None:  # the mean of each, then their sum
+                for told, weight in zip(tensors, (1.0, prior.weight), strict=True):
+                    told["weights"] *= count / len(told["weights"]) * weight
             joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
             yield joined, [key for _, batch in parts for key in batch.keys], self.feeds[0].share(number, passes)
 
