@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,8 @@ from genkit.selection import passes
 class _Row:
     request: Request
     gate: Expression | None
-    expected: int  # images that it will have at the end, as far as is known now
+    least: int  # images that it will have at the end
+    expected: int  # … and how many it probably will, by what passed so far
     issued: int = 0
     in_flight: int = 0
     passed: int = 0
@@ -70,16 +72,16 @@ class Draws:
         self._held: tuple[Request, int] | None = None
         self._drawn = len(self._done)
         self._passed = self._finished = 0  # of the rows that draw until some pass
-        self.total = 0  # images that this run will hold at the end, as far as is known now
+        self.total = 0  # images that this run will probably hold at the end
         self.short: str | None = None
         self.slots_full: float | None = None  # told by who draws: `Engine.slots_full`
         earlier = Counter(row_id for row_id, _ in self._done)
         for request in rows:
             gate = None if request.gate is None else Expression(request.gate, request.labels, names=None)
-            expected = max(request.num_images, earlier[str(request.id)])
-            row = self._rows[str(request.id)] = _Row(request, gate, expected)
+            least = max(request.num_images, earlier[str(request.id)])
+            row = self._rows[str(request.id)] = _Row(request, gate, least, least)
             self._next.append(row)
-            self.total += expected
+            self.total += least
 
     def earlier(self, request: Request) -> list[Result]:
         """Return the records of an earlier run of the images that the row asks for."""
@@ -110,7 +112,7 @@ class Draws:
     def _ahead(self) -> tuple[Request, int] | None:
         if self._most is not None:  # a budget is not for images that may turn out not to be needed
             return None
-        rate = (self._passed + 1) / (self._finished + 2)
+        rate = self._rate
         while self._open:
             row = max(self._open.values(), key=lambda row: row.shortfall(rate))
             if not row.open:  # it has drawn all that it may
@@ -134,9 +136,8 @@ class Draws:
             self._drawn += 1
         row.issued += 1
         row.in_flight += 1
-        self.total += row.issued > row.expected
-        row.expected = max(row.expected, row.issued)
         if earlier is None:
+            self._expect(row)
             return row.request, index
         self._count(row, earlier)
         return None
@@ -196,3 +197,18 @@ class Draws:
         if row.request.max_images is not None:
             self._finished += 1
             self._passed += passed
+        self._expect(row)
+
+    def _expect(self, row: _Row) -> None:
+        """Have `total` follow what a row will probably draw."""
+        more = 0
+        if row.open and row.request.max_images is not None:
+            more = min(row.request.max_images - row.issued, max(0, math.ceil(row.shortfall(self._rate))))
+        expected = max(row.least, row.issued + more)
+        self.total += expected - row.expected
+        row.expected = expected
+
+    @property
+    def _rate(self) -> float:
+        """The share of images that pass, of all rows that draw until some do."""
+        return (self._passed + 1) / (self._finished + 2)

@@ -176,3 +176,17 @@ def test_drawing_ahead_ends_at_max_images() -> None:
             drawn.append(index)
             draws.report(Result(id=str(request.id), index=index, seed=0, scores={"clip": 0.1}))
     assert drawn == list(range(16))
+
+
+def test_how_many_images_there_will_be_is_foreseen() -> None:
+    foreseen: list[int] = []
+
+    class Watched(Draws):
+        def report(self, result: Result) -> None:
+            super().report(result)
+            foreseen.append(self.total)
+
+    results, _ = run(Watched(rows_of(40)), slots=8)
+    assert foreseen[-1] == len(results), "what it says at the end is what there is"
+    half = foreseen[len(foreseen) // 2]
+    assert half > 1.2 * len(foreseen) / 2 and abs(half - len(results)) < 0.3 * len(results), "not only what is certain"
