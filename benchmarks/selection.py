@@ -38,7 +38,7 @@ OBJECTS = (
 )  # fmt: skip
 PAIRS = 5  # of colour and background, for each object
 WANTED, FIRST, MOST, PASS = 2, 8, 16, 0.9
-GATES = (0.3, 0.5, 0.7, PASS)
+GATES = (0.5, 0.7, 0.8, PASS)
 # Hues in degrees at which a colour begins; red goes on from 345 round to 15.
 HUES = {"red": 345, "orange": 15, "yellow": 42, "green": 70, "blue": 170, "purple": 255, "pink": 310}
 GREY = 0.25, 0.2  # less saturation, or less value, is no colour
@@ -216,7 +216,7 @@ def main() -> None:
     asked = rows(given.quick)
     if given.captions:
         check_captions(given.captions, asked)
-    generate(asked, given.out)
+    full = generate(asked, given.out).slots_full
     found = judged(given.out, asked)
     if given.sheet:
         sheet(given.out, asked, given.sheet)
@@ -227,6 +227,8 @@ def main() -> None:
         middle, low, high = (form.format(v) for v in interval(list(found.values()), figure))
         print(f"{title:40}  {middle:>8}  ({low} to {high})")
     by_gate(list(found.values()))
+    if full is not None:
+        print(f"\nslots in use while there was more to draw: {full:.1%}")
 
 
 if __name__ == "__main__":

@@ -268,7 +268,10 @@ class Setup:
         """Say where it stands: loss, pictures a second, memory."""
         train = self.recipe.train
         rate, peak = self.rate(step - self.first), peak_memory(self.device) / 2**30
-        bar(step, train.steps, f"step {step} of {train.steps}, loss {loss:.4f}, {rate:.1f} images/s, {peak:.1f} GiB")
+        total = train.steps
+        if train.max_seconds is not None and self.state.seconds > 0:  # which may end it before all steps are done
+            total = min(total, max(step, round(step * train.max_seconds / self.state.seconds)))
+        bar(step, total, f"step {step} of {train.steps}, loss {loss:.4f}, {rate:.1f} images/s, {peak:.1f} GiB")
 
     def rate(self, steps: int) -> float:
         """Pictures a second since the first step of this start."""
