@@ -68,7 +68,7 @@ class Expression:
 
 def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str]) -> None:
     """Raise InputError where a row decides on a score that is unknown, or not among the `computed` ones."""
-    for field, text, there in (("gate", gate, computed), ("rank_by", rank_by, {*computed, "sim"})):
+    for field, text, there in (("gate", gate, computed), ("rank_by", rank_by, {*computed, "sim"})):  # at the end
         if text is None:
             continue
         try:
