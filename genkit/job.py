@@ -394,6 +394,8 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
                 progress.advance(result, passed, draws.total)
                 if result.status == "failed":
                     progress.say(f"row {result.id}, image {result.index}: failed: {result.reason}")
+                for note in scorer.news():
+                    progress.say(note)
             signals.armed = False
         except Interrupted:
             progress.say("stopping: writing what is finished")
@@ -405,7 +407,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.say(
             f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
         )
-    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.notes]:
+    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.news()]:
         progress.say(note)
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):

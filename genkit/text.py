@@ -56,7 +56,7 @@ class TextEncoder:
     def _encode(self, prompts: list[str]) -> torch.Tensor:
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        full = self.tokenizer(prompts, truncation=False)["input_ids"]
+        full = self.tokenizer(prompts, truncation=False, verbose=False)["input_ids"]
         self.truncated.update(p for p, tokens in zip(prompts, full, strict=True) if len(tokens) > length)
         # As Stable Diffusion was trained: padding takes part, unless the model's config asks for the mask.
         mask = (

@@ -199,7 +199,7 @@ def test_a_row_may_rank_by_sim_and_without_keep_keeps_all() -> None:
 def test_sim_needs_embeddings_and_does_not_go_with_diverse(run: Path) -> None:
     for options in ({"where": "sim < 0.9"}, {"rank_by": "-sim", "keep": 1}):
         with pytest.raises(InputError, match=r"sim: this run has no embeddings.*genkit score"):
-            refilter(run, **options)  # type: ignore[arg-type]
+            refilter(run, **options)
     row, results, known = row_of_eight()
     with pytest.raises(InputError, match=r"--diverse: .*reads sim"):
         decide([row], results, "sim < 0.9", keep=2, picking=Picking(diverse=0.5), known=known)
