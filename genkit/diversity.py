@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+
+from genkit.scoring.names import ALONE
 
 BLOCK = 1024  # rows of a block of products
 CHUNK = 16384  # columns
@@ -16,11 +18,17 @@ Other = tuple[int, float]  # which item is near, and its cosine
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """What one row may keep, best first: items (numbers of the whole run), their scores, and how many to keep."""
+    """What one row may keep, best first: items (numbers of the whole run), their scores, and how many to keep.
+
+    weigh: (place in items, cosine to the nearest that the row took) -> the value there, NaN where it does not pass, for
+    a row that decides on that cosine. moving: whether its order depends on it, and not only what passes.
+    """
 
     items: Sequence[int]
     scores: Sequence[float]
     keep: int
+    weigh: Callable[[int, float], float] | None = None
+    moving: bool = False
 
 
 def pick(
@@ -47,11 +55,7 @@ def pick(
     kept = None if threshold is None else _Kept(vectors, place, same, threshold, rows)
     groups = [range(len(rows))] if kept is not None else [range(k, k + 1) for k in range(len(rows))]
     for group in groups:  # rows that cannot be in each other's way go one by one: less is in memory
-        queues = {
-            k: (_Different(rows[k], vectors, place, diverse) if diverse else _Ranked(rows[k]))
-            for k in group
-            if rows[k].items
-        }
+        queues = {k: _queue(rows[k], vectors, place, diverse) for k in group if rows[k].items}
         while queues:
             turns = [(turn, k, item) for k, q in queues.items() for turn, item in enumerate(q.propose())]
             turns.sort()
@@ -64,6 +68,12 @@ def pick(
                     alike[item] = other
             queues = {k: q for k, q in queues.items() if q.left > 0}
     return chosen, alike
+
+
+def _queue(row: Candidates, vectors: np.ndarray, place: Sequence[int], diverse: float) -> _Ranked | _Greedy:
+    if row.weigh is not None:
+        return _Weighed(row, vectors, place)
+    return _Different(row, vectors, place, diverse) if diverse else _Ranked(row)
 
 
 class _Ranked:
@@ -84,20 +94,14 @@ class _Ranked:
         self.lacks -= kept
 
 
-class _Different:
-    """A row that takes next what is good and unlike what it took."""
+class _Greedy:
+    """A row that takes its candidates one by one, knowing how like each is to what it took."""
 
-    def __init__(self, row: Candidates, vectors: np.ndarray, place: Sequence[int], weight: float) -> None:
-        self.row, self.weight, self.lacks = row, weight, row.keep
-        n = len(row.items)
-        scores = np.array(row.scores, np.float64)
-        spread = scores.max() - scores.mean()
-        self.value = (scores - scores.mean()) / spread if spread > 0 else np.zeros(n)
+    def __init__(self, row: Candidates, vectors: np.ndarray, place: Sequence[int]) -> None:
+        self.row, self.lacks = row, row.keep
         self.vectors, self.known = _gather(vectors, place, row.items)
-        some, total = int(self.known.sum()), self.vectors.sum(axis=0, dtype=np.float64)
-        self.mean = float(total @ total - some) / (some * (some - 1)) if some > 1 else 0.0
-        self.nearest = np.full(n, -np.inf)
-        self.out = np.zeros(n, bool)
+        self.nearest = np.full(len(row.items), -np.inf)
+        self.out = np.zeros(len(row.items), bool)
         self.last = -1
 
     @property
@@ -105,16 +109,51 @@ class _Different:
         return min(self.lacks, int((~self.out).sum()))
 
     def propose(self) -> Sequence[int]:
-        like = (self.nearest - self.mean) / max(1 - self.mean, ROUNDING)
-        like[~self.known | np.isinf(self.nearest)] = 0.0  # nothing is known of it, or nothing is chosen
-        self.last = int(np.argmax(np.where(self.out, -np.inf, self.value - self.weight * like)))
-        return [self.row.items[self.last]]
+        raise NotImplementedError
 
     def settle(self, item: int, kept: bool) -> None:
         self.out[self.last] = True
         self.lacks -= kept
         if kept and self.known[self.last]:
             self.nearest = np.maximum(self.nearest, self.vectors @ self.vectors[self.last])
+
+
+class _Weighed(_Greedy):
+    """A row with a `weigh` of its own. What does not pass when its turn comes is out for good."""
+
+    def propose(self) -> Sequence[int]:
+        assert self.row.weigh is not None
+        self.last, best = -1, -np.inf
+        for k in np.flatnonzero(~self.out).tolist():
+            like = np.nan if not self.known[k] else min(1.0, max(ALONE, float(self.nearest[k])))
+            value = self.row.weigh(k, like)
+            if value != value:
+                self.out[k] = True
+            elif self.last < 0 or value > best:
+                self.last, best = k, value
+            if self.last >= 0 and not self.row.moving:
+                break
+        return [] if self.last < 0 else [self.row.items[self.last]]
+
+
+class _Different(_Greedy):
+    """A row that takes next what is good and unlike what it took."""
+
+    def __init__(self, row: Candidates, vectors: np.ndarray, place: Sequence[int], weight: float) -> None:
+        super().__init__(row, vectors, place)
+        self.weight = weight
+        n = len(row.items)
+        scores = np.array(row.scores, np.float64)
+        spread = scores.max() - scores.mean()
+        self.value = (scores - scores.mean()) / spread if spread > 0 else np.zeros(n)
+        some, total = int(self.known.sum()), self.vectors.sum(axis=0, dtype=np.float64)
+        self.mean = float(total @ total - some) / (some * (some - 1)) if some > 1 else 0.0
+
+    def propose(self) -> Sequence[int]:
+        like = (self.nearest - self.mean) / max(1 - self.mean, ROUNDING)
+        like[~self.known | np.isinf(self.nearest)] = 0.0  # nothing is known of it, or nothing is chosen
+        self.last = int(np.argmax(np.where(self.out, -np.inf, self.value - self.weight * like)))
+        return [self.row.items[self.last]]
 
 
 class _Kept:

@@ -261,7 +261,7 @@ def run_job(job: Job, out: Path) -> Summary:
             if draws.has_next():
                 stopped = _draw(job, run, draws, progress, loaded or _load(job, recorded))
         results = list(run.results.values())
-        known = read_known(out, run.config, results, job.options.picking)
+        known = read_known(out, run.config, results, job.options.picking, [row.rank_by for row in job.rows])
         selection = decide(job.rows, results, picking=job.options.picking, known=known)
         write_selection(out, selection)
         write_gallery(out, job.rows, results, selection, run.config)
@@ -296,9 +296,13 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
     assert recorded is not None
     binding = recorded["binding"]
     model, clip = ((binding.get(part) or {}).get("name", "none") for part in ("model", "clip"))
-    options = Options(model, clip, binding.get("variant"), device, seed=binding["seed"])
+    options = Options(
+        model, clip, binding.get("variant"), device, seed=binding["seed"],
+        aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
+    )  # fmt: skip
     job = plan_job(read_rows(folder), options, {})
-    check_binding(folder, binding, {**_config(job, None, recorded)["binding"], "device": binding.get("device")})
+    same = {name: binding[name] for name in ("device", "format") if name in binding}
+    check_binding(folder, binding, {**_config(job, None, recorded)["binding"], **same})
     generator, scorer = _load(job, recorded)
     return generator, scorer, generator.budget.slots, options.seed
 
@@ -349,7 +353,8 @@ def _config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] |
     generator = loaded[0]
     binding["device"] = generator.device.type
     binding["dtype"] = "int8" if is_8_bit(generator.unet) else str(generator.unet.dtype).removeprefix("torch.")
-    return {"binding": binding, "info": {**_versions(), "attention": generator.attention.text}}
+    head = {} if o.aesthetic is None else {"aesthetic": str(Path(o.aesthetic).absolute())}  # where it was; see `reopen`
+    return {"binding": binding, "info": {**_versions(), "attention": generator.attention.text, **head}}
 
 
 def _versions() -> dict[str, Any]:
@@ -389,6 +394,8 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
                 progress.advance(result, passed, draws.total)
                 if result.status == "failed":
                     progress.say(f"row {result.id}, image {result.index}: failed: {result.reason}")
+                for note in scorer.news():
+                    progress.say(note)
             signals.armed = False
         except Interrupted:
             progress.say("stopping: writing what is finished")
@@ -400,7 +407,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.say(
             f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
         )
-    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.notes]:
+    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.news()]:
         progress.say(note)
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):

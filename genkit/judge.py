@@ -61,8 +61,6 @@ def score_images(
         for file, found in judged(files, texts, names, panel, stored):
             failed += "error" in found
             write(_line({"file": str(file), **found}))
-    for note in panel.notes:
-        print(printable(note), file=sys.stderr)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
@@ -127,6 +125,8 @@ def judged(
                 if "error" in found:
                     progress.say(found["error"])
                 progress.advance(Result(str(file), 0, 0, "failed" if "error" in found else "done"), True, len(files))
+                for note in panel.news():
+                    progress.say(note)
                 yield file, found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError, shown
 from genkit.records import Key
 from genkit.request import Result
+from genkit.scoring.names import ALONE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +67,7 @@ class Picking:
 
 
 NONE = Picking()
+_NO_EMBEDDINGS = "this run has no embeddings to compare, as one made with --clip none: "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +79,26 @@ class Known:
     reference: Mapping[Key, tuple[str, float]]
 
 
-def read_known(folder: Path, config: Mapping[str, Any], results: Sequence[Result], picking: Picking) -> Known | None:
-    """Return the embeddings that `picking` looks at, None where it needs none. Raises InputError if there are none."""
-    if picking == NONE:
+def read_known(
+    folder: Path,
+    config: Mapping[str, Any],
+    results: Sequence[Result],
+    picking: Picking,
+    expressions: Iterable[str | None] = (),
+) -> Known | None:
+    """Return the embeddings that `picking` looks at, None where it needs none. Raises InputError if there are none.
+
+    expressions: those that the rows are decided by; where one may read sim, embeddings are needed too.
+    """
+    if picking == NONE and not any("sim" in text for text in set(expressions) if text):
         return None
     from genkit.embeddings import read_embeddings
 
     place, vectors = read_embeddings(folder, results)
     if picking.needs_embeddings and not place:
         raise InputError(
-            f"{picking.needs_embeddings}: this run has no embeddings to compare, as one made with --clip none: "
-            f"`genkit score {shown(str(folder))}` makes them; --dedupe 1 (identical files) needs none"
+            f"{picking.needs_embeddings}: {_NO_EMBEDDINGS}`genkit score {shown(str(folder))}` makes them; --dedupe 1 "
+            "(identical files) needs none"
         )
     near: Mapping[Key, tuple[str, float]] = {}
     if picking.reference is not None:
@@ -103,7 +114,12 @@ def choose(rows: Sequence[Judged], picking: Picking, known: Known | None) -> tup
 
     Takes out of a row's candidates those too like a reference.
     """
-    if picking == NONE or known is None:
+    weighed = any(row.weigh is not None for row in rows)
+    if weighed and (known is None or not known.place):
+        raise InputError(f"sim: {_NO_EMBEDDINGS}`genkit score` of its folder makes them")
+    if weighed and picking.diverse is not None:
+        raise InputError("--diverse: chooses by likeness, and so does an expression that reads sim: give one of them")
+    if known is None or (picking == NONE and not weighed):
         return [row.candidates()[: row.keep] for row in rows], {}
     from genkit.diversity import Candidates, pick
 
@@ -121,7 +137,13 @@ def choose(rows: Sequence[Judged], picking: Picking, known: Known | None) -> tup
                 lists[n].append(item)
     keys = [_key(item) for item in items]
     found_rows = [
-        Candidates(found, [_finite(row, items[i][1]) for i in found], len(found) if row.keep is None else row.keep)
+        Candidates(
+            found,
+            [_finite(row, items[i][1]) for i in found],
+            len(found) if row.keep is None else row.keep,
+            _weigh(row, [items[i][1] for i in found]),
+            row.weigh is not None and row.weigh.moving,
+        )
         for row, found in zip(rows, lists, strict=True)
     ]
     place = [known.place.get(key, -1) for key in keys]
@@ -132,7 +154,26 @@ def choose(rows: Sequence[Judged], picking: Picking, known: Known | None) -> tup
         notes.setdefault(keys[item], {})["out"] = f"near duplicate of {name} ({cosine:.3f})"
     places = [[items[item][1] for item in found] for found in chosen]
     _similar(rows, places, known, picking, notes)
+    _failed(rows, places, known, notes)
     return places, notes
+
+
+def _weigh(row: Judged, places: Sequence[int]) -> Callable[[int, float], float] | None:
+    weigh = row.weigh
+    return None if weigh is None else lambda k, sim: weigh(places[k], sim)
+
+
+def _failed(rows: Sequence[Judged], chosen: Sequence[Sequence[int]], known: Known, notes: Notes) -> None:
+    """Say of the pictures that a row left out because of their sim that they are."""
+    for row, places in zip(rows, chosen, strict=True):
+        if row.weigh is None:
+            continue
+        for k in set(row.candidates()).difference(places):
+            key = row.found[k].id, row.found[k].index
+            sim = notes.get(key, {}).get("sim", None if key not in known.place else ALONE)
+            refusal = row.weigh.refusal(k, sim)
+            if refusal is not None:
+                notes.setdefault(key, {}).setdefault("out", refusal)
 
 
 def _key(item: tuple[Judged, int]) -> Key:
@@ -175,6 +216,6 @@ def _similar(
             other, cosine = owner[kept[found[0]]], found[1]
             note = notes.setdefault((r.id, r.index), {})
             note["sim"] = round(cosine, 6)
-            if picking.diverse and (r.id, r.index) not in taken and "out" not in note:
+            if (picking.diverse or row.weigh) and (r.id, r.index) not in taken and "out" not in note:
                 like = f"{cosine:.3f} like {other.id}-{other.index:02d}"
                 note["about"] = f"{like}; {note['about']}" if "about" in note else like

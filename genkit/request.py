@@ -214,7 +214,7 @@ class Request(BaseModel):
             if text is not None:
                 try:
                     expression = Expression(text, self.labels, names=None)
-                    if name == "gate":  # while drawing
+                    if name == "gate" or self.prune is not None:  # it decides while drawing
                         check_computed(name, text, expression.names & {"sim"}, False, ())
                 except InputError as error:
                     raise ValueError(str(error) if str(error).startswith(f"{name}: ") else f"{name}: {error}") from None

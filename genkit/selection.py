@@ -20,13 +20,46 @@ from genkit.picking import NONE, Known, Picking, choose, read_known
 from genkit.records import SELECTION, Key, read_config, read_results, read_rows
 from genkit.request import Request, Result
 from genkit.scoring.gates import Expression
+from genkit.scoring.names import ALONE
 
 HARD_LINES = 10  # hard rows that are named at the end of a run; selection.json has all
 
 
+@dataclasses.dataclass(frozen=True)
+class Weigher:
+    """The images `found` of a row whose gate or order reads `sim`, which is known only as they are chosen."""
+
+    found: Sequence[Result]
+    gate: Expression | None
+    order: Expression | None
+    keep: int | None
+
+    @property
+    def moving(self) -> bool:
+        """Whether the order depends on sim, and not only what passes."""
+        return self.keep is not None and _reads_sim(self.order)
+
+    def __call__(self, k: int, sim: float) -> float:
+        """Return what image k is ranked by at that sim; NaN where it does not pass, or is not to be ranked."""
+        r = _seen(self.found[k], sim)
+        if not passes(self.gate, r.scores):
+            return math.nan
+        value = value_of(r, self.order)
+        return -math.inf if value != value and self.keep is None else value
+
+    def refusal(self, k: int, sim: float | None) -> str | None:
+        """Return why image k is out at that sim, None: unknown; or None where that is not why."""
+        value = self(k, math.nan if sim is None else sim)
+        by = "nan: no score to rank by" if self.gate is None else f"gate: {self.gate.text}"
+        return None if value == value else f"{by} (no sim)" if sim is None else f"{by} (sim {sim:.3f})"
+
+
 @dataclasses.dataclass
 class Judged:
-    """A row's images by number, what is against each whatever the others are, and those with a value, best first."""
+    """A row's images by number, what is against each whatever the others are, and those with a value, best first.
+
+    weigh: where the row decides on `sim`; values and ranked are then those of a row that keeps none yet.
+    """
 
     request: Request
     found: list[Result]
@@ -35,6 +68,7 @@ class Judged:
     ranked: list[int]
     keep: int | None
     hard: dict[str, Any] | None = None
+    weigh: Weigher | None = None
 
     def candidates(self) -> list[int]:
         """Return the places in `found` of what may be kept, best first."""
@@ -58,7 +92,8 @@ def decide(
     (default: the clip score where there is one, else the order of drawing). `where`, `rank_by` and `keep` stand in for
     those of every row. NaN passes no gate and has no rank. Rank 1 is the best; an image that fails its gate has none.
     picking, known: what thins out those that pass, and the embeddings that it looks at. "hard": rows that drew
-    `max_images` and lack some that pass. Raises InputError for an expression that does not hold together.
+    `max_images` and lack some that pass. `sim` is the cosine to the nearest picture that the row has chosen so far, one
+    after the other. Raises InputError for an expression that does not hold together, or reads a `sim` that is unknown.
     """
     of_row: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -102,17 +137,29 @@ def _judge(
     row: Request, found: list[Result], gate: Expression | None, order: Expression | None, keep: int | None, ahead: bool
 ) -> Judged:
     """Say what is against each image of a row. ahead: images drawn ahead of what the row needed count as well."""
+    weigh = None
+    if _reads_sim(gate) or _reads_sim(order):
+        weigh = Weigher(found, gate, order, keep or row.keep)
+        found, gate = [_seen(r, ALONE) for r in found], None if _reads_sim(gate) else gate
     passed = [r.status == "done" and passes(gate, r.scores) for r in found]
     most = row.max_images or row.num_images
     count = most if ahead else _needed(row, found, passed)
     reasons = [_refusal(r, ok, gate, most, count) for r, ok in zip(found, passed, strict=True)]
     values = [math.nan if reason else value_of(r, order) for r, reason in zip(found, reasons, strict=True)]
     ranked = sorted((k for k, value in enumerate(values) if value == value), key=lambda k: (-values[k], k))
-    judged = Judged(row, found, reasons, values, ranked, keep or row.keep)
+    judged = Judged(row, found, reasons, values, ranked, keep or row.keep, weigh=weigh)
     if row.max_images is not None and not ahead and sum(r.index < most for r in found) == most:
         lack = (row.keep or 0) - sum(passed[:most])
         judged.hard = _hard(judged, order, passed, lack) if lack > 0 else None
     return judged
+
+
+def _reads_sim(expression: Expression | None) -> bool:
+    return expression is not None and "sim" in expression.names
+
+
+def _seen(r: Result, sim: float) -> Result:
+    return dataclasses.replace(r, scores={**r.scores, "sim": sim})
 
 
 def _needed(row: Request, found: Sequence[Result], passed: Sequence[bool]) -> int:
@@ -239,7 +286,8 @@ def refilter(
         results = _present(folder, [r for r in read_results(folder) if r.id in asked])
         _check(rows, results, where, rank_by)
         picking.check_rows(keep is not None or any(row.keep is not None for row in rows))
-        selection = decide(rows, results, where, rank_by, keep, picking, read_known(folder, config, results, picking))
+        known = read_known(folder, config, results, picking, [where, rank_by, *(row.rank_by for row in rows)])
+        selection = decide(rows, results, where, rank_by, keep, picking, known)
         summary = {"run": str(folder), "rows": len(rows), "images": len(results), "kept": selection["kept"]}
         if out is not None:
             found = {_name(r): r for r in results}  # in the order of the rows, whenever each was finished
@@ -273,7 +321,7 @@ def _present(folder: Path, results: list[Result]) -> list[Result]:
 def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None, rank_by: str | None) -> None:
     """Raise InputError, naming the option, for an expression that is none, or is about a score that no image has."""
     labels = {label for row in rows for label in row.labels or ()}
-    known = {name for r in results for name in r.scores} - {"p"}
+    known = {name for r in results for name in r.scores} - {"p"} | {"sim"}
     for option, text in (("--where", where), ("--rank-by", rank_by)):
         if text is None:
             continue

@@ -27,6 +27,7 @@ RESAMPLES = 1000
 STUDY = "study.json"
 
 Figure = Callable[[np.ndarray], float]
+Interval = list[float | None]  # value, low, high; of a single row there is no interval, and both ends are None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,11 @@ def recorded_scores(run: Path) -> dict[str, list[float]]:
 
 
 def order_of(row: Request) -> Expression | None:
-    """Return what the images of a row are ranked by; None is clip."""
-    return None if row.rank_by is None else Expression(row.rank_by, labels=row.labels)
+    """Return what the images of a row are ranked by; None is clip. Raises InputError where that is not of one alone."""
+    order = None if row.rank_by is None else Expression(row.rank_by, row.labels, names=None)
+    if order is not None and "sim" in order.names:
+        raise InputError(f"row {row.id}: rank_by: {shown(order.text)} reads sim, which no picture has by itself")
+    return order
 
 
 def chosen(run: Path, scores: dict[str, list[float]], images: int) -> list[Request]:
@@ -141,7 +145,7 @@ def pruning(rows: Sequence[Watched], look: float) -> dict[str, Any]:
                 "false_kill": wilson(killed, len(rows)),
                 "effective": found,
                 "cost": round(cost, 2),
-                "worth": [round(value / cost, 4) for value in found],
+                "worth": [None if value is None else round(value / cost, 4) for value in found],
             }
         )
     return {"rows": len(rows), "images": n, "keep": KEEP, "look": round(look, 4), "marks": marks}
@@ -196,8 +200,10 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def interval(rows: np.ndarray, figure: Figure) -> list[float]:
+def interval(rows: np.ndarray, figure: Figure) -> Interval:
     """Return [figure, low, high]: 95 %, from a bootstrap over the first axis of `rows`."""
+    if len(rows) < 2:
+        return [round(figure(rows), 4), None, None]
     draw = np.random.default_rng(0)
     resampled = [figure(rows[draw.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])
@@ -231,5 +237,7 @@ def described(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _range(found: Sequence[float]) -> str:
+def _range(found: Sequence[float | None]) -> str:
+    if found[1] is None:
+        return f"{found[0]:.3f} (of one row)"
     return f"{found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})"

@@ -74,7 +74,7 @@ class TextEncoder:
         length = self.tokenizer.model_max_length
         texts = spelled(self.tokenizer, prompts)
         ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        full = self.tokenizer(texts, truncation=False)["input_ids"]
+        full = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         self.truncated.update(p for p, tokens in zip(prompts, full, strict=True) if len(tokens) > length)
         # As Stable Diffusion was trained: padding takes part, unless the model's config asks for the mask.
         mask = (

@@ -153,6 +153,60 @@ def test_the_selection_says_what_is_like_what() -> None:
     assert " like a-0" in spread["a-01"]["reason"]
 
 
+def row_of_eight(**fields: Any) -> tuple[Request, list[Result], Known]:
+    results = made({("a", k): c for k, c in enumerate((0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2))})
+    place = {(r.id, r.index): k for k, r in enumerate(results) if r.index != 7}  # the last one was not embedded
+    x = 1 + np.random.default_rng(5).standard_normal((8, 16))
+    vectors = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    return Request(id="a", prompt="x", num_images=8, **fields), results, Known(place, vectors, {})
+
+
+def by_hand(known: Known, results: list[Result], keep: int, weight: float, most: float) -> list[int]:
+    """What `clip - weight * sim`, where `sim < most`, takes one after the other."""
+    x = np.asarray(known.vectors, np.float64)
+    taken: list[int] = []
+    while len(taken) < keep:
+        sims = {k: max([float(x[k] @ x[j]) for j in taken], default=-1.0) for k in set(range(7)) - set(taken)}
+        left = {k: results[k].scores["clip"] - weight * sim for k, sim in sims.items() if sim < most}
+        if not left:
+            break
+        taken.append(max(left, key=lambda k: left[k]))
+    return taken
+
+
+@pytest.mark.parametrize(("keep", "weight", "most"), [(3, 2.0, 2.0), (3, 0.0, 0.55), (4, 2.0, 0.55), (8, 0.0, 0.45)])
+def test_sim_is_the_nearest_that_the_row_keeps_so_far(keep: int, weight: float, most: float) -> None:
+    row, results, known = row_of_eight()
+    where = None if most > 1 else f"sim < {most} and clip > 0"
+    rank_by = f"clip - {weight} * sim" if weight else None
+    found = decide([row], results, where, rank_by, keep, known=known)["images"]
+    expected = by_hand(known, results, keep, weight, most)
+    assert 1 < len(expected) < 7, "and it makes a difference"
+    assert expected != list(range(len(expected)))
+    assert {image["index"] for image in found.values() if image["kept"]} == set(expected)
+    if where is not None:
+        assert found["a-07"]["reason"].startswith(f"gate: {where} (no sim)")
+        refused = [i["reason"] for i in found.values() if f"gate: {where} (sim 0." in i["reason"]]
+        assert refused and all(f"like a-0{k}" in r for r in refused for k in [r[-1]])
+
+
+def test_a_row_may_rank_by_sim_and_without_keep_keeps_all() -> None:
+    row, results, known = row_of_eight(rank_by="clip - 2 * sim", keep=3)
+    kept = [i["index"] for i in decide([row], results, known=known)["images"].values() if i["kept"]]
+    assert kept == sorted(by_hand(known, results, 3, 2.0, 2.0))
+    row, *_ = row_of_eight(rank_by="clip - 2 * sim")
+    assert decide([row], results, known=known)["kept"] == 8
+
+
+def test_sim_needs_embeddings_and_does_not_go_with_diverse(run: Path) -> None:
+    for options in ({"where": "sim < 0.9"}, {"rank_by": "-sim", "keep": 1}):
+        with pytest.raises(InputError, match=r"sim: this run has no embeddings.*genkit score"):
+            refilter(run, **options)
+    row, results, known = row_of_eight()
+    with pytest.raises(InputError, match=r"--diverse: .*reads sim"):
+        decide([row], results, "sim < 0.9", keep=2, picking=Picking(diverse=0.5), known=known)
+
+
 BAD: dict[str, tuple[Picking, str]] = {
     "diverse": (Picking(diverse=1.5), "--diverse: 1.5 is not within 0 to 1"),
     "diverse nan": (Picking(diverse=float("nan")), "--diverse: nan is not within"),

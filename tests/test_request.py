@@ -64,6 +64,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("gate-label", {"gate": "p['a'] > 0.5"}, "gate: p['a']: there are no labels"),
     ("gate-label-brace", {"gate": "p['{x}'] > 0.5", "labels": ["a"]}, "gate: p['{x}']: no such label"),
     ("gate-sim", {"gate": "sim < 0.9"}, "gate: 'sim < 0.9' reads sim, which is known only once pictures are chosen"),
+    (
+        "prune-sim",
+        {"num_images": 4, "prune": {}, "rank_by": "-sim"},
+        "rank_by: '-sim' reads sim, which is known only once pictures are chosen",
+    ),
     ("keep", {"keep": 2}, "keep: 2 of at most 1 images"),
     ("max-alone", {"max_images": 4}, "max_images: needs `keep` and `gate`"),
     ("max-less", {"max_images": 2, "num_images": 4, "keep": 1, "gate": "not nan"}, "max_images: 2 is less than"),

@@ -277,6 +277,22 @@ def test_what_a_scorer_gives_is_checked(answer: Any, words: str) -> None:
     assert len(panel.notes) == 1 and words in panel.notes[0]
 
 
+def test_a_scorer_that_fails_is_told_of_at_once(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gate on its score passes nothing: the run would draw all that it may before anybody knew."""
+    told: list[bool] = []
+
+    def watching(pictures: torch.Tensor, prompts: list[str]) -> Any:
+        told.append("scorer broken" in capsys.readouterr().err)
+        return {"watching": [0.0] * len(prompts)}
+
+    row = TWO[0].model_copy(update={"keep": 1, "gate": "broken > 0.5", "max_images": 3, "labels": None})
+    scorers = [broken, watching]
+    generate([row], tmp_path, model=str(model), clip="none", device="cpu", scorers=scorers, batch_size=1)
+    assert len(told) == 3 and told.count(True) == 1 and not told[0]
+
+
 def test_nan_from_a_scorer_is_null() -> None:
     def odd(pictures: torch.Tensor, prompts: list[str]) -> Any:
         return {"odd": np.array([np.nan, 1.0])}

@@ -26,6 +26,7 @@ from genkit.study import (
     wilson,
 )  # fmt: skip
 from tests import null_run
+from tests.judged_run import judged_run
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -39,8 +40,8 @@ def test_best_of_n_gains_over_one_draw_of_the_same_rows() -> None:
     found = best_of_n([[0.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
     assert [found[k]["rows"] for k in found] == [2, 2, 1]
     assert found["2"]["gain"][0] == pytest.approx((0.5 + 2.5 - 5 / 6 - 1.5 + 1 / 3) / 2, abs=0.2)
-    assert found["4"]["best"] == [3.0, 3.0, 3.0]
-    assert found["4"]["gain"] == [1.5, 1.5, 1.5]
+    assert found["4"]["best"] == [3.0, None, None], "one row has no interval"
+    assert found["4"]["gain"] == [1.5, None, None]
 
 
 def watched(rows: int, noise: float) -> list[Watched]:
@@ -123,6 +124,31 @@ def test_redrawn_images_score_as_they_did(run: Path) -> None:
         assert row.early.shape == (4, len(MARKS))
         assert (row.early[:, -1] == row.early[:, -2]).all(), "with 4 steps both fall on the call before the last"
         assert (row.early[:, 0] != row.final).all()
+
+
+def test_a_run_of_another_format_and_of_a_head_is_redrawn(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    head, folder = tmp_path / "head.safetensors", tmp_path / "run"
+    save_file({"weight": np.ones((1, 256), np.float32), "bias": np.zeros(1, np.float32)}, head)
+    fields: dict[str, Any] = {"num_images": 3, "num_inference_steps": 2, "width": 32, "height": 32}
+    row = Request(id="a", prompt="a red fox", rank_by="aesthetic", **fields)
+    generate([row], folder, quiet=True, format="webp", aesthetic=str(head))
+    found = study_run(folder, prune=True, images=8, quiet=True)
+    final = [r.scores["aesthetic"] for r in sorted(read_results(folder), key=lambda r: r.index)]
+    assert found["prune"]["rows"] == 1
+    assert found["best_of"]["2"]["best"] == [pytest.approx(expected_best(final, 2), abs=1e-3), None, None]
+    head.unlink()
+    with pytest.raises(InputError, match=r"--aesthetic: .*: no such file"):
+        study_run(folder, prune=True, images=8, quiet=True)
+
+
+def test_rows_may_rank_by_the_scores_of_other_packages_but_not_by_sim(tmp_path: Path) -> None:
+    run = judged_run(tmp_path / "run", lambda row, k: {"redness": row + k / 10}, rows=2, images=2, rank_by="redness")
+    assert recorded_scores(run) == {"r0": [0.0, 0.1], "r1": [1.0, 1.1]}
+    null_run.draw(tmp_path / "sim", null_run.rows_of(1, 2, rank_by="-sim"))
+    with pytest.raises(InputError, match="row r0: rank_by: '-sim' reads sim"):
+        recorded_scores(tmp_path / "sim")
 
 
 def test_without_prune_no_model_is_needed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

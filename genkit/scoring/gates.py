@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import math
 import operator
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -68,7 +69,7 @@ class Expression:
 
 def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str]) -> None:
     """Raise InputError where a row decides on a score that is unknown, or not among the `computed` ones."""
-    for field, text, there in (("gate", gate, computed), ("rank_by", rank_by, {*computed, "sim"})):
+    for field, text, there in (("gate", gate, computed), ("rank_by", rank_by, {*computed, "sim"})):  # at the end
         if text is None:
             continue
         try:
@@ -98,7 +99,14 @@ def _parsed(text: str) -> ast.expr:
             return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = getattr(error, "msg", None) or "it is nested too deeply, or holds what no expression can"
-        raise InputError(f"{shown(text)} is not an expression: {' '.join(str(reason).split())}") from None
+        raise InputError(f"{shown(text)} is not an expression: {' '.join(str(reason).split())}{_meant(text)}") from None
+
+
+def _meant(text: str) -> str:
+    """Return what to write in place of a spelling of other languages, or ""; what stands in quotes is a label."""
+    plain = re.sub(r"'[^']*'|\"[^\"]*\"", "''", text)
+    found = next((word for sign, word in _SPELLINGS.items() if re.search(sign, plain)), None)
+    return "" if found is None else f"; {found}"
 
 
 def _build(node: ast.AST, scope: _Scope, depth: int) -> Term:
@@ -307,6 +315,15 @@ _REFUSED: dict[type[ast.AST], str] = {
     ast.BitAnd: "write `and`",
     ast.BitOr: "write `or`",
     ast.JoinedStr: "a label is plain text",
+}
+_SPELLINGS = {
+    "&&": "write `and`",
+    r"\|\|": "write `or`",
+    r"!(?!=)": "write `not`",
+    "[\u2018\u2019\u201c\u201d]": "write straight quotes, ' or \"",
+    "=>|=<": "write >= or <=",
+    r"(?<![<>=!])=(?!=)": "to compare write ==",
+    r"\b(AND|OR|NOT)\b": "write and, or, not in small letters",
 }
 _BUILDERS: dict[type[ast.AST], Callable[[Any, _Scope, int], Term]] = {
     ast.BoolOp: _bool_op,

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from genkit.errors import InputError, shown
 
+ALONE = -1.0  # `sim` of a picture while its row keeps none yet
 SHARPEST = 1020.0**2  # a Laplacian of 0 to 255 lies within +-4 * 255: its variance is at most that squared
 
 
@@ -45,6 +46,8 @@ def check_computed(field: str, text: str, names: Collection[str], labels: bool, 
     """Raise InputError where an expression, `text` of `field`, reads one of `names` that is not `computed`."""
     if labels and "clip" not in computed:
         raise InputError(f"{field}: {shown(text)} {_MISSING['clip']}")
+    if "sim" in names and "sim" in computed and "clip" not in computed:
+        raise InputError(f"{field}: {shown(text)} {_MISSING['clip']}")
     for name in sorted(set(names) - set(computed)):
         raise InputError(f"{field}: {shown(text)} {_MISSING[SCORES[name].needs]}")
 
@@ -52,5 +55,8 @@ def check_computed(field: str, text: str, names: Collection[str], labels: bool, 
 _MISSING = {
     "clip": "needs a CLIP model, and there is none: give --clip",
     "aesthetic": "needs a head over CLIP embeddings, and there is none: give --aesthetic FILE and a CLIP model",
-    "selection": "reads sim, which is known only once pictures are chosen: use it in genkit filter, not while drawing",
+    "selection": (
+        "reads sim, which is known only once pictures are chosen: not while drawing, but in genkit filter, and in "
+        "rank_by without prune"
+    ),
 }

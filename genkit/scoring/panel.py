@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Panel:
     """The scorers of a run. prompts: those of all its rows, which pictures' own prompts are compared with.
 
-    `notes`: a line for each plugged-in scorer that failed.
+    `notes`: a line for each plugged-in scorer that failed and that has not been told of yet: see `news`.
     """
 
     def __init__(
@@ -37,6 +37,12 @@ class Panel:
         self.yardstick = None if clip is None else Yardstick(clip, prompts)
         self.notes: list[str] = []
         self._failed: set[str] = set()
+
+    def news(self) -> list[str]:
+        """Return the notes that are new; a gate that reads such a score passes nothing, so that it should be known."""
+        told = list(self.notes)
+        del self.notes[: len(told)]  # another thread may be adding to it
+        return told
 
     @property
     def names(self) -> frozenset[str]:

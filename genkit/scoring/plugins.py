@@ -22,7 +22,7 @@ from genkit.scoring.names import SCORES
 
 GROUP, FEATURES = "genkit.scorers", "genkit.features"
 Function = Callable[[Any, list[str]], Mapping[str, Any]]
-TAKEN = {*SCORES, "p", "min", "max", "abs", "embedding"}
+TAKEN = {*SCORES, "p", "min", "max", "abs", "embedding", "early"}  # early: pruning's
 
 
 @dataclasses.dataclass(frozen=True)
