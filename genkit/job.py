@@ -37,6 +37,7 @@ from genkit.scoring.plugins import Plugin, find_scorers
 from genkit.selection import decide, hard_lines, passes, write_selection
 from genkit.settings import Geometry, settings
 from genkit.signals import Interrupted, Signals
+from genkit.stored import rescore
 from genkit.writers import Writers
 
 if TYPE_CHECKING:
@@ -258,8 +259,13 @@ def run_job(job: Job, out: Path) -> Summary:
         with Progress(draws.total, len(run.done), quiet=job.options.quiet) as progress:
             for line in run.notes:
                 progress.say(line)
-            if draws.has_next():
-                stopped = _draw(job, run, draws, progress, loaded or _load(job, recorded))
+            if draws.has_next() or (run.stale and job.clip is not None):
+                loaded = loaded or _load(job, recorded)
+                again = rescore(run, loaded[1])
+                if again:
+                    progress.say(f"{again} images scored again, from their embeddings: labels or other prompts changed")
+                    draws = Draws(job.rows, run.done, job.options.max_total_images, until)
+                stopped = _draw(job, run, draws, progress, loaded) if draws.has_next() else EXIT_OK
         results = list(run.results.values())
         known = read_known(out, run.config, results, job.options.picking, [row.rank_by for row in job.rows])
         selection = decide(job.rows, results, picking=job.options.picking, known=known)

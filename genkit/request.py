@@ -190,7 +190,8 @@ class Request(BaseModel):
         if self.max_images is not None and self.max_images < self.num_images:
             raise ValueError(f"max_images: {self.max_images} is less than num_images {self.num_images}")
         if self.keep is not None and self.keep > (self.max_images or self.num_images):
-            raise ValueError(f"keep: {self.keep} of at most {self.max_images or self.num_images} images")
+            more = "max_images" if self.max_images else "num_images"
+            raise ValueError(f"keep: {self.keep} of at most {self.max_images or self.num_images} images; raise {more}")
         if self.prune is not None:
             self._check_pruned()
         if self.image is None and (self.mask_image is not None or self.strength is not None):

@@ -12,9 +12,10 @@ from typing import Any
 
 from genkit.destination import check_binding, check_folder, free_name
 from genkit.durable import Journal, disk, is_temporary, json_line, lock_folder, read_lines, sync_folder, write_whole
+from genkit.embeddings import read_embeddings
 from genkit.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
 from genkit.request import Request, Result
-from genkit.stock import announcements, damaged, outdated
+from genkit.stock import NEW_LABELS, announcements, damaged, outdated
 
 __all__ = ["Run", "check_folder", "free_name", "read_config", "read_results"]
 
@@ -25,20 +26,22 @@ SHOWN = 10  # notes of one kind
 class Run:
     """A run folder held by this process: a context manager, made by `Run.open`.
 
-    results: the newest record of each image of the present rows; done: those that need no drawing; notes: a line for
-    each thing that was found changed, damaged or unfinished; config: run.json. `save` and `fail` may be called from
-    several threads.
+    rows: the present ones by id; results: the newest record of each of their images; done: those that need no drawing;
+    notes: a line for each thing that was found changed, damaged or unfinished; stale: whether scores may be of other
+    labels or prompts than those of the present rows; config: run.json. `save` and `fail` may be called from several
+    threads.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], rows: Sequence[Request], lock: int) -> None:
         """For `Run.open`, which checks the folder and takes the lock."""
         self.folder, self.config, self._lock = folder, config, lock
-        self._rows = {str(row.id): row for row in rows}
-        self._place = {row_id: n for n, row_id in enumerate(self._rows)}
-        self._fingerprints = {row_id: row.fingerprint() for row_id, row in self._rows.items()}
+        self.rows = {str(row.id): row for row in rows}
+        self._place = {row_id: n for n, row_id in enumerate(self.rows)}
+        self._fingerprints = {row_id: row.fingerprint() for row_id, row in self.rows.items()}
         self.results: dict[Key, Result] = {}
         self.done: dict[Key, Result] = {}
         self.notes: list[str] = []
+        self.stale = False
 
     @classmethod
     def open(cls, folder: Path, config: dict[str, Any], rows: Sequence[Request]) -> Run:
@@ -67,7 +70,7 @@ class Run:
 
     def path_for(self, row_id: str, index: int, suffix: str = ".png") -> Path:
         """Return where image `index` of a row goes; it depends on the rows alone, not on when the image is made."""
-        block = f"{self._place[row_id] // BLOCK:03d}" if len(self._rows) > BLOCK else ""
+        block = f"{self._place[row_id] // BLOCK:03d}" if len(self.rows) > BLOCK else ""
         return self.folder / "images" / block / f"{row_id}-{index:02d}{suffix}"
 
     def save(self, result: Result, data: bytes, suffix: str = ".png") -> None:
@@ -88,6 +91,13 @@ class Run:
     def fail(self, result: Result) -> None:
         """Record an image that failed (tried again on resume) or was pruned (not tried again). Raises HostError."""
         self._record(result)
+
+    def rescore(self, results: Sequence[Result]) -> None:
+        """Record other scores of finished images. Raises HostError."""
+        with disk(self._journal.path):
+            self._journal.append([r.to_json() for r in results])
+        for r in results:
+            self._count(r)
 
     def close(self) -> None:
         """Give the folder back. Everything saved is on the disk already."""
@@ -114,7 +124,7 @@ class Run:
 
     def _begin(self) -> None:
         """Find out what is there and whole, move aside what is not, and write down the rows."""
-        blocks = range(-(-len(self._rows) // BLOCK)) if len(self._rows) > BLOCK else ()
+        blocks = range(-(-len(self.rows) // BLOCK)) if len(self.rows) > BLOCK else ()
         for name in ("", *(f"{n:03d}" for n in blocks)):
             (self.folder / "images" / name).mkdir(exist_ok=True)
         sync_folder(self.folder / "images")
@@ -124,8 +134,8 @@ class Run:
             self._journal.lines.clear()
             self._note(f"{RESULTS}:{line}: damaged; its image is drawn again" for line in bad)
             self._tidy({r.file for r in records.values() if r.status == "done"})
-            self._take_stock([r for r in records.values() if r.id in self._rows and r.status != REPLACED])
-            data = "".join(json_line(row.to_json()) for row in self._rows.values()).encode()
+            self._take_stock([r for r in records.values() if r.id in self.rows and r.status != REPLACED])
+            data = "".join(json_line(row.to_json()) for row in self.rows.values()).encode()
             if not (self.folder / ROWS).is_file() or (self.folder / ROWS).read_bytes() != data:
                 write_whole(self.folder / ROWS, data)
             sync_folder(self.folder)
@@ -146,9 +156,15 @@ class Run:
 
     def _take_stock(self, records: Sequence[Result]) -> None:
         """Sort the records of the present rows into those that hold and those whose images must be drawn again."""
-        old = outdated(records, self._rows, self._fingerprints)
+        old = outdated(records, self.rows, self._fingerprints)
+        if NEW_LABELS in old.values():
+            embedded, _ = read_embeddings(self.folder, records)
+            old = {key: why for key, why in old.items() if why != NEW_LABELS or key not in embedded}
+            self.stale = True
+        prompts = {row.get("prompt", "") for row in self._recorded_rows().values()}
+        self.stale |= bool(prompts) and prompts != {row.prompt for row in self.rows.values()}
         if old:
-            self._note(announcements(old, self._recorded_rows(), self._rows))
+            self._note(announcements(old, self._recorded_rows(), self.rows))
         done = [r for r in records if r.status == "done" and (r.id, r.index) not in old]
         bad, hashed = damaged(self.folder, done)
         if hashed < len(done):

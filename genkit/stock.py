@@ -18,10 +18,14 @@ HASHED = 8 * 2**30  # bytes of finished images that are read and hashed, newest 
 _DECIDING = {"num_images", "keep", "gate", "rank_by", "max_images", "meta", "prune"}
 
 
+NEW_LABELS = "labels changed"
+
+
 def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprints: Mapping[str, str]) -> dict[Key, str]:
     """Return the images that are not what their row asks for now, each with the reason.
 
-    New labels are a reason too: p is a softmax over all of them, and drawing again is how an image is scored.
+    New labels are a reason too, since p is a softmax over all of them: such an image is drawn again where it has no
+    embedding to be scored by.
     """
     found: dict[Key, str] = {}
     for r in results:
@@ -29,7 +33,7 @@ def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprint
         if r.fingerprint != fingerprints[r.id]:
             found[r.id, r.index] = "row changed"
         elif r.status == "done" and labels is not None and set(r.scores.get("p") or ()) != set(labels):
-            found[r.id, r.index] = "labels changed"
+            found[r.id, r.index] = NEW_LABELS
         elif r.status == "pruned" and rows[r.id].prune is None:
             found[r.id, r.index] = "prune taken away"
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -18,8 +19,39 @@ from genkit.records import RESULTS, read_config, read_results
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
+    from genkit.run import Run
+    from genkit.scoring.panel import Panel
 
+RELATIVE = ("clip_margin", "clip_z")  # to the other captions of the run
+ROUNDING = 1e-3
 MEASURED = ("sharpness", "brightness", "nan", "flat")  # scores that depend on nothing but the pixels
+
+
+def rescore(run: Run, panel: Panel) -> int:
+    """Compute what CLIP says of a run's finished images anew, from their embeddings; return how many it changes.
+
+    It does where rows were added, taken away or relabelled since: other captions are compared with, other labels
+    chosen among. Raises HostError.
+    """
+    place, vectors = read_embeddings(run.folder, run.done.values())
+    changed = []
+    for key, at in place.items() if panel.clip is not None else ():
+        r = run.done[key]
+        found = panel.of_embedding(np.array(vectors[at]), r.prompt, run.rows[r.id].labels)
+        if not _alike({name: r.scores.get(name) for name in (*RELATIVE, *found)}, found):
+            rest = {name: value for name, value in r.scores.items() if name not in RELATIVE}
+            changed.append(dataclasses.replace(r, scores={**rest, **found}))
+    run.rescore(changed)
+    return len(changed)
+
+
+def _alike(before: Any, after: Any) -> bool:
+    """Return whether scores are the same but for the rounding of text encoders, which varies with the batch."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return all(_alike(before.get(name), after.get(name)) for name in {*before, *after})
+    if isinstance(before, int | float) and isinstance(after, int | float):
+        return abs(before - after) < ROUNDING
+    return before is after
 
 
 class Stored:

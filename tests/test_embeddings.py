@@ -230,6 +230,34 @@ def test_every_image_of_a_run_is_embedded_once(run: Path, options: dict[str, Any
     assert sum(embedded) == 12
 
 
+def test_new_labels_and_rows_are_scored_from_the_embeddings(
+    run: Path, options: dict[str, Any], embedded: list[int]
+) -> None:
+    """Labels thought of after the night cost no drawing, and every picture is compared with all rows' captions."""
+    generate(rows_of(2)[:2], run, **options)
+    before = {r.file: r for r in read_results(run)}
+    gated = {"labels": ["a fox", "a cat"], "gate": "p['a fox'] > 0.000001", "keep": 1}
+    rows = [Request(**{**row.to_json(), **gated}) for row in rows_of(2)]
+    assert generate(rows, run, **options).new == 2, "those of the row that was added"
+    assert sum(embedded) == 6 and not (run / "replaced").exists()
+    found = {r.file: r for r in read_results(run)}
+    for file, r in before.items():
+        now = found[file]
+        assert set(now.scores["p"]) == {"a fox", "a cat"} and sum(now.scores["p"].values()) == pytest.approx(1)
+        assert (now.sha256, now.scores["clip"], now.scores["sharpness"]) == (
+            r.sha256,
+            r.scores["clip"],
+            r.scores["sharpness"],
+        )
+    assert any(found[f].scores["clip_z"] != r.scores["clip_z"] for f, r in before.items())
+    whole = run.parent / "whole"
+    generate(rows, whole, **options)
+    flat = [{str(r.file): {**r.scores, **r.scores["p"], "p": 0} for r in read_results(f)} for f in (run, whole)]
+    assert alike(*flat), "as if drawn at once"
+    lines = (run / "results.jsonl").read_bytes()
+    assert generate(rows, run, **options).new == 0 and (run / "results.jsonl").read_bytes() == lines
+
+
 def test_score_embeds_what_is_missing_and_keeps_it(run: Path, options: dict[str, Any], embedded: list[int]) -> None:
     generate(rows_of(2), run, **options)
     before = score(run, options)
