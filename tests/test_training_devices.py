@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import checkpoint
+from transformers import modeling_utils
 
 from genkit.components import load_components
 from genkit.components.compose import compose_model
 from genkit.sources import read_examples
+from genkit.training.checkpoint import read_log
 from genkit.training.data import Pictures
 from genkit.training.loop import train
 from genkit.training.recipe import make_recipe
@@ -106,3 +109,28 @@ def test_half_precision_trains_goes_on_and_is_evaluated(
         outcome = train(recipe, tmp_path, device=device, quiet=True)
     assert outcome.step == 3 and 0 < outcome.scores["loss"] < 100
     assert (tmp_path / "samples" / "000003.png").exists() == (kind not in ("autoencoder", "clip"))
+
+
+@pytest.mark.parametrize("case", ["with its text encoder", "lora of SDXL", "textual-inversion", "autoencoder", "clip"])
+def test_gradient_checkpointing_keeps_less_and_learns_the_same(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    kind, model, changes = CASES[case]
+    told, again, real = {"steps": 3, "batch_size": 2, **changes.get("train", {})}, [0], checkpoint.checkpoint
+    data = {"path": str(places / "pictures"), "captions": ["a <new>"], "validation": 0.0}
+
+    def counted(*given: Any, **options: Any) -> Any:
+        again[0] += 1
+        return real(*given, **options)
+
+    for holder in (checkpoint, modeling_utils):  # transformers takes its own reference
+        monkeypatch.setattr(holder, "checkpoint", counted)
+    losses = []
+    for less in (False, True):
+        plan = {**told, "gradient_checkpointing": less}
+        values = {"task": kind, "model": str(places / model), "data": data, **changes, "train": plan}
+        out = tmp_path / str(less)
+        train(make_recipe({**values, "evaluate": {"every": 0}}), out, device="cpu", quiet=True)
+        losses.append([line["loss"] for line in read_log(out / "log.jsonl")])
+        assert (again[0] > 0) == less
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3

@@ -81,6 +81,16 @@ def test_patience_stops_and_the_best_is_what_comes_out(
     assert dataclasses.replace(again, rate=0) == dataclasses.replace(outcome, rate=0)
 
 
+def test_what_ends_by_its_time_is_measured(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(monkeypatch, [9.0, 1.0])  # of step 0 and of the one that it ends with
+    recipe["train"] |= {"max_seconds": 0.001, "steps": 1000}
+    recipe["evaluate"] |= {"every": 100}
+    outcome = train(make_recipe(recipe), tmp_path / "run", device="cpu", quiet=True)
+    assert (outcome.reason, outcome.scores) == ("the time is up", {"step": 1, "loss": 1.0})
+
+
 def test_keep_best_0_gives_the_last_step(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                     state.seconds, code = s.agreed(time.monotonic() - began, signals.exit_code)
                 pending.append((state.step, torch.stack(losses).sum(), rate, norm, keys))
                 ended = _ended(s, code)
-                save, look = state.step % recipe.save.every == 0, s.looks(state.step) and not code
+                # What ends by its time is looked at as well: else an earlier step would be the best.
+                save, look = state.step % recipe.save.every == 0, (s.looks(state.step) or bool(ended)) and not code
                 if save or look or ended or len(pending) >= pause:
                     _say(s, pending, log, bar)
                 if look:

@@ -264,9 +264,6 @@ class NewTokens(torch.nn.Module):
 def _everything(recipe: Recipe, parts: Components) -> Networks:
     names = ["unet", *(("text_encoder", "text_encoder_2") if recipe.train.text_encoder else ())]
     found = {n: m.float().requires_grad_(True) for n in names if (m := getattr(parts, n)) is not None}
-    if recipe.train.gradient_checkpointing:
-        for network in found.values():
-            (getattr(network, "enable_gradient_checkpointing", None) or network.gradient_checkpointing_enable)()
     return found
 
 
@@ -291,8 +288,6 @@ def _adapters(recipe: Recipe, parts: Components) -> Networks:
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        if recipe.train.gradient_checkpointing and name == "unet":
-            network.enable_gradient_checkpointing()
         found[name] = network
     return found
 
@@ -331,4 +326,15 @@ TASKS: dict[str, Callable[[Recipe, Components, torch.dtype], Any]] = {"autoencod
 
 def make_task(recipe: Recipe, parts: Components, dtype: torch.dtype) -> Any:
     """Return the Task of a recipe; dtype: of networks that do not learn."""
-    return TASKS.get(recipe.task, Diffusion)(recipe, parts, dtype)
+    task = TASKS.get(recipe.task, Diffusion)(recipe, parts, dtype)
+    if recipe.train.gradient_checkpointing:
+        for name in {"unet", *task.networks}:  # gradients of new words pass through a UNet that does not learn
+            network = getattr(parts, name)
+            found = (getattr(network, way, None) for way in CHECKPOINTING)
+            if network is not None:
+                next(way for way in found if way is not None)()
+    return task
+
+
+# As diffusers calls it, and transformers from 5.20 on and before.
+CHECKPOINTING = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
