@@ -45,7 +45,7 @@ def held_out(stage: str, data: Path, networks: list[str], pictures: int) -> dict
     device, _ = pick_device("auto", "float32")
     task = make_task(recipe, load_components(info, device=device, dtype=torch.float32), torch.float32)
     trained = Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
-    return Evaluation(recipe, task, trained.plain(held), trained, Path(tempfile.gettempdir()))(0)
+    return Evaluation(recipe, task, trained.plain(held), trained.plain(examples), Path(tempfile.gettempdir()))(0)
 
 
 def recognised(data: Path, model: str, clip: str, pictures: int, sheet: Path | None) -> tuple[float, float, int]:
