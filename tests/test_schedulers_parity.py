@@ -43,7 +43,7 @@ def test_from_config_equals_the_class(case: Any) -> None:
         plan = Scheduler.from_config({"_class_name": name, **options}).plan(25)
         assert np.isfinite(ours(plan)[-1][1].numpy()).all()
         return
-    found = {steps: parity.compare(case, steps) for steps in parity.STEPS}
+    found = {steps: parity.compare(case, steps) for steps in parity.STEPS[:2]}  # the benchmark has the longest as well
     # Euler ancestral's sigma_down is the root of a difference of two squares, in single precision
     assert max(found.values()) <= (2e-5 if name == "EulerAncestralDiscreteScheduler" else 1e-5), found
 

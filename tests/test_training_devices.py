@@ -111,7 +111,7 @@ def test_half_precision_trains_goes_on_and_is_evaluated(
     assert (tmp_path / "samples" / "000003.png").exists() == (kind not in ("autoencoder", "clip"))
 
 
-@pytest.mark.parametrize("case", ["with its text encoder", "lora of SDXL", "textual-inversion", "autoencoder", "clip"])
+@pytest.mark.parametrize("case", ["lora of SDXL", "textual-inversion", "autoencoder", "clip"])
 def test_gradient_checkpointing_keeps_less_and_learns_the_same(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:

@@ -16,12 +16,12 @@ from genkit.training.recipe import make_recipe
 
 SIDE, TEAL = 64, (0, 150, 140)
 WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "lora": ("a sks thing", {"lora": {"rank": 8}}, {"steps": 40, "learning_rate": 5e-3}),
+    "lora": ("a sks thing", {"lora": {"rank": 8}}, {"steps": 24, "learning_rate": 6e-3}),
     "dreambooth": (
-        "a sks thing", {"prior": {"prompt": "a red apple", "count": 4}}, {"steps": 30, "learning_rate": 3e-4},
+        "a sks thing", {"prior": {"prompt": "a red apple", "count": 2}}, {"steps": 16, "learning_rate": 4e-4},
     ),
     "textual-inversion": (
-        "<disc>", {"token": {"placeholder": "<disc>", "initializer": "thing"}}, {"steps": 60, "learning_rate": 5e-2},
+        "<disc>", {"token": {"placeholder": "<disc>", "initializer": "thing"}}, {"steps": 40, "learning_rate": 6e-2},
     ),
 }  # fmt: skip
 
@@ -38,9 +38,9 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def middles(model: str, prompt: str) -> np.ndarray:
-    """The mean colour of the middle of each of four pictures, (4, 3)."""
+    """The mean colour of the middle of each of three pictures, (3, 3)."""
     images = TextToImage.from_pretrained(model, device="cpu")(
-        prompt, num_images=4, seed=1, num_inference_steps=8, guidance_scale=3.0, width=SIDE, height=SIDE
+        prompt, num_images=3, seed=1, num_inference_steps=6, guidance_scale=3.0, width=SIDE, height=SIDE
     ).images
     return np.array([np.asarray(i, dtype=float)[20:44, 20:44].mean(axis=(0, 1)) for i in images])
 
@@ -54,7 +54,7 @@ def test_a_thing_is_drawn_as_it_was_shown(discs: Path, tmp_path: Path, way: str)
     train(make_recipe(values), tmp_path / "run", device="cpu", quiet=True)
     before = np.abs(middles("emoji", word.replace("<disc>", "thing")) - TEAL).mean()
     after = np.abs(middles(str(tmp_path / "run"), word) - TEAL).mean()
-    assert after < 0.5 * before, (before, after)
+    assert after < 0.6 * before, (before, after)
     if way == "dreambooth":  # what the class was is kept by its own pictures
         red, green, _ = middles(str(tmp_path / "run"), "a red apple").mean(axis=0)
         assert red > green + 40
