@@ -302,9 +302,10 @@ def _tokens(case: Case) -> tuple[int, dict[int, int]]:
     """Return how many tokens are read, and how many each picture's longest caption has, begin and end counted."""
     if case.task is None or case.task.tokenizer is None:
         return 0, {}
+    from genkit.text import spelled
     from genkit.training.data import BACKGROUNDS, HUES, filled, usable, worded
 
-    tokenizer, expanded = case.task.tokenizer, getattr(case.task, "expanded", str)
+    tokenizer = case.task.tokenizer
     data, counts = case.data, {}
     colour = max(HUES, key=len) if data.recolour is not None and data.recolour.share else ""
     for i, example in enumerate(case.pictures):
@@ -314,7 +315,7 @@ def _tokens(case: Case) -> tuple[int, dict[int, int]]:
         if data.background.share:
             ground = max(BACKGROUNDS, key=len)
             texts = {filled(data.background.caption, {"caption": t, "background": ground}) for t in texts}
-        counts[i] = max(len(ids) for ids in tokenizer([expanded(t) for t in texts], verbose=False).input_ids)
+        counts[i] = max(len(ids) for ids in tokenizer(spelled(tokenizer, texts), verbose=False).input_ids)
     return tokenizer.model_max_length, counts
 
 
