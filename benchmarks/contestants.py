@@ -182,8 +182,8 @@ def generator(setup: Setup, **options: Any) -> Any:
 def genkit_job(setup: Setup, started: float, compile: bool = False, graphs: bool = True) -> Outcome:
     """`genkit generate` of a prompt file: scores, files, gallery."""
     from genkit import generate
-    from genkit import graphs as recorded
-    from genkit.denoiser import Denoiser
+    from genkit.device import graphs as recorded
+    from genkit.sampling.denoiser import Denoiser
 
     if not graphs:
         recorded.MOST_POSITIONS = 0

@@ -30,8 +30,8 @@ def held_out(stage: str, data: Path, networks: list[str], pictures: int) -> dict
 
     from genkit.components import load_components
     from genkit.components.compose import compose_model
-    from genkit.device import pick_device
-    from genkit.sources import read_examples, split
+    from genkit.datasets.sources import read_examples, split
+    from genkit.device.devices import pick_device
     from genkit.training.data import Pictures
     from genkit.training.evaluate import Evaluation
     from genkit.training.recipe import read_recipe
@@ -54,7 +54,7 @@ def recognised(data: Path, model: str, clip: str, pictures: int, sheet: Path | N
     from PIL import Image
 
     from genkit import ClipScorer, Request, TextToImage
-    from genkit.sources import read_examples
+    from genkit.datasets.sources import read_examples
     from genkit.training.recipe import Data
 
     names = sorted({str(e.caption) for e in read_examples(Data(path=str(data)))})

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genkit.encoders import encoding
+from genkit.pictures.encoders import encoding
 
 Pixels = np.ndarray
 Encoder = Callable[[Pixels], bytes]

@@ -53,7 +53,7 @@ from mixtures import Exact, Mixture, solve
 from safetensors.torch import load_file, save_file
 
 from genkit.errors import InputError
-from genkit.plans import plan_for
+from genkit.rows.plans import plan_for
 from genkit.schedulers import Plan, Scheduler, sample
 
 Tensor = torch.Tensor

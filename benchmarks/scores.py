@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from selection import FIRST, colours, pixels
 
-from genkit.judge import score_images
-from genkit.records import read_results
+from genkit.runs.records import read_results
+from genkit.studies.score import score_images
 
 SCORES = ("clip", "clip_margin", "clip_z", "p[prompt]", "sharpness", "brightness")
 Row = list[tuple[dict[str, float], bool]]  # a prompt's pictures: scores, and whether the colours are right

@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from genkit import Request, generate
-from genkit.request import Result
-from genkit.run import read_results
+from genkit.rows.request import Result
+from genkit.runs.run import read_results
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 OBJECTS = (

@@ -80,7 +80,7 @@ def diffusers(a: argparse.Namespace, cached: bool) -> dict[str, float]:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from genkit.components import inspect_model
-    from genkit.sources import read_examples
+    from genkit.datasets.sources import read_examples
     from genkit.training.recipe import Data
 
     accelerator = Accelerator(mixed_precision=a.precision.replace("fp32", "no"), cpu=a.device == "cpu")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from genkit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from genkit.errors import HostError, InputError
-    from genkit.generators import ImageToImage, TextToImage, Unconditional
     from genkit.job import generate
-    from genkit.request import Request, Result
+    from genkit.rows.request import Request, Result
+    from genkit.sampling.generators import ImageToImage, TextToImage, Unconditional
     from genkit.schedulers import Scheduler
     from genkit.scoring.clip import ClipScorer
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "HostError": "genkit.errors",
     "InputError": "genkit.errors",
-    "ImageToImage": "genkit.generators",
-    "TextToImage": "genkit.generators",
-    "Unconditional": "genkit.generators",
+    "ImageToImage": "genkit.sampling.generators",
+    "TextToImage": "genkit.sampling.generators",
+    "Unconditional": "genkit.sampling.generators",
     "generate": "genkit.job",
-    "Request": "genkit.request",
-    "Result": "genkit.request",
+    "Request": "genkit.rows.request",
+    "Result": "genkit.rows.request",
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
 }

@@ -10,35 +10,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genkit import __version__
 from genkit.components import inspect_model, load_components, weight_hashes
 from genkit.components.weights import sha256
-from genkit.destination import check_binding
-from genkit.device import CPU_SLOTS, DTYPES, check_attention, check_device, pick_device
-from genkit.draws import Draws
-from genkit.embeddings import Store
-from genkit.encoders import encoding
+from genkit.device.devices import CPU_SLOTS, DTYPES, check_attention, check_device, pick_device
+from genkit.device.memory import away, budget_for, check_memory, describe
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
-from genkit.gallery import write_gallery
-from genkit.guidance import network_rows
-from genkit.memory import away, budget_for, check_memory, describe
-from genkit.picking import NONE, Picking, read_known
-from genkit.plans import is_tuned, plan_for, tuned_file
+from genkit.pages.gallery import write_gallery
+from genkit.pictures.encoders import encoding
 from genkit.progress import Progress
-from genkit.prompts import read_prompts
-from genkit.records import read_rows
-from genkit.request import Request
-from genkit.run import Run, read_config
+from genkit.rows.plans import is_tuned, plan_for, tuned_file
+from genkit.rows.prompts import read_prompts
+from genkit.rows.request import Request
+from genkit.rows.settings import Geometry, settings
+from genkit.runs.destination import check_binding
+from genkit.runs.embeddings import Store
+from genkit.runs.records import read_rows
+from genkit.runs.rescore import rescore
+from genkit.runs.run import Run, read_config
+from genkit.runs.writers import Writers
+from genkit.sampling.draws import Draws
+from genkit.sampling.guidance import network_rows
 from genkit.schedulers import Plan, Scheduler
 from genkit.scoring.aesthetic import Head, check_head
 from genkit.scoring.gates import Expression, check_row
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
-from genkit.selection import decide, hard_lines, passes, write_selection
-from genkit.settings import Geometry, settings
+from genkit.selection.decide import decide, hard_lines, passes, write_selection
+from genkit.selection.picking import NONE, Picking, read_known
 from genkit.signals import Interrupted, Signals
-from genkit.stored import rescore
-from genkit.writers import Writers
+from genkit.version import __version__
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
@@ -315,7 +315,7 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
 
 def _load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
     """Return (generator, panel of scorers), on the device and in the dtype of the run's first start when it has one."""
-    from genkit.generators import Generator
+    from genkit.sampling.generators import Generator
     from genkit.scoring.clip import ClipScorer
     from genkit.scoring.panel import Panel
 

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from genkit.request import Result
+from genkit.rows.request import Result
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genkit.request import Request
-from genkit.run import Run
+from genkit.rows.request import Request
+from genkit.runs.run import Run
 from tests.null_run import CONFIG, png, result_of
 
 

@@ -23,8 +23,8 @@ from typing import Any
 from PIL import Image
 
 from genkit.errors import HostError
-from genkit.request import Request, Result
-from genkit.run import Run
+from genkit.rows.request import Request, Result
+from genkit.runs.run import Run
 
 CONFIG = {"binding": {"seed": 0, "model": {"name": "null", "weights": {"unet": "0" * 64}}}, "info": {"genkit": "test"}}
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from genkit.errors import InputError
-from genkit.prompts import read_prompts
+from genkit.rows.prompts import read_prompts
 
 
 def refusal(path: Path) -> str:

@@ -21,9 +21,9 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from genkit import InputError, Request, TextToImage, attention, generate
-from genkit.attention import BACKENDS, Probe, choose, probe, sliced, table, table_lines
-from genkit.device import ATTENTION
-from genkit.processor import AttentionChoice, Processor, fuse_projections
+from genkit.device.attention import BACKENDS, Probe, choose, probe, sliced, table, table_lines
+from genkit.device.devices import ATTENTION
+from genkit.device.processor import AttentionChoice, Processor, fuse_projections
 from tests.tiny import tiny_latent_unconditional, tiny_stable_diffusion
 
 CPU = torch.device("cpu")

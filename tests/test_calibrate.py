@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from scipy.stats import beta
 
-from genkit.calibrate import calibrate, chosen, fit, named_gate
 from genkit.cli import _run
 from genkit.errors import InputError
-from genkit.intervals import clopper_pearson
+from genkit.selection.calibrate import calibrate, chosen, fit, named_gate
+from genkit.selection.intervals import clopper_pearson
 from tests.judged_run import judged_run
 
 GOOD = {(n, k): (n * 5 + k) % 3 != 0 for n in range(20) for k in range(5)}

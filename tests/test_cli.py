@@ -262,7 +262,7 @@ def test_a_failed_image_is_exit_1_and_tried_again(
 ) -> None:
     import torch
 
-    from genkit.codec import Codec
+    from genkit.sampling.codec import Codec
 
     right = Codec.decode
 
@@ -296,7 +296,7 @@ def test_disk_full_is_exit_3_and_leaves_nothing_torn(
         right(path, data)
 
     right = durable.write_whole
-    monkeypatch.setattr("genkit.run.write_whole", full)
+    monkeypatch.setattr("genkit.runs.run.write_whole", full)
     arguments = ["generate", str(prompts), "-o", str(tmp_path / "run"), "-n", "2", "--batch-size", "2", *QUICK]
     assert cli._run(arguments) == 3
     monkeypatch.undo()

@@ -13,9 +13,9 @@ from urllib.parse import unquote_to_bytes
 import pytest
 
 from genkit.cli import _run
-from genkit.compare import compare_runs
 from genkit.errors import InputError
-from genkit.intervals import mean_interval, share_interval
+from genkit.selection.intervals import mean_interval, share_interval
+from genkit.studies.compare import compare_runs
 from tests.judged_run import judged_run
 
 

@@ -21,7 +21,7 @@ from genkit.components.registry import NETWORKS
 from genkit.components.rules import Key, check_config
 from genkit.errors import InputError
 from genkit.files import parse_json
-from genkit.settings import Geometry
+from genkit.rows.settings import Geometry
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_latent_unconditional, tiny_stable_diffusion
 
 

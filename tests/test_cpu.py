@@ -10,8 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.nn.functional import linear
 
-from genkit.cpu import pack_linears, suit_cpu
-from genkit.processor import AttentionChoice
+from genkit.device.cpu import pack_linears, suit_cpu
+from genkit.device.processor import AttentionChoice
 
 EMOJI = Path(__file__).parent.parent / "genkit" / "components" / "embedded" / "emoji"
 

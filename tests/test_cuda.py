@@ -11,10 +11,10 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from genkit import ClipScorer, ImageToImage, Request, TextToImage, Unconditional, generate, generators
-from genkit.attention import BACKENDS, probe
-from genkit.codec import Codec
 from genkit.components import inspect_model, load_components
-from genkit.memory import LEVELS, Budget
+from genkit.device.attention import BACKENDS, probe
+from genkit.device.memory import LEVELS, Budget
+from genkit.sampling.codec import Codec
 from tests.check_run import check_run
 from tests.tiny import random_sd15, tiny_ddpm, tiny_stable_diffusion
 

@@ -15,14 +15,16 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from genkit import cli, doctor, likeness
+from genkit import cli
 from genkit.components import load_components
 from genkit.components.compose import compose_model
-from genkit.doctor import Report, check_data, examine
+from genkit.datasets import duplicates as likeness
+from genkit.datasets.sources import read_examples, split
 from genkit.errors import InputError
-from genkit.sources import read_examples, split
+from genkit.training import doctor
 from genkit.training.cache import encoded
 from genkit.training.data import Batch, Pictures
+from genkit.training.doctor import Report, check_data, examine
 from genkit.training.loop import train
 from genkit.training.recipe import Data, make_recipe
 from genkit.training.tasks import KINDS, make_task
@@ -317,7 +319,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 def test_activations_are_those_that_a_real_step_keeps(
     pictures: Path, models: Path, name: str, model: str, plan: dict[str, Any]
 ) -> None:
-    from genkit.estimate import task_on_shapes, training_memory
+    from genkit.training.estimate import task_on_shapes, training_memory
 
     cache = int(name not in ("autoencoder", "clip"))  # else encoding the pictures may take more
     recipe = recipe_of(models / model, pictures, name, {"batch_size": 1, "ema": 0.9, **plan}, cache=cache)
@@ -356,7 +358,7 @@ def test_the_time_is_what_torch_counts_at_the_speed_of_the_machine(
 ) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from genkit.estimate import task_on_shapes, training_work
+    from genkit.training.estimate import task_on_shapes, training_work
 
     def work(task: str = "unconditional", model: str = "ddpm", size: int = 16, **data: Any) -> tuple[Any, int]:
         recipe = recipe_of(models / model, pictures, task, **data)
@@ -370,7 +372,7 @@ def test_the_time_is_what_torch_counts_at_the_speed_of_the_machine(
     assert 1 <= counted / counter.get_total_flops() < 1.2, "a CPU's own attention is not counted"
     assert 3.5 < work(size=32)[1] / counted < 6
     assert work("lora", "sd", cache=1)[1] < work("lora", "sd")[1] < work("text-to-image", "sd")[1]
-    monkeypatch.setattr("genkit.estimate.speed", lambda device, dtype: counted / 6)
+    monkeypatch.setattr("genkit.training.estimate.speed", lambda device, dtype: counted / 6)
     recipe = recipe_of(models / "ddpm", pictures, "unconditional", {"steps": 100, "gradient_accumulation_steps": 3})
     assert report_for(recipe).facts["time"].startswith("60 min or more on c"), "100 steps of 6 pictures of 6 s"
     recipe = recipe_of(models / "ddpm", pictures, "unconditional", {"steps": 10**6, "max_seconds": 60})

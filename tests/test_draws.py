@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from genkit.draws import Draws
-from genkit.engine import Engine, Trajectory
-from genkit.request import Request, Result
+from genkit.rows.request import Request, Result
+from genkit.sampling.draws import Draws
+from genkit.sampling.engine import Engine, Trajectory
 from genkit.schedulers import Scheduler
-from genkit.selection import decide
+from genkit.selection.decide import decide
 
 STEPS = 5
 

@@ -17,10 +17,10 @@ import pytest
 
 from genkit import ClipScorer, HostError, InputError, Request, generate
 from genkit.durable import lock_folder
-from genkit.embeddings import EMBEDDINGS, Store, read_embeddings
-from genkit.judge import score_images
-from genkit.records import read_results
-from genkit.request import Result
+from genkit.rows.request import Result
+from genkit.runs.embeddings import EMBEDDINGS, Store, read_embeddings
+from genkit.runs.records import read_results
+from genkit.studies.score import score_images
 from tests.tiny import tiny_clip, tiny_stable_diffusion
 
 WIDTH = 8
@@ -97,7 +97,7 @@ def test_zeros_that_a_power_cut_left_are_no_vectors(tmp_path: Path) -> None:
 def test_a_killed_process_loses_none(tmp_path: Path) -> None:
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom tests.test_embeddings import unit, WIDTH\n"
-        "from genkit.embeddings import Store\nstore = Store(Path(sys.argv[1]), WIDTH)\n"
+        "from genkit.runs.embeddings import Store\nstore = Store(Path(sys.argv[1]), WIDTH)\n"
         "for n in range(70): store.add(f'r{n}', n, f'{n:064x}', unit(n))\n"
         "os.kill(os.getpid(), 9)"
     )
@@ -155,9 +155,8 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, data: bytes) -> None:
 
 def test_reading_needs_no_torch(tmp_path: Path) -> None:
     fill(tmp_path, 2)
-    script = (
-        "import sys, pathlib, genkit.embeddings as e\ne.read_embeddings(pathlib.Path())\nprint('torch' in sys.modules)"
-    )
+    script = "import sys, pathlib\nimport genkit.runs.embeddings as e\n"
+        "e.read_embeddings(pathlib.Path())\nprint('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image, ImageFile
 
 from genkit import InputError, Request, Result, generate
-from genkit import writers as writing
-from genkit.encoders import encoding
-from genkit.images import read_image
-from genkit.judge import score_images
-from genkit.metadata import METADATA_BYTES, texts
-from genkit.run import Run
-from genkit.selection import refilter
+from genkit.pictures.encoders import encoding
+from genkit.pictures.images import read_image
+from genkit.pictures.metadata import METADATA_BYTES, texts
+from genkit.runs import writers as writing
+from genkit.runs.run import Run
+from genkit.selection.decide import refilter
+from genkit.studies.score import score_images
 from tests.check_run import check_run
 from tests.null_run import CONFIG, rows_of
 

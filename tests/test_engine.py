@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from genkit import ImageToImage, InputError, Request, TextToImage
-from genkit.denoiser import Denoiser
-from genkit.engine import Engine, Trajectory
-from genkit.request import Result
+from genkit.rows.request import Result
+from genkit.sampling.denoiser import Denoiser
+from genkit.sampling.engine import Engine, Trajectory
 
 SOLVERS = ["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "sde-dpmpp_2m"]
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import genkit.export
-import genkit.shards
+import genkit.datasets.export
+import genkit.datasets.shards
+from genkit.datasets.export import Target
 from genkit.errors import HostError, InputError
-from genkit.export import Target
-from genkit.request import Request, Result
-from genkit.run import Run
-from genkit.selection import refilter
+from genkit.rows.request import Request, Result
+from genkit.runs.run import Run
+from genkit.selection.decide import refilter
 from tests.null_run import CONFIG, png, result_of
 
 ROOT = Path(__file__).parent.parent
@@ -149,15 +149,15 @@ def test_one_shard_holds_what_fits_and_a_picture_larger_than_a_shard_has_its_own
 CHILD = """
 import sys, time
 from pathlib import Path
-import genkit.export, genkit.shards
-from genkit.export import Target
-from genkit.selection import refilter
-real = genkit.export.picture
+import genkit.datasets.export, genkit.datasets.shards
+from genkit.datasets.export import Target
+from genkit.selection.decide import refilter
+real = genkit.datasets.export.picture
 def slow(folder, r):
     print("picture", flush=True)
     time.sleep(0.05)
     return real(folder, r)
-genkit.export.picture = genkit.shards.picture = slow
+genkit.datasets.export.picture = genkit.datasets.shards.picture = slow
 size = None if sys.argv[3] == "folder" else 6000
 refilter(Path(sys.argv[1]), out=Path(sys.argv[2]), target=Target(sys.argv[3], size))
 """
@@ -203,8 +203,8 @@ def test_an_export_goes_on_for_another_choice_and_leaves_nothing_of_the_first(
             raise KeyboardInterrupt
         return real(folder, r)
 
-    real = genkit.export.picture
-    monkeypatch.setattr("genkit.export.picture", breaks)
+    real = genkit.datasets.export.picture
+    monkeypatch.setattr("genkit.datasets.export.picture", breaks)
     with pytest.raises(KeyboardInterrupt):
         refilter(run, out=out)
     assert len(list(out.glob("*.png"))) == 7
@@ -267,7 +267,7 @@ def test_somebody_elses_folder_is_left_alone(what: str, run: Path, tmp_path: Pat
 def test_parquet_without_pyarrow_is_refused_before_anything_is_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Any = genkit.shards.importlib.util.find_spec
+    real: Any = genkit.datasets.shards.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "pyarrow" else real(name, *a))
     with pytest.raises(HostError, match="pip install pyarrow"):
         refilter(run, out=tmp_path / "out", target=Target("parquet"))

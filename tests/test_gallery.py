@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from genkit.gallery import write_gallery
-from genkit.request import Request, Result
-from genkit.run import Run
-from genkit.selection import decide
+from genkit.pages.gallery import write_gallery
+from genkit.rows.request import Request, Result
+from genkit.runs.run import Run
+from genkit.selection.decide import decide
 from tests.null_run import CONFIG, png
 
 HOSTILE = [

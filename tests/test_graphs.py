@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from genkit import Request, TextToImage
-from genkit.compiled import TRIALS, Compiled
-from genkit.denoiser import Denoiser
-from genkit.graphs import MOST_POSITIONS, Call, Graphs, Recorded, bucket
+from genkit.device.compiled import TRIALS, Compiled
+from genkit.device.graphs import MOST_POSITIONS, Call, Graphs, Recorded, bucket
+from genkit.sampling.denoiser import Denoiser
 
 
 class Recorder:

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from genkit import images
 from genkit.errors import InputError
-from genkit.images import check_image, list_images, read_image
+from genkit.pictures import images
+from genkit.pictures.images import check_image, list_images, read_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8)

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from genkit import InputError, cli, judge
-from genkit.accuracy import Confusion, wilson
+from genkit import InputError, cli
 from genkit.scoring.panel import Panel
+from genkit.studies import score as judge
+from genkit.studies.accuracy import Confusion, wilson
 
 
 class Brightness:

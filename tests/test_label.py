@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from genkit.votes import read_votes
+from genkit.selection.votes import read_votes
 from tests.judged_run import judged_run
 
 HOSTILE = "</script><script>alert(1)</script>\x1b[31m =cmd|'x'!A0 \u2028 " + "x" * 3000
@@ -169,7 +169,7 @@ def test_pictures_and_page_come_with_a_policy_and_hostile_text_as_json(page: Pag
     status, body, headers = page.ask("GET", f"/{page.token}/image/{state['image']['number']}")
     assert status == 200 and headers["Content-Type"] == "image/png"
     assert body in [path.read_bytes() for path in (folder / "images").iterdir()]
-    assert "innerHTML" not in Path("genkit/label.html").read_text()
+    assert "innerHTML" not in Path("genkit/pages/label.html").read_text()
 
 
 def test_a_link_in_place_of_a_picture_is_not_followed(page: Page, folder: Path, tmp_path: Path) -> None:

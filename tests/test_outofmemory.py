@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from genkit import ClipScorer, HostError, ImageToImage, Request, TextToImage, generate, outofmemory
-from genkit.draws import Draws
-from genkit.engine import Engine
-from genkit.outofmemory import attempt, in_parts
-from genkit.request import Result
-from genkit.stream import Stream
+from genkit.device.outofmemory import attempt, in_parts
+from genkit.rows.request import Result
+from genkit.sampling.draws import Draws
+from genkit.sampling.engine import Engine
+from genkit.sampling.stream import Stream
 
 FEW: Any = {"num_inference_steps": 2}
 
@@ -121,7 +121,7 @@ def test_vae_batch_then_strips_then_failure(
 
 
 def test_a_vae_that_cannot_be_cut_fails_its_pictures(gen: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genkit.codec.can_strip", lambda vae: False)
+    monkeypatch.setattr("genkit.sampling.codec.can_strip", lambda vae: False)
     gen.vae.decode = Tight(gen.vae.decode, room=0)
     assert [(r.status, r.reason) for r in gen.stream(rows(1))] == [("failed", "out of memory")]
 
@@ -242,7 +242,7 @@ def test_float32_that_does_not_fit_leaves_a_nan(monkeypatch: pytest.MonkeyPatch)
 def test_the_command_says_so_in_one_line(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from genkit.generators import Generator
+    from genkit.sampling.generators import Generator
 
     tight = None
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from genkit.codec import Codec
+from genkit.sampling.codec import Codec
 
 
 class Overflowing(torch.nn.Module):

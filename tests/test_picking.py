@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genkit.diversity import Candidates, nearest, pick
 from genkit.errors import InputError
-from genkit.picking import Known, Picking
-from genkit.request import Request, Result
-from genkit.run import Run
-from genkit.selection import decide, refilter
+from genkit.rows.request import Request, Result
+from genkit.runs.run import Run
+from genkit.selection.decide import decide, refilter
+from genkit.selection.diversity import Candidates, nearest, pick
+from genkit.selection.picking import Known, Picking
 from tests.null_run import CONFIG, png, result_of, rows_of
 
 RNG = np.random.default_rng(0)
@@ -73,8 +73,8 @@ def test_diversity_spreads_the_choice_and_lambda_0_is_the_ranking() -> None:
 @pytest.mark.parametrize("block", [3, 1024])
 def test_near_duplicates_are_those_of_a_plain_loop(width: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In few dimensions and in many, where most pairs are ruled out by a bound; in one block and in several."""
-    monkeypatch.setattr("genkit.diversity.BLOCK", block)
-    monkeypatch.setattr("genkit.diversity.CHUNK", 7)
+    monkeypatch.setattr("genkit.selection.diversity.BLOCK", block)
+    monkeypatch.setattr("genkit.selection.diversity.CHUNK", 7)
     base = unit(40, width)
     near = (base[:20] + 0.02 * RNG.standard_normal((20, width))).astype(np.float16)
     vectors = np.concatenate([base, near / np.linalg.norm(near.astype(np.float32), axis=1, keepdims=True)])
@@ -110,8 +110,8 @@ def test_identical_files_need_no_embeddings() -> None:
 
 
 def test_nearest_is_another_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genkit.diversity.BLOCK", 4)
-    monkeypatch.setattr("genkit.diversity.CHUNK", 3)
+    monkeypatch.setattr("genkit.selection.diversity.BLOCK", 4)
+    monkeypatch.setattr("genkit.selection.diversity.CHUNK", 3)
     vectors = unit(20)
     cosine = vectors.astype(np.float32) @ vectors.astype(np.float32).T
     np.fill_diagonal(cosine, -2)
@@ -241,7 +241,7 @@ def test_a_folder_without_pictures_is_no_reference(run: Path, tmp_path: Path) ->
 
 
 def test_a_run_without_embeddings_says_what_to_do(run: Path) -> None:
-    pytest.importorskip("genkit.embeddings")
+    pytest.importorskip("genkit.runs.embeddings")
     for picking in (Picking(diverse=0.5), Picking(dedupe=0.9)):
         with pytest.raises(InputError, match=r"no embeddings to compare.*genkit score.*--dedupe 1"):
             refilter(run, keep=1, picking=picking)
@@ -252,8 +252,8 @@ def test_references_are_embedded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     """With the embedded CLIP model: a copy of a reference is found, and the cache follows the content."""
     from PIL import Image
 
-    from genkit import reference
     from genkit.components import inspect_model, weight_hashes
+    from genkit.selection import reference
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     clip: dict[str, Any] = {"name": "emoji-clip", "weights": weight_hashes(inspect_model("emoji-clip"))}

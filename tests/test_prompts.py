@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from genkit.errors import InputError
-from genkit.prompts import read_prompts, typed
-from genkit.request import Request
+from genkit.rows.prompts import read_prompts, typed
+from genkit.rows.request import Request
 from tests.promptfiles import refusal, row, with_pictures, write
 
 ROOT = Path(__file__).parent.parent
@@ -254,8 +254,8 @@ def test_noise_is_refused_or_read(tmp_path: Path, name: str) -> None:
 
 def test_nothing_here_imports_torch() -> None:
     code = (
-        "import sys, genkit.prompts, genkit.scoring.gates, genkit.images\n"
-        "genkit.prompts.read_prompts('prompts/showcase.jsonl')\n"
+        "import sys, genkit.rows.prompts, genkit.scoring.gates, genkit.pictures.images\n"
+        "genkit.rows.prompts.read_prompts('prompts/showcase.jsonl')\n"
         "print([m for m in ('torch', 'transformers', 'diffusers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -264,7 +264,7 @@ def test_nothing_here_imports_torch() -> None:
 
 def test_importing_is_light() -> None:
     code = (
-        "import sys, genkit.prompts, genkit.scoring.gates, genkit.images\n"
+        "import sys, genkit.rows.prompts, genkit.scoring.gates, genkit.pictures.images\n"
         "print(sorted({'numpy', 'PIL', 'yaml'} & {*sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from genkit.errors import InputError
-from genkit.prompts import read_prompts
-from genkit.rowfiles import MAX_BYTES
+from genkit.rows.prompts import read_prompts
+from genkit.rows.rowfiles import MAX_BYTES
 from tests.promptfiles import refusal, row, with_pictures, write
 
 SUFFIXES = ("txt", "jsonl", "csv", "yaml")

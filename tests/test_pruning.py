@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from genkit import InputError, Request, TextToImage, generate
-from genkit.draws import Draws
-from genkit.engine import Engine, Trajectory
-from genkit.pruning import EARLY, survivors
-from genkit.request import Result
-from genkit.run import read_results
+from genkit.rows.request import Result
+from genkit.runs.run import read_results
+from genkit.sampling.draws import Draws
+from genkit.sampling.engine import Engine, Trajectory
+from genkit.sampling.pruning import EARLY, survivors
 
 ROW: dict[str, Any] = {"prompt": "a red fox", "seed": 5, "num_inference_steps": 6, "width": 64, "height": 64}
 

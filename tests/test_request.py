@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from genkit.errors import InputError
-from genkit.request import SEED_LIMIT, Request, Result, canonical, over
+from genkit.rows.request import SEED_LIMIT, Request, Result, canonical, over
 
 NAN, INF = float("nan"), float("inf")
 DEEP: dict[str, Any] = {}

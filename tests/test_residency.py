@@ -11,13 +11,13 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from genkit import ClipScorer, ImageToImage, InputError, Request, TextToImage, generate
-from genkit.codec import Codec
 from genkit.components import inspect_model, load_components
 from genkit.components.int8 import is_8_bit, store_in_8_bits
-from genkit.memory import LAYERS, LEVELS, PARTS, RESIDENT, TURNS, Budget
-from genkit.residency import Residency
-from genkit.run import read_config
-from genkit.strips import can_strip, decode_in_strips, encode_in_strips
+from genkit.device.memory import LAYERS, LEVELS, PARTS, RESIDENT, TURNS, Budget
+from genkit.device.residency import Residency
+from genkit.runs.run import read_config
+from genkit.sampling.codec import Codec
+from genkit.sampling.strips import can_strip, decode_in_strips, encode_in_strips
 
 CPU = torch.device("cpu")
 SMALL: Any = {"width": 64, "height": 64}

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from genkit import run as run_module
-from genkit import stock
 from genkit.errors import HostError, InputError
-from genkit.records import read_results, read_rows
-from genkit.request import Request
-from genkit.run import Run, check_folder, free_name, read_config
+from genkit.rows.request import Request
+from genkit.runs import run as run_module
+from genkit.runs import stock
+from genkit.runs.records import read_results, read_rows
+from genkit.runs.run import Run, check_folder, free_name, read_config
 from tests.check_run import check, grown, lines_of, newest, outcome
 from tests.null_run import CONFIG, draw, png, result_of, rows_of
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from genkit.errors import HostError
-from genkit.run import Run
+from genkit.runs.run import Run
 from tests.check_run import check, grown, outcome
 from tests.null_run import CONFIG, draw, rows_of
 

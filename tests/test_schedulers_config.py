@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from genkit import InputError
-from genkit.plans import scheduler_options
+from genkit.rows.plans import scheduler_options
 from genkit.schedulers import SOLVERS, Scheduler
 from genkit.schedulers.diffusers_config import CLASSES
 

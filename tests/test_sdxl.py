@@ -18,7 +18,7 @@ from genkit import ImageToImage, InputError, Request, TextToImage, generate
 from genkit.components import inspect_model, load_components
 from genkit.components.registry import NETWORKS
 from genkit.components.rules import check_config
-from genkit.generators import Generator
+from genkit.sampling.generators import Generator
 from genkit.schedulers import Scheduler
 from tests.test_parity import assert_same, seeds
 from tests.tiny import tiny_sdxl

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from genkit.errors import HostError, InputError
-from genkit.request import Request, Result
-from genkit.run import Run
+from genkit.rows.request import Request, Result
+from genkit.runs.run import Run
 from genkit.scoring.gates import Expression
-from genkit.selection import decide, passes, refilter
+from genkit.selection.decide import decide, passes, refilter
 from tests.null_run import CONFIG, png, rows_of
 
 ROOT = Path(__file__).parent.parent
@@ -227,7 +227,7 @@ def test_a_damaged_picture_is_not_exported(run: Path, tmp_path: Path) -> None:
 
 def test_deciding_needs_no_torch(run: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from genkit.selection import refilter\n"
+        "import sys; from pathlib import Path; from genkit.selection.decide import refilter\n"
         f"refilter(Path({str(run)!r}), where='clip > 0.1')\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
     )

@@ -12,8 +12,8 @@ import pytest
 
 from genkit import InputError, Request, generate
 from genkit.cli import _run
-from genkit.records import read_results
-from genkit.study import (
+from genkit.runs.records import read_results
+from genkit.studies.study import (
     MARKS,
     Watched,
     advice,
@@ -115,7 +115,7 @@ def test_a_study_redraws_what_the_run_drew_and_writes_it_down(run: Path, capsys:
 
 
 def test_redrawn_images_score_as_they_did(run: Path) -> None:
-    from genkit.watch import redraw
+    from genkit.studies.redraw import redraw
 
     watched, _ = redraw(run, chosen(run, recorded_scores(run), 8), "cpu", quiet=True)
     clip = {(r.id, r.index): r.scores["clip"] for r in read_results(run)}

@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from genkit.datasets.sources import read_examples, split
 from genkit.errors import InputError
-from genkit.sources import read_examples, split
 from genkit.training.cache import encoded
 from genkit.training.data import HUES, Batch, Feed, Pictures, order, turn_hue
 from genkit.training.recipe import Data

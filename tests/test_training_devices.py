@@ -14,7 +14,7 @@ from transformers import modeling_utils
 
 from genkit.components import load_components
 from genkit.components.compose import compose_model
-from genkit.sources import read_examples
+from genkit.datasets.sources import read_examples
 from genkit.training.checkpoint import read_log
 from genkit.training.data import Pictures
 from genkit.training.loop import train

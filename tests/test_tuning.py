@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from genkit import HostError, InputError, Request, TextToImage
-from genkit.plans import plan_for
+from genkit.rows.plans import plan_for
+from genkit.sampling.tuning import TIMESTEPS, tune_model
 from genkit.schedulers import Scheduler, tune
 from genkit.schedulers.tuned import FILE
-from genkit.tuning import TIMESTEPS, tune_model
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +121,7 @@ def test_killed_it_goes_on_to_the_same_plan(folder: Path, tmp_path: Path) -> Non
         code = (
             "import functools; from genkit.schedulers import tune; import genkit.schedulers.tune as t; "
             "t.SAVE_EVERY = 0; t.fit = functools.partial(t.fit, iterations=40, batch=4); "
-            f"from genkit.tuning import tune_model; from pathlib import Path; "
+            f"from genkit.sampling.tuning import tune_model; from pathlib import Path; "
             f"print(tune_model({str(folder)!r}, 4, out=Path({str(out)!r}), guidance=2.0, noises=12)['tuned_error'])"
         )
         return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from genkit.datasets.sources import Example
 from genkit.errors import InputError, nearest, shown
-from genkit.sources import Example
 from genkit.training.recipe import Background, Data
 from genkit.training.state import fold
 

@@ -11,7 +11,7 @@ import torch
 
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError
-from genkit.request import Request
+from genkit.rows.request import Request
 from genkit.scoring.distances import DISTANCES, halved, interval
 from genkit.scoring.plugins import find_features
 from genkit.training.data import Batch, Pictures
@@ -78,7 +78,7 @@ class Evaluation:
 
     def _samples(self, step: int) -> dict[str, Any]:
         """Draw the prompts of the recipe, or pictures without any, and score them."""
-        from genkit.generators import Generator
+        from genkit.sampling.generators import Generator
 
         parts = self.task.parts
         words = self.plan.prompts if self.task.encoders else [""]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_text
-from genkit.yamltext import parse_yaml
+from genkit.rows.yamltext import parse_yaml
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]

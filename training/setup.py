@@ -20,17 +20,17 @@ import torch
 from genkit.components import ModelInfo, load_components, weight_hashes
 from genkit.components.compose import compose_model
 from genkit.components.weights import sha256
-from genkit.device import compute_dtype, peak_memory, pick_device
-from genkit.doctor import check_data
+from genkit.datasets.duplicates import look_at
+from genkit.datasets.sources import Example, read_examples, split
+from genkit.device.devices import compute_dtype, peak_memory, pick_device
 from genkit.durable import disk, json_line, lock_folder, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place, read_json
-from genkit.likeness import look_at
 from genkit.progress import Steps, printable
-from genkit.sources import Example, read_examples, split
 from genkit.training.cache import encoded
 from genkit.training.checkpoint import Checkpoints
 from genkit.training.data import Feed, Pictures
+from genkit.training.doctor import check_data
 from genkit.training.evaluate import LOWER_IS_BETTER, Evaluation
 from genkit.training.output import write_model
 from genkit.training.recipe import Recipe
@@ -297,7 +297,7 @@ def _say(text: str, quiet: bool) -> None:
 def _prior(recipe: Recipe, task: Any, out: Path, device: str, draw: bool) -> Pictures:
     """Return DreamBooth's pictures of the class: those given, or drawn once by the model as it is."""
     from genkit.job import generate
-    from genkit.request import Request
+    from genkit.rows.request import Request
 
     prior = recipe.prior
     assert prior is not None

@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy, embedding
 
 from genkit.components import Components
-from genkit.cpu import suit_cpu
+from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, spelled
+from genkit.device.cpu import suit_cpu
+from genkit.device.processor import narrow_attention
 from genkit.errors import InputError, shown
-from genkit.processor import narrow_attention
+from genkit.rows.settings import Geometry
 from genkit.scoring.clip import ClipScorer
-from genkit.settings import Geometry
-from genkit.text import Penultimate, TextEncoder, TextEncoderPair, spelled
 from genkit.training.objective import Noising, objective_scheduler
 from genkit.training.recipe import Recipe
 

@@ -19,7 +19,7 @@ from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json
 
 EMBEDDED = Path(__file__).parent / "embedded"
-# Steps and guidance that suit an embedded model; others go by the field's habits (genkit.settings).
+# Steps and guidance that suit an embedded model; others go by the field's habits (genkit.rows.settings).
 DEFAULTS: dict[str, dict[str, Any]] = {"emoji": {"num_inference_steps": 20, "guidance_scale": 5.0}, "emoji-clip": {}}
 
 

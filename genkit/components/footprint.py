@@ -16,7 +16,7 @@ Config = Mapping[str, Any]
 FEED_FORWARD = 20  # widths a token in a transformer block: residual, tokens, norm, 8 projected, gate, product
 SELF_ATTENTION = 8  # residual, norm, query, key, value, out, projected, and one to spare
 CLIP_LAYER = 6
-STRIPED = 2  # VAE blocks, from the picture's end, that genkit.strips works on in strips
+STRIPED = 2  # VAE blocks, from the picture's end, that genkit.sampling.strips works on in strips
 COUNT, LEAST = 32, 16  # strips a map, and rows a strip
 
 
@@ -121,7 +121,7 @@ def vae_decode(config: Config, height: int, width: int, workspace: bool = True) 
 
 
 def vae_strips(config: Config, height: int, width: int, workspace: bool = True) -> int:
-    """Return the numbers alive at the peak of `decode_in_strips` (genkit.strips), which encoding does not exceed."""
+    """Return the numbers alive at the peak of `decode_in_strips`, which encoding does not exceed."""
     widths = list(reversed(config["block_out_channels"]))
     whole = max(1, len(widths) - STRIPED)
     types = config["up_block_types"][:whole]

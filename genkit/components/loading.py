@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
 from genkit.components.weights import Tensor, check_shapes
-from genkit.device import compute_dtype, usable_cores
+from genkit.device.devices import compute_dtype, usable_cores
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place
 
@@ -110,7 +110,7 @@ def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *,
     """Read the weights of `part` into `network`. Raises HostError when there is no memory for them."""
     from safetensors import SafetensorError
 
-    from genkit.outofmemory import attempt
+    from genkit.device.outofmemory import attempt
 
     place_on = _placer(device, dtype, pinned)
     weights: dict[str, Any] = {}

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate, normalize
 
-from genkit.device import pick_device
+from genkit.components.text import TextEncoder
+from genkit.device.devices import pick_device
+from genkit.device.outofmemory import in_parts
 from genkit.errors import InputError
-from genkit.outofmemory import in_parts
-from genkit.text import TextEncoder
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,0 +1,137 @@
+"""Prompts to embeddings, each distinct prompt once."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from genkit.device.memory import CLIP_BATCH
+from genkit.device.outofmemory import in_parts
+from genkit.device.residency import Hold
+from genkit.errors import InputError
+
+CACHED_PROMPTS = 4096  # 77 x 768 in half precision is 118 kB: half a gigabyte at the very most
+
+
+def spelled(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
+    """Return prompts with every token of a learned word of several vectors in place of the word, as diffusers does.
+
+    They are its tokens <cat>, <cat>_1, <cat>_2, … (textual inversion); written out in full they stay as they are.
+    """
+    texts, added = list(prompts), tokenizer.get_added_vocab()
+    for word in added:
+        if f"{word}_1" in added:
+            others = (f"{word}_{i}" for i in itertools.count(1))
+            whole = " ".join([word, *itertools.takewhile(added.__contains__, others)])
+            alone = re.compile(re.escape(word) + rf"(?!_\d|\s+{re.escape(word)}_1)")
+            texts = [alone.sub(lambda _, whole=whole: whole, text) for text in texts]  # type: ignore[misc]
+    return texts
+
+
+class TextEncoder:
+    """A tokenizer and a CLIP text model, with the embeddings of the prompts it has seen.
+
+    `truncated` holds the prompts that were longer than the model reads: their ends had no say in the picture. hold:
+    what the model is to be held with while it works (device/residency.py). batch: prompts a call; halves when memory
+    runs out.
+    """
+
+    def __init__(self, tokenizer: Any, model: Any, hold: Hold = contextlib.nullcontext) -> None:
+        self.tokenizer, self.model, self.hold = tokenizer, model, hold
+        self.batch = CLIP_BATCH
+        self.truncated: set[str] = set()
+        self._seen: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Iterable[str]) -> list[torch.Tensor]:
+        """Return an embedding of shape (tokens, width) for each prompt; in RAM where the model is a guest."""
+        prompts = list(prompts)
+        new = [p for p in dict.fromkeys(prompts) if p not in self._seen]
+        found = {p: self._seen[p] for p in prompts if p in self._seen}
+        if new:
+            with self.hold():
+                parts, self.batch = in_parts(len(new), self.batch, lambda part: self._encode(new[part]), "prompts")
+            guest = self.hold is not contextlib.nullcontext  # what it made is to leave room as well
+            found |= dict(zip(new, (row for part in parts for row in (part.cpu() if guest else part)), strict=True))
+        for prompt in found:
+            self._seen[prompt] = found[prompt]
+            self._seen.move_to_end(prompt)
+        while len(self._seen) > CACHED_PROMPTS:
+            self._seen.popitem(last=False)
+        return [found[p] for p in prompts]
+
+    def knows(self, prompts: Iterable[str]) -> bool:
+        """Whether the embeddings of all these prompts are at hand."""
+        return all(p in self._seen for p in prompts)
+
+    def _encode(self, prompts: list[str]) -> torch.Tensor:
+        length = self.tokenizer.model_max_length
+        texts = spelled(self.tokenizer, prompts)
+        ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        full = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        self.truncated.update(p for p, tokens in zip(prompts, full, strict=True) if len(tokens) > length)
+        # As Stable Diffusion was trained: padding takes part, unless the model's config asks for the mask.
+        mask = (
+            ids.attention_mask.to(self.model.device)
+            if getattr(self.model.config, "use_attention_mask", False)
+            else None
+        )
+        return self.model(ids.input_ids.to(self.model.device), attention_mask=mask)[0]
+
+
+class TextEncoderPair:
+    """SDXL's two text encoders, whose embeddings stand side by side; the second also makes one vector of a prompt.
+
+    Of both, the layer before the last is taken (Podell et al. 2023, section 2.1).
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
+        self.first, self.second = first, second
+        lengths = [encoder.tokenizer.model_max_length for encoder in (first, second)]
+        if lengths[0] != lengths[1]:
+            raise InputError(f"tokenizer_2: reads {lengths[1]} tokens, but tokenizer reads {lengths[0]}")
+
+    def knows(self, prompts: Iterable[str]) -> bool:
+        """Return whether these prompts need no encoding any more."""
+        return self.first.knows(prompts) and self.second.knows(prompts)
+
+    @property
+    def truncated(self) -> set[str]:
+        """The prompts that were longer than the models read."""
+        return self.first.truncated | self.second.truncated
+
+    def __call__(self, prompts: Iterable[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return an embedding (tokens, width) and a vector (projection,) for each prompt."""
+        prompts = list(prompts)
+        width = self.second.model.config.hidden_size
+        found = []
+        for one, packed in zip(self.first(prompts), self.second(prompts), strict=True):
+            tokens = len(one)
+            other, vector = packed[: tokens * width].view(tokens, width), packed[tokens * width :]
+            found.append((torch.cat([one, other], dim=-1), vector))
+        return found
+
+
+class Penultimate:
+    """A CLIP text model as TextEncoder calls it; its output is the layer before the last, (B, tokens, width).
+
+    pooled: the model has a projection; the output is (B, tokens * width + projection), the layer and then its vector.
+    """
+
+    def __init__(self, model: Any, pooled: bool = False) -> None:
+        self.model, self.config, self.pooled = model, model.config, pooled
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def __call__(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+        out = self.model(ids, attention_mask=attention_mask, output_hidden_states=True)
+        layer = out.hidden_states[-2]
+        return (torch.cat([layer.flatten(1), out.text_embeds], dim=1) if self.pooled else layer,)

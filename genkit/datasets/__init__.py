@@ -1,0 +1,1 @@
+"""Pictures and captions as data: reading, exporting, finding duplicates."""

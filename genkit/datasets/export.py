@@ -1,0 +1,165 @@
+"""Kept pictures as a data set of their own: a folder with metadata.jsonl (`datasets`' imagefolder), or shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, read_lines, write_whole
+from genkit.errors import HostError, InputError, nearest, shown
+from genkit.progress import Steps
+from genkit.rows.request import Result
+
+METADATA = "metadata.jsonl"
+PLAN = ".export.jsonl"  # of an export under way: what is there, and what will be
+SHARD = 500_000_000  # bytes
+_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What an export looks like. form: folder, webdataset or parquet; shard_size: bytes of a shard, None: SHARD."""
+
+    form: str = "folder"
+    shard_size: int | None = None
+
+    @classmethod
+    def of(cls, form: str, shard_size: str | None) -> Target:
+        """Read the command line's --format and --shard-size ("500MB"). Raises InputError."""
+        found = None if shard_size is None else re.fullmatch(r"([0-9]{1,9})\s*([A-Za-z]*)", shard_size)
+        if shard_size is not None and (found is None or found[2].lower() not in _UNITS):
+            raise InputError(f"--shard-size: {shown(shard_size)} is not like 500MB or 2GB")
+        return cls(form, None if found is None else int(found[1]) * _UNITS[found[2].lower()])
+
+    def check(self, out: Path | None) -> None:
+        """Raise InputError for what cannot be, before anything is read or written."""
+        if self.form not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise InputError(f"--format: {shown(self.form)} is none of {known}{nearest(self.form, FORMATS)}")
+        if out is None and self != Target():
+            raise InputError(
+                f"--{'format' if self.form != 'folder' else 'shard-size'}: needs -o, the folder to write to"
+            )
+        if self.shard_size is not None and self.form == "folder":
+            raise InputError("--shard-size: is for --format webdataset and parquet; a folder has no shards")
+        if self.shard_size is not None and not 1000 <= self.shard_size <= 10**12:
+            raise InputError(f"--shard-size: {self.shard_size} bytes is not within 1 kB to 1000 GB")
+        if self.form == "parquet":
+            from genkit.datasets.shards import need_pyarrow
+
+            need_pyarrow()
+
+
+def export(folder: Path, kept: Sequence[Result], out: Path, target: Target | None = None) -> int:
+    """Copy the pictures of `kept` from a run folder to `out` in the form of `target`; return their number.
+
+    Raises InputError for an `out` that holds anything but an earlier export; HostError for a full disk, a bad picture.
+    """
+    target = target or Target()
+    return FORMATS[target.form](folder, kept, out, target.shard_size or SHARD)
+
+
+def _folder(folder: Path, kept: Sequence[Result], out: Path, _size: int) -> int:
+    """Copy the pictures of `kept` from a run folder to `out`, with a line each in metadata.jsonl; return their number.
+
+    A line has file_name, text (the prompt), id, index, seed, sha256, scores and, as JSON text, meta: a column has one
+    type for those who read it as a table, `datasets` for one. `out` is new, empty, or an earlier export, whole or
+    broken off: what it has of `kept` stays, its other pictures go. Raises InputError for another folder, HostError.
+    """
+    names = {Path(str(r.file)).name: r for r in kept}
+    with disk(out):
+        earlier = _exported(out)
+        out.mkdir(parents=True, exist_ok=True)
+        planned = [*earlier.items(), *((name, r.sha256) for name, r in names.items())]
+        write_whole(out / PLAN, "".join(json_line({"file_name": n, "sha256": d}) for n, d in planned).encode())
+        for name in filter(is_temporary, os.listdir(out)):
+            (out / name).unlink()
+        with Steps() as tell:
+            for n, (name, r) in enumerate(names.items(), 1):
+                if earlier.get(name) != r.sha256:
+                    _put(out / name, picture(folder, r))
+                tell(n, len(names), "of the pictures copied")
+        write_whole(out / METADATA, (_line(name, r) for name, r in names.items()))
+        for name in earlier.keys() - names.keys():
+            (out / name).unlink(missing_ok=True)
+        found = sum(name in names for name in os.listdir(out))
+        if found != len(kept):
+            raise HostError(f"{out}: holds {found} of the {len(kept)} pictures that were copied")
+        (out / PLAN).unlink()
+    return found
+
+
+def _exported(out: Path) -> dict[str, str]:
+    """Return {name: SHA-256} of the pictures in `out` that an earlier export, whole or broken off, put there.
+
+    Raises InputError when anything else is there, an edited picture included: it may be somebody's work.
+    """
+    if not out.exists():
+        return {}
+    if not out.is_dir():
+        raise InputError(f"--out: {out} is not a folder")
+    tables = [out / name for name in (METADATA, PLAN) if (out / name).is_file()]
+    lines = [line for table in tables for line in read_lines(table)[0] if isinstance(line, dict)]
+    known = {(line.get("file_name"), line.get("sha256")) for line in lines if isinstance(line.get("sha256"), str)}
+    found = {}
+    for path in sorted(out.iterdir()):
+        if path.name in (METADATA, PLAN) or is_temporary(path.name):
+            continue
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        if (path.name, found[path.name]) not in known:
+            raise InputError(
+                f"--out: {out} holds {shown(path.name)}, which is no picture of an earlier export as it was"
+            )
+    return found
+
+
+def _put(path: Path, data: bytes) -> None:
+    temp = path.with_name(f"{TEMP_PREFIX}{path.name}{TEMP_SUFFIX}")
+    temp.write_bytes(data)
+    temp.replace(path)
+
+
+def picture(folder: Path, r: Result) -> bytes:
+    """Return the bytes of a record's picture. Raises HostError where they are not those that were recorded."""
+    path = folder / str(r.file)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != r.sha256:
+        raise HostError(f"{path}: is damaged; `genkit generate` with the same arguments draws it again")
+    return data
+
+
+def _line(name: str, r: Result) -> bytes:
+    told = {"file_name": name, **caption(r)}
+    if r.meta is not None:
+        told["meta"] = json_line(r.meta).strip()
+    return json_line(told).encode("utf-8", "backslashreplace")
+
+
+def caption(r: Result) -> dict[str, Any]:
+    """Return what goes with a picture into every form of data set."""
+    line = {
+        "text": r.prompt,
+        "id": r.id,
+        "index": r.index,
+        "seed": r.seed,
+        "sha256": r.sha256,
+        "scores": r.scores,
+    }
+    return line if r.meta is None else {**line, "meta": r.meta}
+
+
+def _shards(form: str) -> Callable[[Path, Sequence[Result], Path, int], int]:
+    def write(folder: Path, kept: Sequence[Result], out: Path, size: int) -> int:
+        from genkit.datasets.shards import write_shards
+
+        return write_shards(form, folder, kept, out, size)
+
+    return write
+
+
+FORMATS = {"folder": _folder, "webdataset": _shards("webdataset"), "parquet": _shards("parquet")}

@@ -1,0 +1,229 @@
+"""Kept pictures as shards of a size: WebDataset tar files, or Parquet with an image column that `datasets` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from genkit.datasets.export import caption, picture
+from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, sync_folder, write_whole
+from genkit.errors import HostError, InputError, shown
+from genkit.progress import Steps
+from genkit.rows.request import Result
+
+MANIFEST = ".export.json"  # hidden: `datasets` would take it for data
+GROUP = 100  # pictures in a row group of Parquet: what a reader must hold to see one
+Columns = dict[str, str]  # of Parquet: name -> kind, the same in all shards
+Write = Callable[[BinaryIO, Path, Sequence[Result], Columns], None]
+
+
+def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, size: int) -> int:
+    """Write the pictures of `kept` to 000000.tar, 000001.tar, … (or .parquet) in `out`; return their number.
+
+    A shard has at most `size` bytes of pictures and captions, but one picture at least; it gets its name when it is
+    whole and synced. .export.json says beforehand what each shard is to hold: one that is there and was to hold the
+    same is not written again. Raises InputError for an `out` with anything else in it, HostError.
+    """
+    suffix, write, count = _FORMS[form]
+    plan = {f"{n:06d}{suffix}": part for n, part in enumerate(_cut(kept, size))}
+    columns = _columns(kept)
+    digests = {name: _digest(form, columns, part) for name, part in plan.items()}
+    with disk(out):
+        earlier = _earlier(out)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in os.listdir(out):
+            if is_temporary(name) or (name in earlier and earlier[name]["digest"] != digests.get(name)):
+                (out / name).unlink()
+        shards = {name: {"samples": len(part), "digest": digests[name]} for name, part in plan.items()}
+        for name in plan:
+            if name in earlier and (out / name).exists():
+                shards[name] = earlier[name]
+        manifest = {"format": form, "samples": len(kept), "complete": False, "shards": shards}
+        _note(out, manifest)
+        with Steps() as tell:
+            for done, (name, part) in zip(accumulate(map(len, plan.values())), plan.items(), strict=True):
+                if not (out / name).exists():
+                    with _whole(out / name) as file:
+                        write(file, folder, part, columns)
+                found = count(out / name)
+                if found != len(part):
+                    raise HostError(f"{out / name}: holds {found} of {len(part)} pictures; remove it and try again")
+                shards[name]["bytes"] = (out / name).stat().st_size
+                tell(done, len(kept), "of the pictures are in shards")
+        _note(out, {**manifest, "complete": True})
+    return len(kept)
+
+
+def _cut(kept: Sequence[Result], size: int) -> Iterator[list[Result]]:
+    part: list[Result] = []
+    total = 0
+    for r in kept:
+        own = _rounded(r.bytes or 0) + _rounded(len(_text(r))) + _rounded(len(_json(r)))
+        if part and total + own > size:
+            yield part
+            part, total = [], 0
+        part.append(r)
+        total += own
+    if part:
+        yield part
+
+
+def _rounded(size: int) -> int:
+    """Return what a file of `size` bytes takes in a tar."""
+    return tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _digest(form: str, columns: Columns, part: Sequence[Result]) -> str:
+    sums = hashlib.sha256(json.dumps([form, columns]).encode())
+    for r in part:
+        sums.update(_json(r) + Path(str(r.file)).suffix.encode())
+    return sums.hexdigest()
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """Return the shards of an earlier export in `out`; raises InputError if anything else, or a changed one, is."""
+    if not out.exists():
+        return {}
+    if not out.is_dir():
+        raise InputError(f"--out: {out} is not a folder")
+    try:
+        shards = json.loads((out / MANIFEST).read_bytes())["shards"]
+        known = {str(name): {"digest": s["digest"], "samples": s["samples"], **s} for name, s in shards.items()}
+    except FileNotFoundError:
+        known = {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"--out: {out / MANIFEST} is not that of an export") from None
+    for path in sorted(out.iterdir()):
+        if path.name == MANIFEST or is_temporary(path.name):
+            continue
+        if path.name not in known or path.stat().st_size != known[path.name].get("bytes", path.stat().st_size):
+            raise InputError(f"--out: {out} holds {shown(path.name)}, which is no shard of an earlier export as it was")
+    return known
+
+
+def _note(out: Path, manifest: dict[str, Any]) -> None:
+    write_whole(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    sync_folder(out)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Give a temporary file to be filled; sync it, and give it its name."""
+    temp = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}{TEMP_SUFFIX}")
+    try:
+        with open(temp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temp.unlink()
+        raise
+
+
+def _text(r: Result) -> bytes:
+    return r.prompt.encode("utf-8", "backslashreplace")
+
+
+def _json(r: Result) -> bytes:
+    return json_line(caption(r)).strip().encode("utf-8", "backslashreplace")
+
+
+def _tar(file: BinaryIO, folder: Path, part: Sequence[Result], columns: Columns) -> None:
+    """Write <key>.png (or as the picture's file ends), <key>.txt and <key>.json for each picture.
+
+    Readers cut a key at its first dot; "%2E" stands for those of an id, which holds no "%" itself.
+    """
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for r in part:
+            key = f"{r.id}-{r.index:02d}".replace(".", "%2E")
+            parts = ((Path(str(r.file)).suffix, picture(folder, r)), (".txt", _text(r)), (".json", _json(r)))
+            for suffix, data in parts:
+                member = tarfile.TarInfo(key + suffix)
+                member.size, member.mode = len(data), 0o644
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _tar_samples(path: Path) -> int:
+    with tarfile.open(path, "r:") as tar:
+        return sum(member.name.endswith(".json") for member in tar)
+
+
+def need_pyarrow() -> None:
+    """Raise HostError, saying how to get it, where pyarrow is missing."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise HostError("--format parquet: needs pyarrow, which is not installed: pip install pyarrow")
+
+
+def _parquet(file: BinaryIO, folder: Path, part: Sequence[Result], columns: Columns) -> None:
+    """Write a row for each picture: image, text, id, index, seed, sha256, score_NAME, and as JSON text p and meta."""
+    import pyarrow
+    from pyarrow import parquet
+
+    schema = _schema(columns)
+    plain = [name for name in columns if name != "image"]  # of small pictures the statistics hold two whole ones
+    with parquet.ParquetWriter(file, schema, use_dictionary=plain, write_statistics=plain) as writer:
+        for start in range(0, len(part), GROUP):
+            rows = [_row(folder, r, columns) for r in part[start : start + GROUP]]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def _columns(kept: Sequence[Result]) -> Columns:
+    fields = {"image": "Image", "text": "string", "id": "string", "index": "int64", "seed": "int64", "sha256": "string"}
+    scores = sorted({name for r in kept for name, v in r.scores.items() if isinstance(v, int | float)})
+    flags = {name for name in scores if all(isinstance(r.scores.get(name, False), bool) for r in kept)}
+    fields |= {f"score_{name}": "bool" if name in flags else "float64" for name in scores}
+    return fields | {"p": "string", "meta": "string"}
+
+
+def _schema(columns: Columns) -> Any:
+    """Return the Arrow schema, with the features under "huggingface" by which `datasets` sees pictures."""
+    import pyarrow
+
+    types = {
+        "Image": pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+        "string": pyarrow.string(), "int64": pyarrow.int64(), "float64": pyarrow.float64(), "bool": pyarrow.bool_(),
+    }  # fmt: skip
+    features = {
+        name: {"_type": "Image"} if kind == "Image" else {"dtype": kind, "_type": "Value"}
+        for name, kind in columns.items()
+    }
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pyarrow.schema([(name, types[kind]) for name, kind in columns.items()], metadata=told)
+
+
+def _row(folder: Path, r: Result, columns: Columns) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "image": {"bytes": picture(folder, r), "path": Path(str(r.file)).name},
+        "text": _text(r).decode(), "id": r.id, "index": r.index, "seed": r.seed, "sha256": r.sha256,
+    }  # fmt: skip
+    for name, kind in columns.items():
+        if name.startswith("score_") and (value := r.scores.get(name.removeprefix("score_"))) is not None:
+            found[name] = float(value) if kind == "float64" else value
+    for name, value in (("p", r.scores.get("p")), ("meta", r.meta)):
+        found[name] = None if value is None else json_line(value).strip()
+    return found
+
+
+def _parquet_samples(path: Path) -> int:
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(path).num_rows)
+
+
+# What a shard's name ends with, what writes it, and what counts its pictures.
+_FORMS: dict[str, tuple[str, Write, Callable[[Path], int]]] = {
+    "webdataset": (".tar", _tar, _tar_samples),
+    "parquet": (".parquet", _parquet, _parquet_samples),
+}

@@ -1,0 +1,151 @@
+"""Which of a model's networks are on the device, and when: the four levels of genkit.device.memory, carried out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from genkit.device.memory import LAYERS, PARTS, RESIDENT, TURNS
+from genkit.errors import shown
+
+log = logging.getLogger("genkit")
+
+Hold = Callable[[], AbstractContextManager[Any]]
+
+
+class Residency:
+    """Brings networks to the device for their work.
+
+    A network that is not there has its weights in RAM, pinned where the loader could; to move it off is to forget the
+    device's copy, since nothing changes it. At most one guest is on the device besides the UNet, or instead of it where
+    they take turns; it stays until another comes. Layouts and layers must be final before `add`.
+    """
+
+    def __init__(self, device: torch.device, level: str = RESIDENT) -> None:
+        self.device, self.level = device, level
+        self._networks: dict[str, Any] = {}
+        self._homes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of the networks on the device
+        self._lock = threading.RLock()  # denoising and decoding may be different threads
+
+    @property
+    def resident(self) -> bool:
+        """Whether everything is on the device, always."""
+        return self.level == RESIDENT
+
+    @property
+    def steady(self) -> bool:
+        """Whether the UNet stays on the device: its calls may be captured in graphs, and decoding may run beside."""
+        return self.level in (RESIDENT, PARTS)
+
+    def add(self, name: str, network: Any) -> Hold:
+        """Take charge of a network; return what it has to be held with while it works.
+
+        The UNet needs no holding: it comes when it is called.
+        """
+        if self.resident or network is None or (name == "unet" and self.level == PARTS):
+            return contextlib.nullcontext
+        self._networks[name] = network
+        if name == "unet" and self.level == LAYERS:
+            _by_layer(network, self.device)
+            return contextlib.nullcontext
+        if name == "unet":
+            network.register_forward_pre_hook(lambda module, given: self.bring("unet"))
+            return contextlib.nullcontext
+        return lambda: self._holding(name)
+
+    @contextlib.contextmanager
+    def _holding(self, name: str) -> Iterator[None]:
+        with self._lock:
+            self.bring(name)
+            yield
+
+    def bring(self, name: str) -> None:
+        """Have a network on the device, and those that it does not share it with off."""
+        with self._lock:
+            if name in self._homes:
+                return
+            for other in list(self._homes):
+                self.park(other)
+            # As plain tensors: what is made in inference mode would mark the parameter for good.
+            with torch.inference_mode(False), torch.no_grad():
+                tensors = _tensors(self._networks[name])
+                there = [t.data.to(self.device, non_blocking=True, copy=True) for t in tensors]
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
+                self._homes[name] = [(t, t.data) for t in tensors]
+                for tensor, copy in zip(tensors, there, strict=True):
+                    tensor.data = copy
+
+    def park(self, name: str) -> None:
+        """Have a network off the device."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for tensor, home in self._homes.pop(name, ()):
+                tensor.data = home
+            if self.level == TURNS and self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the next network's blocks are of other sizes
+
+    @contextlib.contextmanager
+    def float32(self, unet: Any) -> Iterator[None]:
+        """Have the UNet compute in float32 for a while; its half-precision weights come back bit for bit."""
+        dtype = unet.dtype
+        self._settle(unet)
+        before = [] if self.steady else [(t, t.data) for t in _tensors(unet)]
+        try:
+            unet.to(torch.float32)
+            self._resume(unet)
+            yield
+        finally:
+            self._settle(unet)
+            unet.to(dtype)
+            for tensor, data in before:  # pinned
+                tensor.data = data
+            self._resume(unet)
+
+    def _settle(self, unet: Any) -> None:
+        """Have the weights of a UNet that comes and goes where they can be changed."""
+        if "unet" in self._networks and self.level == LAYERS:
+            _whole(unet)
+        elif "unet" in self._networks:
+            self.park("unet")
+
+    def _resume(self, unet: Any) -> None:
+        if "unet" in self._networks and self.level == LAYERS:
+            _by_layer(unet, self.device)
+
+
+def _tensors(network: Any) -> list[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _by_layer(unet: Any, device: torch.device) -> None:
+    """Have each layer come to the device when it is called, the next one on a stream beside it.
+
+    Without `record_stream`: then each layer's memory is free again before the next but one is asked for, however far
+    the processor is ahead of the device.
+    """
+    from diffusers.hooks import apply_group_offloading
+
+    home = torch.device("cpu")
+    if device.type == "cuda":
+        try:
+            apply_group_offloading(unet, device, home, offload_type="leaf_level", use_stream=True)
+            return
+        except (RuntimeError, ValueError) as error:  # say, RAM that cannot be pinned
+            log.warning("layers come to the device without a stream of their own: %s", shown(str(error), 120))
+            _whole(unet)
+    apply_group_offloading(unet, device, home, offload_type="leaf_level")
+
+
+def _whole(unet: Any) -> None:
+    """Undo `_by_layer`: all weights are in RAM, and nothing moves them."""
+    from diffusers.hooks import HookRegistry
+
+    registry = HookRegistry.check_if_exists_or_initialize(unet)
+    for name in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+        registry.remove_hook(name, recurse=True)

@@ -1,0 +1,1 @@
+"""The HTML pages, each beside the code that fills it."""

@@ -1,0 +1,89 @@
+"""The doctor's report as one page: facts, what was found with thumbnails, some pictures; no script, nothing loaded."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from html import escape
+from importlib.resources import files
+
+from genkit.errors import InputError
+from genkit.training.doctor import Case, Report
+
+SIDE = 112  # pixels of a thumbnail
+MOST, SOME = 48, 60  # pictures of a finding, and of the data set as a whole
+LONG = 300  # characters of a caption
+
+
+def page(report: Report) -> str:
+    """Return the report as HTML. Whatever names and captions say is text; its policy lets nothing run or load."""
+    template = files("genkit.pages").joinpath("doctor.html").read_text("utf-8")
+    style = re.search(r"<style>(.*?)</style>", template, re.DOTALL)
+    assert style is not None
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    rules = (
+        "default-src 'none'",
+        "img-src data:",
+        f"style-src 'sha256-{digest}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    )
+    parts = {"policy": "; ".join(rules), "facts": "".join(_facts(report)), "findings": "".join(_findings(report))}
+    case = report.case
+    spread = range(0, len(case.pictures), max(1, -(-len(case.pictures) // SOME)))
+    parts["pictures"] = "".join(_card(case, i) for i in spread)
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _facts(report: Report) -> Iterator[str]:
+    for name, value in report.facts.items():
+        yield f'<dt>{escape(name)}</dt><dd dir="auto">{escape(value)}</dd>'
+
+
+def _findings(report: Report) -> Iterator[str]:
+    if not report.findings:
+        yield '<p class="fine">Nothing is wrong.</p>'
+    for finding in report.findings:
+        told = f'<b>{finding.level}</b> <span dir="auto">{escape(finding.text)}</span>'
+        yield f'<section class="{finding.level}"><h2>{told}</h2>'
+        left, groups = MOST, []
+        for group in finding.groups:
+            if left <= 0:
+                break
+            cards = "".join(_card(report.case, i) for i in group[:left])
+            groups.append(f'<div class="group">{cards}</div>' if len(group) > 1 else cards)
+            left -= len(group)
+        more = len(finding.groups) - len(groups)
+        yield f'<div class="grid">{"".join(groups)}</div>' if groups else ""
+        yield (f"<p>… and {more:,} more; genkit doctor --json names them all</p>" if more else "") + "</section>"
+
+
+def _card(case: Case, number: int) -> str:
+    example = case.pictures[number]
+    caption = example.caption or ""
+    caption = caption if len(caption) <= LONG else caption[:LONG] + "…"
+    small = base64.b64encode(_thumbnail(case, number)).decode()
+    shown = f'<img src="data:image/webp;base64,{small}" alt="">' if small else '<i class="broken">unreadable</i>'
+    look = case.looks[number]
+    size = escape(look.problem.removeprefix(f"{example.key}: ")) or "×".join(map(str, look.size))
+    size += ", held out" if number >= case.train else ""
+    return (
+        f'<figure>{shown}<figcaption><span dir="auto">{escape(caption) or "<i>no caption</i>"}</span>'
+        f'<small dir="auto">{escape(example.key)}</small><small>{size}</small></figcaption></figure>'
+    )
+
+
+def _thumbnail(case: Case, number: int) -> bytes:
+    if case.looks[number].problem:
+        return b""
+    try:
+        picture = case.pictures[number].read()
+    except InputError:  # changed a moment ago
+        return b""
+    picture.thumbnail((SIDE, SIDE))
+    kept = io.BytesIO()
+    picture.save(kept, "webp", quality=70)
+    return kept.getvalue()

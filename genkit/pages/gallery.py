@@ -1,0 +1,87 @@
+"""RUN/index.html: every image, what it scored, and why it was kept or not, on one page that needs no server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import itertools
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from genkit.durable import disk, json_pieces, write_whole
+from genkit.rows.request import Request, Result
+from genkit.runs.records import GALLERY
+
+# What must not stand in a JSON block within HTML: "</script>" would end it, "<!--" would change how it is read.
+_HTML = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+_SETTINGS_OF_IMAGE = ("seed", "index", "file", "status", "scores", "width", "height", "nfe", "seconds")
+LOCAL = "img-src 'self' file:"
+_settings_of = operator.attrgetter(*_SETTINGS_OF_IMAGE)
+
+
+def write_gallery(
+    folder: Path,
+    rows: Sequence[Request],
+    results: Iterable[Result],
+    selection: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> Path:
+    """Write index.html of a run folder and return its path.
+
+    selection: as from `decide`; config: run.json. The page holds its style and script, loads images by relative path,
+    and its policy lets nothing else run or load. Raises HostError.
+    """
+    template = files("genkit.pages").joinpath("gallery.html").read_text("utf-8")
+    parts = {"policy": policy(template, LOCAL), "title": html.escape(folder.resolve().name)}
+    before, after = template.split("{{data}}")
+    before, after = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in (before, after))
+    images = _images(results, selection["images"])
+    settings = ((str(row.id), {k: v for k, v in row.to_json().items() if k != "id"}) for row in rows)
+    data = map(within_html, json_pieces(_data(folder.resolve().name, config), {"rows": settings}, {"images": images}))
+    pieces = itertools.chain([before], data, [after])
+    path = folder / GALLERY
+    with disk(path):
+        write_whole(path, (text.encode("utf-8", "backslashreplace") for text in pieces))
+    return path
+
+
+def within_html(text: str) -> str:
+    for character, escape in _HTML.items():
+        text = text.replace(character, escape)
+    return text
+
+
+def _images(results: Iterable[Result], decisions: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what the page shows of each image, in the order of its row, then of its number."""
+    found = {f"{r.id}-{r.index:02d}": r for r in results}
+    ranked = Counter(d["id"] for d in decisions.values() if d["rank"] is not None)
+    for key, decision in decisions.items():
+        record = dict(zip(_SETTINGS_OF_IMAGE, _settings_of(found[key]), strict=True))
+        verdict = {field: decision[field] for field in ("id", "kept", "rank", "reason")}
+        yield record | verdict | {"of": ranked[decision["id"]]}
+
+
+def _data(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of the run."""
+    model = config["binding"].get("model") or {}
+    info = config["info"]
+    made = f"Made with genkit {info.get('genkit', '')}, begun {str(info.get('started', ''))[:10]}"
+    model_name = model.get("name", "") if isinstance(model, Mapping) else str(model)
+    return {"name": name, "model": model_name, "made": made}
+
+
+def policy(template: str, *sources: str) -> str:
+    """Return a Content-Security-Policy: the template's own style and script, by hash, and `sources` (local images)."""
+    hashes = {}
+    for tag in ("style", "script"):
+        inside = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        assert inside is not None
+        hashes[tag] = base64.b64encode(hashlib.sha256(inside[1].encode()).digest()).decode()
+    allowed = [f"{tag}-src 'sha256-{digest}'" for tag, digest in hashes.items()]
+    return "; ".join(["default-src 'none'", *sources, *allowed, "base-uri 'none'", "form-action 'none'"])

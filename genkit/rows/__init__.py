@@ -1,0 +1,1 @@
+"""What is asked for: requests, prompt files, typed settings, sampling plans."""

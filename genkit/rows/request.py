@@ -1,0 +1,395 @@
+"""One row of work, checked field by field before anything heavy loads, and the record of one finished image."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from genkit.errors import InputError, nearest, shown
+
+MAX_TEXT = 100_000  # characters, of a prompt as of `meta` written as JSON
+META_DEPTH = 20
+SEED_LIMIT = 2**32  # torch's CPU generator reads 32 bits only: a larger seed would silently repeat a smaller one
+
+PRUNE = {"after": 0.5, "keep": 0.5}  # of the steps, of the images: what is left out of a row's `prune`
+# The other names that the field's users type, and ours for them.
+ALIASES = {
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "n": "num_images",
+    "num_images_per_prompt": "num_images",
+    "sampler_name": "scheduler",
+    "sampler": "scheduler",
+    "denoising_strength": "strength",
+    "init_image": "image",
+}
+
+Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
+Side = Annotated[int, Field(ge=8, le=8192)]
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Scores = dict[str, Any]
+
+_ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,100}")
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for d in range(1, 10))}  # Windows devices
+# What decides on the pixels; the other fields decide on keeping and labelling them.
+_PIXEL_FIELDS = (
+    "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
+    "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval",
+)  # fmt: skip
+
+
+class Request(BaseModel):
+    """One row: what to draw, how often, and which of the drawings to keep.
+
+    Fields left at None are filled from the command line or the model (`filled`). `image` and `mask_image` are a path,
+    or in Python a PIL image. Raises InputError, in one line, for an unknown field or a value out of range.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
+
+    id: str | None = None
+    prompt: Text = ""
+    negative_prompt: Text = ""
+    seed: Seed | Annotated[list[Seed], Field(min_length=1, max_length=100_000)] | None = None
+    num_images: Count = 1
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    guidance_interval: Any = None
+    width: Side | None = None
+    height: Side | None = None
+    scheduler: str | dict[str, Any] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    image: Any = None
+    mask_image: Any = None
+    keep: Count | None = None
+    gate: Annotated[str, Field(max_length=2000)] | None = None
+    rank_by: Annotated[str, Field(max_length=2000)] | None = None
+    max_images: Count | None = None
+    labels: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    prune: dict[str, Any] | None = None
+    meta: dict[str, Any] | None = None
+
+    _source: str = PrivateAttr("")
+
+    def __init__(self, **fields: Any) -> None:
+        if isinstance(fields.get("seed"), list) and "num_images" not in fields:
+            fields["num_images"] = max(1, len(fields["seed"]))
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InputError(_describe(error)) from None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Request) and dict(self) == dict(other)  # wherever they were read
+
+    @property
+    def source(self) -> str:
+        """Where the row was read, as "file.jsonl:12"; "" for one made in Python."""
+        return self._source
+
+    @property
+    def whole(self) -> int:
+        """How many of num_images are drawn to their end: all, or those that `prune` leaves."""
+        return math.ceil(self.num_images * (1 if self.prune is None else self.prune["keep"]) - 1e-9)
+
+    @field_validator("id")
+    @classmethod
+    def _check_id(cls, value: str | None) -> str | None:
+        allowed = value is None or (_ID.fullmatch(value) and value.split(".")[0].lower() not in _RESERVED)
+        if not allowed:
+            raise ValueError("must be 1 to 100 of A-Z a-z 0-9 . _ - and no reserved file name")
+        return value
+
+    @field_validator("prompt", "negative_prompt", "labels")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        if any("\x00" in text for text in ([value] if isinstance(value, str) else value or [])):
+            raise ValueError("holds a NUL character")
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (len(set(value)) < len(value) or not all(v.strip() for v in value)):
+            raise ValueError("must be different, non-empty texts")
+        return value
+
+    @field_validator("meta", mode="before")
+    @classmethod
+    def _check_meta(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:
+            if _deeper(value, META_DEPTH):
+                raise ValueError
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            if len(text.encode()) > MAX_TEXT or json.loads(text) != value:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"must be plain JSON: text keys, no NaN, at most {META_DEPTH} levels and {MAX_TEXT} bytes"
+            ) from None
+        return dict(value)
+
+    @field_validator("image", "mask_image")
+    @classmethod
+    def _check_image(cls, value: Any) -> Any:
+        if value is None or hasattr(value, "getbands") or (isinstance(value, str | Path) and str(value)):
+            return value
+        raise ValueError("must be a path or a PIL image")
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _check_interval(cls, value: Any) -> Any:
+        sigma = isinstance(value, dict) and list(value) == ["sigma"]
+        pair = value["sigma"] if sigma else value
+        numbers = isinstance(pair, list | tuple) and [type(v) in (int, float) for v in pair] == [True, True]
+        if value is None or (numbers and 0 <= pair[0] < pair[1] <= (1e6 if sigma else 1)):
+            return value
+        raise ValueError(
+            'must be two fractions of the steps, as in [0.1, 0.8], or noise levels, as in {"sigma": [0.3, 5]}'
+        )
+
+    @field_validator("prune")
+    @classmethod
+    def _check_prune(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key, share in (value or {}).items():
+            if key not in PRUNE:
+                raise ValueError(f"has no {shown(key)}{nearest(key, PRUNE)}; it is like {json.dumps(PRUNE)}")
+            if type(share) is not float or not 0 < share < 1:
+                raise ValueError(f"{key} must be a fraction, more than 0 and less than 1")
+        return None if value is None else {**PRUNE, **value}
+
+    @field_validator("scheduler")
+    @classmethod
+    def _check_scheduler(cls, value: Any) -> Any:
+        if value is not None:
+            from genkit.rows.plans import check_scheduler
+
+            check_scheduler(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Request:
+        if isinstance(self.seed, list) and len(self.seed) != self.num_images:
+            raise ValueError(f"seed: {len(self.seed)} seeds for num_images {self.num_images}")
+        self._check_expressions()
+        if self.max_images is not None and (self.keep is None or self.gate is None):
+            raise ValueError("max_images: needs `keep` and `gate`: it says how long to draw until `keep` images pass")
+        if self.max_images is not None and self.max_images < self.num_images:
+            raise ValueError(f"max_images: {self.max_images} is less than num_images {self.num_images}")
+        if self.keep is not None and self.keep > (self.max_images or self.num_images):
+            more = "max_images" if self.max_images else "num_images"
+            raise ValueError(f"keep: {self.keep} of at most {self.max_images or self.num_images} images; raise {more}")
+        if self.prune is not None:
+            self._check_pruned()
+        if self.image is None and (self.mask_image is not None or self.strength is not None):
+            field = "mask_image" if self.mask_image is not None else "strength"
+            raise ValueError(f"{field}: needs `image`, the picture to start from")
+        return self
+
+    def _check_pruned(self) -> None:
+        if self.max_images is not None:
+            raise ValueError("prune: does not go with max_images: either some images are given up, or more are drawn")
+        if self.whole == self.num_images:
+            raise ValueError(f"prune: keeps {self.whole} of num_images {self.num_images}: nothing to give up")
+        if self.keep is not None and self.keep > self.whole:
+            raise ValueError(f"keep: {self.keep} of the {self.whole} images that prune leaves")
+
+    def _check_expressions(self) -> None:
+        from genkit.scoring.gates import Expression
+        from genkit.scoring.names import check_computed
+
+        for name, text in (("gate", self.gate), ("rank_by", self.rank_by)):
+            if text is not None:
+                try:
+                    expression = Expression(text, self.labels, names=None)
+                    if name == "gate" or self.prune is not None:  # it decides while drawing
+                        check_computed(name, text, expression.names & {"sim"}, False, ())
+                except InputError as error:
+                    raise ValueError(str(error) if str(error).startswith(f"{name}: ") else f"{name}: {error}") from None
+                if name == "gate" and not expression.decides:
+                    raise ValueError(f"gate: {shown(text)} is a number; compare it, as in clip > 0.3")
+
+    def filled(self, defaults: dict[str, Any]) -> Request:
+        """Return this row with `defaults` for the fields that it does not state."""
+        row = Request(**over(defaults, {name: getattr(self, name) for name in self.model_fields_set}))
+        row._source = self._source
+        return row
+
+    def seed_of(self, index: int, run_seed: int = 0) -> int:
+        """Return the seed of image `index`: the row's seed + index, or one derived from (run seed, row id, index).
+
+        A list gives one for each image, and past its end goes on counting from its last.
+        """
+        if isinstance(self.seed, list):
+            beyond = max(0, index - len(self.seed) + 1)
+            return (self.seed[index - beyond] + beyond) % SEED_LIMIT
+        if self.seed is not None:
+            return (self.seed + index) % SEED_LIMIT
+        digest = hashlib.sha256(f"{run_seed}/{self.id}/{index}".encode()).digest()
+        return int.from_bytes(digest[:4], "little")
+
+    def drawing(self) -> str:
+        """Return a text that two rows share when they differ in nothing but seeds that decides on the pixels.
+
+        Input images count as the same only when they are the same path or object.
+        """
+        return repr([getattr(self, name) for name in _PIXEL_FIELDS if name != "seed"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values; a PIL image becomes the SHA-256 of its pixels."""
+        return {name: _plain(value) for name, value in self if value is not None}
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change when anything that decides on the pixels changes, input images included."""
+        fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
+        if self.guidance_interval is None:
+            del fields["guidance_interval"]  # rows drawn before there was one keep their fingerprint
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any, read: bool = False) -> Any:
+    if hasattr(value, "getbands"):
+        return "sha256:" + hashlib.sha256(value.tobytes() + repr((value.size, value.mode)).encode()).hexdigest()
+    if read and isinstance(value, str | Path) and Path(value).is_file():
+        return "sha256:" + hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    return str(value) if isinstance(value, Path) else value
+
+
+def over(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row: those stated, and of the defaults those that it leaves out or at None."""
+    unsaid = dict(defaults)
+    if "image" not in stated and "image" not in defaults:
+        unsaid.pop("strength", None)  # it would say nothing about this row
+    if isinstance(stated.get("seed"), list):
+        unsaid.pop("num_images", None)  # the seeds say how many
+    return {**unsaid, **{name: value for name, value in stated.items() if value is not None or name not in unsaid}}
+
+
+def canonical(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return `fields` under genkit's names: aliases resolved, `size: "WxH"` split, unknown keys refused.
+
+    Raises InputError for an unknown key, or for a field given under two names.
+    """
+    out: dict[str, Any] = {}
+    for key, value in fields.items():
+        name = ALIASES.get(key, key)
+        if name == "size":
+            parts = value.lower().split("x") if isinstance(value, str) else []
+            if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) < 6 for p in parts):
+                raise InputError(f'size: {shown(value)} is not like "512x512"')
+            pairs = {"width": int(parts[0]), "height": int(parts[1])}
+        elif name in Request.model_fields:
+            pairs = {name: value}
+        else:
+            raise InputError(f"{shown(key)}: unknown field{nearest(key, [*Request.model_fields, *ALIASES, 'size'])}")
+        for field, field_value in pairs.items():
+            if field in out:
+                raise InputError(f"{field}: given twice, once as {shown(key)}")
+            out[field] = field_value
+    return out
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return levels < 0 or any(_deeper(part, levels - 1) for part in inside)
+
+
+def _describe(error: ValidationError) -> str:
+    """Return pydantic's most telling complaint as "field: value must be …"."""
+    found = error.errors(include_url=False)
+    # Of a union's branches the one that got furthest into the value is the one that was meant.
+    worst = max((e for e in found if e["loc"][:1] == found[0]["loc"][:1]), key=lambda e: len(e["loc"]))
+    context = worst.get("ctx", {})
+    complaint = _COMPLAINTS.get(worst["type"])
+    message = worst["msg"].removeprefix("Value error, ") if complaint is None else complaint.format(**context)
+    if not worst["loc"]:
+        return message
+    field = str(worst["loc"][0])
+    if worst["type"] == "extra_forbidden":
+        close = f" (did you mean {ALIASES[field]!r}?)" if field in ALIASES else nearest(field, Request.model_fields)
+        return f"{shown(field)}: unknown field{close}"
+    if isinstance(context.get("error"), InputError):  # it names the value itself
+        return f"{field}: {message}"
+    item = "".join(f"[{part}]" for part in worst["loc"][1:] if isinstance(part, int))
+    return f"{field}{item}: {shown(worst['input'])} {message}"
+
+
+# pydantic's words for what is wrong with a value, and ours, to follow the value.
+_COMPLAINTS = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "must be a whole number"),
+    "float_type": "must be a number",
+    "finite_number": "must be finite",
+    "string_type": "must be text",
+    "string_unicode": "holds half a surrogate pair, which no file can store",
+    "string_too_long": "must have at most {max_length} characters",
+    "list_type": "must be a list",
+    "dict_type": "must be an object of fields",
+    "too_short": "must not be empty",
+    "too_long": "must have at most {max_length} items",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+}
+
+
+_MEMORY = {"pixels", "embedding"}  # fields that no record has
+
+
+@dataclasses.dataclass(slots=True)
+class Result:
+    """One finished, failed or pruned image: a line of results.jsonl, and in memory its pixels."""
+
+    id: str
+    index: int
+    seed: int
+    status: str = "done"  # done | failed | pruned
+    reason: str | None = None
+    file: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    scores: Scores = dataclasses.field(default_factory=dict)
+    steps: int | None = None
+    nfe: int | None = None
+    seconds: float | None = None
+    prompt: str = ""
+    meta: dict[str, Any] | None = None
+    fingerprint: str | None = None  # of the row that this was drawn for: a changed row is drawn again
+    pixels: Any = dataclasses.field(default=None, repr=False, compare=False)  # (height, width, 3) uint8 array
+    embedding: Any = dataclasses.field(default=None, repr=False, compare=False)  # unit CLIP vector, float16 array
+
+    @property
+    def image(self) -> Any:
+        """The picture as a PIL image, or None when the image failed or only its record was read."""
+        if self.pixels is None:
+            return None
+        from PIL import Image
+
+        return Image.fromarray(self.pixels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line of results.jsonl as a dictionary."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _MEMORY}
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> Result:
+        """Return the record of a line of results.jsonl; keys of a newer genkit are passed over."""
+        try:
+            return cls(**line)
+        except TypeError:
+            return cls(**{k: v for k, v in line.items() if k in cls.__slots__ and k not in _MEMORY})

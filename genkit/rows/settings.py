@@ -1,0 +1,111 @@
+"""What a row comes to on a given model: sizes, steps, guidance and strength, checked before the model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from genkit.errors import InputError
+from genkit.rows.request import Request
+
+STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The picture sizes that a model's networks allow.
+
+    channels: of the UNet's input; scale: pixels a side of one latent; multiple: width and height must be multiples of
+    it; width, height: the size it was trained at, in pixels; text: whether it takes a prompt.
+    """
+
+    channels: int
+    scale: int
+    multiple: int
+    width: int
+    height: int
+    text: bool
+
+    @classmethod
+    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> Geometry:
+        """Read it off the configs of the UNet and of the VAE (None for a network that works on pixels)."""
+        scale = 1 if vae is None else 2 ** (len(vae["block_out_channels"]) - 1)
+        text = unet.get("cross_attention_dim") is not None
+        # UNet2DConditionModel carries skip sizes upwards and takes any latent; UNet2DModel doubles what it halved.
+        halvings = 0 if text else len(unet["block_out_channels"]) - 1
+        side = unet.get("sample_size") or (64 if text else 32)
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        return cls(int(unet["in_channels"]), scale, scale * 2**halvings, width * scale, height * scale, text)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """Return (channels, rows, columns) of the latent of a width x height picture."""
+        return self.channels, height // self.scale, width // self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a row comes to: steps, guidance (1 is none), width and height in pixels, strength (1 is from noise)."""
+
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    strength: float
+
+
+def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) -> Settings:
+    """Return what `request` comes to; raises InputError for a row that the model cannot draw.
+
+    defaults: the model's num_inference_steps and guidance_scale. A picture to start from gives the size when the row
+    does not: rounded down to what the networks allow.
+    """
+    g = geometry
+    if g.text and not request.prompt:
+        raise InputError("prompt: missing, and this model draws from a prompt")
+    if not g.text and (request.prompt or request.negative_prompt):
+        raise InputError("prompt: this model is unconditional and reads none")
+    if request.image is not None and g.scale == 1:
+        raise InputError("image: this model works on pixels without a VAE and starts from noise only")
+    sizes = []
+    for side, number, own in zip(("width", "height"), _image_size(request), (g.width, g.height), strict=True):
+        asked = getattr(request, side)
+        value = asked or (own if number is None else number - number % g.multiple)
+        if value % g.multiple or value < g.multiple:
+            fits = max(g.multiple, round(value / g.multiple) * g.multiple)
+            source = "" if asked else f", from `image` with {number}"
+            raise InputError(f"{side}: {value}{source} is not a multiple of {g.multiple} (nearest: {fits})")
+        sizes.append(value)
+    guidance = defaults.get("guidance_scale", GUIDANCE) if request.guidance_scale is None else request.guidance_scale
+    return Settings(
+        steps=request.num_inference_steps or _given(request) or defaults.get("num_inference_steps", STEPS),
+        guidance=float(guidance) if g.text else 1.0,
+        width=sizes[0],
+        height=sizes[1],
+        strength=1.0 if request.image is None else request.strength or STRENGTH,
+    )
+
+
+def _given(request: Request) -> int | None:
+    """Return how many timesteps or sigmas the row's scheduler lists, if it does."""
+    options = request.scheduler if isinstance(request.scheduler, dict) else {}
+    levels = options.get("timesteps") or options.get("sigmas")
+    return len(levels) if isinstance(levels, list | tuple) else None
+
+
+def _image_size(request: Request) -> tuple[int, int] | tuple[None, None]:
+    """Return the size of the picture to start from, having opened every picture that the row names."""
+    sizes = [_size_of(request, field) for field in ("image", "mask_image") if getattr(request, field) is not None]
+    return sizes[0] if sizes else (None, None)
+
+
+def _size_of(request: Request, field: str) -> tuple[int, int]:
+    picture = getattr(request, field)
+    if hasattr(picture, "size"):
+        return picture.size
+    from genkit.pictures.images import check_image
+
+    try:
+        return check_image(picture)
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None

@@ -1,0 +1,1 @@
+"""The durable run folder: records, writers, stored embeddings, resume."""

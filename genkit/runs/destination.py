@@ -1,0 +1,85 @@
+"""Where a run may go: a new folder, an empty one, or that of a run made with the same things."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from genkit.durable import is_temporary
+from genkit.errors import HostError, InputError, shown
+from genkit.runs.records import CONFIG, read_config
+
+LONGEST = 3800  # bytes of a path, which leaves room for the names of images within the 4,096 that systems allow
+SHOWN = 10  # differences named in a refusal
+
+
+def check_folder(folder: Path, prompts: Path | None = None) -> None:
+    """Raise InputError or HostError, in one line, when `folder` neither is nor can become a run folder. Writes nothing.
+
+    prompts: the prompt file, which must not lie in the folder.
+    """
+    text = shown(str(folder)).strip("'")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(folder)) or folder.name != folder.name.strip():
+        raise InputError(f"--out: {shown(str(folder))} has a space at an end, or a character that no file name should")
+    try:
+        whole = folder.resolve()
+        if max(len(os.fsencode(part)) for part in whole.parts) > 255 or len(os.fsencode(whole)) > LONGEST:
+            raise InputError(f"--out: {text} is longer than a file name may be")
+        if whole == whole.parent:
+            raise InputError("--out: / is no place for a run; name a folder")
+        if prompts is not None and prompts.resolve().parent == whole:
+            raise InputError(f"--out: {text} is where the prompt file lies; give the run a folder of its own")
+        there = next(p for p in [folder, *folder.absolute().parents] if os.path.lexists(p))
+        if not there.is_dir():
+            raise InputError(f"--out: {shown(str(there)).strip(chr(39))} is not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise HostError(f"{there}: cannot be written to")
+        foreign = None if there != folder or read_config(folder) is not None else _foreign(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, before Python 3.13
+        if isinstance(error, HostError):
+            raise
+        raise HostError(f"{text}: {getattr(error, 'strerror', None) or error}") from None
+    if foreign is not None:
+        raise InputError(f"--out: {text} holds {shown(foreign)} and no {CONFIG}; name a new or empty folder")
+
+
+def free_name(folder: Path) -> Path:
+    """Return `folder`, or the first of folder-2, folder-3, … that nothing has yet: what `--new-run` writes to."""
+    n, name = 1, folder
+    while os.path.lexists(name):
+        n += 1
+        name = folder.with_name(f"{folder.name}-{n}")
+    return name
+
+
+def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise InputError naming, key by key, how what is asked differs from what the run was begun with."""
+    # Runs begun before there was a choice of format are of PNGs
+    before, after = {"format": "png", **_flat(recorded)}, {"format": "png", **_flat(json.loads(json.dumps(asked)))}
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if keys:
+        parts = [f"{key}: {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in keys[:SHOWN]]
+        more = f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+        raise InputError(f"{folder}: was begun otherwise: {'; '.join(parts)}{more}; use --new-run or another folder")
+
+
+def _foreign(folder: Path) -> str | None:
+    """Return the name of something in `folder` that a run which died before its first write does not leave."""
+    return next((name for name in sorted(os.listdir(folder)) if name != ".lock" and not is_temporary(name)), None)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {
+        k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else str(key)).items()
+    }
+
+
+def _brief(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{64}", text) else shown(text).strip("'")

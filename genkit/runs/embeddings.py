@@ -1,0 +1,140 @@
+"""The CLIP image embeddings of a run: embeddings.npy, one record an image, appended as pictures are saved.
+
+A structured .npy file: id, index and sha256 of the picture, and its unit vector in float16. It is a cache that
+`genkit score` can fill again: a record is in the kernel's hands when `add` returns (a killed process loses none), but
+not synced. Records beyond the count in the header are read all the same, a torn one at the end is not.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genkit.durable import disk, write_whole
+from genkit.errors import InputError
+from genkit.rows.request import Result
+from genkit.runs.records import Key, read_results
+
+EMBEDDINGS = "embeddings.npy"
+RECENT = 1024  # of the newest records the vectors are looked at: a power cut may have left zeros
+EVERY = 64  # records between two updates of the header's count
+
+
+def read_embeddings(folder: Path, results: Iterable[Result] | None = None) -> tuple[dict[Key, int], np.ndarray]:
+    """Return where each image's vector is, (row id, image number) -> row, in a memory-mapped array (n, width) float16.
+
+    Unit CLIP embeddings of the images whose newest record is done and has the picture's SHA-256. results: the run's
+    records where they are read already. Empty where a run has none. Raises InputError for a file of another kind.
+    """
+    records, _ = _records(folder / EMBEDDINGS)
+    if not len(records):
+        return {}, np.empty((0, 0), np.float16)
+    done = {
+        (r.id, r.index): r.sha256
+        for r in (read_results(folder) if results is None else results)
+        if r.status == "done" and r.sha256
+    }
+    ids, numbers, hashes = (records[name].tolist() for name in ("id", "index", "sha256"))
+    unsound = set(_unsound(records))
+    found: dict[Key, int] = {}
+    for row, (row_id, number, digest) in enumerate(zip(ids, numbers, hashes, strict=True)):
+        key = row_id.decode("ascii", "replace"), number
+        if row not in unsound and done.get(key) == digest.decode("ascii", "replace"):
+            found[key] = row
+    return found, records["vector"]
+
+
+class Store:
+    """The embeddings of a run that this process holds, to be added to; threads may share it. A context manager."""
+
+    def __init__(self, folder: Path, width: int) -> None:
+        """Open or make the file; cut a torn end off. Raises InputError for a file of another kind or width."""
+        self.path = folder / EMBEDDINGS
+        self.dtype = _dtype(width)
+        with disk(self.path):
+            if not self.path.exists():
+                write_whole(self.path, _header(self.dtype, 0))
+            records, self._start = _records(self.path)
+            if records.dtype != self.dtype:
+                there = records.dtype["vector"].shape[0]
+                raise InputError(f"{self.path}: holds embeddings {there} wide, not {width}; move it away")
+            self.count = len(records)
+            self._handle = os.open(self.path, os.O_RDWR)
+            os.ftruncate(self._handle, self._end)
+        self._lock = threading.Lock()
+
+    @property
+    def _end(self) -> int:
+        return self._start + self.count * self.dtype.itemsize
+
+    def add(self, row_id: str, index: int, sha256: str, vector: np.ndarray) -> None:
+        """Append the unit vector (width,) of a picture. Raises HostError when the disk is full."""
+        data = np.array([(row_id.encode(), index, sha256.encode(), vector)], self.dtype).tobytes()
+        with self._lock, disk(self.path):
+            try:
+                written = os.pwrite(self._handle, data, self._end)
+                if written < len(data):
+                    os.pwrite(self._handle, data[written:], self._end + written)
+            except OSError:
+                os.ftruncate(self._handle, self._end)
+                raise
+            self.count += 1
+            if self.count % EVERY == 0:
+                os.pwrite(self._handle, _header(self.dtype, self.count), 0)
+
+    def close(self) -> None:
+        """Write the count, sync, and close."""
+        with self._lock, disk(self.path):
+            os.pwrite(self._handle, _header(self.dtype, self.count), 0)
+            os.fsync(self._handle)
+            os.close(self._handle)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _dtype(width: int) -> np.dtype[Any]:
+    return np.dtype([("id", "S100"), ("index", "<u4"), ("sha256", "S64"), ("vector", "<f2", (width,))])
+
+
+def _header(dtype: np.dtype[Any], count: int) -> bytes:
+    """Return the .npy header; numpy leaves room for any count, so that its length is always the same."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    )
+    return file.getvalue()
+
+
+def _records(path: Path) -> tuple[np.ndarray, int]:
+    """Return the whole records of the file, memory-mapped, and the offset of the first."""
+    if not path.is_file():
+        return np.empty(0, _dtype(0)), 0
+    with disk(path), open(path, "rb") as file:
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError
+            dtype = np.lib.format.read_array_header_1_0(file)[2]
+            if dtype.names != _dtype(0).names or dtype != _dtype(dtype["vector"].shape[0]):
+                raise ValueError
+        except (ValueError, IndexError, KeyError, TypeError):
+            raise InputError(f"{path}: holds no embeddings of a run; move it away") from None
+        start = file.tell()
+        count = (os.fstat(file.fileno()).st_size - start) // dtype.itemsize
+        return (np.memmap(file, dtype, "r", start, (count,)) if count else np.empty(0, dtype)), start
+
+
+def _unsound(records: np.ndarray) -> list[int]:
+    """Return which of the newest records hold no unit vector."""
+    first = max(0, len(records) - RECENT)
+    lengths = np.linalg.norm(records["vector"][first:].astype(np.float32), axis=1)
+    return (first + np.flatnonzero(~(abs(lengths - 1) < 0.01))).tolist()

@@ -1,0 +1,103 @@
+"""Reading a run folder: its config, its rows and the record of every image. Writes nothing, needs no lock."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from genkit.durable import disk, each_line
+from genkit.errors import InputError
+from genkit.rows.request import Request, Result
+
+CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
+    "run.json",
+    "requests.jsonl",
+    "results.jsonl",
+    "selection.json",
+    "index.html",
+)
+REPLACED = "replaced"  # status of a record whose picture was moved to the folder of this name: it is drawn again
+Key = tuple[str, int]  # (row id, image number)
+# Where a picture may be, relative to the run folder: a record must not name somebody else's files.
+PICTURE = re.compile(r"images/(?:[0-9]{3,}/)?[A-Za-z0-9._-]+-[0-9]{2,}\.(?:png|webp|jpg|jxl)")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return run.json of a run folder, or None where there is none. Raises InputError when it is something else."""
+    path = folder / CONFIG
+    try:
+        with disk(path):
+            config = json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: is not JSON; restore it, or use another folder") from None
+    if config is not None and not (
+        isinstance(config, dict) and all(isinstance(config.get(k), dict) for k in ("binding", "info"))
+    ):
+        raise InputError(f"{path}: is not the run.json of a run")
+    return config
+
+
+def read_rows(folder: Path) -> list[Request]:
+    """Return the rows of requests.jsonl. Raises InputError naming the line that does not hold."""
+    path = folder / ROWS
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no {ROWS}: not a run folder, or one that never began")
+    rows = []
+    with disk(path):
+        for number, fields in enumerate(each_line(path), 1):
+            try:
+                if not isinstance(fields, dict) or not isinstance(fields.get("id"), str):
+                    raise InputError("not a row")
+                rows.append(Request(**fields))
+            except InputError as error:
+                raise InputError(f"{path}:{number}: {error}") from None
+    return rows
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Return the newest record of every image, in order of first appearance; those moved aside are left out."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return []
+    with disk(path):
+        records, _ = newest(each_line(path))
+    return [r for r in records.values() if r.status != REPLACED]
+
+
+def newest(lines: Iterable[Any]) -> tuple[dict[Key, Result], list[int]]:
+    """Return the last record of each image, and the numbers (from 1) of the lines that are no record."""
+    found: dict[Key, Result] = {}
+    bad: list[int] = []
+    shared: dict[Any, Any] = {}  # texts that many records have: one copy is enough
+    for number, line in enumerate(lines, 1):
+        result = _result(line)
+        if result is None:
+            bad.append(number)
+        else:
+            for name in ("id", "prompt", "status", "fingerprint"):
+                text = getattr(result, name)
+                setattr(result, name, shared.setdefault(text, text))
+            found[result.id, result.index] = result
+    return found, bad
+
+
+def _result(line: Any) -> Result | None:
+    """Return a line as a Result, or None when damage, or a hand, made it something else."""
+    try:
+        result = Result.from_json(line)
+    except (TypeError, AttributeError):
+        return None
+    sound = (
+        isinstance(result.id, str)
+        and isinstance(result.prompt, str)
+        and isinstance(result.fingerprint, str | None)
+        and type(result.index) is int
+        and result.index >= 0
+        and isinstance(result.status, str)
+        and isinstance(result.scores, dict)
+        and (result.status != "done" or PICTURE.fullmatch(str(result.file)) is not None)
+    )
+    return result if sound else None

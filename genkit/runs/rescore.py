@@ -1,0 +1,110 @@
+"""What a run folder already has of its pictures, for scoring them again without opening or embedding them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genkit.components import weight_hashes
+from genkit.durable import lock_folder
+from genkit.errors import HostError
+from genkit.runs.embeddings import Store, read_embeddings
+from genkit.runs.records import RESULTS, read_config, read_results
+
+if TYPE_CHECKING:
+    from genkit.components import ModelInfo
+    from genkit.runs.run import Run
+    from genkit.scoring.panel import Panel
+
+RELATIVE = ("clip_margin", "clip_z")  # to the other captions of the run
+ROUNDING = 1e-3
+MEASURED = ("sharpness", "brightness", "nan", "flat")  # scores that depend on nothing but the pixels
+
+
+def rescore(run: Run, panel: Panel) -> int:
+    """Compute what CLIP says of a run's finished images anew, from their embeddings; return how many it changes.
+
+    It does where rows were added, taken away or relabelled since: other captions are compared with, other labels
+    chosen among. Raises HostError.
+    """
+    place, vectors = read_embeddings(run.folder, run.done.values())
+    changed = []
+    for key, at in place.items() if panel.clip is not None else ():
+        r = run.done[key]
+        found = panel.of_embedding(np.array(vectors[at]), r.prompt, run.rows[r.id].labels)
+        if not _alike({name: r.scores.get(name) for name in (*RELATIVE, *found)}, found):
+            rest = {name: value for name, value in r.scores.items() if name not in RELATIVE}
+            changed.append(dataclasses.replace(r, scores={**rest, **found}))
+    run.rescore(changed)
+    return len(changed)
+
+
+def _alike(before: Any, after: Any) -> bool:
+    """Return whether scores are the same but for the rounding of text encoders, which varies with the batch."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return all(_alike(before.get(name), after.get(name)) for name in {*before, *after})
+    if isinstance(before, int | float) and isinstance(after, int | float):
+        return abs(before - after) < ROUNDING
+    return before is after
+
+
+class Stored:
+    """The records of a run and, where it was scored with the CLIP model `clip`, its embeddings. A context manager.
+
+    Of a folder that is no run, or None, it has nothing. New embeddings are added to the run unless another process
+    holds it, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path | None, clip: ModelInfo | None = None) -> None:
+        self._lock: int | None = None
+        self._store: Store | None = None
+        self._rows: dict[tuple[str, int], int] = {}
+        if folder is None or not (folder / RESULTS).is_file():
+            self._records = {}
+            return
+        results = [r for r in read_results(folder) if r.status == "done"]
+        self._records = {folder / str(r.file): r for r in results}
+        binding = (read_config(folder) or {}).get("binding", {}).get("clip")
+        if clip is None or not isinstance(binding, dict) or binding.get("weights") != weight_hashes(clip):
+            return
+        self._rows, self._vectors = read_embeddings(folder, results)
+        with contextlib.suppress(HostError, OSError):
+            self._lock = lock_folder(folder)
+            self._store = Store(folder, clip.configs["clip"]["projection_dim"])
+
+    def vector(self, file: Path) -> np.ndarray | None:
+        """Return the stored embedding of a picture, (width,) float16, when the file still has its recorded size."""
+        r = self._records.get(file)
+        row = None if r is None else self._rows.get((r.id, r.index))
+        if r is None or row is None or os.stat(file).st_size != r.bytes:
+            return None
+        return np.array(self._vectors[row])
+
+    def measures(self, file: Path) -> dict[str, Any] | None:
+        """Return the recorded scores of a picture that depend on its pixels alone, when it has all of them."""
+        r = self._records.get(file)
+        found = {} if r is None else {name: r.scores[name] for name in MEASURED if name in r.scores}
+        return found if len(found) == len(MEASURED) else None
+
+    def add(self, file: Path, vector: np.ndarray) -> None:
+        """Keep a new embedding with the run, when the picture is the recorded one."""
+        r = self._records.get(file)
+        if self._store is None or r is None or not r.sha256:
+            return
+        if hashlib.sha256(file.read_bytes()).hexdigest() == r.sha256:
+            self._store.add(r.id, r.index, r.sha256, vector)
+
+    def __enter__(self) -> Stored:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._store is not None:
+            self._store.close()
+        if self._lock is not None:
+            os.close(self._lock)

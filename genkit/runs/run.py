@@ -1,0 +1,221 @@
+"""The durable run folder: every image is written, synced and renamed before its line is appended and synced."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genkit.durable import Journal, disk, is_temporary, json_line, lock_folder, read_lines, sync_folder, write_whole
+from genkit.rows.request import Request, Result
+from genkit.runs.destination import check_binding, check_folder, free_name
+from genkit.runs.embeddings import read_embeddings
+from genkit.runs.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
+from genkit.runs.stock import NEW_LABELS, announcements, damaged, outdated
+
+__all__ = ["Run", "check_folder", "free_name", "read_config", "read_results"]
+
+BLOCK = 1000  # rows in a subfolder of images/, in a run of more rows than that
+SHOWN = 10  # notes of one kind
+
+
+class Run:
+    """A run folder held by this process: a context manager, made by `Run.open`.
+
+    rows: the present ones by id; results: the newest record of each of their images; done: those that need no drawing;
+    notes: a line for each thing that was found changed, damaged or unfinished; stale: whether scores may be of other
+    labels or prompts than those of the present rows; config: run.json. `save` and `fail` may be called from several
+    threads.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], rows: Sequence[Request], lock: int) -> None:
+        """For `Run.open`, which checks the folder and takes the lock."""
+        self.folder, self.config, self._lock = folder, config, lock
+        self.rows = {str(row.id): row for row in rows}
+        self._place = {row_id: n for n, row_id in enumerate(self.rows)}
+        self._fingerprints = {row_id: row.fingerprint() for row_id, row in self.rows.items()}
+        self.results: dict[Key, Result] = {}
+        self.done: dict[Key, Result] = {}
+        self.notes: list[str] = []
+        self.stale = False
+
+    @classmethod
+    def open(cls, folder: Path, config: dict[str, Any], rows: Sequence[Request]) -> Run:
+        """Start a run in a new or empty folder, or go on with the one that is there.
+
+        config: {"binding": what a later start must agree with, "info": the rest}; written once. Raises InputError for
+        a folder that is not a run's and for a binding that differs, HostError when disk or another process forbids it.
+        """
+        check_folder(folder)
+        with disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)
+            try:
+                recorded = read_config(folder)
+                if recorded is None:
+                    write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+                    sync_folder(folder.absolute().parent)
+                else:
+                    check_binding(folder, recorded["binding"], config["binding"])
+                run = cls(folder, recorded or config, rows, lock)
+                run._begin()
+                return run
+            except BaseException:
+                os.close(lock)
+                raise
+
+    def path_for(self, row_id: str, index: int, suffix: str = ".png") -> Path:
+        """Return where image `index` of a row goes; it depends on the rows alone, not on when the image is made."""
+        block = f"{self._place[row_id] // BLOCK:03d}" if len(self.rows) > BLOCK else ""
+        return self.folder / "images" / block / f"{row_id}-{index:02d}{suffix}"
+
+    def save(self, result: Result, data: bytes, suffix: str = ".png") -> None:
+        """Keep a finished image: `data` in its file, then its record, with the file's name, size and hash.
+
+        Both are on the disk on return. Raises HostError when the disk is full, read-only or gone; nothing is torn then.
+        """
+        key = result.id, result.index
+        if key in self.done:
+            raise ValueError(f"image {result.index} of row {result.id} is saved already")
+        path = self.path_for(*key, suffix)
+        result.file = path.relative_to(self.folder).as_posix()
+        result.bytes, result.sha256 = len(data), hashlib.sha256(data).hexdigest()
+        with disk(path):
+            write_whole(path, data)
+        self._record(result, path.parent)
+
+    def fail(self, result: Result) -> None:
+        """Record an image that failed (tried again on resume) or was pruned (not tried again). Raises HostError."""
+        self._record(result)
+
+    def rescore(self, results: Sequence[Result]) -> None:
+        """Record other scores of finished images. Raises HostError."""
+        with disk(self._journal.path):
+            self._journal.append([r.to_json() for r in results])
+        for r in results:
+            self._count(r)
+
+    def close(self) -> None:
+        """Give the folder back. Everything saved is on the disk already."""
+        self._journal.close()
+        os.close(self._lock)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _record(self, result: Result, *folders: Path) -> None:
+        result.fingerprint = self._fingerprints[result.id]
+        with disk(self._journal.path):
+            self._journal.append([result.to_json()], folders)
+        self._count(dataclasses.replace(result, pixels=None, embedding=None))
+
+    def _count(self, result: Result) -> None:
+        key = result.id, result.index
+        self.results[key] = result
+        if result.status in ("done", "pruned"):
+            self.done[key] = result
+
+    def _begin(self) -> None:
+        """Find out what is there and whole, move aside what is not, and write down the rows."""
+        blocks = range(-(-len(self.rows) // BLOCK)) if len(self.rows) > BLOCK else ()
+        for name in ("", *(f"{n:03d}" for n in blocks)):
+            (self.folder / "images" / name).mkdir(exist_ok=True)
+        sync_folder(self.folder / "images")
+        self._journal = Journal(self.folder / RESULTS)
+        try:
+            records, bad = newest(self._journal.lines)
+            self._journal.lines.clear()
+            self._note(f"{RESULTS}:{line}: damaged; its image is drawn again" for line in bad)
+            self._tidy({r.file for r in records.values() if r.status == "done"})
+            self._take_stock([r for r in records.values() if r.id in self.rows and r.status != REPLACED])
+            data = "".join(json_line(row.to_json()) for row in self.rows.values()).encode()
+            if not (self.folder / ROWS).is_file() or (self.folder / ROWS).read_bytes() != data:
+                write_whole(self.folder / ROWS, data)
+            sync_folder(self.folder)
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def _tidy(self, recorded: set[str | None]) -> None:
+        """Remove temporary files, and move pictures aside that were renamed but not yet recorded when a run died."""
+        stray = []
+        for path in [*self.folder.iterdir(), *_files(self.folder / "images")]:
+            name = path.relative_to(self.folder).as_posix()
+            if is_temporary(path.name):
+                path.unlink()
+            elif PICTURE.fullmatch(name) and name not in recorded:
+                stray.append(f"{name}: finished but not recorded; now {self._set_aside(path)}")
+        self._note(stray)
+
+    def _take_stock(self, records: Sequence[Result]) -> None:
+        """Sort the records of the present rows into those that hold and those whose images must be drawn again."""
+        old = outdated(records, self.rows, self._fingerprints)
+        if NEW_LABELS in old.values():
+            embedded, _ = read_embeddings(self.folder, records)
+            old = {key: why for key, why in old.items() if why != NEW_LABELS or key not in embedded}
+            self.stale = True
+        prompts = {row.get("prompt", "") for row in self._recorded_rows().values()}
+        self.stale |= bool(prompts) and prompts != {row.prompt for row in self.rows.values()}
+        if old:
+            self._note(announcements(old, self._recorded_rows(), self.rows))
+        done = [r for r in records if r.status == "done" and (r.id, r.index) not in old]
+        bad, hashed = damaged(self.folder, done)
+        if hashed < len(done):
+            self.notes.append(f"checked the size of {len(done)} images and the SHA-256 of the newest {hashed}")
+        self._note(f"row {row_id}, image {n}: its file {text}; drawn again" for (row_id, n), text in bad.items())
+        self._retire(records, {**old, **bad})
+        for r in records:
+            if (r.id, r.index) not in old and (r.id, r.index) not in bad:
+                self._count(r)
+
+    def _retire(self, records: Sequence[Result], why: Mapping[Key, str]) -> None:
+        """Move the pictures of records that hold no longer to replaced/, and say so in the journal."""
+        gone, folders = [], set()
+        for r in records:
+            if (r.id, r.index) not in why:
+                continue
+            path, moved = self.folder / str(r.file), None
+            if r.status == "done" and os.path.lexists(path):
+                moved = self._set_aside(path)
+                folders |= {path.parent, self.folder / REPLACED}
+            text = why[r.id, r.index]
+            gone.append(dataclasses.replace(r, status=REPLACED, reason=text, file=moved).to_json())
+        if gone:
+            self._journal.append(gone, folders)
+
+    def _set_aside(self, path: Path) -> str:
+        """Move a picture to the first free name in replaced/; return that name, relative to the run folder."""
+        (self.folder / REPLACED).mkdir(exist_ok=True)
+        n = 1
+        while os.path.lexists(target := self.folder / REPLACED / f"{path.stem}.{n}{path.suffix}"):
+            n += 1
+        os.rename(path, target)
+        return target.relative_to(self.folder).as_posix()
+
+    def _recorded_rows(self) -> dict[str, dict[str, Any]]:
+        path = self.folder / ROWS
+        lines = read_lines(path)[0] if path.is_file() else []
+        return {str(line.get("id")): line for line in lines if isinstance(line, dict)}
+
+    def _note(self, lines: Iterator[str] | Sequence[str]) -> None:
+        found = list(lines)
+        self.notes += found[:SHOWN]
+        if len(found) > SHOWN:
+            self.notes.append(f"… and {len(found) - SHOWN} more like this")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield what lies in images/ and in its numbered subfolders."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and entry.name.isdigit():
+                yield from _files(Path(entry.path))
+            else:
+                yield Path(entry.path)

@@ -1,0 +1,85 @@
+"""Taking stock of an interrupted run: which of its images still hold, and what is wrong with the others."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from genkit.errors import shown
+from genkit.rows.request import Request, Result
+from genkit.runs.records import Key
+
+HASHED = 8 * 2**30  # bytes of finished images that are read and hashed, newest first; of the rest the size is checked
+# A change of these fields only decides anew which images are kept.
+_DECIDING = {"num_images", "keep", "gate", "rank_by", "max_images", "meta", "prune"}
+
+
+NEW_LABELS = "labels changed"
+
+
+def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprints: Mapping[str, str]) -> dict[Key, str]:
+    """Return the images that are not what their row asks for now, each with the reason.
+
+    New labels are a reason too, since p is a softmax over all of them: such an image is drawn again where it has no
+    embedding to be scored by.
+    """
+    found: dict[Key, str] = {}
+    for r in results:
+        labels = rows[r.id].labels
+        if r.fingerprint != fingerprints[r.id]:
+            found[r.id, r.index] = "row changed"
+        elif r.status == "done" and labels is not None and set(r.scores.get("p") or ()) != set(labels):
+            found[r.id, r.index] = NEW_LABELS
+        elif r.status == "pruned" and rows[r.id].prune is None:
+            found[r.id, r.index] = "prune taken away"
+    return found
+
+
+def damaged(folder: Path, done: Sequence[Result]) -> tuple[dict[Key, str], int]:
+    """Return what is wrong with the files of finished images, and how many were hashed.
+
+    A file with a zeroed tail, a flipped bit, or another image's content has the right size and even opens: only the
+    hash tells.
+    """
+    newest_first = list(reversed(done))
+    left, hashed = HASHED, []
+    for r in newest_first:
+        left -= r.bytes or 0
+        hashed.append(left >= 0)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda r, whole: _damage(folder / str(r.file), r, whole), newest_first, hashed)
+        texts = {(r.id, r.index): text for r, text in zip(newest_first, found, strict=True) if text is not None}
+    return texts, sum(hashed)
+
+
+def _damage(path: Path, r: Result, hashed: bool) -> str | None:
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    if not stat.S_ISREG(found.st_mode):
+        return "no file of its own"
+    if found.st_size != r.bytes:
+        return f"has {found.st_size} bytes, and had {r.bytes}"
+    if hashed and hashlib.sha256(path.read_bytes()).hexdigest() != r.sha256:
+        return "has another content than was recorded"
+    return None
+
+
+def announcements(
+    lost: Iterable[Key], before: Mapping[str, dict[str, Any]], rows: Mapping[str, Request]
+) -> Iterator[str]:
+    """Yield a line for each row of the outdated images `lost`: its id, and each field that changed, old -> new."""
+    for row_id in dict.fromkeys(row_id for row_id, _ in lost):
+        old, new = before.get(row_id, {}), rows[row_id].to_json()
+        fields = [f for f in {**old, **new} if f not in _DECIDING and old.get(f) != new.get(f)]
+        changes = ", ".join(f"{f}: {_brief(old.get(f))} -> {_brief(new.get(f))}" for f in fields)
+        yield f"row {row_id}: {changes or 'its input changed'}; drawn again, old images in replaced/"
+
+
+def _brief(value: Any) -> str:
+    return "none" if value is None else shown(value)

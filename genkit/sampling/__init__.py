@@ -1,0 +1,1 @@
+"""Requests to pictures: the slot engine, guidance, text and image codecs, the generators."""

@@ -1,0 +1,269 @@
+"""Slot batches: every image in flight is at its own step of its own plan, and all of them share one network call."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from genkit.device.outofmemory import attempt, log
+from genkit.sampling.denoiser import Denoiser
+from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
+
+Take = Callable[[float, bool], list["Trajectory"]]
+COLUMN = {name: i for i, name in enumerate(COLUMNS)}
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """One image on its way from noise: what it is, where it starts, and the plan it follows.
+
+    latent: (C, H, W) float32 at the plan's first level, on any device. cond, uncond: (tokens, width) or None.
+    added, unadded: (width,), what SDXL is told beside the prompt, and without it; or None.
+    scales: guidance of each call of the plan, (nfe,), 1 where the row goes without `uncond`; None is 1 throughout.
+    keep_mask, known: where keep_mask (1, H, W) is 0 the latent follows `known` = (x0, noise), each (C, H, W).
+    cost: slots that it takes (1 for the model's own picture size, 4 for twice the sides). began: time.monotonic().
+    pause: the calls after which it leaves its slot, not ended, with the x0 that is predicted there, and with its
+    history, so that it may be taken again; 0 is never.
+    """
+
+    tag: Any
+    latent: torch.Tensor
+    plan: Plan
+    generator: torch.Generator | None = None
+    cond: torch.Tensor | None = None
+    uncond: torch.Tensor | None = None
+    added: torch.Tensor | None = None
+    unadded: torch.Tensor | None = None
+    scales: np.ndarray | None = None
+    keep_mask: torch.Tensor | None = None
+    known: tuple[torch.Tensor, torch.Tensor] | None = None
+    cost: float = 1.0
+    pause: int = 0
+    x0: torch.Tensor | None = None
+    history: torch.Tensor | None = None
+    step: int = 0
+    error: str | None = None
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+
+class _Group:
+    """The trajectories of one latent shape, their state stacked so that a step costs no per-image work."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.device = device
+        self.live: list[Trajectory] = []
+        self.x = torch.empty(0, *shape, device=device)
+        self.history = torch.empty(HISTORY, 0, *shape, device=device)
+        self.cond: torch.Tensor | None = None
+        self.uncond: torch.Tensor | None = None
+        self.added: torch.Tensor | None = None
+        self.unadded: torch.Tensor | None = None
+
+    def add(self, new: list[Trajectory]) -> bool:
+        """Take in trajectories: all of them, or none where it raises."""
+        # One by one: those that paused lie on the device already, those that begin do not.
+        x = torch.stack([t.latent.to(self.device, torch.float32) for t in new])
+        history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
+        for place, trajectory in enumerate(new, len(self.live)):
+            if trajectory.history is not None:  # it paused, and goes on
+                history[:, place] = trajectory.history
+        cond = self._extend(self.cond, [t.cond for t in new])
+        uncond = self._extend(self.uncond, [t.uncond for t in new])
+        added = self._extend(self.added, [t.added for t in new])
+        unadded = self._extend(self.unadded, [t.unadded for t in new])
+        self.x, self.history, self.cond, self.uncond = torch.cat([self.x, x]), history, cond, uncond
+        self.added, self.unadded = added, unadded
+        self.live += new
+        for trajectory in new:
+            trajectory.history = None
+        return True
+
+    def _extend(self, old: torch.Tensor | None, new: list[torch.Tensor | None]) -> torch.Tensor | None:
+        parts = [p.to(self.device) for p in new if p is not None]
+        if not parts:
+            return old
+        added = torch.stack(parts)
+        return added if old is None else torch.cat([old, added])
+
+    def remove_finished(self) -> list[Trajectory]:
+        """Take out the trajectories that ended, each with its final latent, and those that pause."""
+        over = [i for i, t in enumerate(self.live) if t.step == t.plan.nfe or t.step == t.pause or t.error]
+        if not over:
+            return []
+        ended = [self.live[i] for i in over]
+        for i, trajectory in zip(over, ended, strict=True):
+            trajectory.latent = self.x[i]
+            if trajectory.step == trajectory.pause:
+                trajectory.history = self.history[:, i]
+        stay = [i for i in range(len(self.live)) if i not in set(over)]
+        self.live = [self.live[i] for i in stay]
+        index = torch.tensor(stay, dtype=torch.long, device=self.device)
+        self.x, self.history = self.x[index], self.history[:, index]
+        self.cond = None if self.cond is None else self.cond[index]
+        self.uncond = None if self.uncond is None else self.uncond[index]
+        self.added = None if self.added is None else self.added[index]
+        self.unadded = None if self.unadded is None else self.unadded[index]
+        return ended
+
+
+class Engine:
+    """Run trajectories through one denoiser, `slots` at a time.
+
+    The x of a sample depends on its own rows only, so steps, guidance, solver, strength and seed may differ within a
+    batch; with a network whose arithmetic does not depend on the batch, results are bitwise those of running alone.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, device: torch.device, slots: float, relieve: Callable[[], bool] = lambda: False
+    ) -> None:
+        """relieve: waits for other work on the device and returns whether there was any, when memory runs out."""
+        self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
+        self.calls = 0  # network rows computed so far
+        self._used, self._ticks = 0.0, 0  # slots taken, summed over the ticks
+        self._until_last = (0.0, 0)  # … when the last trajectory came
+        self._groups: dict[tuple[int, ...], _Group] = {}
+        self._waiting: list[Trajectory] = []  # taken, but there was no memory for them yet
+
+    @property
+    def live(self) -> int:
+        """How many trajectories are in flight."""
+        return sum(len(g.live) for g in self._groups.values())
+
+    @property
+    def slots_full(self) -> float | None:
+        """Which share of the slots was in use while there was more to draw; None where all fitted at once.
+
+        Counted up to the last trajectory that came: those in flight then end without successors.
+        """
+        used, ticks = self._until_last
+        return used / (ticks * self.slots) if ticks else None
+
+    @torch.inference_mode()
+    def run(self, take: Take) -> Iterator[list[Trajectory]]:
+        """Yield trajectories as they end, their `latent` the clean one (or `error` set), or as they pause.
+
+        `take(free, alone)` is asked for new trajectories of a total cost up to `free` whenever slots are free; `alone`
+        says that nothing is in flight: one may then cost more. No trajectory then ends the run.
+        """
+        while True:
+            ended = self._admit(take)
+            if not self.live and not ended and not self._waiting:
+                return
+            if self.live:
+                self._used += self._held
+                self._ticks += 1
+                # The fullest shape goes first: most rows a call. Smaller groups grow until it is their turn.
+                ended += self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
+            self._groups = {shape: g for shape, g in self._groups.items() if g.live}
+            if ended:
+                yield ended
+
+    def halve(self, held: float) -> None:
+        """Hold at most half of `held` slots from now on: memory ran out at as many. One image is always let in."""
+        self.slots = min(self.slots, held) / 2
+        log.warning("out of memory at %g slots of images in flight: from now on %g", held, self.slots)
+
+    def _admit(self, take: Take) -> list[Trajectory]:
+        """Fill the free slots; return the trajectory that fails at that, alone as it is."""
+        shapes: dict[tuple[int, ...], list[Trajectory]] = {}
+        coming = self._next(take)
+        if coming:
+            self._until_last = self._used, self._ticks
+        for trajectory in coming:
+            shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
+        failed: list[Trajectory] = []
+        for shape, new in shapes.items():
+            group = self._groups.get(shape) or _Group(shape, self.device)
+            if attempt(lambda g=group, t=new: g.add(t)):  # type: ignore[misc]
+                self._groups[shape] = group
+                continue
+            if len(new) == 1 and not self.live:
+                new[0].error = "out of memory"
+                failed += new
+            else:
+                self._waiting += new
+            self.halve(self._held + sum(t.cost for t in new))
+        return failed
+
+    @property
+    def _held(self) -> float:
+        return sum(t.cost for g in self._groups.values() for t in g.live)
+
+    def _next(self, take: Take) -> list[Trajectory]:
+        """Return trajectories for the free slots: those that had to wait before new ones."""
+        free = self.slots - self._held
+        if not self._waiting:
+            return take(free, not self.live) if free > 0 else []
+        new: list[Trajectory] = []
+        while self._waiting and (self._waiting[0].cost <= free or not (new or self.live)):
+            new.append(self._waiting.pop(0))
+            free -= new[-1].cost
+        return new
+
+    def _tick(self, group: _Group) -> list[Trajectory]:
+        """Advance every trajectory of `group` by one network call."""
+        live = group.live
+        noise = self._noise(live)  # once: its generators go on with each draw
+        if not attempt(lambda: self._advance(group, noise)) and not (
+            self.relieve() and attempt(lambda: self._advance(group, noise))
+        ):
+            for trajectory in live:
+                trajectory.error = "out of memory"
+            return group.remove_finished()
+        for i, trajectory in enumerate(live):
+            trajectory.step += 1
+            if trajectory.known is not None and trajectory.keep_mask is not None:
+                group.x[i] = _blend(group.x[i], trajectory)
+        self.calls += len(live)
+        return group.remove_finished()
+
+    def _advance(self, group: _Group, noise: torch.Tensor | float) -> bool:
+        """Make one step of every trajectory; nothing is changed where it raises."""
+        live = group.live
+        table = np.stack([t.plan.table[t.step] for t in live], axis=1).astype(np.float32)
+        rows = torch.from_numpy(table)[:, :, None, None, None].to(self.device, non_blocking=True)
+        output = self.denoiser(
+            rows[COLUMN["c_in"]] * group.x,
+            rows[COLUMN["t"]].flatten(),
+            group.cond,
+            group.uncond,
+            torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
+            group.added,
+            group.unadded,
+        )
+        if any(t.step + 1 == t.pause for t in live):
+            predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output
+            for i, trajectory in enumerate(live):
+                trajectory.x0 = predicted[i] if trajectory.step + 1 == trajectory.pause else None
+        if isinstance(noise, torch.Tensor):
+            noise = noise.to(self.device, non_blocking=True)
+        x, new = step(group.x, output, rows, group.history, noise, any(t.plan.threshold for t in live))
+        group.x, group.history = x, torch.cat([new[None], group.history[:-1]])
+        return True
+
+    def _noise(self, live: list[Trajectory]) -> torch.Tensor | float:
+        """Draw step noise on the CPU, for each sample from its own generator and only where its row asks for it."""
+        drawing = [bool(t.plan.draws[t.step]) for t in live]
+        if not any(drawing):
+            return 0.0
+        shape = live[0].latent.shape
+        drawn = [
+            torch.randn((1, *shape), generator=t.generator) if draws else torch.zeros((1, *shape))
+            for t, draws in zip(live, drawing, strict=True)
+        ]
+        return torch.cat(drawn)
+
+
+def _blend(x: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:
+    """Put the known picture, at the noise level just reached, where the mask says keep."""
+    assert trajectory.known is not None and trajectory.keep_mask is not None
+    x0, noise = (k.to(x.device) for k in trajectory.known)
+    at, plan = trajectory.step, trajectory.plan  # the end counts as clean, also where the last level has some noise
+    alpha, sigma = (1.0, 0.0) if at == plan.nfe else (plan.alphas[at], plan.sigmas[at])
+    mask = trajectory.keep_mask.to(x.device)
+    return mask * x + (1 - mask) * (float(alpha) * x0 + float(sigma) * noise)

@@ -1,0 +1,171 @@
+"""Early stopping: of a row's images only those go on whose predicted picture, part-way, is among its best."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from genkit.errors import InputError
+from genkit.rows.request import Request, Result
+from genkit.sampling.engine import Trajectory
+from genkit.scoring.gates import Expression
+from genkit.selection.decide import value_of
+
+EARLY = "early"  # the score of the predicted picture, in the record of a finished image as of a pruned one
+Key = tuple[str, int]
+
+
+def mark_of(calls: int, after: float) -> int:
+    """Return after how many of `calls` network calls a picture is judged: at least one, and before the last."""
+    return min(max(1, round(calls * after)), calls - 1)
+
+
+def survivors(early: Mapping[int, float], keep: int) -> set[int]:
+    """Return the `keep` images of {index: early score} that go on; ties go to the first, NaN goes last."""
+    order = sorted(early, key=lambda k: (math.isnan(early[k]), -early[k] if early[k] == early[k] else 0.0, k))
+    return set(order[:keep])
+
+
+@dataclasses.dataclass
+class _Row:
+    request: Request
+    early: dict[int, float]  # of the images that are recorded already, and of those that have reached the mark
+    missing: int  # images that are still to reach it
+    parked: list[tuple[Trajectory, Result]] = dataclasses.field(default_factory=list)
+    decided: bool = False
+
+
+class Pruning:
+    """The rows that prune, and their images that wait, outside the slots, for the last one to reach the mark.
+
+    The decision depends on the early scores of all images of the row alone, and those are recorded: a resumed run
+    comes to the same one. earlier: the records of a former run of the same rows. judge: latents to scored results.
+    Raises InputError for a row whose order needs a scorer where there is none.
+    """
+
+    def __init__(
+        self,
+        earlier: Callable[[Request], list[Result]],
+        judge: Callable[[list[Trajectory]], list[Result]],
+        scored: bool,
+    ) -> None:
+        self.earlier, self.judge, self.scored = earlier, judge, scored
+        self.resumed: deque[Trajectory] = deque()
+        self.early: dict[Key, float] = {}  # of the images that went on
+        self._rows: dict[str, _Row] = {}
+
+    @property
+    def waiting(self) -> bool:
+        """Whether images are parked, or about to go on."""
+        return bool(self.resumed) or any(row.parked for row in self._rows.values())
+
+    def mark(self, trajectory: Trajectory) -> None:
+        """Have the engine hand a new trajectory back half-way, where its row prunes and has not decided yet."""
+        request = trajectory.tag[0]
+        if request.prune is None or trajectory.plan.nfe < 2:
+            return
+        row = self._row(request)
+        if not row.decided:
+            trajectory.pause = mark_of(trajectory.plan.nfe, request.prune["after"])
+
+    def lose(self, request: Request) -> None:
+        """Count an image that failed before the mark."""
+        if request.prune is not None:
+            self._row(request).missing -= 1
+
+    def park(self, ended: list[Trajectory]) -> list[Trajectory]:
+        """Keep back those that are at their mark, judged by their predicted picture; return the others."""
+        paused = [t for t in ended if t.pause and not t.error]
+        for t in ended:
+            if t.pause and t.error:
+                self.lose(t.tag[0])
+        shapes: dict[tuple[int, ...], list[Trajectory]] = {}
+        for t in paused:
+            shapes.setdefault(tuple(t.latent.shape), []).append(t)
+        for same in shapes.values():
+            looks = [at_its_mark(t) for t in same]
+            found = {(r.id, r.index): r for r in self.judge(looks)}
+            for t in same:  # one that is not finite in half precision is drawn again, and comes back
+                request, index, _ = t.tag
+                result = found.get((str(request.id), index))
+                if result is not None:
+                    row = self._row(request)
+                    row.missing -= 1
+                    row.early[index] = _early(request, result)
+                    row.parked.append((t, result))
+        return [t for t in ended if not t.pause or t.error]
+
+    def decide(self, everything: bool = False) -> list[Result]:
+        """Return the records of the images that end here, of rows whose images have all reached the mark.
+
+        everything: decide on what is parked, also where images of the row will not come any more.
+        """
+        pruned: list[Result] = []
+        for row in self._rows.values():
+            if not row.parked or (row.missing > 0 and not everything):
+                continue
+            keep = row.request.whole
+            stay = survivors(row.early, keep)
+            for trajectory, result in row.parked:
+                if result.index in stay:
+                    self._resume(trajectory, row.early[result.index])
+                else:
+                    pruned.append(_pruned(trajectory, result, row.early[result.index], keep, len(row.early)))
+            row.parked, row.decided = [], True
+        return pruned
+
+    def take(self, free: float, alone: bool) -> list[Trajectory]:
+        """Return images that go on, of a total cost up to `free`."""
+        taken: list[Trajectory] = []
+        while self.resumed and (self.resumed[0].cost <= free or (alone and not taken)):
+            taken.append(self.resumed.popleft())
+            free -= taken[-1].cost
+        return taken
+
+    def _resume(self, trajectory: Trajectory, early: float) -> None:
+        trajectory.pause, trajectory.x0 = 0, None
+        request, index, _ = trajectory.tag
+        self.early[str(request.id), index] = early
+        self.resumed.append(trajectory)
+
+    def _row(self, request: Request) -> _Row:
+        if str(request.id) not in self._rows:
+            if not self.scored and Expression(request.rank_by or "clip", request.labels, names=None).needs_scorer:
+                raise InputError("prune: needs a scorer to say which images go on, and there is none")
+            known = {r.index: _recorded(r) for r in self.earlier(request)}
+            self._rows[str(request.id)] = _Row(request, known, request.num_images - len(known))
+        return self._rows[str(request.id)]
+
+
+def at_its_mark(trajectory: Trajectory) -> Trajectory:
+    """Return a paused trajectory with its predicted picture for its latent, to be decoded and scored."""
+    assert trajectory.x0 is not None
+    return dataclasses.replace(trajectory, latent=trajectory.x0)
+
+
+def _early(request: Request, result: Result) -> float:
+    if result.status != "done":
+        return math.nan
+    order = None if request.rank_by is None else Expression(request.rank_by, request.labels, names=None)
+    return round(value_of(result, order), 6)
+
+
+def _recorded(result: Result) -> float:
+    """Return the early score of an earlier record; an image that was drawn whole without one keeps its place."""
+    found = result.scores.get(EARLY, math.inf)
+    return math.nan if found is None else float(found)
+
+
+def _pruned(trajectory: Trajectory, result: Result, early: float, keep: int, of: int) -> Result:
+    calls, plan = trajectory.step, trajectory.plan
+    guided = 0 if trajectory.scales is None else int((np.asarray(trajectory.scales[:calls]) > 1).sum())
+    scores: dict[str, Any] = {**result.scores, EARLY: early}
+    return dataclasses.replace(
+        result, status="pruned", reason=f"not among the best {keep} of {of} after call {calls} of {plan.nfe}",
+        scores=scores, nfe=calls + guided, pixels=None,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Which pictures are kept: gates, ranks, diversity, reference sets, votes, calibration."""

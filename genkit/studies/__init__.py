@@ -1,0 +1,1 @@
+"""What looks back at runs: study, compare, score, classify."""

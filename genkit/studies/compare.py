@@ -1,0 +1,265 @@
+"""`genkit compare`: two runs of the same rows, picture by picture: who wins by each score, and by how much."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+import os
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from genkit.durable import disk, json_line, json_pieces, write_whole
+from genkit.errors import HostError, InputError, shown
+from genkit.pages.gallery import LOCAL, policy, within_html
+from genkit.rows.request import Request, Result
+from genkit.runs.records import GALLERY, read_config, read_results, read_rows
+from genkit.selection.intervals import mean_interval, share_interval
+from genkit.selection.votes import name_of
+
+PAGE, FIGURES = "compare.html", "comparison.json"
+NAMED = 10  # pictures without a partner that are named
+LINES = 30  # scores in the terminal: each row may have labels of its own
+# Fields of a row that do not decide on its pixels, or that a pair has in common anyway.
+_ASIDE = {"id", "prompt", "seed", "num_images", "keep", "rank_by", "gate", "max_images", "labels", "meta"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two runs."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    rows: Mapping[str, Request]
+    results: Mapping[str, Result]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same row and image number in both runs, drawn from the same prompt and seed."""
+
+    name: str
+    a: Result
+    b: Result
+
+    @property
+    def group(self) -> str:
+        """What pairs are not independent within: the prompt, or, without one, the row."""
+        return self.a.prompt or f"\0{self.a.id}"
+
+
+def compare_runs(a: Path, b: Path, out: Path | None = None) -> dict[str, Any]:
+    """Compare two run folders and write a page that shows them side by side; return the figures and its path.
+
+    out: a new or empty folder for the page (index.html), the figures and copies of the pictures; else the page is
+    B/compare.html and links to the pictures where they are. Raises InputError for what is no run, and where no picture
+    of the one has a partner in the other; HostError.
+    """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out: {out} is not an empty folder")
+    one, two = _side(a), _side(b)
+    if a.resolve() == b.resolve():
+        raise InputError(f"{b}: is the first run again")
+    pairs, alone = pair_up(one.results, two.results)
+    if not pairs:
+        why = ", ".join(f"{len(names)} {reason}" for reason, names in alone.items()) or "both are empty"
+        raise InputError(f"{a}, {b}: no picture has a partner of the same row, number, prompt and seed: {why}")
+    figures: dict[str, Any] = {
+        "a": str(a), "b": str(b), "pairs": len(pairs), "prompts": len({pair.group for pair in pairs}),
+        "identical": sum(pair.a.sha256 == pair.b.sha256 is not None for pair in pairs),
+        "alone": {reason: {"count": len(names), "first": names[:NAMED]} for reason, names in alone.items()},
+        "differs": list(differences(one, two)), "scores": score_table(pairs),
+    }  # fmt: skip
+    return figures | {"page": str(_write(figures, one, two, pairs, out))}
+
+
+def _side(folder: Path) -> Side:
+    config = read_config(folder)
+    if config is None:
+        raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
+    rows = {str(row.id): row for row in read_rows(folder)}
+    places = {row: place for place, row in enumerate(rows)}
+    found = sorted((r for r in read_results(folder) if r.id in rows), key=lambda r: (places[r.id], r.index))
+    results = {name_of(r): r for r in found}
+    for name, r in results.items():
+        if r.status == "done" and not (folder / str(r.file)).is_file():
+            results[name] = dataclasses.replace(r, status="missing")
+    return Side(folder, config, rows, results)
+
+
+def pair_up(a: Mapping[str, Result], b: Mapping[str, Result]) -> tuple[list[Pair], dict[str, list[str]]]:
+    """Return the pairs in the order of A, and the names of those that have no partner, by reason."""
+    pairs: list[Pair] = []
+    alone: dict[str, list[str]] = defaultdict(list)
+    for name in [*a, *(name for name in b if name not in a)]:
+        one, two = a.get(name), b.get(name)
+        if one is None or two is None:
+            alone["only in A" if two is None else "only in B"].append(name)
+        elif one.status != "done" or two.status != "done":
+            alone["not finished in both"].append(name)
+        elif one.prompt != two.prompt:
+            alone["of another prompt"].append(name)
+        elif one.seed != two.seed:
+            alone["of another seed"].append(name)
+        else:
+            pairs.append(Pair(name, one, two))
+    return pairs, dict(alone)
+
+
+def numbers(r: Result) -> dict[str, float]:
+    """Return the scores of an image that are finite numbers, p['label'] among them."""
+    odds = r.scores.get("p")
+    flat = {f"p[{label!r}]": value for label, value in odds.items()} if isinstance(odds, dict) else {}
+    everything = {**{name: value for name, value in r.scores.items() if name != "p"}, **flat}
+    return {
+        name: float(value)
+        for name, value in everything.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def score_table(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
+    """Return for each score that both of some pair have: how often B is above A (ties half), and the mean of B - A.
+
+    Intervals are of 95 %; several images of one prompt are not taken for independent, see `grouped`.
+    """
+    groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for pair in pairs:
+        one, two = numbers(pair.a), numbers(pair.b)
+        for name in one.keys() & two.keys():
+            groups[name][pair.group].append((one[name], two[name]))
+    of = {name: sum(map(len, groups[name].values())) for name in groups}
+    order = sorted(groups, key=lambda name: (name[:2] == "p[", -of[name] if name[:2] == "p[" else 0, name))
+    return {name: _figures(list(groups[name].values())) for name in order}
+
+
+def _figures(groups: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    flat = [pair for group in groups for pair in group]
+    wins, ties = sum(b > a for a, b in flat), sum(b == a for a, b in flat)
+    rate = share_interval([[(b > a) + (b == a) / 2 for a, b in group] for group in groups])
+    gain = mean_interval([[b - a for a, b in group] for group in groups])
+    return {
+        "pairs": len(flat), "a": _rounded(math.fsum(a for a, _ in flat) / len(flat)),
+        "b": _rounded(math.fsum(b for _, b in flat) / len(flat)), "b_wins": wins, "ties": ties,
+        "win_rate": _rounded(rate[0]), "win_interval": [_rounded(x) for x in rate[1:]],
+        "difference": _rounded(gain[0]), "difference_interval": [_rounded(x) for x in gain[1:]],
+    }  # fmt: skip
+
+
+def _rounded(x: float) -> float | None:
+    return float(f"{x:.6g}") if math.isfinite(x) else None
+
+
+def differences(one: Side, two: Side) -> Iterator[dict[str, Any]]:
+    """Yield {"what", "a", "b"} for what was not the same: of run.json, and settings of the rows that both have."""
+    for part in ("binding", "info"):
+        a, b = (dict(_flat(side.config[part])) for side in (one, two))
+        for name in [*a, *(n for n in b if n not in a)]:
+            if a.get(name) != b.get(name) and name != "started":
+                yield {"what": name, "a": _text(a.get(name)), "b": _text(b.get(name))}
+    found: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+    both = [(one.rows[row].to_json(), two.rows[row].to_json()) for row in one.rows if row in two.rows]
+    for a, b in both:
+        for name in (a.keys() | b.keys()) - _ASIDE:
+            if a.get(name) != b.get(name):
+                found[name].append((a.get(name), b.get(name)))
+    for name in sorted(found):
+        where = "" if len(found[name]) == len(both) else f" of {len(found[name])} rows"
+        yield {"what": name + where, "a": _texts(a for a, _ in found[name]), "b": _texts(b for _, b in found[name])}
+
+
+def _flat(found: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{under}{name}.")
+        else:
+            yield under + name, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12] + "…"
+    text = "-" if value is None else value if isinstance(value, str) else json_line(value).strip()
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _texts(values: Iterable[Any]) -> str:
+    counts = Counter(map(_text, values)).most_common(3)
+    return ", ".join(text for text, _ in counts[:2]) + (", …" if len(counts) > 2 else "")
+
+
+def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pair], out: Path | None) -> Path:
+    """Write the page, with `out` the copies and the figures before it; return its path."""
+    folder = two.folder if out is None else out
+    path = folder / (PAGE if out is None else GALLERY)
+    with disk(folder):
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        links = [_links(side, letter, out, folder) for side, letter in ((one, "a"), (two, "b"))]
+        shown_pairs = ({**_shown(pair), "a": {**_half(pair.a), "file": links[0](pair.a)},
+                        "b": {**_half(pair.b), "file": links[1](pair.b)}} for pair in pairs)  # fmt: skip
+        template = files("genkit.pages").joinpath("compare.html").read_text("utf-8")
+        names = [side.folder.resolve().name for side in (one, two)]
+        parts = {"policy": policy(template, LOCAL), "title": html.escape(f"{names[0]} and {names[1]}")}
+        halves = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in template.split("{{data}}"))
+        before, after = halves
+        data: Iterable[str] = map(within_html, json_pieces({"names": names, **figures}, {}, {"images": shown_pairs}))
+        if out is not None:
+            data = [*data]  # the copies are made on the way: first these, then the page
+            write_whole(out / FIGURES, json_line(figures).encode())
+        pieces = (text for part in ([before], data, [after]) for text in part)
+        write_whole(path, (text.encode("utf-8", "backslashreplace") for text in pieces))
+    return path
+
+
+def _shown(pair: Pair) -> dict[str, Any]:
+    prompt = pair.a.prompt
+    return {"name": pair.name, "prompt": prompt if len(prompt) <= 2000 else prompt[:2000] + "…", "seed": pair.a.seed}
+
+
+def _half(r: Result) -> dict[str, Any]:
+    return {"scores": numbers(r), "width": r.width, "height": r.height}
+
+
+def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[Result], str]:
+    """Return a function that gives a picture's URL relative to the page, and that copies it there first with `out`."""
+    if out is None:
+        base = quote(os.fsencode(os.path.relpath(side.folder.resolve(), page.resolve())))  # may be no Unicode
+        return lambda r: f"{base}/{r.file}" if base != "." else str(r.file)
+    (out / letter).mkdir(exist_ok=True)
+
+    def copied(r: Result) -> str:
+        name = f"{letter}/{Path(str(r.file)).name}"
+        shutil.copyfile(side.folder / str(r.file), out / name)
+        if (out / name).stat().st_size != r.bytes:
+            raise HostError(f"{side.folder / str(r.file)}: is damaged; `genkit generate` draws it again")
+        return name
+
+    return copied
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Return the outcome of `compare_runs` for people to read."""
+    same = f", {found['identical']} of them the same file" if found["identical"] else ""
+    lines = [f"A {found['a']}", f"B {found['b']}", f"{found['pairs']:,} pairs of {found['prompts']:,} prompts{same}"]
+    for reason, alone in found["alone"].items():
+        rest = ", …" if alone["count"] > len(alone["first"]) else ""
+        lines.append(f"{alone['count']:,} {reason}: {', '.join(alone['first'])}{rest}")
+    lines += [f"differs: {d['what']}: {d['a']} | {d['b']}" for d in found["differs"]] or ["nothing else differs"]
+    table = [("score", "pairs", "mean A", "mean B", "B wins", "(95 %)", "B - A", "(95 %)")]
+    for name, s in [*found["scores"].items()][:LINES]:
+        share = " to ".join(f"{x:.1%}" for x in s["win_interval"])
+        gain = " to ".join("?" if x is None else f"{x:+.4g}" for x in s["difference_interval"])
+        row = f"{s['pairs']:,}", f"{s['a']:.4g}", f"{s['b']:.4g}", f"{s['win_rate']:.1%}", share
+        table.append((name[:40], *row, f"{s['difference']:+.4g}", gain))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=True)).rstrip() for row in table]
+    if len(found["scores"]) > LINES:
+        lines.append(f"… and {len(found['scores']) - LINES} more scores, on the page")
+    return "\n".join([*lines, f"side by side: {found['page']}"])

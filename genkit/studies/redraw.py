@@ -1,0 +1,85 @@
+"""Redrawing rows of a run, with the score of the predicted picture at several marks of every image kept."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genkit.errors import InputError
+from genkit.job import reopen
+from genkit.progress import Progress
+from genkit.rows.request import Request, Result
+from genkit.sampling.draws import Draws
+from genkit.sampling.engine import Trajectory
+from genkit.sampling.pruning import Pruning, at_its_mark, mark_of
+from genkit.sampling.stream import Stream
+from genkit.selection.decide import value_of
+from genkit.studies.study import MARKS, Watched, order_of
+
+
+class _Watch(Pruning):
+    """Judges every image at every mark, and gives none up."""
+
+    def __init__(self, judge: Any) -> None:
+        super().__init__(lambda request: [], judge, scored=True)
+        self.looks, self.looking = 0, 0.0  # looks taken, and the seconds they took
+        self.seen: dict[tuple[str, int], list[float]] = defaultdict(list)
+
+    def mark(self, trajectory: Trajectory) -> None:
+        trajectory.pause = mark_of(trajectory.plan.nfe, MARKS[0])
+
+    def lose(self, request: Request) -> None:
+        raise InputError(f"row {request.id}: an image of it could not be redrawn")
+
+    def park(self, ended: list[Trajectory]) -> list[Trajectory]:
+        for trajectory in [t for t in ended if t.pause and not t.error]:
+            request, index, _ = trajectory.tag
+            seen = self.seen[str(request.id), index]
+            here = [m for m in MARKS if mark_of(trajectory.plan.nfe, m) == trajectory.step]
+            began = time.monotonic()
+            judged = self.judge([at_its_mark(trajectory)])
+            self.looks, self.looking = self.looks + 1, self.looking + time.monotonic() - began
+            seen += [_value(request, judged)] * len(here)  # with few steps, several marks fall on one call
+            left = MARKS[len(seen) :]
+            trajectory.pause = mark_of(trajectory.plan.nfe, left[0]) if left else 0
+            self.resumed.append(trajectory)
+        return [t for t in ended if t not in self.resumed]
+
+
+def redraw(run: Path, rows: Sequence[Request], device: str, quiet: bool) -> tuple[list[Watched], float]:
+    """Draw rows of a run again, as the run drew them; return the early and final scores of each row's images.
+
+    Returned with it: the share of an image's time that decoding and scoring it takes.
+    """
+    generator, scorer, slots, seed = reopen(run, device)
+    draws = Draws(rows)
+    stream = Stream(generator, draws, scorer, seed)
+    watch = stream.pruning = _Watch(stream._finish)
+    found: dict[str, list[Result]] = defaultdict(list)
+    began = time.monotonic()
+    with Progress(draws.total, quiet=quiet) as progress:
+        for result in stream.run(slots):
+            progress.advance(result, result.status == "done", draws.total)
+            found[result.id].append(result)
+    seconds = (time.monotonic() - began - watch.looking) / max(1, progress.done)  # an image's, looked at once
+    look = watch.looking / max(1, watch.looks) / seconds
+    watched = []
+    for row in rows:
+        results = sorted(found[str(row.id)], key=lambda r: r.index)
+        early = [watch.seen[r.id, r.index] for r in results]
+        if all(r.status == "done" and len(seen) == len(MARKS) for r, seen in zip(results, early, strict=True)):
+            final = np.array([value_of(r, order_of(row)) for r in results])
+            watched.append(Watched(final, np.array(early)))
+    if not watched:
+        raise InputError("--prune: no row could be redrawn whole; are there enough steps, and scores to rank by?")
+    return watched, min(1.0, look)
+
+
+def _value(request: Request, judged: list[Result]) -> float:
+    done = [r for r in judged if r.status == "done"]
+    return value_of(done[0], order_of(request)) if done else float("nan")

@@ -1,0 +1,450 @@
+"""What is wrong with a data set, said before anything is trained on it: every picture decoded, every caption read."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import statistics
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from genkit.datasets.duplicates import Look, alike, joined, look_at
+from genkit.datasets.sources import TABLES, Example, left_out, read_examples, split
+from genkit.durable import disk, write_whole
+from genkit.errors import InputError, nearest, shown
+from genkit.pictures.images import SUFFIXES
+from genkit.progress import printable
+from genkit.training.recipe import Data, Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from genkit.components import ModelInfo
+
+NAMED = 3  # pictures that a line names
+UNTOLD = ("unconditional", "autoencoder")  # tasks that read no captions
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """An "error" or a "warning", in one line, and the pictures that it is about, as groups of their numbers."""
+
+    level: str
+    text: str
+    groups: Sequence[Sequence[int]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A data set as it is examined: pictures to train on, then those held out; the recipe and its model, if known."""
+
+    data: Data
+    pictures: Sequence[Example]
+    train: int
+    looks: Sequence[Look]
+    recipe: Recipe | None
+    info: ModelInfo | None
+    task: Any = None
+    buckets: dict[tuple[int, int], list[int]] = dataclasses.field(default_factory=dict)
+
+    def named(self, numbers: Sequence[int]) -> str:
+        """Return the names of some pictures for a line."""
+        names = [self.pictures[i].key for i in numbers[:NAMED]]
+        return ", ".join(names) + (", …" if len(numbers) > NAMED else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found: facts by name, findings, errors first."""
+
+    case: Case
+    facts: dict[str, Any]
+    findings: list[Finding]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What has to be put right before training."""
+        return [f for f in self.findings if f.level == "error"]
+
+    def lines(self) -> list[str]:
+        """Return the report for a terminal."""
+        width = max(map(len, self.facts))
+        told = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
+        told += [f"{f.level:<{width}}  {f.text}" for f in self.findings]
+        if any(len(f.groups) > NAMED for f in self.findings):
+            told.append(f"{'':<{width}}  --json names all of them, -o PAGE.html shows them")
+        return [printable(line) for line in told] + ([] if self.findings else ["nothing is wrong"])
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        found = [
+            {"level": f.level, "text": f.text, "pictures": [[self.case.pictures[i].key for i in g] for g in f.groups]}
+            for f in self.findings
+        ]
+        counts = {"pictures": len(self.case.pictures), "held_out": len(self.case.pictures) - self.case.train}
+        buckets = {f"{w}x{h}": len(members) for (w, h), members in self.case.buckets.items()}
+        return {**counts, "buckets": buckets, "facts": self.facts, "findings": found}
+
+
+def examine(
+    data: Data, train: Sequence[Example], held: Sequence[Example] = (), recipe: Recipe | None = None,
+    info: ModelInfo | None = None, *, quiet: bool = True,
+) -> Report:  # fmt: skip
+    """Return what is to be said of a data set; recipe and info (its model): what it is for, where that is known."""
+    pictures = [*train, *held]
+    case = Case(data, pictures, len(train), look_at(pictures, quiet), recipe, info)
+    findings = []
+    if recipe is not None and info is not None:
+        from genkit.training.estimate import task_on_shapes
+
+        try:
+            case = dataclasses.replace(case, task=task_on_shapes(recipe, info))
+            case = dataclasses.replace(case, buckets=_bucketed(case, recipe, case.task))
+        except InputError as error:
+            findings.append(Finding("error", str(error)))
+    findings += [finding for check in CHECKS for finding in check(case)]
+    facts = {name: value for name, fact in FACTS.items() if (value := fact(case))}
+    return Report(case, facts, sorted(findings, key=lambda f: f.level))
+
+
+def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False) -> Report:
+    """Return the report on a data set, the recipe's own where `path` is None. Raises InputError as readers do."""
+    if recipe_path is None:
+        if path is None:
+            raise InputError("DATA: is missing; or say --recipe, which names its own")
+        if not path:
+            raise InputError("DATA: is empty")
+        data = Data.model_validate({"path": path, "validation": 0.0})
+        return examine(data, read_examples(data), quiet=quiet)
+    recipe = read_recipe(recipe_path, () if path is None else [f"data.path={json.dumps(path)}"])
+    train, held = split(read_examples(recipe.data), recipe.data)
+    from genkit.components.compose import compose_model
+    from genkit.training.tasks import KINDS
+
+    kind = KINDS.get(recipe.task, "text-to-image")
+    info = compose_model(kind, recipe.model, recipe.networks, recipe.scheduler)
+    return examine(recipe.data, train, held, recipe, info, quiet=quiet)
+
+
+def check_data(
+    recipe: Recipe, train: Sequence[Example], held: Sequence[Example], info: ModelInfo, folder: Path,
+    say: Callable[[str], None], *, quiet: bool = False,
+) -> None:  # fmt: skip
+    """Examine a data set before it is trained on, once for as long as neither it nor the recipe's `data` changes.
+
+    The report goes to doctor.html in `folder`. Raises InputError for what has to be put right.
+    """
+    sums = hashlib.sha256(json.dumps([recipe.task, recipe.plain["data"], recipe.train.batch_size, len(train)]).encode())
+    states: dict[str, tuple[int, int]] = {}
+    for example in (*train, *held):
+        path = example.place[0]
+        if path not in states:
+            try:
+                status = os.stat(path)
+                states[path] = (status.st_size, status.st_mtime_ns)
+            except OSError:  # a link that leads nowhere: it will be named
+                states[path] = (-1, 0)
+        sums.update(json.dumps([example.key, example.caption, example.place, states[path]]).encode())
+    known, fingerprint = folder / ".doctor", sums.hexdigest()
+    if known.exists() and known.read_text("utf-8") == fingerprint:
+        return
+    report = examine(recipe.data, train, held, recipe, info, quiet=quiet)
+    page = write_page(report, folder / "doctor.html")
+    for finding in report.findings:
+        say(f"{finding.level}: {finding.text}")
+    if report.errors:
+        more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
+        about = "data: " if report.errors[0].groups else ""  # else of the recipe, and names its key itself
+        raise InputError(f"{about}{report.errors[0].text}{more}; see {page}")
+    with disk(known):
+        write_whole(known, fingerprint.encode())
+
+
+def _bucketed(case: Case, recipe: Recipe, task: Any) -> dict[tuple[int, int], list[int]]:
+    """Return the pictures of each size that they are trained at, as the loop sorts them. Raises InputError."""
+    from genkit.training.data import Pictures
+
+    numbers = [i for i in range(case.train) if not case.looks[i].problem]
+    made = Pictures([case.pictures[i] for i in numbers], case.data, task.resolution, task.multiple, recipe.seed)
+    return {shape: [numbers[i] for i in members] for shape, members in sorted(made.buckets.items())}
+
+
+def _unreadable(case: Case) -> Iterator[Finding]:
+    bad = [i for i, look in enumerate(case.looks) if look.problem]
+    if bad:
+        told = "; ".join(case.looks[i].problem for i in bad[:NAMED]) + ("; …" if len(bad) > NAMED else "")
+        yield Finding("error", f"{len(bad)} of {len(case.looks)} pictures cannot be read: {told}", [[i] for i in bad])
+
+
+def _uncaptioned(case: Case) -> Iterator[Finding]:
+    missing = [i for i, example in enumerate(case.pictures) if not example.caption]
+    if not missing or (case.recipe is not None and case.recipe.task in UNTOLD):
+        return
+    allowed = case.data.missing_captions == "empty"
+    text = f"{len(missing)} of {len(case.pictures)} pictures have no caption: {case.named(missing)}"
+    hint = _mistaken(case.pictures[missing[0]], case.data)
+    end = "" if allowed else "; if that is meant: data.missing_captions: empty"
+    yield Finding("warning" if allowed else "error", text + hint + end, [[i] for i in missing])
+
+
+def _left_out(case: Case) -> Iterator[Finding]:
+    files = left_out(case.data)
+    if files:
+        told = ", ".join(files[:NAMED]) + (", …" if len(files) > NAMED else "")
+        kinds = "linked folders, and pictures that are no PNG, JPEG, WebP or JPEG XL"
+        yield Finding("warning", f"{len(files)} files are left out: {told}: {kinds}, are not read")
+
+
+def _mistaken(example: Example, data: Data) -> str:
+    """Return where the caption of a picture may be instead: a column of another name, or a file beside it."""
+    texts = [name for name, value in example.fields.items() if isinstance(value, str) and value]
+    if texts:
+        return (
+            f" (it has {', '.join(map(shown, texts[:6]))}: data.caption names the column){nearest(data.caption, texts)}"
+        )
+    path = Path(example.place[0])
+    if example.place[1] < 0:
+        return ""
+    stem = PurePosixPath(example.key.rpartition("!")[2]).stem
+    if example.place[2] < 0:
+        beside = sorted(os.listdir(path.parent))
+    else:
+        with tarfile.open(path, "r:") as tar:
+            beside = sorted(PurePosixPath(name).name for name in tar.getnames())
+    files = [n for n in beside if not n.startswith(".") and PurePosixPath(n).suffix.lower() not in SUFFIXES]
+    table = next((n for n in files if n in TABLES), None)
+    if table is not None and not example.fields:
+        return f" (no line of {table} speaks of it)"
+    if f"{stem}.txt" in files:
+        return f" ({shown(f'{stem}.txt')} is empty)"
+    close = [n for n in files if n.startswith(stem)] or difflib.get_close_matches(f"{stem}.txt", files[:5000], 1, 0.7)
+    return f" (beside it is {shown(close[0])}; its caption is looked for in {shown(f'{stem}.txt')})" if close else ""
+
+
+def _twins(case: Case) -> Iterator[Finding]:
+    """Duplicates within what is trained on, and whatever of it is held out as well."""
+    same: dict[str, list[int]] = defaultdict(list)
+    for i, look in enumerate(case.looks):
+        if not look.problem:
+            same[look.digest].append(i)
+    groups = [g for g in same.values() if len(g) > 1]
+    pairs = alike(case.looks)
+    inside = [g for g in ([i for i in g if i < case.train] for g in groups) if len(g) > 1]
+    if inside:
+        extra = sum(len(g) - 1 for g in inside)
+        differ = sum(len({case.pictures[i].caption for i in g}) > 1 for g in inside)
+        other = f", {differ} of them under different captions" if differ else ""
+        text = f"copies of a picture, byte for byte: {extra}, of {len(inside)} pictures{other}: {case.named(inside[0])}"
+        yield Finding("warning", text, inside)
+    near = joined([p for p in pairs if p[1] < case.train])
+    if near:
+        count = sum(map(len, near))
+        text = (
+            f"{count} pictures look alike, in {len(near)} groups, the largest of {len(near[0])}: {case.named(near[0])}"
+        )
+        yield Finding("warning", text, near)
+    members = {i: g for g in groups for i in g}
+    crossed = [(a, b) for g in groups for a in g if a < case.train for b in g if b >= case.train]
+    crossed += [
+        (a, b) for x, y in pairs for a in members.get(x, [x]) for b in members.get(y, [y]) if a < case.train <= b
+    ]
+    leaked = sorted({b: a for a, b in reversed(crossed)}.items())
+    if leaked:
+        text = f"{len(leaked)} of {len(case.pictures) - case.train} held-out pictures are trained on, or look like one"
+        text += f" that is: {case.named(leaked[0])}: the validation loss is better than it should be"
+        advice = "; data.validation_by keeps pictures of one field's value together"
+        text += advice if case.data.validation_by is None else ""
+        yield Finding("warning", text, [(b, a) for b, a in leaked])
+
+
+def _small(case: Case) -> Iterator[Finding]:
+    if case.recipe is None:
+        yield from _tiny(case)
+        return
+    most: list[tuple[float, int]] = []
+    for (width, height), members in case.buckets.items():
+        for i in members:
+            w, h = case.looks[i].size
+            most.append((max(width / w, height / h), i))
+    small = sorted((pair for pair in most if pair[0] > 1), reverse=True)
+    if small:
+        numbers = [i for _, i in small]
+        sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.looks[i].size))})" for i in numbers[:NAMED]]
+        text = f"{len(small)} pictures are smaller than they are trained at, and blown up to {small[0][0]:.1f} times"
+        yield Finding("warning", f"{text}: {', '.join(sizes)}", [[i] for i in numbers])
+
+
+def _tiny(case: Case) -> Iterator[Finding]:
+    """Where it is not known what they are for: pictures of less than a tenth of the pixels that half of them have."""
+    areas = {i: look.size[0] * look.size[1] for i, look in enumerate(case.looks) if not look.problem}
+    usual = statistics.median(areas.values()) if areas else 0
+    tiny = sorted((i for i, area in areas.items() if area * 10 < usual), key=lambda i: areas[i])
+    if tiny:
+        sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.looks[i].size))})" for i in tiny[:NAMED]]
+        told = ", ".join(sizes) + (", …" if len(tiny) > NAMED else "")
+        yield Finding("warning", f"{len(tiny)} pictures are tiny beside the others: {told}", [[i] for i in tiny])
+
+
+def _long(case: Case) -> Iterator[Finding]:
+    """Captions of which the text encoder does not see the end, as any of the templates makes them."""
+    limit, counts = _tokens(case)
+    long = sorted((i for i, count in counts.items() if count > limit), key=lambda i: -counts[i])
+    if long:
+        text = f"{len(long)} captions are longer than the {limit} tokens that are read, up to {counts[long[0]]}"
+        yield Finding("warning", f"{text}: {case.named(long)}: what is past them is cut off", [[i] for i in long])
+
+
+def _tokens(case: Case) -> tuple[int, dict[int, int]]:
+    """Return how many tokens are read, and how many each picture's longest caption has, begin and end counted."""
+    if case.task is None or case.task.tokenizer is None:
+        return 0, {}
+    from genkit.components.text import spelled
+    from genkit.training.data import BACKGROUNDS, HUES, filled, usable, worded
+
+    tokenizer = case.task.tokenizer
+    data, counts = case.data, {}
+    colour = max(HUES, key=len) if data.recolour is not None and data.recolour.share else ""
+    for i, example in enumerate(case.pictures):
+        values = {**example.fields, "caption": example.caption or ""}
+        longest = {k: max(map(str, v), key=len) if isinstance(v, list) and v else v for k, v in values.items()}
+        texts = {worded(data, template, longest, colour) for template in usable(data, values)}
+        if data.background.share:
+            ground = max(BACKGROUNDS, key=len)
+            texts = {filled(data.background.caption, {"caption": t, "background": ground}) for t in texts}
+        counts[i] = max(len(ids) for ids in tokenizer(spelled(tokenizer, texts), verbose=False).input_ids)
+    return tokenizer.model_max_length, counts
+
+
+def _uneven(case: Case) -> Iterator[Finding]:
+    if case.recipe is None or not case.buckets:
+        return
+    size = case.recipe.train.batch_size
+    few = [(shape, m) for shape, m in case.buckets.items() if len(m) * case.data.repeat < size]
+    if few and len(case.buckets) > 1:
+        shapes = ", ".join(f"{w}x{h} ({len(m)})" for (w, h), m in few[:6]) + (", …" if len(few) > 6 else "")
+        text = (
+            f"{len(few)} of {len(case.buckets)} buckets do not fill a batch of {size}, and make shorter ones: {shapes}"
+        )
+        yield Finding("warning", text, [m for _, m in few])
+    elif few:
+        yield Finding(
+            "warning", f"{len(few[0][1])} pictures do not fill a batch of {size}: every batch is of all of them"
+        )
+
+
+def _held(case: Case) -> Iterator[Finding]:
+    asked, held = case.data.validation, len(case.pictures) - case.train
+    if isinstance(asked, str) or case.data.validation_by is None or not asked:
+        return
+    share, by = held / len(case.pictures), case.data.validation_by
+    if not asked / 2 <= share <= asked * 2:
+        values = len({str(example.fields.get(by)) for example in case.pictures})
+        text = f"{held} of {len(case.pictures)} pictures are held out, where data.validation asks for {asked:g} of them"
+        yield Finding("warning", f"{text}: {by} has {values} values, and each is held out or trained on as a whole")
+
+
+def _counts(case: Case) -> str:
+    held = len(case.pictures) - case.train
+    clear = sum(look.transparent for look in case.looks)
+    lies = f"; {clear:,} transparent, on {case.data.background.colour}" if clear else ""
+    return f"{len(case.pictures):,}: {case.train:,} to train on, {held:,} held out{lies}"
+
+
+def _sizes(case: Case) -> str:
+    sizes = Counter(look.size for look in case.looks if not look.problem).most_common()
+    if len(sizes) <= 4:
+        return ", ".join(f"{w}x{h} ({n:,})" for (w, h), n in sizes)
+    areas = sorted((size for size, n in sizes for _ in range(n)), key=lambda s: s[0] * s[1])
+    picked = [areas[0], areas[len(areas) // 2], areas[-1]]
+    return "{} to {}, half of them up to {}".format(*("x".join(map(str, s)) for s in (picked[0], picked[2], picked[1])))
+
+
+def _captions(case: Case) -> str:
+    counts = Counter(example.caption for example in case.pictures if example.caption)
+    if not counts:
+        return "none"
+    words = [len(c.split()) for c, n in counts.items() for _ in range(n)]
+    common = ", ".join(f"{shown(c, 40)} ({n})" for c, n in counts.most_common(4))
+    spread = f"{min(words)} to {max(words)} words, {statistics.median(words):.0f} as a rule"
+    return f"{sum(counts.values()):,}, {len(counts):,} distinct; {spread}; most common: {common}"
+
+
+def _table(case: Case) -> str:
+    return ", ".join(f"{w}x{h} ({len(members):,})" for (w, h), members in case.buckets.items())
+
+
+def _steps(case: Case) -> str:
+    if case.recipe is None or not case.buckets:
+        return ""
+    train, repeat = case.recipe.train, case.data.repeat
+    batches = sum(-(-len(m) * repeat // train.batch_size) for m in case.buckets.values())
+    epoch = batches / train.gradient_accumulation_steps
+    limit = f", or {train.max_seconds:g} s if that is sooner" if train.max_seconds is not None else ""
+    return f"{train.steps:,}: {train.steps / epoch:.1f} epochs of {epoch:,.0f} steps{limit}"
+
+
+def _memory(case: Case) -> str:
+    if case.recipe is None or case.info is None or not case.buckets:
+        return ""
+    from genkit.training.estimate import training_memory
+
+    try:
+        found = training_memory(case.recipe, case.info, case.task, max(case.buckets, key=lambda s: s[0] * s[1]))
+    except (NotImplementedError, RuntimeError):  # a network that does not run on shapes alone
+        return "unknown"
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in found.items() if size)
+    return f"about {sum(found.values()) / 2**20:,.0f} MiB: {parts}"
+
+
+def _time(case: Case) -> str:
+    """Return how long the steps take at least: what torch counts of them at the speed of a matrix product here."""
+    if case.recipe is None or case.info is None or not case.buckets:
+        return ""
+    from genkit.device.devices import pick_device
+    from genkit.training.estimate import speed, training_work
+    from genkit.training.setup import MIXED
+
+    train = case.recipe.train
+    try:
+        work = training_work(case.recipe, case.task, max(case.buckets, key=lambda s: s[0] * s[1]))
+    except (NotImplementedError, RuntimeError):
+        return "unknown"
+    device, _ = pick_device("auto", "float32")
+    rate = speed(device, MIXED[train.mixed_precision])
+    pictures = train.batch_size * (2 if case.recipe.prior is not None else 1) * train.gradient_accumulation_steps
+    seconds = train.steps * pictures * work / rate
+    if train.max_seconds is not None and train.max_seconds < seconds:
+        return (
+            f"{_lasting(train.max_seconds)}, which train.max_seconds allows; all steps take {_lasting(seconds)} or more"
+        )
+    per = f"{pictures * work / 1e9:,.0f} GFLOP a step, at the {rate / 1e9:,.0f} GFLOP/s of a matrix product"
+    return f"{_lasting(seconds)} or more on {device.type}: {per}; looks and saves come on top"
+
+
+def _lasting(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"
+
+
+def write_page(report: Report, path: Path) -> Path:
+    """Write the report with thumbnails, on one page that needs nothing else, and return its path. Raises HostError."""
+    from genkit.pages.doctor import page
+
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, page(report).encode("utf-8", "backslashreplace"))
+    return path
+
+
+CHECKS = (_unreadable, _left_out, _uncaptioned, _twins, _small, _long, _uneven, _held)
+FACTS: dict[str, Callable[[Case], str]] = {
+    "pictures": _counts, "sizes": _sizes, "captions": _captions, "buckets": _table, "steps": _steps, "memory": _memory,
+    "time": _time,
+}  # fmt: skip
