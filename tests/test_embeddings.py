@@ -155,8 +155,10 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, data: bytes) -> None:
 
 def test_reading_needs_no_torch(tmp_path: Path) -> None:
     fill(tmp_path, 2)
-    script = "import sys, pathlib\nimport genkit.runs.embeddings as e\n"
-        "e.read_embeddings(pathlib.Path())\nprint('torch' in sys.modules)"
+    script = (
+        "import sys, pathlib\nfrom genkit.runs.embeddings import read_embeddings\n"
+        "read_embeddings(pathlib.Path())\nprint('torch' in sys.modules)"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
