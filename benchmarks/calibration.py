@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.selection import COLOURS, colours, pixels, prompt
 from genkit import Request, generate
 from genkit.errors import InputError
-from genkit.rows.request import Result
+from genkit.rows.result import Result, value_of
 from genkit.scoring.gates import Expression
 from genkit.selection.calibrate import calibrate, read_pictures, report
-from genkit.selection.decide import value_of
 
 COLOUR, THING, BACKGROUND = "red", "cupcake", "purple"
 IMAGES, HALVINGS = 200, 100

@@ -54,8 +54,8 @@ def recognised(data: Path, model: str, clip: str, pictures: int, sheet: Path | N
     from PIL import Image
 
     from genkit import ClipScorer, Request, TextToImage
+    from genkit.datasets.config import Data
     from genkit.datasets.sources import read_examples
-    from genkit.training.recipe import Data
 
     names = sorted({str(e.caption) for e in read_examples(Data(path=str(data)))})
     asked = random.Random(0).sample(names, pictures)

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from genkit import Request, generate
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 from genkit.runs.run import read_results
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")

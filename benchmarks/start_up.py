@@ -41,7 +41,8 @@ def measured(words: list[str], repeat: int, code: int) -> tuple[float, float]:
 
 def big_run(folder: Path, rows: int = 12_500, each: int = 8) -> Path:
     """Write the records of a run of rows * each images, and empty files in their places."""
-    from genkit.rows.request import Request, Result
+    from genkit.rows.request import Request
+    from genkit.rows.result import Result
 
     requests = [Request(id=f"{i:06d}", prompt=f"picture {i} of a fox", num_images=each, seed=i) for i in range(rows)]
     (folder / "images").mkdir(parents=True)

@@ -80,8 +80,8 @@ def diffusers(a: argparse.Namespace, cached: bool) -> dict[str, float]:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from genkit.components import inspect_model
+    from genkit.datasets.config import Data
     from genkit.datasets.sources import read_examples
-    from genkit.training.recipe import Data
 
     accelerator = Accelerator(mixed_precision=a.precision.replace("fp32", "no"), cpu=a.device == "cpu")
     device = accelerator.device

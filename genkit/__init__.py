@@ -10,7 +10,8 @@ from genkit.version import __version__ as __version__
 if TYPE_CHECKING:
     from genkit.errors import HostError, InputError
     from genkit.job import generate
-    from genkit.rows.request import Request, Result
+    from genkit.rows.request import Request
+    from genkit.rows.result import Result
     from genkit.sampling.generators import ImageToImage, TextToImage, Unconditional
     from genkit.schedulers import Scheduler
     from genkit.scoring.clip import ClipScorer
@@ -24,7 +25,7 @@ _HOMES = {
     "Unconditional": "genkit.sampling.generators",
     "generate": "genkit.job",
     "Request": "genkit.rows.request",
-    "Result": "genkit.rows.request",
+    "Result": "genkit.rows.result",
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
 }

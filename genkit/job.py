@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.components import inspect_model, load_components, weight_hashes
+from genkit.components.geometry import Geometry
+from genkit.components.needs import budget_for, describe
 from genkit.components.weights import sha256
 from genkit.device.devices import CPU_SLOTS, DTYPES, check_attention, check_device, pick_device
-from genkit.device.memory import away, budget_for, check_memory, describe
+from genkit.device.memory import away, check_memory
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_SOME_FAILED, InputError
 from genkit.pages.gallery import write_gallery
 from genkit.pictures.encoders import encoding
@@ -21,7 +23,7 @@ from genkit.progress import Progress
 from genkit.rows.plans import is_tuned, plan_for, tuned_file
 from genkit.rows.prompts import read_prompts
 from genkit.rows.request import Request
-from genkit.rows.settings import Geometry, settings
+from genkit.rows.settings import settings
 from genkit.runs.destination import check_binding
 from genkit.runs.embeddings import Store
 from genkit.runs.records import read_rows
@@ -32,10 +34,10 @@ from genkit.sampling.draws import Draws
 from genkit.sampling.guidance import network_rows
 from genkit.schedulers import Plan, Scheduler
 from genkit.scoring.aesthetic import Head, check_head
-from genkit.scoring.gates import Expression, check_row
+from genkit.scoring.gates import Expression, check_row, passes
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
-from genkit.selection.decide import decide, hard_lines, passes, write_selection
+from genkit.selection.decide import decide, hard_lines, write_selection
 from genkit.selection.picking import NONE, Picking, read_known
 from genkit.signals import Interrupted, Signals
 from genkit.version import __version__
@@ -91,7 +93,15 @@ class Job:
             "model": self.info.name,
             "clip": None if self.clip is None else self.clip.name,
             "format": str(encoding(self.options.format, self.options.quality)),
-            **describe(self.info, self.clip, self.options, self.largest),
+            **describe(
+                self.info,
+                self.clip,
+                device=self.options.device,
+                dtype=self.options.dtype,
+                memory=self.options.memory,
+                slots=self.options.batch_size,
+                largest=self.largest,
+            ),
         }
 
     @property
@@ -397,7 +407,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
             for result in stream:
                 writers.put(result)
                 passed = result.status == "done" and passes(gates.get(result.id), result.scores)
-                progress.advance(result, passed, draws.total)
+                progress.advance(result.status == "failed", passed, draws.total)
                 if result.status == "failed":
                     progress.say(f"row {result.id}, image {result.index}: failed: {result.reason}")
                 for note in scorer.news():

@@ -7,8 +7,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from genkit.rows.request import Result
-
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -66,10 +64,10 @@ class Progress:
         """Seconds to go at the rate so far: batches end all at once, which rich's own estimate is not made for."""
         return (self.total - self.done) / max(self.rate, 1e-9)
 
-    def advance(self, result: Result, passed: bool, total: int) -> None:
+    def advance(self, failed: bool, passed: bool, total: int) -> None:
         """Count one more image; `total` is what the run now expects."""
         self.total, self.done = total, self.done + 1
-        self.failed += result.status == "failed"
+        self.failed += failed
         self.passed += passed
         if self._bar is not None:
             self._bar.update(

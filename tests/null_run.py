@@ -23,7 +23,8 @@ from typing import Any
 from PIL import Image
 
 from genkit.errors import HostError
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.run import Run
 
 CONFIG = {"binding": {"seed": 0, "model": {"name": "null", "weights": {"unet": "0" * 64}}}, "info": {"genkit": "test"}}

@@ -17,11 +17,11 @@ from accelerate import init_empty_weights
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 from genkit.components import inspect_model, keys, load_components
+from genkit.components.geometry import Geometry
 from genkit.components.registry import NETWORKS
 from genkit.components.rules import Key, check_config
 from genkit.errors import InputError
 from genkit.files import parse_json
-from genkit.rows.settings import Geometry
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_latent_unconditional, tiny_stable_diffusion
 
 

@@ -19,6 +19,7 @@ from genkit import cli
 from genkit.components import load_components
 from genkit.components.compose import compose_model
 from genkit.datasets import duplicates as likeness
+from genkit.datasets.config import Data
 from genkit.datasets.sources import read_examples, split
 from genkit.errors import InputError
 from genkit.training import doctor
@@ -26,7 +27,7 @@ from genkit.training.cache import encoded
 from genkit.training.data import Batch, Pictures
 from genkit.training.doctor import Report, check_data, examine
 from genkit.training.loop import train
-from genkit.training.recipe import Data, make_recipe
+from genkit.training.recipe import make_recipe
 from genkit.training.tasks import KINDS, make_task
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_stable_diffusion
 
@@ -187,7 +188,7 @@ def test_small_pictures_and_small_buckets(pictures: Path, models: Path) -> None:
     picture(71, 64, 32).save(pictures / "0.png")
     report = report_for(recipe_of(models / "sd", pictures, buckets=True, bucket_step=8, resolution=32))
     assert only(report, "warning").startswith("1 of 2 buckets do not fill a batch of 2")
-    assert sum(map(len, report.case.buckets.values())) == 8
+    assert sum(map(len, report.buckets.values())) == 8
 
 
 def resaved(image: Image.Image) -> Image.Image:
@@ -233,7 +234,7 @@ def test_what_is_held_out_must_not_be_trained_on(pictures: Path, tmp_path: Path)
     report = report_on(pictures, validation=str(held))
     said = only(report, "warning")
     assert said.startswith("2 of 3 held-out pictures are trained on, or look like one that is: near.png, 5.png")
-    pairs = [[report.case.pictures[i].key for i in group] for group in report.findings[0].groups]
+    pairs = [[report.pictures[i].key for i in group] for group in report.findings[0].groups]
     assert pairs == [["near.png", "5.png"], ["same.png", "3.png"]]
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Engine, Trajectory
 from genkit.schedulers import Scheduler

@@ -17,7 +17,7 @@ import pytest
 
 from genkit import ClipScorer, HostError, InputError, Request, generate
 from genkit.durable import lock_folder
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 from genkit.runs.embeddings import EMBEDDINGS, Store, read_embeddings
 from genkit.runs.records import read_results
 from genkit.studies.score import score_images

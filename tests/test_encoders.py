@@ -22,7 +22,7 @@ from genkit.pictures.images import read_image
 from genkit.pictures.metadata import METADATA_BYTES, texts
 from genkit.runs import writers as writing
 from genkit.runs.run import Run
-from genkit.selection.decide import refilter
+from genkit.studies.filter import refilter
 from genkit.studies.score import score_images
 from tests.check_run import check_run
 from tests.null_run import CONFIG, rows_of
@@ -176,7 +176,7 @@ def read_back(data: bytes) -> dict[str, str]:
 
 def written(request: Request, found: Result | None = None, model: str = "emoji", name: str = "png") -> dict[str, str]:
     """The texts of a picture, as they come back from a file of that format."""
-    text = texts(request.to_json(), found or result(), model, "0.1.0")
+    text = texts(request.to_json(), (found or result()).to_json(), model, "0.1.0")
     back = read_back(encoding(name).encode(PIXELS, text))
     assert back == text
     return back
@@ -193,7 +193,7 @@ def test_parameters_are_what_other_tools_read() -> None:
     )
     plain = written(Request(prompt="a", scheduler="euler_ancestral", num_inference_steps=20))["parameters"]
     assert plain == "a\nSteps: 20, Sampler: Euler a, Seed: 9, Size: 64x48, Model: emoji, Version: genkit 0.1.0"
-    comma = texts(Request(prompt="a").to_json(), result(), "my, model: 2", "0.1.0")["parameters"]
+    comma = texts(Request(prompt="a").to_json(), result().to_json(), "my, model: 2", "0.1.0")["parameters"]
     assert 'Model: "my, model: 2"' in comma
 
 
@@ -252,15 +252,15 @@ def test_a_model_folder_that_is_no_text(name: str) -> None:
 
 def test_text_is_never_compressed() -> None:
     """A reader refuses the whole file when a compressed chunk unpacks past its limit."""
-    data = encoding().encode(PIXELS, texts(Request(prompt="x" * 9000).to_json(), result(), "emoji", "0.1.0"))
+    data = encoding().encode(PIXELS, texts(Request(prompt="x" * 9000).to_json(), result().to_json(), "emoji", "0.1.0"))
     assert b"zTXt" not in data and b"tEXtparameters\0xxx" in data
-    wide = encoding().encode(PIXELS, texts(Request(prompt="猫").to_json(), result(), "emoji", "0.1.0"))
+    wide = encoding().encode(PIXELS, texts(Request(prompt="猫").to_json(), result().to_json(), "emoji", "0.1.0"))
     assert b"iTXtparameters\0\0\0\0\0" + "猫\n".encode() in wide
 
 
 @pytest.mark.parametrize("name", ["webp", "jpeg", JXL])
 def test_exif_as_the_standard_has_it(name: str) -> None:
-    data = encoding(name).encode(PIXELS, texts(Request(prompt="a").to_json(), result(), "emoji", "0.1.0"))
+    data = encoding(name).encode(PIXELS, texts(Request(prompt="a").to_json(), result().to_json(), "emoji", "0.1.0"))
     block = data[data.index(b"MM\0\x2a\0\0\0\x08") :]
 
     def entries(at: int) -> dict[int, tuple[int, int, int]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from genkit import ImageToImage, InputError, Request, TextToImage
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 from genkit.sampling.denoiser import Denoiser
 from genkit.sampling.engine import Engine, Trajectory
 

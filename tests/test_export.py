@@ -19,9 +19,10 @@ import genkit.datasets.export
 import genkit.datasets.shards
 from genkit.datasets.export import Target
 from genkit.errors import HostError, InputError
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.run import Run
-from genkit.selection.decide import refilter
+from genkit.studies.filter import refilter
 from tests.null_run import CONFIG, png, result_of
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +152,7 @@ import sys, time
 from pathlib import Path
 import genkit.datasets.export, genkit.datasets.shards
 from genkit.datasets.export import Target
-from genkit.selection.decide import refilter
+from genkit.studies.filter import refilter
 real = genkit.datasets.export.picture
 def slow(folder, r):
     print("picture", flush=True)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from genkit.pages.gallery import write_gallery
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.run import Run
 from genkit.selection.decide import decide
 from tests.null_run import CONFIG, png

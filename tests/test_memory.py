@@ -19,8 +19,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from genkit import HostError, InputError, Request, TextToImage, generate, memory
 from genkit.components import inspect_model
 from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_encode, vae_strips
+from genkit.components.needs import model_need, need
 from genkit.device.devices import free_memory, host_memory
-from genkit.device.memory import LAYERS, PARTS, RESIDENT, TURNS, Need, away, model_need, need, peak, plan_memory
+from genkit.device.memory import LAYERS, PARTS, RESIDENT, TURNS, Need, away, peak, plan_memory
 from genkit.job import Options, plan_job
 from genkit.sampling.strips import decode_in_strips, encode_in_strips
 from tests.peak import peak_bytes

@@ -14,7 +14,7 @@ import torch
 
 from genkit import ClipScorer, HostError, ImageToImage, Request, TextToImage, generate, outofmemory
 from genkit.device.outofmemory import attempt, in_parts
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Engine
 from genkit.sampling.stream import Stream

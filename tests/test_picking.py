@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from genkit.errors import InputError
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.run import Run
-from genkit.selection.decide import decide, refilter
+from genkit.selection.decide import decide
 from genkit.selection.diversity import Candidates, nearest, pick
 from genkit.selection.picking import Known, Picking
+from genkit.studies.filter import refilter
 from tests.null_run import CONFIG, png, result_of, rows_of
 
 RNG = np.random.default_rng(0)

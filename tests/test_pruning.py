@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from genkit import InputError, Request, TextToImage, generate
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 from genkit.runs.run import read_results
 from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Engine, Trajectory

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from genkit.errors import InputError
-from genkit.rows.request import SEED_LIMIT, Request, Result, canonical, over
+from genkit.rows.request import SEED_LIMIT, Request, canonical, over
+from genkit.rows.result import Result
 
 NAN, INF = float("nan"), float("inf")
 DEEP: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from scipy.ndimage import laplace
 
 from genkit import ClipScorer, InputError, Request, TextToImage, generate
 from genkit.job import Options, plan_job
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 from genkit.runs.records import read_config, read_results
 from genkit.scoring import plugins
 from genkit.scoring.aesthetic import Head, check_head

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from genkit.errors import HostError, InputError
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.run import Run
-from genkit.scoring.gates import Expression
-from genkit.selection.decide import decide, passes, refilter
+from genkit.scoring.gates import Expression, passes
+from genkit.selection.decide import decide
+from genkit.studies.filter import refilter
 from tests.null_run import CONFIG, png, rows_of
 
 ROOT = Path(__file__).parent.parent

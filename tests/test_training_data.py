@@ -19,11 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
+from genkit.datasets.config import Data
 from genkit.datasets.sources import read_examples, split
 from genkit.errors import InputError
 from genkit.training.cache import encoded
 from genkit.training.data import HUES, Batch, Feed, Pictures, order, turn_hue
-from genkit.training.recipe import Data
 from tests.pictures import colour_folder
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from genkit.datasets.config import Background, Data
 from genkit.datasets.sources import Example
 from genkit.errors import InputError, nearest, shown
-from genkit.training.recipe import Background, Data
 from genkit.training.state import fold
 
 if TYPE_CHECKING:

@@ -14,28 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from genkit.datasets.config import Data
 from genkit.datasets.duplicates import Look, alike, joined, look_at
+from genkit.datasets.report import NAMED, Finding, Report
 from genkit.datasets.sources import TABLES, Example, left_out, read_examples, split
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError, nearest, shown
 from genkit.pictures.images import SUFFIXES
-from genkit.progress import printable
-from genkit.training.recipe import Data, Recipe, read_recipe
+from genkit.training.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
 
-NAMED = 3  # pictures that a line names
 UNTOLD = ("unconditional", "autoencoder")  # tasks that read no captions
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """An "error" or a "warning", in one line, and the pictures that it is about, as groups of their numbers."""
-
-    level: str
-    text: str
-    groups: Sequence[Sequence[int]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,39 +48,6 @@ class Case:
         return ", ".join(names) + (", …" if len(numbers) > NAMED else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was found: facts by name, findings, errors first."""
-
-    case: Case
-    facts: dict[str, Any]
-    findings: list[Finding]
-
-    @property
-    def errors(self) -> list[Finding]:
-        """What has to be put right before training."""
-        return [f for f in self.findings if f.level == "error"]
-
-    def lines(self) -> list[str]:
-        """Return the report for a terminal."""
-        width = max(map(len, self.facts))
-        told = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
-        told += [f"{f.level:<{width}}  {f.text}" for f in self.findings]
-        if any(len(f.groups) > NAMED for f in self.findings):
-            told.append(f"{'':<{width}}  --json names all of them, -o PAGE.html shows them")
-        return [printable(line) for line in told] + ([] if self.findings else ["nothing is wrong"])
-
-    def plain(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        found = [
-            {"level": f.level, "text": f.text, "pictures": [[self.case.pictures[i].key for i in g] for g in f.groups]}
-            for f in self.findings
-        ]
-        counts = {"pictures": len(self.case.pictures), "held_out": len(self.case.pictures) - self.case.train}
-        buckets = {f"{w}x{h}": len(members) for (w, h), members in self.case.buckets.items()}
-        return {**counts, "buckets": buckets, "facts": self.facts, "findings": found}
-
-
 def examine(
     data: Data, train: Sequence[Example], held: Sequence[Example] = (), recipe: Recipe | None = None,
     info: ModelInfo | None = None, *, quiet: bool = True,
@@ -108,7 +66,8 @@ def examine(
             findings.append(Finding("error", str(error)))
     findings += [finding for check in CHECKS for finding in check(case)]
     facts = {name: value for name, fact in FACTS.items() if (value := fact(case))}
-    return Report(case, facts, sorted(findings, key=lambda f: f.level))
+    findings.sort(key=lambda f: f.level)
+    return Report(pictures, case.looks, case.train, case.buckets, facts, findings)
 
 
 def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False) -> Report:
@@ -406,7 +365,7 @@ def _time(case: Case) -> str:
         return ""
     from genkit.device.devices import pick_device
     from genkit.training.estimate import speed, training_work
-    from genkit.training.setup import MIXED
+    from genkit.training.tasks import MIXED
 
     train = case.recipe.train
     try:

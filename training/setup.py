@@ -36,9 +36,8 @@ from genkit.training.output import write_model
 from genkit.training.recipe import Recipe
 from genkit.training.report import write_page
 from genkit.training.state import State, fold
-from genkit.training.tasks import KINDS, Tensors, make_task
+from genkit.training.tasks import KINDS, MIXED, Tensors, make_task
 
-MIXED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What may change between the starts of a run; the rest decides on what comes of it.
 FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", "data.cache_folder")
 

@@ -9,11 +9,11 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy, embedding
 
 from genkit.components import Components
+from genkit.components.geometry import Geometry
 from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, spelled
 from genkit.device.cpu import suit_cpu
 from genkit.device.processor import narrow_attention
 from genkit.errors import InputError, shown
-from genkit.rows.settings import Geometry
 from genkit.scoring.clip import ClipScorer
 from genkit.training.objective import Noising, objective_scheduler
 from genkit.training.recipe import Recipe
@@ -26,6 +26,8 @@ Networks = dict[str, torch.nn.Module]
 MOST_SCALE = 100.0  # of CLIP's logits, as in Radford et al. 2021, section 2.5
 CACHED = 2**16  # pixels that a CPU encodes at a time: 16 pictures of 128x128 take twice as long at once
 LEVELS = 3  # coarser scales of the autoencoder's error
+
+MIXED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Task(Protocol):

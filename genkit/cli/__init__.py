@@ -180,8 +180,8 @@ def filter_run(
     """Decide again what is kept: no model, no torch; nothing is deleted."""
     from genkit.datasets.export import Target
     from genkit.selection.calibrate import named_gate
-    from genkit.selection.decide import refilter
     from genkit.selection.picking import Picking
+    from genkit.studies.filter import refilter
 
     picking, target = Picking(diverse, dedupe, reference), Target.of(form, shard_size)
     _print(refilter(run, named_gate(run, where), rank_by, keep, out, picking, target), as_json)

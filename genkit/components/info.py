@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from genkit.components.geometry import Geometry
 from genkit.components.weights import Tensor, sha256
-from genkit.rows.settings import Geometry
 
 ITEM_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 

@@ -8,12 +8,13 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from genkit.datasets.kept import caption, picture
+from genkit.datasets.shards import need_pyarrow, write_shards
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, read_lines, write_whole
 from genkit.errors import HostError, InputError, nearest, shown
 from genkit.progress import Steps
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 
 METADATA = "metadata.jsonl"
 PLAN = ".export.jsonl"  # of an export under way: what is there, and what will be
@@ -50,8 +51,6 @@ class Target:
         if self.shard_size is not None and not 1000 <= self.shard_size <= 10**12:
             raise InputError(f"--shard-size: {self.shard_size} bytes is not within 1 kB to 1000 GB")
         if self.form == "parquet":
-            from genkit.datasets.shards import need_pyarrow
-
             need_pyarrow()
 
 
@@ -124,15 +123,6 @@ def _put(path: Path, data: bytes) -> None:
     temp.replace(path)
 
 
-def picture(folder: Path, r: Result) -> bytes:
-    """Return the bytes of a record's picture. Raises HostError where they are not those that were recorded."""
-    path = folder / str(r.file)
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != r.sha256:
-        raise HostError(f"{path}: is damaged; `genkit generate` with the same arguments draws it again")
-    return data
-
-
 def _line(name: str, r: Result) -> bytes:
     told = {"file_name": name, **caption(r)}
     if r.meta is not None:
@@ -140,22 +130,8 @@ def _line(name: str, r: Result) -> bytes:
     return json_line(told).encode("utf-8", "backslashreplace")
 
 
-def caption(r: Result) -> dict[str, Any]:
-    """Return what goes with a picture into every form of data set."""
-    line = {
-        "text": r.prompt,
-        "id": r.id,
-        "index": r.index,
-        "seed": r.seed,
-        "sha256": r.sha256,
-        "scores": r.scores,
-    }
-    return line if r.meta is None else {**line, "meta": r.meta}
-
-
 def _shards(form: str) -> Callable[[Path, Sequence[Result], Path, int], int]:
     def write(folder: Path, kept: Sequence[Result], out: Path, size: int) -> int:
-        from genkit.datasets.shards import write_shards
 
         return write_shards(form, folder, kept, out, size)
 

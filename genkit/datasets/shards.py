@@ -14,11 +14,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from genkit.datasets.export import caption, picture
+from genkit.datasets.kept import caption, picture
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, sync_folder, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.progress import Steps
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 
 MANIFEST = ".export.json"  # hidden: `datasets` would take it for data
 GROUP = 100  # pictures in a row group of Parquet: what a reader must hold to see one

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from genkit.datasets.config import Data
 from genkit.errors import InputError, nearest, shown
 from genkit.files import file_size, place
 from genkit.pictures.images import SUFFIXES, UNKNOWN, list_files
-from genkit.training.recipe import Data
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -5,18 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_strips
-from genkit.device.devices import CPU_SLOTS, CUDA_SLOTS, DTYPES, free_memory, host_memory
+from genkit.device.devices import CPU_SLOTS, CUDA_SLOTS
 from genkit.errors import HostError, InputError, nearest, shown
-from genkit.rows.settings import Geometry
 
 if TYPE_CHECKING:
-    import torch
-
-    from genkit.components import ModelInfo
-    from genkit.job import Options
+    pass
 
 MEMORY = ("auto", "high", "low")
 PICTURES = 8  # most pictures a decode; more gain nothing
@@ -26,7 +21,6 @@ MODEST = 256 * 2**20  # bytes of images in flight that --memory low takes withou
 RESERVE = {"cuda": 0.4 * 2**30, "cpu": 0.3 * 2**30}  # workspaces and kernels of the libraries; what else is running
 SPARE = 0.05  # of what is free: blocks that do not fit together
 LEAVES = 4  # of the UNet's largest layers may be on the device when it comes layer by layer: one works, one is coming
-STATE = 12  # float32 numbers per latent number and image: sample, solver history, noise, guided halves
 
 # From the least costly to the most. Where the UNet is not resident its calls cannot be captured in a graph.
 RESIDENT, PARTS, TURNS, LAYERS = LEVELS = ("resident", "parts", "turns", "layers")
@@ -78,64 +72,7 @@ class Budget:
             return ""
         where = "" if str(device) == "cpu" else f"{_SAID[self.level]}; "
         many = f"{self.slots} images at once" if self.slots > 1 else "one image at once"
-        return f"memory: {where}{many}, about {_gib(self.peak)} of {_gib(self.free)} GiB free on {device}"
-
-
-def need(
-    configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, largest: float,
-    cost: float = 1.0, beside: bool = True, vae_item: int | None = None,
-) -> Need:  # fmt: skip
-    """Return what networks of these configs take, in numbers of `item` bytes, in the VAE of `vae_item`; see Need."""
-    unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
-    g = Geometry.of(unet, vae)
-    channels, height, width = g.latent_shape(g.width, g.height)
-    rows = 2 if g.text else 1
-    score = 0 if clip is None else max(clip_row(clip["text_config"]), clip_row(clip["vision_config"]))
-    return Need(
-        weights=weights,
-        image=rows * item * unet_row(unet, height, width) + 4 * STATE * channels * height * width,
-        area=height * width,
-        decode=0 if vae is None else (vae_item or item) * vae_decode(vae, height, width),
-        strips=0 if vae is None else (vae_item or item) * vae_strips(vae, height, width),
-        text=CLIP_BATCH * item * max((clip_row(configs[name]) for name in TEXTS if name in configs), default=0),
-        score=item * score,
-        largest=largest,
-        cost=cost,
-        beside=beside,
-    )
-
-
-def model_need(
-    info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int] | None = None
-) -> Need:
-    """Return what a model and its scorer will take on "cuda" or "cpu", by headers and configs.
-
-    dtype: "float32", "float16", "bfloat16", or "int8" for the UNet's weights in 8 bits and the device's usual precision
-    for everything else. largest: width and height of the largest picture of the job.
-    """
-    item = 4 if dtype == "float32" or (dtype == "int8" and device == "cpu") else 2
-    configs = {**info.configs, **({} if clip is None else clip.configs)}
-    parts = {**info.parts, **({} if clip is None else clip.parts)}
-    weights: dict[str, float] = {name: item * part.parameters for name, part in parts.items()}
-    if device == "cpu" and item == 4:  # linear layers are laid out anew beside themselves (genkit.device.cpu)
-        for name in {"unet", "vae"} & weights.keys():
-            weights[name] += item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
-    if dtype == "int8":
-        weights["unet"] = parts["unet"].parameters
-    widened = vae_in_float32(configs, dtype) and item == 2
-    if widened:
-        weights["vae"] *= 2
-    g = Geometry.of(configs["unet"], configs.get("vae"))
-    cost = 1.0 if largest is None else max(1.0, largest[0] * largest[1] / (g.width * g.height))
-    heaviest = item * max(math.prod(t.shape) for t in parts["unet"].tensors.values())
-    vae_item = 4 if widened else item
-    return need(configs, weights, item, largest=heaviest, cost=cost, beside=device == "cuda", vae_item=vae_item)
-
-
-def vae_in_float32(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> bool:
-    """Whether the VAE is one that overflows in float16 in every picture: SDXL's first, which says so in its config."""
-    overflows = "text_encoder_2" in configs and configs["vae"]["force_upcast"]
-    return bool(overflows) and dtype in ("float16", "int8")
+        return f"memory: {where}{many}, about {gib(self.peak)} of {gib(self.free)} GiB free on {device}"
 
 
 def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = False) -> float:
@@ -166,7 +103,7 @@ def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = 
     least = peak(n, levels[-1], 1, 1, True)
     if least > free:
         hint = "" if memory == "low" or len(_LEVELS[memory]) == len(LEVELS) else "; --memory low needs less"
-        raise HostError(f"memory: one image takes {_gib(least)} GiB on {device}, and {_gib(free)} are free{hint}")
+        raise HostError(f"memory: one image takes {gib(least)} GiB on {device}, and {gib(free)} are free{hint}")
     return _share(n, usable, free, levels[-1], slots or 1, True, grow=False)
 
 
@@ -192,52 +129,7 @@ def away(level: str, names: Collection[str]) -> set[str]:
     return {RESIDENT: set(), PARTS: set(names) - {"unet"}}.get(level, set(names))
 
 
-def budget_for(info: ModelInfo, clip: ModelInfo | None, device: torch.device, dtype: torch.dtype, memory: str = "auto",
-               slots: int | None = None, largest: tuple[int, int] | None = None) -> Budget:  # fmt: skip
-    """Return how to load and run a model and its scorer on `device` as it is now; see `model_need`, `plan_memory`."""
-    n = model_need(info, clip, str(dtype).removeprefix("torch."), device.type, largest)
-    return plan_memory(n, free_memory(device), memory, slots, device=str(device), host=host_memory())
-
-
-def budget_of(unet: Any, vae: Any, device: torch.device) -> Budget:
-    """Return how to run networks that are loaded already, in what memory is left."""
-    try:
-        configs = {"unet": unet.config, **({} if vae is None else {"vae": vae.config})}
-        sizes = {"item": unet.dtype.itemsize, "vae_item": None if vae is None else vae.dtype.itemsize}
-        n = need(configs, {}, largest=0, beside=device.type == "cuda", **sizes)
-        return plan_memory(n, free_memory(device), "high", device=str(device))
-    except HostError:  # it is here, so let it try
-        return Budget(RESIDENT, 1, 0, 0, 0)
-    except (KeyError, TypeError):  # networks of other classes
-        return Budget(RESIDENT, CPU_SLOTS, math.inf, 0, 0)
-
-
-def describe(info: ModelInfo, clip: ModelInfo | None, options: Options, largest: tuple[int, int]) -> dict[str, Any]:
-    """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
-
-    weights, and what an image in flight and a decode take; the peak of one image with everything on the device (high),
-    with one network at a time (low), and at the very least: layer by layer and in strips.
-    """
-    found: dict[str, Any] = {}
-    for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
-        if options.device.split(":")[0] in ("auto", kind):
-            dtype = usual if options.dtype == "auto" else DTYPES[options.dtype]
-            n = model_need(info, clip, dtype, kind, largest)
-            slots = options.batch_size or 1
-            found[kind] = {
-                "weights": _gib(sum(n.weights.values())),
-                "an_image": _gib(n.image),
-                "a_decode": _gib(n.decode * n.cost),
-                "high": _gib(peak(n, RESIDENT, slots)),
-            }
-            if kind == "cuda":
-                found[kind] |= {"low": _gib(peak(n, TURNS, slots)), "least": _gib(peak(n, LAYERS, 1, 1, True))}
-            else:
-                found[kind]["free"] = _gib(host_memory())
-    return {"memory": options.memory, "memory_gib": found}
-
-
-def _gib(size: float) -> float:
+def gib(size: float) -> float:
     return round(size / 2**30, 2 if size > 2**30 else 3)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
 
+from genkit.datasets.report import Report
 from genkit.errors import InputError
-from genkit.training.doctor import Case, Report
 
 SIDE = 112  # pixels of a thumbnail
 MOST, SOME = 48, 60  # pictures of a finding, and of the data set as a whole
@@ -32,9 +32,8 @@ def page(report: Report) -> str:
         "form-action 'none'",
     )
     parts = {"policy": "; ".join(rules), "facts": "".join(_facts(report)), "findings": "".join(_findings(report))}
-    case = report.case
-    spread = range(0, len(case.pictures), max(1, -(-len(case.pictures) // SOME)))
-    parts["pictures"] = "".join(_card(case, i) for i in spread)
+    spread = range(0, len(report.pictures), max(1, -(-len(report.pictures) // SOME)))
+    parts["pictures"] = "".join(_card(report, i) for i in spread)
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
@@ -53,7 +52,7 @@ def _findings(report: Report) -> Iterator[str]:
         for group in finding.groups:
             if left <= 0:
                 break
-            cards = "".join(_card(report.case, i) for i in group[:left])
+            cards = "".join(_card(report, i) for i in group[:left])
             groups.append(f'<div class="group">{cards}</div>' if len(group) > 1 else cards)
             left -= len(group)
         more = len(finding.groups) - len(groups)
@@ -61,26 +60,26 @@ def _findings(report: Report) -> Iterator[str]:
         yield (f"<p>… and {more:,} more; genkit doctor --json names them all</p>" if more else "") + "</section>"
 
 
-def _card(case: Case, number: int) -> str:
-    example = case.pictures[number]
+def _card(report: Report, number: int) -> str:
+    example = report.pictures[number]
     caption = example.caption or ""
     caption = caption if len(caption) <= LONG else caption[:LONG] + "…"
-    small = base64.b64encode(_thumbnail(case, number)).decode()
+    small = base64.b64encode(_thumbnail(report, number)).decode()
     shown = f'<img src="data:image/webp;base64,{small}" alt="">' if small else '<i class="broken">unreadable</i>'
-    look = case.looks[number]
+    look = report.looks[number]
     size = escape(look.problem.removeprefix(f"{example.key}: ")) or "×".join(map(str, look.size))
-    size += ", held out" if number >= case.train else ""
+    size += ", held out" if number >= report.train else ""
     return (
         f'<figure>{shown}<figcaption><span dir="auto">{escape(caption) or "<i>no caption</i>"}</span>'
         f'<small dir="auto">{escape(example.key)}</small><small>{size}</small></figcaption></figure>'
     )
 
 
-def _thumbnail(case: Case, number: int) -> bytes:
-    if case.looks[number].problem:
+def _thumbnail(report: Report, number: int) -> bytes:
+    if report.looks[number].problem:
         return b""
     try:
-        picture = case.pictures[number].read()
+        picture = report.pictures[number].read()
     except InputError:  # changed a moment ago
         return b""
     picture.thumbnail((SIDE, SIDE))

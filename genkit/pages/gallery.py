@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from genkit.durable import disk, json_pieces, write_whole
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.records import GALLERY
 
 # What must not stand in a JSON block within HTML: "</script>" would end it, "<!--" would change how it is read.

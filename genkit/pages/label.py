@@ -25,9 +25,9 @@ from typing import Any
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
 from genkit.pages.gallery import policy
-from genkit.rows.request import Result
+from genkit.rows.result import Result
+from genkit.scoring.gates import passes
 from genkit.selection.calibrate import checked_gate, read_pictures
-from genkit.selection.decide import passes
 from genkit.selection.votes import COLUMNS, MEANING, UNDO, VOTES, header, read_votes, standing
 
 LONG = 2000  # characters of a prompt that are shown

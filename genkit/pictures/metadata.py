@@ -5,37 +5,31 @@ from __future__ import annotations
 import json
 import os
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from genkit.durable import json_line
 
-if TYPE_CHECKING:
-    from genkit.rows.request import Result
-
 METADATA_BYTES = 48_000  # of both texts; in UTF-16 and ASCII they still fit a JPEG's segment of 65,533
+RECORDED = ("id", "index", "seed", "steps", "nfe", "width", "height", "scores", "fingerprint")
 
 
-def texts(request: dict[str, Any], result: Result, model: str, version: str) -> dict[str, str]:
+def texts(request: dict[str, Any], record: dict[str, Any], model: str, version: str) -> dict[str, str]:
     """Return the two texts of a picture: `parameters`, which other tools read, and `genkit`, all of it as JSON.
 
-    request: Request.to_json() of a row whose defaults are filled in. `parameters` is AUTOMATIC1111's infotext; the JSON
-    is ASCII. Together they take METADATA_BYTES at most. Of paths only the file's name is written: pictures travel,
-    folders are private.
+    request: Request.to_json() of a row whose defaults are filled in; record: Result.to_json(). `parameters` is
+    AUTOMATIC1111's infotext; the JSON is ASCII. Together they take METADATA_BYTES at most. Of paths only the file's
+    name is written: pictures travel, folders are private.
     """
     request = {
         name: os.path.basename(value) if name in ("image", "mask_image") else value for name, value in request.items()
     }
-    parameters = _clipped(_infotext(request, result, model, version), METADATA_BYTES // 3)
-    record = {
-        "version": version, "model": model, "request": request, "id": result.id, "index": result.index,
-        "seed": result.seed, "steps": result.steps, "nfe": result.nfe, "width": result.width, "height": result.height,
-        "scores": result.scores, "fingerprint": result.fingerprint,
-    }  # fmt: skip
+    parameters = _clipped(_infotext(request, record, model, version), METADATA_BYTES // 3)
+    found = {"version": version, "model": model, "request": request, **{name: record[name] for name in RECORDED}}
     room = METADATA_BYTES - len(parameters.encode())
-    whole = _json(record)
+    whole = _json(found)
     if len(whole) > room:
         short = {name: value for name, value in request.items() if len(_json(value)) < 1000}
-        whole = _json({**record, "request": short, "scores": {}, "cut": True})
+        whole = _json({**found, "request": short, "scores": {}, "cut": True})
     return {"parameters": parameters, "genkit": whole}
 
 
@@ -52,16 +46,16 @@ def exif(text: dict[str, str]) -> bytes:
     return b"".join([b"Exif\0\0MM\0\x2a\0\0\0\x08", image, inner, comment, record])
 
 
-def _infotext(request: dict[str, Any], result: Result, model: str, version: str) -> str:
+def _infotext(request: dict[str, Any], record: dict[str, Any], model: str, version: str) -> str:
     scheduler = request.get("scheduler")
     options = scheduler if isinstance(scheduler, dict) else {"solver": scheduler}
     fields = {
-        "Steps": result.steps if result.steps is not None else request.get("num_inference_steps"),
+        "Steps": record["steps"] if record["steps"] is not None else request.get("num_inference_steps"),
         "Sampler": _SAMPLERS.get(str(options.get("solver")), options.get("solver")),
         "Schedule type": options.get("spacing"),
         "CFG scale": request.get("guidance_scale"),
-        "Seed": result.seed,
-        "Size": f"{result.width}x{result.height}",
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
         "Model": model,
         "Denoising strength": request.get("strength"),
         "Version": f"genkit {version}",

@@ -6,41 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from genkit.components.geometry import Geometry
 from genkit.errors import InputError
 from genkit.rows.request import Request
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """The picture sizes that a model's networks allow.
-
-    channels: of the UNet's input; scale: pixels a side of one latent; multiple: width and height must be multiples of
-    it; width, height: the size it was trained at, in pixels; text: whether it takes a prompt.
-    """
-
-    channels: int
-    scale: int
-    multiple: int
-    width: int
-    height: int
-    text: bool
-
-    @classmethod
-    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> Geometry:
-        """Read it off the configs of the UNet and of the VAE (None for a network that works on pixels)."""
-        scale = 1 if vae is None else 2 ** (len(vae["block_out_channels"]) - 1)
-        text = unet.get("cross_attention_dim") is not None
-        # UNet2DConditionModel carries skip sizes upwards and takes any latent; UNet2DModel doubles what it halved.
-        halvings = 0 if text else len(unet["block_out_channels"]) - 1
-        side = unet.get("sample_size") or (64 if text else 32)
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        return cls(int(unet["in_channels"]), scale, scale * 2**halvings, width * scale, height * scale, text)
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """Return (channels, rows, columns) of the latent of a width x height picture."""
-        return self.channels, height // self.scale, width // self.scale
 
 
 @dataclasses.dataclass(frozen=True)

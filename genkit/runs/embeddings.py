@@ -18,7 +18,7 @@ import numpy as np
 
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 from genkit.runs.records import Key, read_results
 
 EMBEDDINGS = "embeddings.npy"

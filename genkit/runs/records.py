@@ -10,7 +10,8 @@ from typing import Any
 
 from genkit.durable import disk, each_line
 from genkit.errors import InputError
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 
 CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
     "run.json",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from genkit.durable import Journal, disk, is_temporary, json_line, lock_folder, read_lines, sync_folder, write_whole
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.destination import check_binding, check_folder, free_name
 from genkit.runs.embeddings import read_embeddings
 from genkit.runs.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results

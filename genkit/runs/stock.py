@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from genkit.errors import shown
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.records import Key
 
 HASHED = 8 * 2**30  # bytes of finished images that are read and hashed, newest first; of the rest the size is checked

@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from genkit.pictures.encoders import Encoding
 from genkit.pictures.metadata import texts
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.embeddings import Store
 from genkit.runs.run import Run
 from genkit.version import __version__
@@ -63,7 +64,7 @@ class Writers:
         if result.status != "done":
             self.run.fail(result)
             return
-        text = texts(self.rows[result.id].to_json(), result, self.model, __version__)
+        text = texts(self.rows[result.id].to_json(), result.to_json(), self.model, __version__)
         data = self.encoding.encode(result.pixels, text)
         if self.store is not None and result.embedding is not None:  # before the record: what is done has one
             self.store.add(result.id, result.index, hashlib.sha256(data).hexdigest(), result.embedding)

@@ -9,9 +9,9 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
 
-from genkit.rows.request import Request, Result
-from genkit.scoring.gates import Expression
-from genkit.selection.decide import passes
+from genkit.rows.request import Request
+from genkit.rows.result import Result
+from genkit.scoring.gates import Expression, passes
 
 
 @dataclasses.dataclass

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from genkit.errors import InputError
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result, value_of
 from genkit.sampling.engine import Trajectory
 from genkit.scoring.gates import Expression
-from genkit.selection.decide import value_of
 
 EARLY = "early"  # the score of the predicted picture, in the record of a finished image as of a pruned one
 Key = tuple[str, int]

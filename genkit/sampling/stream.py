@@ -16,14 +16,15 @@ from genkit.device.graphs import RECORDING
 from genkit.device.memory import PICTURES
 from genkit.device.outofmemory import attempt
 from genkit.errors import InputError
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.sampling.codec import quantise
 from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Engine, Trajectory
+from genkit.sampling.pipeline import Pipeline
 from genkit.sampling.pruning import EARLY, Pruning
 
 if TYPE_CHECKING:
-    from genkit.sampling import generators
     from genkit.scoring.panel import Panel
 
 AHEAD = 256  # rows whose prompts are embedded together where the text encoder does not stay on the device
@@ -36,7 +37,7 @@ Draw = tuple[Request, int, int]  # request, index, seed
 class Stream:
     """The state of one `Generator.stream`. The draws are asked and told by the thread that iterates `run`."""
 
-    def __init__(self, generator: generators.Generator, draws: Draws, scorer: Panel | None, seed: int) -> None:
+    def __init__(self, generator: Pipeline, draws: Draws, scorer: Panel | None, seed: int) -> None:
         self.generator, self.draws, self.scorer, self.seed = generator, draws, scorer, seed
         self.held: Draw | None = None  # drawn, but it did not fit the free slots yet
         self.again: deque[Draw] = deque()  # came out as NaN in half precision: to be redone in float32

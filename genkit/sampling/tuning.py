@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.components import inspect_model, load_components, weight_hashes
+from genkit.components.geometry import Geometry
 from genkit.device.devices import pick_device
 from genkit.durable import write_whole
 from genkit.errors import HostError, InputError
 from genkit.files import place, read_json
 from genkit.progress import Steps
 from genkit.rows.prompts import read_prompts
-from genkit.rows.settings import GUIDANCE, Geometry
+from genkit.rows.settings import GUIDANCE
 from genkit.schedulers import Scheduler
 from genkit.schedulers.tuned import FILE
 

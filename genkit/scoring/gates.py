@@ -335,3 +335,17 @@ _BUILDERS: dict[type[ast.AST], Callable[[Any, _Scope, int], Term]] = {
     ast.Constant: _constant,
     ast.Call: _call,
 }
+
+
+def passes(gate: Expression | None, scores: Mapping[str, Any]) -> bool:
+    """Return whether an image with these scores passes: never where a score that the gate reads is NaN or absent."""
+    return gate is None or (not unknown_scores(gate, scores) and bool(gate(scores)))
+
+
+def unknown_scores(expression: Expression, scores: Mapping[str, Any]) -> list[str]:
+    """Return the scores that an expression reads and that are NaN (null in a record) or absent."""
+    found = [name for name in expression.names if (value := scores.get(name)) is None or value != value]
+    if expression.labels:
+        odds = scores.get("p") or {}
+        found += [f"p[{x!r}]" for x in expression.labels if (value := odds.get(x)) is None or value != value]
+    return sorted(found) if len(found) > 1 else found

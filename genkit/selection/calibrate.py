@@ -14,10 +14,9 @@ from typing import Any
 from genkit.durable import disk, json_line, write_whole
 from genkit.errors import InputError, nearest, shown
 from genkit.files import read_json
-from genkit.rows.request import Result
+from genkit.rows.result import Result, value_of
 from genkit.runs.records import read_config, read_results, read_rows
-from genkit.scoring.gates import Expression
-from genkit.selection.decide import passes, value_of
+from genkit.scoring.gates import Expression, passes
 from genkit.selection.intervals import at_least, clopper_pearson
 from genkit.selection.votes import name_of, read_labels
 

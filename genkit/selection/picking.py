@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError, shown
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 from genkit.runs.records import Key
 from genkit.scoring.names import ALONE
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from genkit.selection.decide import Judged
+    from genkit.selection.judged import Judged
 
 Notes = dict[Key, dict[str, Any]]  # of an image: why it is `out`, what else to say `about` it, and `sim`, `reference`
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_text
-from genkit.rows.request import Result
+from genkit.rows.result import Result
 
 VOTES, COLUMNS = "votes.csv", ("image", "vote", "sha256")
 UNDO = "undo"  # takes the picture's last vote back: lines are only ever added

@@ -18,7 +18,8 @@ from urllib.parse import quote
 from genkit.durable import disk, json_line, json_pieces, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.pages.gallery import LOCAL, policy, within_html
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.records import GALLERY, read_config, read_results, read_rows
 from genkit.selection.intervals import mean_interval, share_interval
 from genkit.selection.votes import name_of

@@ -13,13 +13,13 @@ import numpy as np
 from genkit.errors import InputError
 from genkit.job import reopen
 from genkit.progress import Progress
-from genkit.rows.request import Request, Result
+from genkit.rows.request import Request
+from genkit.rows.result import Result, value_of
 from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Trajectory
 from genkit.sampling.pruning import Pruning, at_its_mark, mark_of
 from genkit.sampling.stream import Stream
-from genkit.selection.decide import value_of
-from genkit.studies.study import MARKS, Watched, order_of
+from genkit.studies.early_scores import MARKS, Watched, order_of
 
 
 class _Watch(Pruning):
@@ -64,7 +64,7 @@ def redraw(run: Path, rows: Sequence[Request], device: str, quiet: bool) -> tupl
     began = time.monotonic()
     with Progress(draws.total, quiet=quiet) as progress:
         for result in stream.run(slots):
-            progress.advance(result, result.status == "done", draws.total)
+            progress.advance(result.status == "failed", result.status == "done", draws.total)
             found[result.id].append(result)
     seconds = (time.monotonic() - began - watch.looking) / max(1, progress.done)  # an image's, looked at once
     look = watch.looking / max(1, watch.looks) / seconds

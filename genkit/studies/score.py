@@ -15,7 +15,6 @@ from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, nearest, shown
 from genkit.pictures.images import check_image, list_images, read_image
 from genkit.progress import Progress, printable, printable_json
 from genkit.rows.prompts import read_prompts, typed
-from genkit.rows.request import Result
 from genkit.runs.records import RESULTS, read_results, read_rows
 from genkit.runs.rescore import Stored
 from genkit.scoring.aesthetic import Head, check_head
@@ -124,7 +123,7 @@ def judged(
             for file, found in _batch(panel, files[part], texts[part], labels, stored or Stored(None)):
                 if "error" in found:
                     progress.say(found["error"])
-                progress.advance(Result(str(file), 0, 0, "failed" if "error" in found else "done"), True, len(files))
+                progress.advance("error" in found, True, len(files))
                 for note in panel.news():
                     progress.say(note)
                 yield file, found

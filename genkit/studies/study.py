@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +12,11 @@ import numpy as np
 from genkit.durable import disk, json_line, write_whole
 from genkit.errors import InputError, shown
 from genkit.rows.request import Request
+from genkit.rows.result import value_of
 from genkit.runs.records import read_config, read_results, read_rows
-from genkit.scoring.gates import Expression
-from genkit.selection.decide import value_of
+from genkit.studies.early_scores import MARKS, Watched, order_of
 
 DRAWS = (1, 2, 4, 8)
-MARKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the steps, at which predicted pictures are judged
 KEEP = 0.5  # of a row's images that pruning is tried with
 ENOUGH = 8  # rows, for advice
 WORTH, LOST = 1.1, 0.2  # what pruning must buy, and what share of rows may lose their best image to it
@@ -28,14 +26,6 @@ STUDY = "study.json"
 
 Figure = Callable[[np.ndarray], float]
 Interval = list[float | None]  # value, low, high; of a single row there is no interval, and both ends are None
-
-
-@dataclasses.dataclass(frozen=True)
-class Watched:
-    """The images of one row: final (n,) scores, and early (n, len(MARKS)) scores of their predicted pictures."""
-
-    final: np.ndarray
-    early: np.ndarray
 
 
 def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
@@ -72,14 +62,6 @@ def recorded_scores(run: Path) -> dict[str, list[float]]:
     if not enough:
         raise InputError(f"{shown(str(run))}: no row has two scored images or more; draw some with --num-images 8")
     return enough
-
-
-def order_of(row: Request) -> Expression | None:
-    """Return what the images of a row are ranked by; None is clip. Raises InputError where that is not of one alone."""
-    order = None if row.rank_by is None else Expression(row.rank_by, row.labels, names=None)
-    if order is not None and "sim" in order.names:
-        raise InputError(f"row {row.id}: rank_by: {shown(order.text)} reads sim, which no picture has by itself")
-    return order
 
 
 def chosen(run: Path, scores: dict[str, list[float]], images: int) -> list[Request]:

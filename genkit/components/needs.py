@@ -1,0 +1,130 @@
+"""What the networks of a model take of a device's memory, read off configs and weight headers before any is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_strips
+from genkit.components.geometry import Geometry
+from genkit.components.info import ModelInfo
+from genkit.device.devices import CPU_SLOTS, DTYPES, free_memory, host_memory
+from genkit.device.memory import CLIP_BATCH, LAYERS, RESIDENT, TEXTS, TURNS, Budget, Need, gib, peak, plan_memory
+from genkit.errors import HostError
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = 12  # float32 numbers per latent number and image: sample, solver history, noise, guided halves
+
+
+def need(
+    configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, largest: float,
+    cost: float = 1.0, beside: bool = True, vae_item: int | None = None,
+) -> Need:  # fmt: skip
+    """Return what networks of these configs take, in numbers of `item` bytes, in the VAE of `vae_item`; see Need."""
+    unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
+    g = Geometry.of(unet, vae)
+    channels, height, width = g.latent_shape(g.width, g.height)
+    rows = 2 if g.text else 1
+    score = 0 if clip is None else max(clip_row(clip["text_config"]), clip_row(clip["vision_config"]))
+    return Need(
+        weights=weights,
+        image=rows * item * unet_row(unet, height, width) + 4 * STATE * channels * height * width,
+        area=height * width,
+        decode=0 if vae is None else (vae_item or item) * vae_decode(vae, height, width),
+        strips=0 if vae is None else (vae_item or item) * vae_strips(vae, height, width),
+        text=CLIP_BATCH * item * max((clip_row(configs[name]) for name in TEXTS if name in configs), default=0),
+        score=item * score,
+        largest=largest,
+        cost=cost,
+        beside=beside,
+    )
+
+
+def model_need(
+    info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int] | None = None
+) -> Need:
+    """Return what a model and its scorer will take on "cuda" or "cpu", by headers and configs.
+
+    dtype: "float32", "float16", "bfloat16", or "int8" for the UNet's weights in 8 bits and the device's usual precision
+    for everything else. largest: width and height of the largest picture of the job.
+    """
+    item = 4 if dtype == "float32" or (dtype == "int8" and device == "cpu") else 2
+    configs = {**info.configs, **({} if clip is None else clip.configs)}
+    parts = {**info.parts, **({} if clip is None else clip.parts)}
+    weights: dict[str, float] = {name: item * part.parameters for name, part in parts.items()}
+    if device == "cpu" and item == 4:  # linear layers are laid out anew beside themselves (genkit.device.cpu)
+        for name in {"unet", "vae"} & weights.keys():
+            weights[name] += item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
+    if dtype == "int8":
+        weights["unet"] = parts["unet"].parameters
+    widened = vae_in_float32(configs, dtype) and item == 2
+    if widened:
+        weights["vae"] *= 2
+    g = Geometry.of(configs["unet"], configs.get("vae"))
+    cost = 1.0 if largest is None else max(1.0, largest[0] * largest[1] / (g.width * g.height))
+    heaviest = item * max(math.prod(t.shape) for t in parts["unet"].tensors.values())
+    vae_item = 4 if widened else item
+    return need(configs, weights, item, largest=heaviest, cost=cost, beside=device == "cuda", vae_item=vae_item)
+
+
+def vae_in_float32(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> bool:
+    """Whether the VAE is one that overflows in float16 in every picture: SDXL's first, which says so in its config."""
+    overflows = "text_encoder_2" in configs and configs["vae"]["force_upcast"]
+    return bool(overflows) and dtype in ("float16", "int8")
+
+
+def budget_for(info: ModelInfo, clip: ModelInfo | None, device: torch.device, dtype: torch.dtype, memory: str = "auto",
+               slots: int | None = None, largest: tuple[int, int] | None = None) -> Budget:  # fmt: skip
+    """Return how to load and run a model and its scorer on `device` as it is now; see `model_need`, `plan_memory`."""
+    n = model_need(info, clip, str(dtype).removeprefix("torch."), device.type, largest)
+    return plan_memory(n, free_memory(device), memory, slots, device=str(device), host=host_memory())
+
+
+def budget_of(unet: Any, vae: Any, device: torch.device) -> Budget:
+    """Return how to run networks that are loaded already, in what memory is left."""
+    try:
+        configs = {"unet": unet.config, **({} if vae is None else {"vae": vae.config})}
+        sizes = {"item": unet.dtype.itemsize, "vae_item": None if vae is None else vae.dtype.itemsize}
+        n = need(configs, {}, largest=0, beside=device.type == "cuda", **sizes)
+        return plan_memory(n, free_memory(device), "high", device=str(device))
+    except HostError:  # it is here, so let it try
+        return Budget(RESIDENT, 1, 0, 0, 0)
+    except (KeyError, TypeError):  # networks of other classes
+        return Budget(RESIDENT, CPU_SLOTS, math.inf, 0, 0)
+
+
+def describe(
+    info: ModelInfo,
+    clip: ModelInfo | None,
+    *,
+    device: str,
+    dtype: str,
+    memory: str,
+    slots: int | None,
+    largest: tuple[int, int],
+) -> dict[str, Any]:
+    """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
+
+    weights, and what an image in flight and a decode take; the peak of one image with everything on the device (high),
+    with one network at a time (low), and at the very least: layer by layer and in strips.
+    """
+    found: dict[str, Any] = {}
+    for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
+        if device.split(":")[0] in ("auto", kind):
+            stored = usual if dtype == "auto" else DTYPES[dtype]
+            n = model_need(info, clip, stored, kind, largest)
+
+            found[kind] = {
+                "weights": gib(sum(n.weights.values())),
+                "an_image": gib(n.image),
+                "a_decode": gib(n.decode * n.cost),
+                "high": gib(peak(n, RESIDENT, slots or 1)),
+            }
+            if kind == "cuda":
+                found[kind] |= {"low": gib(peak(n, TURNS, slots or 1)), "least": gib(peak(n, LAYERS, 1, 1, True))}
+            else:
+                found[kind]["free"] = gib(host_memory())
+    return {"memory": memory, "memory_gib": found}

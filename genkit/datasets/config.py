@@ -1,0 +1,81 @@
+"""The `data` section of a recipe: pictures and captions, where they are and what happens to them on the way."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Some = Annotated[int, Field(ge=1, le=10**9)]
+Side = Annotated[int, Field(ge=8, le=8192)]
+Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
+class Section(BaseModel):
+    """A mapping of a recipe: unknown keys are errors, numbers are not made of text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Recolour(Section):
+    """Turn a picture's hue to a named colour, and say so: for data whose colours are to be asked for.
+
+    share: of the pictures whose caption names no colour. caption: with {colour} and {caption}. where: a field of a
+    picture's metadata that must be true for its hue to be turned.
+    """
+
+    share: Share = 0.3
+    caption: Text = "{colour} {caption}"
+    where: str | None = None
+
+
+class Background(Section):
+    """What transparent pictures lie on: `colour`, and for a `share` of them a random named colour that is said.
+
+    colour: a name, "#rrggbb", or "random" (not said). caption: with {caption} and {background}.
+    """
+
+    colour: Text = "white"
+    share: Share = 0.0
+    caption: Text = "{caption} on a {background} background"
+
+
+class Data(Section):
+    """Pictures and captions: where they are, and what happens to them on the way.
+
+    path: folder, .tar shards (WebDataset) or .parquet files; wildcards allowed, relative to the recipe. caption:
+    the column or key that holds captions in metadata. captions: templates, one drawn for each picture and epoch,
+    with {caption} and any field of the metadata; a template whose field is empty is not drawn. caption_dropout:
+    share trained on the empty prompt. caption_shuffle: shuffle what commas separate. missing_captions: "error", or
+    "empty" for pictures without. resolution: side, or [width, height], in pixels. buckets: train at each picture's
+    own aspect ratio, sides multiples of bucket_step and area at most that of `resolution`. crop: where what does
+    not fit is cut. flip: share mirrored, but for pictures whose caption says left or right. zoom: pictures are
+    drawn at a random scale down to this, on their background. validation: share of the pictures held out, by
+    `validation_by` (a field of the metadata, or the picture itself), or a path of its own. cache: keep latents and
+    embeddings of so many variants of each picture on the disk; 0 computes them every time. cache_folder: where;
+    default RUN/cache. repeat: times a picture comes in an epoch, anew each time. limit: take the first so many
+    alone. workers: processes that read.
+    """
+
+    path: Text | Annotated[list[Text], Field(min_length=1)]
+    caption: Text = "caption"
+    captions: list[Text] = Field(["{caption}"], min_length=1)
+    caption_dropout: Share = 0.0
+    caption_shuffle: bool = False
+    missing_captions: Literal["error", "empty"] = "error"
+    resolution: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    buckets: bool = False
+    bucket_step: Annotated[int, Field(ge=8, le=512)] = 64
+    crop: Literal["center", "random"] = "center"
+    flip: Share = 0.0
+    zoom: Annotated[float, Field(gt=0, le=1)] = 1.0
+    background: Background = Background()
+    recolour: Recolour | None = None
+    validation: Share | Text = 0.05
+    validation_by: str | None = None
+    cache: Annotated[int, Field(ge=0, le=1000)] = 0
+    cache_folder: str | None = None
+    repeat: Some = 1
+    limit: Some | None = None
+    workers: Annotated[int, Field(ge=0, le=64)] = 0

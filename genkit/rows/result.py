@@ -1,0 +1,68 @@
+"""The record of one image: a line of results.jsonl, and what the image is ranked by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from genkit.scoring.gates import Expression, unknown_scores
+
+Scores = dict[str, Any]
+
+_MEMORY = {"pixels", "embedding"}  # fields that no record has
+
+
+@dataclasses.dataclass(slots=True)
+class Result:
+    """One finished, failed or pruned image: a line of results.jsonl, and in memory its pixels."""
+
+    id: str
+    index: int
+    seed: int
+    status: str = "done"  # done | failed | pruned
+    reason: str | None = None
+    file: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    scores: Scores = dataclasses.field(default_factory=dict)
+    steps: int | None = None
+    nfe: int | None = None
+    seconds: float | None = None
+    prompt: str = ""
+    meta: dict[str, Any] | None = None
+    fingerprint: str | None = None  # of the row that this was drawn for: a changed row is drawn again
+    pixels: Any = dataclasses.field(default=None, repr=False, compare=False)  # (height, width, 3) uint8 array
+    embedding: Any = dataclasses.field(default=None, repr=False, compare=False)  # unit CLIP vector, float16 array
+
+    @property
+    def image(self) -> Any:
+        """The picture as a PIL image, or None when the image failed or only its record was read."""
+        if self.pixels is None:
+            return None
+        from PIL import Image
+
+        return Image.fromarray(self.pixels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line of results.jsonl as a dictionary."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _MEMORY}
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> Result:
+        """Return the record of a line of results.jsonl; keys of a newer genkit are passed over."""
+        try:
+            return cls(**line)
+        except TypeError:
+            return cls(**{k: v for k, v in line.items() if k in cls.__slots__ and k not in _MEMORY})
+
+
+def value_of(r: Result, order: Expression | None) -> float:
+    """Return what an image is ranked by; NaN where that is unknown."""
+    if order is not None:
+        return math.nan if unknown_scores(order, r.scores) else float(order(r.scores))
+    if "clip" not in r.scores:
+        return -float(r.index)
+    return math.nan if r.scores["clip"] is None else float(r.scores["clip"])

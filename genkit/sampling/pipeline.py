@@ -1,0 +1,167 @@
+"""The networks of a diffusion model put together, and how a request becomes a trajectory on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from genkit.components.geometry import Geometry
+from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair
+from genkit.device.memory import Budget
+from genkit.device.processor import AttentionChoice
+from genkit.device.residency import Residency
+from genkit.errors import InputError
+from genkit.rows.plans import plan_for
+from genkit.rows.request import Request
+from genkit.rows.settings import Settings, settings
+from genkit.sampling.codec import Codec, condition
+from genkit.sampling.denoiser import Denoiser
+from genkit.sampling.engine import Trajectory
+from genkit.sampling.guidance import guidance_scales
+from genkit.schedulers import Plan, Scheduler
+
+if TYPE_CHECKING:
+    pass
+
+
+Told = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class Pipeline:
+    """The parts of a diffusion model, and the work that all call forms share.
+
+    Parts are used as they are, on the device and in the dtype that they have; generators may share them.
+    scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read. residency: what brings the
+    parts to the device, where they are not all there; budget: how much work at once fits beside them.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: Any,
+        scheduler: Any,
+        vae: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
+        name: str = "custom",
+        defaults: dict[str, Any] | None = None,
+        folder: Path | None = None,
+        compile: bool = False,
+        attention: AttentionChoice | None = None,
+        residency: Residency | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
+        self.scheduler = (
+            scheduler if isinstance(scheduler, Scheduler) else Scheduler.from_config(dict(scheduler.config))
+        )
+        self.geometry = Geometry.of(unet.config, None if vae is None else vae.config)
+        if self.geometry.text != (text_encoder is not None) or (text_encoder is None) != (tokenizer is None):
+            raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
+        given = {part is not None for part in (text_encoder_2, tokenizer_2)}
+        if given != {getattr(unet.config, "addition_embed_type", None) == "text_time"}:
+            raise InputError("text_encoder_2, tokenizer_2: SDXL's UNet needs both, any other takes neither")
+        self.defaults, self.folder = defaults or {}, folder
+        self.residency = residency or Residency(next(unet.parameters()).device)
+        self.budget = budget
+        self.most_slots: float | None = None  # that did not run out of memory, where more did
+        self.codec = Codec(vae, self.residency.add("vae", vae))
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.zero_empty = text_encoder_2 is not None and force_zeros_for_empty_prompt
+        self.text: Any = None  # a TextEncoder, SDXL's TextEncoderPair, or nothing
+        hold = self.residency.add("text_encoder", text_encoder)
+        if text_encoder_2 is not None:
+            other = self.residency.add("text_encoder_2", text_encoder_2)
+            first = TextEncoder(tokenizer, Penultimate(text_encoder), hold)
+            second = TextEncoder(tokenizer_2, Penultimate(text_encoder_2, pooled=True), other)
+            self.text = TextEncoderPair(first, second)
+        elif text_encoder is not None:
+            self.text = TextEncoder(tokenizer, text_encoder, hold)
+        self.attention = attention or AttentionChoice()
+        self.residency.add("unet", unet)
+        steady = self.residency.steady  # a UNet that comes and goes can neither be recorded nor compiled
+        self.denoiser = Denoiser(
+            unet,
+            graphs=steady and self.device.type == "cuda",
+            compiled=steady and compile,
+            float32=self.residency.float32,
+        )
+        self._plans: dict[str, Plan] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks work."""
+        return self.residency.device
+
+    def settings(self, request: Request) -> Settings:
+        """Return what the request comes to on this model; raises InputError where it does not fit."""
+        return settings(request, self.geometry, self.defaults)
+
+    def cost(self, request: Request) -> float:
+        """Return how many slots an image of the request takes: its pixels over those of the model's own size."""
+        s = self.settings(request)
+        return s.width * s.height / (self.geometry.width * self.geometry.height)
+
+    def plan(self, request: Request) -> Plan:
+        """Return the plan of a request, made once for all requests that agree on steps, scheduler and strength."""
+        s = self.settings(request)
+        key = json.dumps([request.scheduler, s.steps, s.strength, s.guidance])
+        if key not in self._plans:
+            self._plans[key] = plan_for(
+                self.scheduler, request.scheduler, s.steps, s.strength, s.guidance, folder=self.folder
+            )
+        return self._plans[key]
+
+    def begin(self, request: Request, index: int, seed: int) -> Trajectory:
+        """Return the trajectory of image `index`: picture encoded, noise drawn, prompt embedded, plan made.
+
+        Noise comes from torch.Generator("cpu").manual_seed(seed), in the order in which diffusers draws it for a batch
+        of one: first the VAE's sample of the init picture, then the starting noise, then one draw a stochastic step.
+        """
+        s, plan = self.settings(request), self.plan(request)
+        cond, uncond, added, unadded = self.embed(request.prompt, request.negative_prompt, s.width, s.height)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shape = self.geometry.latent_shape(s.width, s.height)
+        x0 = mask = None
+        if request.image is not None:
+            picture, mask = condition(request, s.width, s.height, shape)
+            x0 = self.codec.encode(picture.to(self.device), generator)
+        noise = torch.randn((1, *shape), generator=generator)[0]
+        # A picture is noised to the first level also at strength 1, where the schedule may leave a trace of it
+        latent = plan.start[1] * noise if x0 is None else plan.alphas[0] * x0 + plan.sigmas[0] * noise
+        return Trajectory(
+            tag=(request, index, seed),
+            latent=latent,
+            plan=plan,
+            generator=generator,
+            cond=cond,
+            uncond=uncond,
+            added=added,
+            unadded=unadded,
+            scales=guidance_scales(plan, s.guidance, request.guidance_interval),
+            keep_mask=mask,
+            known=None if mask is None or x0 is None else (x0, noise),
+            cost=self.cost(request),
+        )
+
+    def embed(self, prompt: str, negative_prompt: str, width: int, height: int) -> Told:
+        """Return what the network is told of a prompt, and without it: cond, uncond, added, unadded of a Trajectory.
+
+        Without a negative prompt SDXL's network is told zeros, as it was trained, unless its model_index.json says no.
+        """
+        if self.text is None:
+            return None, None, None, None
+        with_prompt, without = self.text([prompt, negative_prompt])
+        if not isinstance(with_prompt, tuple):
+            return with_prompt, without, None, None
+        if self.zero_empty and not negative_prompt:
+            without = [torch.zeros_like(part) for part in without]
+        sizes = with_prompt[1].new_tensor([height, width, 0, 0, height, width])
+        added, unadded = (torch.cat([vector, sizes]) for _, vector in (with_prompt, without))
+        return with_prompt[0], without[0], added, unadded

@@ -1,0 +1,72 @@
+"""The images of a row, judged one by one: what is against each, and what it is ranked by."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from genkit.rows.request import Request
+from genkit.rows.result import Result, value_of
+from genkit.scoring.gates import Expression, passes
+
+
+@dataclasses.dataclass(frozen=True)
+class Weigher:
+    """The images `found` of a row whose gate or order reads `sim`, which is known only as they are chosen."""
+
+    found: Sequence[Result]
+    gate: Expression | None
+    order: Expression | None
+    keep: int | None
+
+    @property
+    def moving(self) -> bool:
+        """Whether the order depends on sim, and not only what passes."""
+        return self.keep is not None and reads_sim(self.order)
+
+    def __call__(self, k: int, sim: float) -> float:
+        """Return what image k is ranked by at that sim; NaN where it does not pass, or is not to be ranked."""
+        r = with_sim(self.found[k], sim)
+        if not passes(self.gate, r.scores):
+            return math.nan
+        value = value_of(r, self.order)
+        return -math.inf if value != value and self.keep is None else value
+
+    def refusal(self, k: int, sim: float | None) -> str | None:
+        """Return why image k is out at that sim, None: unknown; or None where that is not why."""
+        value = self(k, math.nan if sim is None else sim)
+        by = "nan: no score to rank by" if self.gate is None else f"gate: {self.gate.text}"
+        return None if value == value else f"{by} (no sim)" if sim is None else f"{by} (sim {sim:.3f})"
+
+
+@dataclasses.dataclass
+class Judged:
+    """A row's images by number, what is against each whatever the others are, and those with a value, best first.
+
+    weigh: where the row decides on `sim`; values and ranked are then those of a row that keeps none yet.
+    """
+
+    request: Request
+    found: list[Result]
+    reasons: list[str | None]
+    values: list[float]  # NaN: nothing to rank by
+    ranked: list[int]
+    keep: int | None
+    hard: dict[str, Any] | None = None
+    weigh: Weigher | None = None
+
+    def candidates(self) -> list[int]:
+        """Return the places in `found` of what may be kept, best first."""
+        if self.keep is not None:
+            return self.ranked
+        return self.ranked + [k for k, r in enumerate(self.reasons) if r is None and self.values[k] != self.values[k]]
+
+
+def reads_sim(expression: Expression | None) -> bool:
+    return expression is not None and "sim" in expression.names
+
+
+def with_sim(r: Result, sim: float) -> Result:
+    return dataclasses.replace(r, scores={**r.scores, "sim": sim})
