@@ -10,10 +10,11 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from genkit import ClipScorer, ImageToImage, Request, TextToImage, Unconditional, generate, generators
+from genkit import ClipScorer, ImageToImage, Request, TextToImage, Unconditional, generate
 from genkit.components import inspect_model, load_components
 from genkit.device.attention import BACKENDS, probe
 from genkit.device.memory import LEVELS, Budget
+from genkit.sampling import generators
 from genkit.sampling.codec import Codec
 from tests.check_run import check_run
 from tests.tiny import random_sd15, tiny_ddpm, tiny_stable_diffusion

@@ -16,8 +16,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from genkit import HostError, InputError, Request, TextToImage, generate, memory
-from genkit.components import inspect_model
+from genkit import HostError, InputError, Request, TextToImage, generate
+from genkit.components import inspect_model, needs
 from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_encode, vae_strips
 from genkit.components.needs import model_need, need
 from genkit.device.devices import free_memory, host_memory
@@ -204,14 +204,14 @@ def test_slots_on_a_cpu_shrink_when_ram_is_short() -> None:
 
 
 def test_a_generator_takes_its_slots_from_free_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0.41 * GIB)
+    monkeypatch.setattr(needs, "free_memory", lambda device: 0.41 * GIB)
     gen = TextToImage.from_pretrained("emoji", device="cpu")
     parts = {name: getattr(gen, name) for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0.35 * GIB)
+    monkeypatch.setattr(needs, "free_memory", lambda device: 0.35 * GIB)
     for g in (gen, TextToImage(**parts)):  # the second without the weights: they are there already
         list(g.stream([Request(prompt="a fox", num_inference_steps=1)]))
         assert g.budget is not None and 1 <= g.budget.slots < 16
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0.01 * GIB)
+    monkeypatch.setattr(needs, "free_memory", lambda device: 0.01 * GIB)
     with pytest.raises(HostError, match="one image takes"):
         TextToImage.from_pretrained("emoji", device="cpu")
     with pytest.raises(HostError, match="one image takes"):

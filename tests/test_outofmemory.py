@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from genkit import ClipScorer, HostError, ImageToImage, Request, TextToImage, generate, outofmemory
+from genkit import ClipScorer, HostError, ImageToImage, Request, TextToImage, generate
+from genkit.device import outofmemory
 from genkit.device.outofmemory import attempt, in_parts
 from genkit.rows.result import Result
 from genkit.sampling.draws import Draws

@@ -229,7 +229,7 @@ def test_a_damaged_picture_is_not_exported(run: Path, tmp_path: Path) -> None:
 
 def test_deciding_needs_no_torch(run: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from genkit.selection.decide import refilter\n"
+        "import sys; from pathlib import Path; from genkit.studies.filter import refilter\n"
         f"refilter(Path({str(run)!r}), where='clip > 0.1')\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
     )
