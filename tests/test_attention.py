@@ -20,7 +20,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from genkit import InputError, Request, TextToImage, attention, generate
+from genkit import InputError, Request, TextToImage, generate
+from genkit.device import attention
 from genkit.device.attention import BACKENDS, Probe, choose, probe, sliced, table, table_lines
 from genkit.device.devices import ATTENTION
 from genkit.device.processor import AttentionChoice, Processor, fuse_projections

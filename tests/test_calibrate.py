@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import beta
 
-from genkit.cli import _run
+from genkit.cli import run as command
 from genkit.errors import InputError
 from genkit.selection.calibrate import calibrate, chosen, fit, named_gate
 from genkit.selection.intervals import clopper_pearson
@@ -70,12 +70,12 @@ def test_sure_promises_what_it_says() -> None:
 
 
 def test_gate_is_written_and_filter_takes_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(["calibrate", str(folder), "--labels", str(votes(folder)), "--precision", "0.9", "--json"]) == 0
+    assert command(["calibrate", str(folder), "--labels", str(votes(folder)), "--precision", "0.9", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["expression"].startswith("clip > 0.")
     assert found["low"] <= found["precision"] <= found["high"]
     assert named_gate(folder, "@calibrated") == found["expression"]
-    assert _run(["filter", str(folder), "--where", "@calibrated", "--json"]) == 0
+    assert command(["filter", str(folder), "--where", "@calibrated", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"] == found["passed"]
     kept = json.loads((folder / "selection.json").read_text())["images"]
     above = {(int(name[1:].split("-")[0]), int(name[-2:])) for name, d in kept.items() if d["kept"]}
@@ -122,14 +122,14 @@ def test_hostile_labels_are_text_and_the_gate_still_means_the_same(
     arguments = ["calibrate", str(folder), "--labels", str(votes(folder)), "--precision", "0.5", "--name", "odd"]
     printed = []
     for more in ([], ["--json"], ["--quiet"]):
-        assert _run([*arguments, "--where", f"p['{label}'] > 0.2", *more]) == 0
+        assert command([*arguments, "--where", f"p['{label}'] > 0.2", *more]) == 0
         printed.append(capsys.readouterr().out)
         assert "".join(printed[-1].splitlines()).isprintable()
     passed = json.loads(printed[1])["passed"]
     for where in ("@odd", printed[2].strip()):
-        assert _run(["filter", str(folder), "--where", where, "--json"]) == 0
+        assert command(["filter", str(folder), "--where", where, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["kept"] == passed
-    assert _run([*arguments, "--where", "@odd", "--score", "clip", "--json"]) == 0, "a gate can be named here, too"
+    assert command([*arguments, "--where", "@odd", "--score", "clip", "--json"]) == 0, "a gate can be named here, too"
     assert json.loads(capsys.readouterr().out)["passed"] <= passed
 
 

@@ -110,7 +110,7 @@ def test_bad_usage_is_one_line_and_leaves_nothing(
     before = sorted(folder.rglob("*"))
     places = {"p": prompts, "o": folder / "run", "d": folder, "f": folder / "foreign", "i": folder / "picture.png",
               "b": folder / "broken.png"}  # fmt: skip
-    code = cli._run([a.format(**places) for a in arguments])
+    code = cli.run([a.format(**places) for a in arguments])
     out, err = capsys.readouterr()
     assert code == 2, err
     assert err.startswith("genkit: ") and err.count("\n") == 1 and "Traceback" not in err, err
@@ -150,7 +150,7 @@ def test_what_needs_no_network_does_not_import_torch(prompts: Path, arguments: l
     places = {"p": prompts, "o": prompts.parent / "run", "d": prompts.parent, "bad": prompts.parent / "bad.jsonl"}
     script = (
         "import sys\nfrom genkit import cli\n"
-        f"code = cli._run({[a.format(**places) for a in arguments]!r})\n"
+        f"code = cli.run({[a.format(**places) for a in arguments]!r})\n"
         "heavy = [m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules]\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
@@ -273,10 +273,10 @@ def test_a_failed_image_is_exit_1_and_tried_again(
 
     monkeypatch.setattr(Codec, "decode", broken)
     arguments = ["generate", str(prompts), "-o", str(tmp_path / "run"), *QUICK]
-    assert cli._run(arguments) == 1
+    assert cli.run(arguments) == 1
     assert sorted(r["status"] for r in records(tmp_path / "run").values()) == ["done", "done", "failed"]
     monkeypatch.undo()
-    assert cli._run(arguments) == 0
+    assert cli.run(arguments) == 0
     assert {r["status"] for r in records(tmp_path / "run").values()} == {"done"}
 
 
@@ -298,10 +298,10 @@ def test_disk_full_is_exit_3_and_leaves_nothing_torn(
     right = durable.write_whole
     monkeypatch.setattr("genkit.runs.run.write_whole", full)
     arguments = ["generate", str(prompts), "-o", str(tmp_path / "run"), "-n", "2", "--batch-size", "2", *QUICK]
-    assert cli._run(arguments) == 3
+    assert cli.run(arguments) == 3
     monkeypatch.undo()
     check_run(tmp_path / "run")
-    assert cli._run(arguments) == 0
+    assert cli.run(arguments) == 0
     check_run(tmp_path / "run")
 
 

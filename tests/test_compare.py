@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from genkit.cli import _run
+from genkit.cli import run as command
 from genkit.errors import InputError
 from genkit.selection.intervals import mean_interval, share_interval
 from genkit.studies.compare import compare_runs
@@ -41,7 +41,7 @@ def test_wins_ties_and_differences_are_counted_by_hand(tmp_path: Path) -> None:
 def test_images_without_partner_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = judged_run(tmp_path / "a", plain, rows=3), judged_run(tmp_path / "b", plain, rows=2, images=6)
     (a / "images" / "r0-01.png").unlink()
-    assert _run(["compare", str(a), str(b), "--json"]) == 0
+    assert command(["compare", str(a), str(b), "--json"]) == 0
     alone = json.loads(capsys.readouterr().out)["alone"]
     assert alone["only in A"] == {"count": 5, "first": [f"r2-0{k}" for k in range(5)]}
     assert alone["only in B"]["first"] == ["r0-05", "r1-05"]
@@ -88,7 +88,7 @@ def test_the_terminal_lists_no_more_scores_than_fit(tmp_path: Path, capsys: pyte
         return {"clip": 0.5, "p": {f"label {i}": 0.5 for i in range(200)} if n else {"z, of all": 0.5, "label 0": 0.5}}
 
     a, b = (judged_run(tmp_path / n, many, rows=2, images=3) for n in "ab")
-    assert _run(["compare", str(a), str(b)]) == 0
+    assert command(["compare", str(a), str(b)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) < 45 and said[-2] == "… and 172 more scores, on the page"
     labels = [line.split("  ")[0] for line in said if line.startswith("p[")]
@@ -99,7 +99,7 @@ def test_hostile_text_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     hostile = "</script><img src=x onerror=alert(1)> \x1b[31m \u2028" + "y" * 99_000
     odd = {"clip": 0.5, "p": {"<b>label</b>\x1b[2J": 0.5}}
     a, b = (judged_run(tmp_path / n, lambda n, k: odd, rows=1, prompt=hostile, labels=[*odd["p"]]) for n in "ab")  # type: ignore[misc]
-    assert _run(["compare", str(a), str(b)]) == 0
+    assert command(["compare", str(a), str(b)]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said
     page = (b / "compare.html").read_text()

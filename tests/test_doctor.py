@@ -87,8 +87,8 @@ def only(report: Report, level: str) -> str:
 
 
 def test_nothing_is_said_of_what_is_right(pictures: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._run(["doctor", ""]) == 2
-    assert cli._run(["doctor", str(pictures)]) == 0
+    assert cli.run(["doctor", ""]) == 2
+    assert cli.run(["doctor", str(pictures)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("pictures  8: 8 to train on, 0 held out\nsizes     32x32 (8)\n") and "nothing is wrong" in out
     facts = report_for(recipe_of(models / "sd", pictures, train={"steps": 10})).facts
@@ -147,14 +147,14 @@ def test_pictures_that_cannot_be_read_are_all_named(
     whole = (pictures / "2.png").read_bytes()
     (pictures / "2.png").write_bytes(whole[:-20])
     (pictures / "6.png").write_bytes(b"GIF89a")
-    assert cli._run(["doctor", str(pictures), "--json", "-o", str(pictures.parent / "page.html")]) == 2
+    assert cli.run(["doctor", str(pictures), "--json", "-o", str(pictures.parent / "page.html")]) == 2
     found = json.loads(capsys.readouterr().out)["findings"]
     assert found[0]["pictures"] == [["2.png"], ["6.png"]] and found[0]["level"] == "error"
     assert "2 of 8 pictures cannot be read: 2.png: is truncated; 6.png: is not a PNG" in found[0]["text"]
     assert "unreadable</i>" in (page := (pictures.parent / "page.html").read_text()) and ">is truncated</small>" in page
     for n in (3, 4):
         (pictures / f"{n}.png").write_bytes(b"")
-    assert cli._run(["doctor", str(pictures)]) == 2
+    assert cli.run(["doctor", str(pictures)]) == 2
     assert "--json names all of them" in capsys.readouterr().out
     (pictures / "7.png").unlink()
     os.symlink("nowhere", pictures / "7.png")
@@ -254,7 +254,7 @@ def test_hostile_names_and_captions_are_text(pictures: Path, capsys: pytest.Capt
         picture(50).save(pictures / f"<b>\x1b[2J{n}.png")
         (pictures / f"<b>\x1b[2J{n}.txt").write_text(evil)
     page = pictures.parent / "page.html"
-    assert cli._run(["doctor", str(pictures), "-o", str(page)]) == 0
+    assert cli.run(["doctor", str(pictures), "-o", str(page)]) == 0
     assert "\x1b" not in capsys.readouterr().out
     text = page.read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "{{policy}}" in text

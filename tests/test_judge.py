@@ -69,7 +69,7 @@ def folders(tmp_path: Path) -> Path:
 def test_a_folder_for_each_label_gives_a_confusion_table(
     folders: Path, stub: Brightness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli._run(["classify", str(folders)]) == 1, "one could not be read"
+    assert cli.run(["classify", str(folders)]) == 1, "one could not be read"
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[-4:] == [
@@ -84,7 +84,7 @@ def test_a_folder_for_each_label_gives_a_confusion_table(
 
 def test_the_same_as_json(folders: Path, stub: Brightness, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (folders / "light" / "torn.png").unlink()
-    assert cli._run(["classify", str(folders), "--json"]) == 0
+    assert cli.run(["classify", str(folders), "--json"]) == 0
     *each, total = map(json.loads, capsys.readouterr().out.splitlines())
     assert total.pop("interval") == pytest.approx([0.5291, 0.9776], abs=1e-4)
     assert total == {
@@ -93,23 +93,23 @@ def test_the_same_as_json(folders: Path, stub: Brightness, capsys: pytest.Captur
     }  # fmt: skip
     assert [line.get("folder") for line in each] == ["light"] * 3 + [None] + ["very_dark"] * 5
     assert sum(line["label"] == line.get("folder") for line in each) == 7
-    assert cli._run(["classify", str(folders), "-o", str(tmp_path / "out.jsonl")]) == 0
+    assert cli.run(["classify", str(folders), "-o", str(tmp_path / "out.jsonl")]) == 0
     assert capsys.readouterr().out.endswith("52.9% to 97.8%)\n"), "the table, when the lines go to a file"
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 10
 
 
 def test_labels_beside_the_folders(folders: Path, stub: Brightness, capsys: pytest.CaptureFixture[str]) -> None:
     (folders / "light" / "torn.png").unlink()
-    assert cli._run(["classify", str(folders), "--labels", "very dark,something else", "--json"]) == 0
+    assert cli.run(["classify", str(folders), "--labels", "very dark,something else", "--json"]) == 0
     out, err = capsys.readouterr()
     total = json.loads(out.splitlines()[-1])
     assert total["confusion"] == {"very dark": {"very dark": 4, "something else": 1}}, "light is none of the labels"
     assert "in no label's folder, and not counted: 'light' (3)\n" in err
-    assert cli._run(["classify", str(folders), "--labels", "Light,Dark"]) == 0
+    assert cli.run(["classify", str(folders), "--labels", "Light,Dark"]) == 0
     assert "not counted: 'very_dark' (5), 'light' (3) (did you mean 'Light'?)\n" in capsys.readouterr().err
-    assert cli._run(["classify", str(folders), "--labels", "dark,bright", "--json"]) == 0
+    assert cli.run(["classify", str(folders), "--labels", "dark,bright", "--json"]) == 0
     assert "accuracy" not in capsys.readouterr().out, "no folder is called that"
-    assert cli._run(["classify", str(folders / "light"), "--json"]) == 2
+    assert cli.run(["classify", str(folders / "light"), "--json"]) == 2
     assert "has 1 subfolders with pictures" in capsys.readouterr().err
 
 
@@ -118,7 +118,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
 ) -> None:
     for command in (["classify"], ["score", "--prompt", "x"]):
         for out, problem in ((folders, "is a folder; name a file"), (folders / "no" / "x", "is no folder")):
-            assert cli._run([*command, str(folders), "-o", str(out)]) == 2
+            assert cli.run([*command, str(folders), "-o", str(out)]) == 2
             out_, err = capsys.readouterr()
             assert out_ == "" and err.startswith("genkit: --out: ") and problem in err and err.count("\n") == 1
 
@@ -143,7 +143,7 @@ def test_one_picture_is_in_memory_at_a_time(
     monkeypatch.setattr(judge, "read_image", counted)
     gc.disable()  # none may wait for the collector
     try:
-        assert cli._run(["classify", str(tmp_path)]) == 0
+        assert cli.run(["classify", str(tmp_path)]) == 0
     finally:
         gc.enable()
     assert most <= 2 and not any(p() for p in held), "the one that is read, and the one before it"
@@ -155,7 +155,7 @@ def test_many_labels_are_listed_line_by_line(
 ) -> None:
     for k in range(12):
         picture(tmp_path / f"dark {k:02d}" / "a.png", 0)
-    assert cli._run(["classify", str(tmp_path)]) == 0
+    assert cli.run(["classify", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[12].startswith("true ") and lines[12].endswith("most often taken for")
     assert lines[14] == "dark 01       1     0%  dark 00 1"
@@ -171,7 +171,7 @@ def test_hostile_names_are_shown_as_text(tmp_path: Path, stub: Brightness, capsy
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "torn\x1b[31m.png").write_bytes(b"\x89PNG\r\n\x1a\n no")
     for more in ([], ["--json"], ["--labels", f"{HOSTILE},light"], ["-o", str(tmp_path / "out.jsonl")]):
-        cli._run(["classify", str(tmp_path), *more])
+        cli.run(["classify", str(tmp_path), *more])
         out, err = capsys.readouterr()
         written = (tmp_path / "out.jsonl").read_text() if more[:1] == ["-o"] else ""
         for text in (out, err, written):
@@ -181,7 +181,7 @@ def test_hostile_names_are_shown_as_text(tmp_path: Path, stub: Brightness, capsy
             assert HOSTILE in labels, "and the data are what they were"
         else:
             assert "\\x1b]0;owned" in err
-    cli._run(["score", str(tmp_path), "--prompt", HOSTILE, "--labels", "a,b"])
+    cli.run(["score", str(tmp_path), "--prompt", HOSTILE, "--labels", "a,b"])
     assert all(c.isprintable() or c == "\n" for text in capsys.readouterr() for c in text)
 
 
@@ -194,7 +194,7 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path, stub: Brightness, capsys
     os.rename(tmp_path / "x.png", os.fsencode(tmp_path) + b"/dark\xff/x.png")
     picture(tmp_path / "light" / "a.png", 255)
     for more in ([], ["--json"]):
-        assert cli._run(["classify", str(tmp_path), *more]) == 0, capsys.readouterr().err
+        assert cli.run(["classify", str(tmp_path), *more]) == 0, capsys.readouterr().err
         capsys.readouterr().out.encode()
 
 

@@ -22,7 +22,8 @@ from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_enco
 from genkit.components.needs import model_need, need
 from genkit.device.devices import free_memory, host_memory
 from genkit.device.memory import LAYERS, PARTS, RESIDENT, TURNS, Need, away, peak, plan_memory
-from genkit.job import Options, plan_job
+from genkit.job.plan import plan_job
+from genkit.options import Options
 from genkit.sampling.strips import decode_in_strips, encode_in_strips
 from tests.peak import peak_bytes
 from tests.tiny import EMBEDDED, tiny_ddpm, tiny_sdxl

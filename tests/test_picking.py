@@ -15,9 +15,10 @@ from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.run import Run
+from genkit.selection.choose import Known
 from genkit.selection.decide import decide
 from genkit.selection.diversity import Candidates, nearest, pick
-from genkit.selection.picking import Known, Picking
+from genkit.selection.picking import Picking
 from genkit.studies.filter import refilter
 from tests.null_run import CONFIG, png, result_of, rows_of
 
@@ -298,7 +299,8 @@ def test_references_are_embedded_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_generate_refuses_diversity_without_a_clip_model(tmp_path: Path) -> None:
-    from genkit.job import Options, plan_job
+    from genkit.job.plan import plan_job
+    from genkit.options import Options
 
     row = Request(prompt="a fox", num_images=4, keep=2)
     with pytest.raises(InputError, match="--diverse: needs a CLIP model"):

@@ -135,17 +135,17 @@ def test_the_command_trains_goes_on_draws_and_uploads(
     recipe, out = tmp_path / "r.yaml", tmp_path / "out"
     recipe.write_text("task: text-to-image\nmodel: base\ndata: {path: pictures, validation: 0.25}\n")
     words = ["train", str(recipe), "batch_size=2", "evaluate.num_inference_steps=1", "-o", str(out), "--device", "cpu"]
-    assert cli._run([*words, "steps=2", "--json"]) == 0
+    assert cli.run([*words, "steps=2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["step"] == 2 and told["scores"]["loss"] > 0
-    assert cli._run([*words, "steps=3"]) == 0, "more steps of the same run"
+    assert cli.run([*words, "steps=3"]) == 0, "more steps of the same run"
     said = capsys.readouterr()
     assert "going on from step 2 of 3" in said.err and "model in" in said.out
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
-    assert cli._run([*words, "steps=3", "learning_rate=2e-4"]) == 2
+    assert cli.run([*words, "steps=3", "learning_rate=2e-4"]) == 2
     assert "recipe.train.learning_rate: was 0.0001, is now 0.0002" in capsys.readouterr().err
     drawn = ["generate", "--prompt", "a red picture", "--model", str(out), "-o", str(tmp_path / "run"), "--steps", "1"]
-    assert cli._run([*drawn, "--device", "cpu"]) == 0
+    assert cli.run([*drawn, "--device", "cpu"]) == 0
 
     calls: list[tuple[str, dict[str, Any]]] = []
 
@@ -159,7 +159,7 @@ def test_the_command_trains_goes_on_draws_and_uploads(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     capsys.readouterr()
-    assert cli._run([*words, "steps=3", "--push-to-hub", "me/mine"]) == 0
+    assert cli.run([*words, "steps=3", "--push-to-hub", "me/mine"]) == 0
     assert "https://hub/of/mine" in capsys.readouterr().out
     assert calls[0] == ("me/mine", {"exist_ok": True, "private": True})
     assert calls[1][1]["folder_path"] == str(out) and "checkpoints/*" in calls[1][1]["ignore_patterns"]

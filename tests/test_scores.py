@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from scipy.ndimage import laplace
 
 from genkit import ClipScorer, InputError, Request, TextToImage, generate
-from genkit.job import Options, plan_job
+from genkit.job.plan import plan_job
+from genkit.options import Options
 from genkit.rows.result import Result
 from genkit.runs.records import read_config, read_results
 from genkit.scoring import plugins

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from genkit import InputError, Request, generate
-from genkit.cli import _run
+from genkit.cli import run as command
 from genkit.runs.records import read_results
 from genkit.studies.study import (
     MARKS,
@@ -100,7 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_study_redraws_what_the_run_drew_and_writes_it_down(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "results.jsonl").read_bytes()
-    assert _run(["study", str(run), "--prune", "--images", "8", "--json"]) == 0
+    assert command(["study", str(run), "--prune", "--images", "8", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == json.loads((run / "study.json").read_text())
     assert (run / "results.jsonl").read_bytes() == before
@@ -153,7 +153,7 @@ def test_rows_may_rank_by_the_scores_of_other_packages_but_not_by_sim(tmp_path: 
 
 def test_without_prune_no_model_is_needed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "prune" not in study_run(run, prune=False, images=64)
-    assert _run(["study", str(run)]) == 0
+    assert command(["study", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("best of")
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "4"]

@@ -122,12 +122,12 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
 
 
 def test_what_filter_exports_can_be_trained_on(tmp_path: Path) -> None:
-    from genkit.cli import _run
+    from genkit.cli import run as command
     from tests.judged_run import judged_run
 
     run = judged_run(tmp_path / "run", lambda n, k: {"clip": 0.5}, rows=3, images=2)
     for form in ("folder", "webdataset", "parquet"):
-        assert _run(["filter", str(run), "-o", str(tmp_path / form), "--format", form]) == 0
+        assert command(["filter", str(run), "-o", str(tmp_path / form), "--format", form]) == 0
         found = read_examples(data_of(tmp_path / form))
         assert sorted(Counter(e.caption for e in found).items()) == [(f"picture {n}", 2) for n in range(3)]
 

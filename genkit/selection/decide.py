@@ -15,8 +15,9 @@ from genkit.rows.result import Result, value_of
 from genkit.runs.records import SELECTION, Key
 from genkit.scoring.gates import Expression, passes, unknown_scores
 from genkit.scoring.names import ALONE
+from genkit.selection.choose import Known, choose
 from genkit.selection.judged import Judged, Weigher, reads_sim, with_sim
-from genkit.selection.picking import NONE, Known, Picking, choose
+from genkit.selection.picking import NONE, Picking
 
 HARD_LINES = 10  # hard rows that are named at the end of a run; selection.json has all
 

@@ -16,8 +16,9 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import read_config, read_results, read_rows
 from genkit.scoring.gates import Expression
+from genkit.selection.choose import read_known
 from genkit.selection.decide import decide, image_name, write_selection
-from genkit.selection.picking import NONE, Picking, read_known
+from genkit.selection.picking import NONE, Picking
 
 
 def refilter(

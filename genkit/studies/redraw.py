@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from genkit.errors import InputError
-from genkit.job import reopen
+from genkit.job.load import reopen
 from genkit.progress import Progress
 from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of

@@ -1,51 +1,41 @@
-"""More of the `genkit` command: what looks back at runs. Nothing here imports torch."""
+"""Look back at runs and choose: filter, label, calibrate, study, compare."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from genkit.cli import AsJson, Device, _say, app
-from genkit.errors import EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED
+from genkit.cli.app import app, print_found
+from genkit.cli.options import AsJson, Device, spread
+from genkit.errors import EXIT_OK
+from genkit.selection.picking import Picking
 
 
-@app.command()
-def doctor(
-    data: Annotated[str | None, typer.Argument(help="A folder, .tar or .parquet; default: the recipe's.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="What it is to train: checks sizes, tokens, memory too.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a page with thumbnails here.")] = None,
-    as_json: AsJson = False,
-) -> int:
-    """Say what is wrong with a data set: captions, bad, small and double pictures; exits 2 for what stops training."""
-    from genkit.training.doctor import diagnose, write_page
-
-    report = diagnose(data, recipe, quiet=as_json)
-    if out is not None:
-        write_page(report, out)
-    print(json.dumps(report.plain(), ensure_ascii=False) if as_json else "\n".join(report.lines()))
-    return EXIT_INPUT if report.errors else EXIT_OK
-
-
-@app.command()
-def study(
+@app.command("filter")
+@spread
+def filter_run(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    prune: Annotated[
-        bool, typer.Option("--prune", help="Redraw some rows to see what early stopping would buy.")
-    ] = False,
-    images: Annotated[int, typer.Option(help="With --prune: how many images to redraw, about.")] = 64,
-    device: Device = "auto",
+    picking: Picking,
+    where: Annotated[str | None, typer.Option(help="What an image must pass; in place of the rows' gates.")] = None,
+    rank_by: Annotated[str | None, typer.Option(help="What 'best' means; default clip.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Keep the best so many of each row.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Copy the kept pictures and their captions here.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="Of -o: folder, webdataset or parquet.")] = "folder",
+    shard_size: Annotated[str | None, typer.Option(help="Of webdataset and parquet: 500MB, 2GB, …")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Say what best-of-N, and early stopping, buy on the model and prompts of a run; written to its study.json."""
-    from genkit.studies.study import described, study_run
+    """Decide again what is kept: no model, no torch; nothing is deleted."""
+    from genkit.datasets.export import Target
+    from genkit.selection.calibrate import named_gate
+    from genkit.studies.filter import refilter
 
-    found = study_run(run, prune, images, device, quiet=as_json)
-    print(json.dumps(found, ensure_ascii=False) if as_json else described(found))
+    target = Target.of(form, shard_size)
+    print_found(refilter(run, named_gate(run, where), rank_by, keep, out, picking, target), as_json)
     return EXIT_OK
 
 
@@ -95,6 +85,24 @@ def calibrate(
 
 
 @app.command()
+def study(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Redraw some rows to see what early stopping would buy.")
+    ] = False,
+    images: Annotated[int, typer.Option(help="With --prune: how many images to redraw, about.")] = 64,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Say what best-of-N, and early stopping, buy on the model and prompts of a run; written to its study.json."""
+    from genkit.studies.study import described, study_run
+
+    found = study_run(run, prune, images, device, quiet=as_json)
+    print(json.dumps(found, ensure_ascii=False) if as_json else described(found))
+    return EXIT_OK
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="A run folder.")],
     b: Annotated[Path, typer.Argument(help="A run of the same rows: another model, other settings.")],
@@ -110,37 +118,3 @@ def compare(
     found = compare_runs(a, b, out)
     print(printable_json(found) if as_json else "\n".join(map(printable, report(found).splitlines())))
     return EXIT_OK
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see training/recipes.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As train.steps=100.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default runs/NAME-OF-THE-RECIPE.")] = None,
-    device: Device = "auto",
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the model when it is done.")
-    ] = None,
-    as_json: AsJson = False,
-) -> int:
-    """Train a model, or go on with it: the same command goes on exactly where the last one stopped."""
-    from genkit.training.recipe import read_recipe
-
-    read = read_recipe(recipe, changes or ())
-    folder = Path("runs") / recipe.stem if out is None else out
-    from genkit.training.loop import Diverged
-    from genkit.training.loop import train as run
-    from genkit.training.report import described
-
-    try:
-        outcome = run(read, folder, device=device, quiet=as_json)
-    except Diverged as error:
-        return _say(str(error), EXIT_SOME_FAILED)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
-        return outcome.exit_code
-    if push_to_hub is not None and outcome.exit_code == EXIT_OK:
-        from genkit.training.output import push
-
-        print(push(folder, push_to_hub))
-    print(json.dumps(dataclasses.asdict(outcome)) if as_json else described(outcome, folder))
-    return outcome.exit_code

@@ -1,0 +1,150 @@
+"""Make pictures: generate, and tune."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from genkit.cli.app import app, print_found
+from genkit.cli.options import AsJson, Device, Out, Variant, spread
+from genkit.errors import EXIT_OK, InputError
+from genkit.options import Options
+
+if TYPE_CHECKING:
+    from genkit.job.plan import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOptions:
+    """Fields of the rows that do not say otherwise: see genkit.rows.request.Request."""
+
+    negative_prompt: Annotated[str | None, "What guidance leads away from."] = None
+    scheduler: Annotated[str | None, "A solver, say unipc or dpmpp_2m_karras, or tuned."] = None
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--steps", "--num-inference-steps", help="Steps an image.")
+    ] = None
+    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is off.")] = None
+    guidance_interval: Annotated[str | None, "Guide only here: 0.1,0.8 of the steps, or '{\"sigma\": [0.3, 5]}'."] = (
+        None
+    )
+    width: Annotated[int | None, "Pixels."] = None
+    height: Annotated[int | None, "Pixels."] = None
+    image: Annotated[str | None, "The picture to start from."] = None
+    strength: Annotated[float | None, "How much of --image to give up, 0 to 1."] = None
+    mask_image: Annotated[str | None, "Draw anew only where this is white."] = None
+    num_images: Annotated[int | None, typer.Option("-n", "--num-images", help="Images a row.")] = None
+    keep: Annotated[int | None, "Keep the best so many of a row."] = None
+    gate: Annotated[str | None, "What an image must pass, say 'clip > 0.5'."] = None
+    rank_by: Annotated[str | None, "What 'best' means; default clip."] = None
+    max_images: Annotated[int | None, "Draw until --keep pass, or so many are drawn."] = None
+    labels: Annotated[str | None, "a,b,c: texts for zero-shot classification."] = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return what is given, as fields of a Request. Raises InputError, naming the option, for a bad value."""
+        from genkit.rows.typed import typed
+
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        given |= {name: typed(name, given[name]) for name in ("guidance_interval", "labels") if name in given}
+        given |= {name: str(Path(given[name]).absolute()) for name in ("image", "mask_image") if name in given}
+        _check(given)
+        return given
+
+
+@app.command()
+@spread
+def generate(
+    out: Out,
+    row: RowOptions,
+    options: Options,
+    prompts: Annotated[Path | None, typer.Argument(help="A .txt, .jsonl, .csv or .yaml file of rows.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt, in place of a file.")] = None,
+    new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Make the images of a prompt file; the same command again goes on where it stopped."""
+    from genkit.job.plan import plan_job
+    from genkit.rows.prompts import read_prompts
+    from genkit.rows.request import Request
+    from genkit.runs.destination import check_folder, free_name
+
+    if prompts is not None and prompt is not None:
+        raise InputError("PROMPTS, --prompt: give one of them, not both")
+    defaults = row.fields()
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed: {options.seed} is not within 0 to {2**32 - 1}")
+    if prompts is not None:
+        rows = read_prompts(prompts, defaults)
+    else:
+        rows = [Request(seed=options.seed, **({} if prompt is None else {"prompt": prompt}))]
+        rows[0]._source = "command line"
+    job = plan_job(rows, dataclasses.replace(options, quiet=as_json), defaults)
+    folder = free_name(out) if new_run else out
+    check_folder(folder, prompts)
+    if dry_run:
+        print_found(job.describe(), as_json)
+        return EXIT_OK
+    return _run_job(job, folder, as_json)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="emoji (embedded), a diffusers-layout folder, or a hub id.")],
+    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Network calls of the plan.")],
+    prompts: Annotated[Path | None, typer.Option(help="A prompt file to fit on; default: some plain prompts.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The folder to write to; default: the model's scheduler folder.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", "--cfg-scale", help="Default: the model's own."),
+    ] = None,
+    noises: Annotated[int, typer.Option(help="Pictures to fit on; a quarter of them only to compare.")] = 48,
+    variant: Variant = None,
+    seed: Annotated[int, typer.Option(help="Of the noises.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Fit step schedule and solver coefficients to a model, for `generate --scheduler tuned`; stopped, it goes on."""
+    from genkit.sampling.tuning import tune_model
+
+    print_found(tune_model(model, steps, prompts, out, guidance_scale, noises, variant, seed, device, as_json), as_json)
+    return EXIT_OK
+
+
+# What a field needs beside it to be checked by itself: a row of the file may give it.
+_PARTNERS: dict[str, dict[str, Any]] = {
+    "strength": {"image": "-"},
+    "mask_image": {"image": "-"},
+    "keep": {"num_images": 100_000},
+    "max_images": {"keep": 1, "gate": "not nan"},
+}
+
+
+def _check(fields: dict[str, Any]) -> None:
+    """Check the command line's defaults before any row is read, so that the message names the option, not a row."""
+    from genkit.rows.request import Request
+
+    for name, value in fields.items():
+        if name in ("gate", "rank_by"):  # may speak of labels that only rows give
+            continue
+        try:
+            Request(**{**_PARTNERS.get(name, {}), name: value})
+        except InputError as error:
+            raise InputError(f"--{str(error).replace('_', '-', str(error).split(':')[0].count('_'))}") from None
+
+
+def _run_job(job: Job, folder: Path, as_json: bool) -> int:
+    from genkit.device.devices import reuse_memory
+    from genkit.job.run import run_job
+
+    reuse_memory()
+    summary = run_job(job, folder)
+    print_found({**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}, as_json)
+    if not as_json:
+        print(f"gallery: {folder / 'index.html'}", file=sys.stderr)
+    return summary.exit_code

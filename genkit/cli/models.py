@@ -1,0 +1,38 @@
+"""Models and this machine: inspect, env."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from genkit.cli.app import app, print_found
+from genkit.cli.options import AsJson, Variant
+from genkit.errors import EXIT_OK
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="emoji, emoji-clip, a model folder, or a hub id.")],
+    variant: Variant = None,
+    as_json: AsJson = False,
+) -> int:
+    """Check a model without loading it, and say what it is."""
+    from genkit.components import inspect_model
+
+    print_found(inspect_model(model, variant=variant).describe(), as_json)
+    return EXIT_OK
+
+
+@app.command()
+def env(as_json: AsJson = False) -> int:
+    """Print versions, devices, which attention backends work here, and what else a bug report needs."""
+    from genkit.device.attention import table_lines
+    from genkit.device.devices import environment
+
+    found = environment()
+    lines = [] if as_json else table_lines(found.pop("attention"))
+    print_found(found, as_json)
+    for line in lines:
+        print(line)
+    return EXIT_OK

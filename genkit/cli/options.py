@@ -1,0 +1,104 @@
+"""Options of the command line: those that commands share, and dataclasses spread out into options of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from genkit.errors import InputError
+from genkit.options import Options
+
+
+def _help(field: str) -> str:
+    return typing.get_type_hints(Options, include_extras=True)[field].__metadata__[0]
+
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder: made, or gone on with.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
+Clip = Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel, or a hub id.")]
+Labels = Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot classification.")]
+Device = Annotated[str, typer.Option(help=_help("device"))]
+Dtype = Annotated[str, typer.Option(help=_help("dtype"))]
+Variant = Annotated[str | None, typer.Option(help=_help("variant"))]
+Aesthetic = Annotated[str | None, typer.Option(help=_help("aesthetic"))]
+Scorers = Annotated[list[str] | None, typer.Option("--scorer", help=_help("scorers"))]
+
+
+def _slots(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 4096 and len(text) < 9):
+        raise InputError(f"--batch-size: {text!r} is not auto or a number from 1 to 4096")
+    return int(text)
+
+
+# Fields that the command line writes in another form: its annotation and default, and how it is read.
+_WRITTEN: dict[str, tuple[Any, Any, Callable[[Any], Any]]] = {
+    "batch_size": (Annotated[str, typer.Option(help=_help("batch_size"))], "auto", _slots),
+    "scorers": (Scorers, None, lambda names: tuple(names or ())),
+}
+
+
+def spread(command: Callable[..., int]) -> Callable[..., int]:
+    """Turn each parameter whose type is a dataclass into one option a field, and build the dataclass from them.
+
+    A field's annotation is a typer.Option, or the text of its help; a field without either is left at its default.
+    """
+    signature, hints = inspect.signature(command), typing.get_type_hints(command, include_extras=True)
+    options: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        if dataclasses.is_dataclass(hints[name]):
+            options += _fields(hints[name])
+        else:
+            options.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    @functools.wraps(command)
+    def called(**values: Any) -> int:
+        given = {name: _build(kind, values) for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+        return command(**values, **given)
+
+    called.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    called.__annotations__ = {option.name: option.annotation for option in options}
+    return called
+
+
+def _fields(kind: Any) -> list[inspect.Parameter]:
+    found: list[inspect.Parameter] = []
+    for field, hint in _options_of(kind):
+        if dataclasses.is_dataclass(hint):
+            found += _fields(hint)
+            continue
+        default = field.default
+        if field.name in _WRITTEN:
+            hint, default, _ = _WRITTEN[field.name]
+        elif isinstance(hint.__metadata__[0], str):
+            flags = [f"--{field.name.replace('_', '-')}"] if hint.__origin__ is bool else []  # and no --no-… beside it
+            hint = Annotated[hint.__origin__, typer.Option(*flags, help=hint.__metadata__[0])]
+        found.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
+    return found
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
+    """Return the dataclass, its fields taken out of `values`."""
+    found = {}
+    for field, hint in _options_of(kind):
+        if dataclasses.is_dataclass(hint):
+            found[field.name] = _build(hint, values)
+        else:
+            value = values.pop(field.name)
+            found[field.name] = _WRITTEN[field.name][2](value) if field.name in _WRITTEN else value
+    return kind(**found)
+
+
+def _options_of(kind: Any) -> list[tuple[Any, Any]]:
+    """Return (field, its type with annotation) of the fields that are options, or dataclasses of such."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = [(field, hints[field.name]) for field in dataclasses.fields(kind)]
+    return [(field, hint) for field, hint in fields if hasattr(hint, "__metadata__") or dataclasses.is_dataclass(hint)]

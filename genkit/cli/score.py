@@ -1,0 +1,50 @@
+"""Score pictures that exist: score, classify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genkit.cli.app import app
+from genkit.cli.options import Aesthetic, AsJson, Clip, Device, Dtype, Labels, Scorers
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="A prompt file: row k is for picture k by name.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
+    labels: Labels = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+    ] = None,
+    clip: Clip = "emoji-clip",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    aesthetic: Aesthetic = None,
+    scorer: Scorers = None,
+) -> int:
+    """Score pictures against prompts, one JSON line a picture; what a run has embedded is not embedded again."""
+    from genkit.studies.score import score_images
+
+    return score_images(images, prompts, prompt, labels, out, clip, device, dtype, aesthetic, scorer or ())
+
+
+@app.command()
+def classify(
+    images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
+    labels: Annotated[
+        str | None, typer.Option(help="a,b,c: the texts to choose from; default: the names of the subfolders.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of a table.")] = None,
+    clip: Clip = "emoji-clip",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Say which of some labels each picture shows; with a folder for each label, how often that is right."""
+    from genkit.studies.score import classify_images
+
+    return classify_images(images, labels, out, clip, device, dtype, as_json)

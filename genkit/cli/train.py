@@ -1,0 +1,66 @@
+"""Train models, and look at the data first: train, doctor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genkit.cli.app import app, fail
+from genkit.cli.options import AsJson, Device
+from genkit.errors import EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see training/recipes.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As train.steps=100.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default runs/NAME-OF-THE-RECIPE.")] = None,
+    device: Device = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the model when it is done.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Train a model, or go on with it: the same command goes on exactly where the last one stopped."""
+    from genkit.training.recipe import read_recipe
+
+    read = read_recipe(recipe, changes or ())
+    folder = Path("runs") / recipe.stem if out is None else out
+    from genkit.training.loop import Diverged
+    from genkit.training.loop import train as run
+    from genkit.training.report import described
+
+    try:
+        outcome = run(read, folder, device=device, quiet=as_json)
+    except Diverged as error:
+        return fail(str(error), EXIT_SOME_FAILED)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        return outcome.exit_code
+    if push_to_hub is not None and outcome.exit_code == EXIT_OK:
+        from genkit.training.output import push
+
+        print(push(folder, push_to_hub))
+    print(json.dumps(dataclasses.asdict(outcome)) if as_json else described(outcome, folder))
+    return outcome.exit_code
+
+
+@app.command()
+def doctor(
+    data: Annotated[str | None, typer.Argument(help="A folder, .tar or .parquet; default: the recipe's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="What it is to train: checks sizes, tokens, memory too.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a page with thumbnails here.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what is wrong with a data set: captions, bad, small and double pictures; exits 2 for what stops training."""
+    from genkit.training.doctor import diagnose, write_page
+
+    report = diagnose(data, recipe, quiet=as_json)
+    if out is not None:
+        write_page(report, out)
+    print(json.dumps(report.plain(), ensure_ascii=False) if as_json else "\n".join(report.lines()))
+    return EXIT_INPUT if report.errors else EXIT_OK

@@ -1,0 +1,59 @@
+"""What `genkit generate` does: check and plan, load, draw, decide, write the gallery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM
+from genkit.job.plan import plan_job
+from genkit.job.run import Summary, run_job
+from genkit.options import Options
+from genkit.rows.prompts import read_prompts
+from genkit.rows.request import Request
+from genkit.selection.picking import NONE, Picking
+
+
+def generate(
+    prompts: str | Path | Sequence[Request],
+    out: str | Path,
+    *,
+    model: str = "emoji",
+    clip: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    memory: str = "auto",
+    seed: int = 0,
+    defaults: dict[str, Any] | None = None,
+    quiet: bool = False,
+    compile: bool = False,
+    attention: str = "auto",
+    format: str = "png",
+    quality: int | None = None,
+    aesthetic: str | None = None,
+    scorers: Sequence[Any] = (),
+    picking: Picking = NONE,
+    max_total_images: int | None = None,
+    max_seconds: float | None = None,
+) -> Summary:
+    """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
+
+    defaults: fields (num_inference_steps, guidance_scale, …) for rows that do not state them. format: png, webp, jpeg
+    or jxl; quality, of the last three: 1 to 100, at which webp and jxl keep every bit. aesthetic: a file with a head
+    over CLIP embeddings. scorers: names of installed ones, or functions (scoring/plugins.py). Raises InputError, before
+    anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
+    """
+    rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
+    options = Options(
+        model=model, clip=clip, device=device, dtype=dtype, batch_size=batch_size, memory=memory, seed=seed,
+        quiet=quiet, compile=compile, attention=attention, format=format, quality=quality, aesthetic=aesthetic,
+        scorers=tuple(scorers), picking=picking, max_total_images=max_total_images, max_seconds=max_seconds,
+    )  # fmt: skip
+    summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
+    if summary.exit_code == EXIT_SIGINT:
+        raise KeyboardInterrupt  # what is finished is saved: the same call goes on
+    if summary.exit_code == EXIT_SIGTERM:
+        raise SystemExit(EXIT_SIGTERM)
+    return summary

@@ -1,0 +1,106 @@
+"""Load the networks of a job, or of a run that is reopened; and what a run folder is bound to."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from genkit.components import load_components, weight_hashes
+from genkit.components.needs import budget_for
+from genkit.components.weights import sha256
+from genkit.device.devices import DTYPES, pick_device
+from genkit.device.memory import away
+from genkit.job.plan import Job, plan_job
+from genkit.options import Options
+from genkit.pictures.encoders import encoding
+from genkit.rows.plans import is_tuned, tuned_file
+from genkit.runs.destination import check_binding
+from genkit.runs.records import read_rows
+from genkit.runs.run import read_config
+from genkit.scoring.aesthetic import Head
+from genkit.version import __version__
+
+
+def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
+    """Return (generator, panel of scorers), on the device and in the dtype of the run's first start when it has one."""
+    from genkit.sampling.generators import Generator
+    from genkit.scoring.clip import ClipScorer
+    from genkit.scoring.panel import Panel
+
+    before = (recorded or {}).get("binding", {})
+    asked = {"device": job.options.device, "dtype": job.options.dtype}
+    device, dtype = pick_device(*(before.get(key, "auto") if name == "auto" else name for key, name in asked.items()))
+    o = job.options
+    budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest)
+    in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
+    parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)
+    generator = Generator.from_components(parts, budget, compile=o.compile, attention=o.attention)
+    scorer = head = None
+    if job.clip is not None:
+        scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype, in_ram=in_ram))
+        scorer.texts.hold = generator.residency.add("clip", scorer.model)
+    if o.aesthetic is not None and job.clip is not None:
+        head = Head.load(Path(o.aesthetic), job.clip.configs["clip"]["projection_dim"])
+    return generator, Panel(scorer, [row.prompt for row in job.rows], head, job.scorers)
+
+
+def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
+    """Return (generator, scorer or None, slots, seed) as the run in `folder` was drawn with.
+
+    Raises InputError where its model is not there any more, or is another one by now.
+    """
+    recorded = read_config(folder)
+    assert recorded is not None
+    binding = recorded["binding"]
+    model, clip = ((binding.get(part) or {}).get("name", "none") for part in ("model", "clip"))
+    options = Options(
+        model=model, clip=clip, variant=binding.get("variant"), device=device, seed=binding["seed"],
+        aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
+    )  # fmt: skip
+    job = plan_job(read_rows(folder), options, {})
+    same = {name: binding[name] for name in ("device", "format") if name in binding}
+    check_binding(folder, binding, {**run_config(job, None, recorded)["binding"], **same})
+    generator, scorer = load(job, recorded)
+    return generator, scorer, generator.budget.slots, options.seed
+
+
+def run_config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] | None) -> dict[str, Any]:
+    """Return run.json: under "binding" what a later start must agree with, under "info" what it may like to know."""
+    o = job.options
+    models = {"model": job.info, "clip": job.clip}
+    binding: dict[str, Any] = {"seed": o.seed, "variant": o.variant, "format": str(encoding(o.format, o.quality))}
+    for name, info in models.items():
+        binding[name] = None if info is None else {"name": info.name, "weights": weight_hashes(info)}
+    binding["scheduler"] = job.info.scheduler_config
+    used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
+    binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
+    binding |= {"aesthetic": sha256(Path(o.aesthetic))} if o.aesthetic is not None else {}
+    binding |= {"scorers": [plugin.name for plugin in job.scorers]} if job.scorers else {}
+    if recorded is not None:
+        same = {"device": o.device.split(":")[0], "dtype": DTYPES.get(o.dtype, o.dtype)}
+        for key, asked in same.items():
+            binding[key] = recorded["binding"].get(key) if asked == "auto" else asked
+        return {"binding": binding, "info": recorded["info"]}
+    assert loaded is not None
+    from genkit.components.int8 import is_8_bit
+
+    generator = loaded[0]
+    binding["device"] = generator.device.type
+    binding["dtype"] = "int8" if is_8_bit(generator.unet) else str(generator.unet.dtype).removeprefix("torch.")
+    head = {} if o.aesthetic is None else {"aesthetic": str(Path(o.aesthetic).absolute())}  # where it was; see `reopen`
+    return {"binding": binding, "info": {**_versions(), "attention": generator.attention.text, **head}}
+
+
+def _versions() -> dict[str, Any]:
+    import platform
+    from importlib.metadata import version
+
+    packages = ("torch", "diffusers", "transformers", "safetensors", "pillow", "numpy")
+    return {
+        "genkit": __version__,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **{name: version(name) for name in packages},
+    }

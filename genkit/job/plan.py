@@ -1,0 +1,149 @@
+"""Check everything that can be checked without torch, and fill in every default: rows and options to a Job."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genkit.components import inspect_model
+from genkit.components.geometry import Geometry
+from genkit.components.needs import describe
+from genkit.device.devices import CPU_SLOTS, check_attention, check_device
+from genkit.device.memory import check_memory
+from genkit.errors import InputError
+from genkit.options import Options
+from genkit.pictures.encoders import encoding
+from genkit.rows.plans import plan_for
+from genkit.rows.request import Request
+from genkit.rows.settings import settings
+from genkit.sampling.guidance import network_rows
+from genkit.schedulers import Plan, Scheduler
+from genkit.scoring.aesthetic import check_head
+from genkit.scoring.gates import check_row
+from genkit.scoring.names import known_scores
+from genkit.scoring.plugins import Plugin, find_scorers
+
+if TYPE_CHECKING:
+    from genkit.components import ModelInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Checked work: rows with every default filled in, the model and scorer they are for, and what they will cost."""
+
+    rows: list[Request]
+    options: Options
+    info: ModelInfo
+    clip: ModelInfo | None
+    calls: int  # network rows for all images that will certainly be drawn
+    scorers: list[Plugin] = dataclasses.field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `--dry-run` prints."""
+        most = sum(r.max_images or r.num_images for r in self.rows)
+        return {
+            "rows": len(self.rows),
+            "images": sum(r.num_images for r in self.rows),
+            "images_at_most": most,
+            "slots": self.options.batch_size or (CPU_SLOTS if self.options.device == "cpu" else "by device"),
+            "network_calls": self.calls,
+            "model": self.info.name,
+            "clip": None if self.clip is None else self.clip.name,
+            "format": str(encoding(self.options.format, self.options.quality)),
+            **describe(
+                self.info,
+                self.clip,
+                device=self.options.device,
+                dtype=self.options.dtype,
+                memory=self.options.memory,
+                slots=self.options.batch_size,
+                largest=self.largest,
+            ),
+        }
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Width and height of the largest picture."""
+        return max(((r.width or 1, r.height or 1) for r in self.rows), key=lambda size: size[0] * size[1])
+
+
+def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Job:
+    """Check everything that can be checked without torch; raises InputError naming the row and field at fault."""
+    check_device(options.device, options.dtype)
+    check_attention(options.attention)
+    encoding(options.format, options.quality)
+    check_memory(options.memory)
+    _check_budget(options)
+    info = inspect_model(options.model, variant=options.variant)
+    if info.kind == "clip":
+        raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
+    clip_name = options.clip if options.clip != "auto" else "emoji-clip" if info.name == "emoji" else "none"
+    clip = None if clip_name == "none" else inspect_model(clip_name)
+    if clip is not None and clip.kind != "clip":
+        raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
+    scorers, computed = _scorers(options, clip)
+    options.picking.check()
+    if clip is None and options.picking.needs_embeddings:
+        raise InputError(f"{options.picking.needs_embeddings}: needs a CLIP model, and there is none: give --clip")
+    geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
+    scheduler = Scheduler.from_config(info.scheduler_config)
+    plans: dict[str, Plan] = {}
+    filled: list[Request] = []
+    calls = 0
+    for number, given in enumerate(rows):
+        where = given.source or f"request {number}"
+        try:
+            row = given.filled({"id": f"{number:06d}", **defaults})
+            row = _complete(row, geometry, info.defaults)
+            given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
+            calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder))
+            check_row(row.gate, row.rank_by, row.labels, computed)
+            if row.prune is not None and row.rank_by is None and "clip" not in computed:
+                raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
+            if row.labels is not None and clip is None:
+                raise InputError("labels: need a CLIP model, and there is none: give --clip")
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        filled.append(row)
+    options.picking.check_rows(any(row.keep is not None for row in filled))
+    return Job(filled, options, info, clip, calls, scorers)
+
+
+def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], frozenset[str]]:
+    """Return the plugged-in scorers, and the names of all scores that the run will have."""
+    if options.aesthetic is not None:
+        if clip is None:
+            raise InputError("--aesthetic: is a head over CLIP embeddings, and there is no CLIP model: give --clip")
+        check_head(Path(options.aesthetic), clip.configs["clip"]["projection_dim"])
+    scorers = find_scorers(options.scorers)
+    names = [name for plugin in scorers for name in plugin.names]
+    return scorers, known_scores(clip is not None, options.aesthetic is not None, names)
+
+
+def _check_budget(options: Options) -> None:
+    if options.max_total_images is not None and options.max_total_images < 1:
+        raise InputError(f"--max-total-images: {options.max_total_images} is not 1 or more")
+    if options.max_seconds is not None and not 0 < options.max_seconds < 1e9:
+        raise InputError(f"--max-seconds: {options.max_seconds:g} is not a number of seconds above 0")
+
+
+def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:
+    """Return the row with the model's defaults written out: requests.jsonl says all that the picture depends on."""
+    s = settings(row, geometry, defaults)
+    found: dict[str, Any] = {"num_inference_steps": s.steps, "width": s.width, "height": s.height}
+    if geometry.text:
+        found["guidance_scale"] = s.guidance
+    if row.image is not None:
+        found["strength"] = s.strength
+    return row.filled(found)
+
+
+def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folder: Path) -> int:
+    """Return the network rows that one image takes, and find out whether its scheduler settings work at all."""
+    steps, strength, guidance = row.num_inference_steps or 1, row.strength or 1.0, row.guidance_scale or 1.0
+    key = repr((row.scheduler, steps, strength, guidance))
+    if key not in plans:
+        plans[key] = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
+    return network_rows(plans[key], guidance, row.guidance_interval)

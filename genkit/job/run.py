@@ -1,0 +1,153 @@
+"""Draw what is missing of a job into its folder, decide what is kept, and write the gallery."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from genkit.errors import EXIT_OK, EXIT_SOME_FAILED
+from genkit.job.load import load, run_config
+from genkit.job.plan import Job
+from genkit.pages.gallery import write_gallery
+from genkit.pictures.encoders import encoding
+from genkit.progress import Progress
+from genkit.runs.embeddings import Store
+from genkit.runs.rescore import rescore
+from genkit.runs.run import Run, read_config
+from genkit.runs.writers import Writers
+from genkit.sampling.draws import Draws
+from genkit.scoring.gates import Expression, passes
+from genkit.selection.choose import read_known
+from genkit.selection.decide import decide, hard_lines, write_selection
+from genkit.signals import Interrupted, Signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended. exit_code is that of the command."""
+
+    folder: str
+    rows: int
+    images: int
+    new: int
+    kept: int
+    failed: int
+    seconds: float
+    exit_code: int
+    stopped: bool = False
+    hard_rows: int = 0  # drew max_images, and fewer than keep pass
+    slots_full: float | None = None  # share of the slots in use while there was more to draw
+
+    @property
+    def images_per_second(self) -> float:
+        """New images over the whole wall time, loading included."""
+        return self.new / self.seconds if self.seconds else 0.0
+
+
+def run_job(job: Job, out: Path) -> Summary:
+    """Draw what is missing of the job in folder `out`, then decide, and write the gallery."""
+    began = time.monotonic()
+    recorded = read_config(out)
+    # The first run loads before it writes, so that weights that do not fit leave nothing behind; a later one scans
+    # the folder first: another process may hold it, or nothing may be left to do.
+    loaded = load(job, recorded) if recorded is None else None
+    with Run.open(out, run_config(job, loaded, recorded), job.rows) as run:
+        until = None if job.options.max_seconds is None else began + job.options.max_seconds
+        draws = Draws(job.rows, run.done, job.options.max_total_images, until)
+        stopped = EXIT_OK
+        with Progress(draws.total, len(run.done), quiet=job.options.quiet) as progress:
+            for line in run.notes:
+                progress.say(line)
+            if draws.has_next() or (run.stale and job.clip is not None):
+                loaded = loaded or load(job, recorded)
+                again = rescore(run, loaded[1])
+                if again:
+                    progress.say(f"{again} images scored again, from their embeddings: labels or other prompts changed")
+                    draws = Draws(job.rows, run.done, job.options.max_total_images, until)
+                stopped = _draw(job, run, draws, progress, loaded) if draws.has_next() else EXIT_OK
+        results = list(run.results.values())
+        known = read_known(out, run.config, results, job.options.picking, [row.rank_by for row in job.rows])
+        selection = decide(job.rows, results, picking=job.options.picking, known=known)
+        write_selection(out, selection)
+        write_gallery(out, job.rows, results, selection, run.config)
+    for line in hard_lines(selection):
+        progress.say(line)
+    lacking = 0 if stopped else draws.lacking
+    if lacking and draws.short:
+        limit = f"--{draws.short.replace('_', '-')}"
+        progress.say(f"{limit} is reached and {lacking} rows lack images; the same command, with more, goes on")
+    failed = sum(r.status == "failed" for r in results)
+    return Summary(
+        folder=str(out),
+        rows=len(job.rows),
+        images=len(results) - failed,
+        new=progress.done - progress.earlier - progress.failed,
+        kept=sum(image["kept"] for image in selection["images"].values()),
+        failed=failed,
+        seconds=round(time.monotonic() - began, 2),
+        exit_code=stopped or (EXIT_SOME_FAILED if failed or lacking else EXIT_OK),
+        stopped=bool(stopped or lacking),
+        hard_rows=len(selection["hard"]),
+        slots_full=None if draws.slots_full is None else round(draws.slots_full, 4),
+    )
+
+
+def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any, Any]) -> int:
+    """Draw what is missing; return 0, or the exit code of the signal that stopped it."""
+    generator, scorer = parts
+    note = generator.budget.line(generator.device, job.options.memory)
+    if note:
+        progress.say(note)
+    store = None if job.clip is None else Store(run.folder, job.clip.configs["clip"]["projection_dim"])
+    form = encoding(job.options.format, job.options.quality)
+    writers = Writers(run, job.rows, form, job.info.name, store)
+    gates = {r.id: Expression(r.gate, r.labels, names=None) for r in job.rows if r.gate is not None}
+    stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
+    said = list(generator.attention.notes)
+    for note in said:
+        progress.say(note)
+    with Signals(interrupt=True) as signals, _notes(progress):
+        try:
+            signals.armed = True
+            for result in stream:
+                writers.put(result)
+                passed = result.status == "done" and passes(gates.get(result.id), result.scores)
+                progress.advance(result.status == "failed", passed, draws.total)
+                if result.status == "failed":
+                    progress.say(f"row {result.id}, image {result.index}: failed: {result.reason}")
+                for note in scorer.news():
+                    progress.say(note)
+            signals.armed = False
+        except Interrupted:
+            progress.say("stopping: writing what is finished")
+        finally:
+            stream.close()
+            writers.close()
+    stopped = signals.exit_code
+    if stopped:
+        progress.say(
+            f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
+        )
+    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.news()]:
+        progress.say(note)
+    text = getattr(generator, "text", None)
+    for prompt in sorted(text.truncated if text is not None else ()):
+        progress.say(f"prompt longer than the model reads, its end had no say: {prompt[:80]}")
+    return stopped
+
+
+@contextlib.contextmanager
+def _notes(progress: Progress) -> Iterator[None]:
+    """Say beside the progress what parts of genkit log, say that memory ran out and what is done about it."""
+    handler, log = logging.Handler(), logging.getLogger("genkit")
+    handler.emit = lambda record: progress.say(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)

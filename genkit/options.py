@@ -1,0 +1,41 @@
+"""The options of a run: one dataclass for the command line, Python, and whatever else starts a run.
+
+The text of an annotation is what the command's help says of the option; fields without one are no options of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+from genkit.selection.picking import NONE, Picking
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What holds for a whole run. `batch_size` None: by device and memory; `quality` None: encoders.QUALITY."""
+
+    model: Annotated[str, "emoji (embedded), a diffusers-layout folder, or a hub id."] = "emoji"
+    variant: Annotated[str | None, "Weight files to take, say fp16."] = None
+    seed: Annotated[int, "With --prompt the image's seed; with a file, what rows derive theirs from."] = 0
+    batch_size: Annotated[int | None, "Images in flight: auto, or a number."] = None
+    device: Annotated[str, "auto, cpu, mps, cuda or cuda:N."] = "auto"
+    dtype: Annotated[str, "auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16, int8 (weights)."] = (
+        "auto"
+    )
+    attention: Annotated[
+        str, "auto (the fastest that works), sdpa, flash, cudnn, efficient, xformers, sliced or math."
+    ] = "auto"
+    compile: Annotated[bool, "torch.compile in the background, once cached."] = False
+    memory: Annotated[str, "auto (what fits), high (all on the device) or low (least)."] = "auto"
+    clip: Annotated[str, "auto, none, emoji-clip, a folder with a CLIPModel, or a hub id."] = "auto"
+    format: Annotated[str, "Of the pictures: png, webp, jpeg or jxl."] = "png"
+    quality: Annotated[
+        int | None, "Of webp, jpeg and jxl, 1 to 100; default 90; at 100 webp and jxl keep every bit."
+    ] = None
+    aesthetic: Annotated[str | None, "A .safetensors with weight [1, width] and bias [1] over CLIP embeddings."] = None
+    scorers: Annotated[tuple[Any, ...], "An installed scorer; repeatable."] = ()  # names, or in Python functions
+    picking: Picking = NONE
+    max_total_images: Annotated[int | None, "Begin no more when the run has so many."] = None
+    max_seconds: Annotated[float | None, "Begin no more images after so long."] = None
+    quiet: bool = False
