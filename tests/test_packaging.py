@@ -1,5 +1,6 @@
 """The package list, the links and the direction of imports hold as the design says."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -32,6 +33,15 @@ def test_links_point_to_the_top_level(name: str) -> None:
     link = ROOT / "genkit" / name
     assert link.is_symlink()
     assert str(link.readlink()) == f"../{name}"
+
+
+def test_imports_point_one_way() -> None:
+    """The contracts of pyproject.toml: packages import those below them, and there is no circle in any of them."""
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    found = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert found.returncode == 0, found.stdout
 
 
 def test_light_modules_do_not_import_torch() -> None:
