@@ -14,9 +14,8 @@ ROOT = Path(__file__).parent.parent
 def test_packages_listed_by_hand_are_those_on_disk() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
-    on_disk = {
-        "genkit." + p.parent.name for p in ROOT.glob("*/__init__.py") if p.parent.name in ("schedulers", "training")
-    }
+    outside = [p for name in ("schedulers", "training") for p in (ROOT / name).rglob("__init__.py")]
+    on_disk = {".".join(("genkit", *p.parent.relative_to(ROOT).parts)) for p in outside}
     on_disk |= {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "genkit").rglob("__init__.py")}
     assert listed == on_disk
 
