@@ -261,7 +261,7 @@ def _tokens(case: Case) -> tuple[int, dict[int, int]]:
     """Return how many tokens are read, and how many each picture's longest caption has, begin and end counted."""
     if case.task is None or case.task.tokenizer is None:
         return 0, {}
-    from genkit.components.text import spelled
+    from genkit.components.text import expand_tokens
     from genkit.training.data import BACKGROUNDS, HUES, filled, usable, worded
 
     tokenizer = case.task.tokenizer
@@ -274,7 +274,7 @@ def _tokens(case: Case) -> tuple[int, dict[int, int]]:
         if data.background.share:
             ground = max(BACKGROUNDS, key=len)
             texts = {filled(data.background.caption, {"caption": t, "background": ground}) for t in texts}
-        counts[i] = max(len(ids) for ids in tokenizer(spelled(tokenizer, texts), verbose=False).input_ids)
+        counts[i] = max(len(ids) for ids in tokenizer(expand_tokens(tokenizer, texts), verbose=False).input_ids)
     return tokenizer.model_max_length, counts
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, embedding
 
 from genkit.components import Components
 from genkit.components.geometry import Geometry
-from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, spelled
+from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, expand_tokens
 from genkit.device.cpu import suit_cpu
 from genkit.device.processor import narrow_attention
 from genkit.errors import InputError, shown
@@ -111,7 +111,9 @@ class Diffusion:
     def _ids(self, captions: Sequence[str]) -> Tensors:
         """Return the tokens of each tokenizer, "ids" and "ids_2", (B, T)."""
         pairs = zip(("ids", "ids_2"), self.tokenizers, strict=False)
-        return {name: _tokens(tokenizer, spelled(tokenizer, captions)).to(self.device) for name, tokenizer in pairs}
+        return {
+            name: _tokens(tokenizer, expand_tokens(tokenizer, captions)).to(self.device) for name, tokenizer in pairs
+        }
 
     def _embedded(self, captions: Sequence[str]) -> Tensors:
         rows = self.text(captions)

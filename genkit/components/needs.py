@@ -1,4 +1,4 @@
-"""What the networks of a model take of a device's memory, read off configs and weight headers before any is loaded."""
+"""How much memory a model's networks take on a device, by configs and weight headers, before any is loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from genkit.errors import HostError
 if TYPE_CHECKING:
     import torch
 
-STATE = 12  # float32 numbers per latent number and image: sample, solver history, noise, guided halves
+STATE = 12  # float32 values per latent element of an image in flight: sample, solver history, noise, guidance
 
 
 def need(
     configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, largest: float,
     cost: float = 1.0, beside: bool = True, vae_item: int | None = None,
 ) -> Need:  # fmt: skip
-    """Return what networks of these configs take, in numbers of `item` bytes, in the VAE of `vae_item`; see Need."""
+    """Return the Need of networks with these configs. item: bytes of an element; vae_item: … in the VAE."""
     unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
     g = Geometry.of(unet, vae)
     channels, height, width = g.latent_shape(g.width, g.height)
@@ -46,7 +46,7 @@ def need(
 def model_need(
     info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int] | None = None
 ) -> Need:
-    """Return what a model and its scorer will take on "cuda" or "cpu", by headers and configs.
+    """Return the Need of a model and its scorer on "cuda" or "cpu", by headers and configs.
 
     dtype: "float32", "float16", "bfloat16", or "int8" for the UNet's weights in 8 bits and the device's usual precision
     for everything else. largest: width and height of the largest picture of the job.
@@ -55,7 +55,7 @@ def model_need(
     configs = {**info.configs, **({} if clip is None else clip.configs)}
     parts = {**info.parts, **({} if clip is None else clip.parts)}
     weights: dict[str, float] = {name: item * part.parameters for name, part in parts.items()}
-    if device == "cpu" and item == 4:  # linear layers are laid out anew beside themselves (genkit.device.cpu)
+    if device == "cpu" and item == 4:  # linear layers also have a packed copy (device/cpu.py)
         for name in {"unet", "vae"} & weights.keys():
             weights[name] += item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
     if dtype == "int8":
@@ -71,26 +71,26 @@ def model_need(
 
 
 def vae_in_float32(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> bool:
-    """Whether the VAE is one that overflows in float16 in every picture: SDXL's first, which says so in its config."""
+    """Whether the VAE overflows in float16: SDXL's first one does, and its config says so (force_upcast)."""
     overflows = "text_encoder_2" in configs and configs["vae"]["force_upcast"]
     return bool(overflows) and dtype in ("float16", "int8")
 
 
 def budget_for(info: ModelInfo, clip: ModelInfo | None, device: torch.device, dtype: torch.dtype, memory: str = "auto",
                slots: int | None = None, largest: tuple[int, int] | None = None) -> Budget:  # fmt: skip
-    """Return how to load and run a model and its scorer on `device` as it is now; see `model_need`, `plan_memory`."""
+    """Return the budget for a model and its scorer with the memory that is free on `device` now."""
     n = model_need(info, clip, str(dtype).removeprefix("torch."), device.type, largest)
     return plan_memory(n, free_memory(device), memory, slots, device=str(device), host=host_memory())
 
 
 def budget_of(unet: Any, vae: Any, device: torch.device) -> Budget:
-    """Return how to run networks that are loaded already, in what memory is left."""
+    """Return the budget for networks that are loaded already."""
     try:
         configs = {"unet": unet.config, **({} if vae is None else {"vae": vae.config})}
         sizes = {"item": unet.dtype.itemsize, "vae_item": None if vae is None else vae.dtype.itemsize}
         n = need(configs, {}, largest=0, beside=device.type == "cuda", **sizes)
         return plan_memory(n, free_memory(device), "high", device=str(device))
-    except HostError:  # it is here, so let it try
+    except HostError:  # they are loaded, so try
         return Budget(RESIDENT, 1, 0, 0, 0)
     except (KeyError, TypeError):  # networks of other classes
         return Budget(RESIDENT, CPU_SLOTS, math.inf, 0, 0)

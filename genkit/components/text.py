@@ -1,4 +1,4 @@
-"""Prompts to embeddings, each distinct prompt once."""
+"""Prompts to embeddings, cached by prompt."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from genkit.device.outofmemory import in_parts
 from genkit.device.residency import Hold
 from genkit.errors import InputError
 
-CACHED_PROMPTS = 4096  # 77 x 768 in half precision is 118 kB: half a gigabyte at the very most
+CACHED_PROMPTS = 4096  # 77 x 768 in half precision is 118 kB: half a gigabyte at most
 
 
-def spelled(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
-    """Return prompts with every token of a learned word of several vectors in place of the word, as diffusers does.
+def expand_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
+    """Expand each learned word of several vectors (textual inversion) to all of its tokens, as diffusers does.
 
-    They are its tokens <cat>, <cat>_1, <cat>_2, … (textual inversion); written out in full they stay as they are.
+    The tokens are <cat>, <cat>_1, <cat>_2, …; a prompt that lists them all already is not changed.
     """
     texts, added = list(prompts), tokenizer.get_added_vocab()
     for word in added:
@@ -37,9 +37,8 @@ def spelled(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
 class TextEncoder:
     """A tokenizer and a CLIP text model, with the embeddings of the prompts it has seen.
 
-    `truncated` holds the prompts that were longer than the model reads: their ends had no say in the picture. hold:
-    what the model is to be held with while it works (device/residency.py). batch: prompts a call; halves when memory
-    runs out.
+    truncated: the prompts that had more tokens than the model reads. hold: context manager that keeps the model on the
+    device (device/residency.py). batch: prompts a call; halved when memory runs out.
     """
 
     def __init__(self, tokenizer: Any, model: Any, hold: Hold = contextlib.nullcontext) -> None:
@@ -50,14 +49,14 @@ class TextEncoder:
 
     @torch.inference_mode()
     def __call__(self, prompts: Iterable[str]) -> list[torch.Tensor]:
-        """Return an embedding of shape (tokens, width) for each prompt; in RAM where the model is a guest."""
+        """Return an embedding (tokens, width) for each prompt; in RAM if the model does not stay on the device."""
         prompts = list(prompts)
         new = [p for p in dict.fromkeys(prompts) if p not in self._seen]
         found = {p: self._seen[p] for p in prompts if p in self._seen}
         if new:
             with self.hold():
                 parts, self.batch = in_parts(len(new), self.batch, lambda part: self._encode(new[part]), "prompts")
-            guest = self.hold is not contextlib.nullcontext  # what it made is to leave room as well
+            guest = self.hold is not contextlib.nullcontext  # not resident: its output makes room, too
             found |= dict(zip(new, (row for part in parts for row in (part.cpu() if guest else part)), strict=True))
         for prompt in found:
             self._seen[prompt] = found[prompt]
@@ -67,16 +66,16 @@ class TextEncoder:
         return [found[p] for p in prompts]
 
     def knows(self, prompts: Iterable[str]) -> bool:
-        """Whether the embeddings of all these prompts are at hand."""
+        """Whether the embeddings of all these prompts are cached."""
         return all(p in self._seen for p in prompts)
 
     def _encode(self, prompts: list[str]) -> torch.Tensor:
         length = self.tokenizer.model_max_length
-        texts = spelled(self.tokenizer, prompts)
+        texts = expand_tokens(self.tokenizer, prompts)
         ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         full = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         self.truncated.update(p for p, tokens in zip(prompts, full, strict=True) if len(tokens) > length)
-        # As Stable Diffusion was trained: padding takes part, unless the model's config asks for the mask.
+        # Without a mask, as Stable Diffusion was trained, unless the text encoder's config asks for one.
         mask = (
             ids.attention_mask.to(self.model.device)
             if getattr(self.model.config, "use_attention_mask", False)
@@ -86,9 +85,9 @@ class TextEncoder:
 
 
 class TextEncoderPair:
-    """SDXL's two text encoders, whose embeddings stand side by side; the second also makes one vector of a prompt.
+    """SDXL's two text encoders: their penultimate layers side by side, and the pooled embedding of the second.
 
-    Of both, the layer before the last is taken (Podell et al. 2023, section 2.1).
+    Podell et al. 2023 (SDXL), section 2.1.
     """
 
     def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
@@ -98,16 +97,16 @@ class TextEncoderPair:
             raise InputError(f"tokenizer_2: reads {lengths[1]} tokens, but tokenizer reads {lengths[0]}")
 
     def knows(self, prompts: Iterable[str]) -> bool:
-        """Return whether these prompts need no encoding any more."""
+        """Whether the embeddings of all these prompts are cached."""
         return self.first.knows(prompts) and self.second.knows(prompts)
 
     @property
     def truncated(self) -> set[str]:
-        """The prompts that were longer than the models read."""
+        """The prompts that had more tokens than the models read."""
         return self.first.truncated | self.second.truncated
 
     def __call__(self, prompts: Iterable[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return an embedding (tokens, width) and a vector (projection,) for each prompt."""
+        """Return for each prompt an embedding (tokens, width) and the pooled embedding (projection,)."""
         prompts = list(prompts)
         width = self.second.model.config.hidden_size
         found = []
@@ -119,9 +118,10 @@ class TextEncoderPair:
 
 
 class Penultimate:
-    """A CLIP text model as TextEncoder calls it; its output is the layer before the last, (B, tokens, width).
+    """A CLIP text model whose output is its penultimate layer, (B, tokens, width).
 
-    pooled: the model has a projection; the output is (B, tokens * width + projection), the layer and then its vector.
+    pooled: for a model with projection; the output is that layer and the pooled embedding, flattened side by side,
+    (B, tokens * width + projection).
     """
 
     def __init__(self, model: Any, pooled: bool = False) -> None:

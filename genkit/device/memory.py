@@ -1,4 +1,4 @@
-"""What a job needs of the device's memory, by the configs and before anything is loaded; and what to do with less."""
+"""How a job uses a device's memory: the level at which networks are moved, images in flight, size of a decode."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ if TYPE_CHECKING:
 MEMORY = ("auto", "high", "low")
 PICTURES = 8  # most pictures a decode; more gain nothing
 CLIP_BATCH = 32  # texts or pictures a call of CLIP
-FEW = 4  # images at once that are worth a costlier level
-MODEST = 256 * 2**20  # bytes of images in flight that --memory low takes without asking whether one would do
-RESERVE = {"cuda": 0.4 * 2**30, "cpu": 0.3 * 2**30}  # workspaces and kernels of the libraries; what else is running
-SPARE = 0.05  # of what is free: blocks that do not fit together
-LEAVES = 4  # of the UNet's largest layers may be on the device when it comes layer by layer: one works, one is coming
+FEW = 4  # a level that allows so many images at once is preferred to a faster level that allows fewer
+MODEST = 256 * 2**20  # bytes of images in flight that --memory low allows
+RESERVE = {"cuda": 0.4 * 2**30, "cpu": 0.3 * 2**30}  # workspaces and kernels of the libraries, other processes
+SPARE = 0.05  # share of the free memory lost to fragmentation
+LEAVES = 4  # largest layers of the UNet that may be on the device at the level "layers"
 
-# From the least costly to the most. Where the UNet is not resident its calls cannot be captured in a graph.
+# From the fastest to the slowest. Where the UNet is moved, its calls cannot be captured in a graph.
 RESIDENT, PARTS, TURNS, LAYERS = LEVELS = ("resident", "parts", "turns", "layers")
 TEXTS = ("text_encoder", "text_encoder_2")
 
 
 def check_memory(memory: str) -> None:
-    """Refuse a word that is no `--memory`: raises InputError with the nearest."""
+    """Raise InputError for an unknown value of --memory."""
     if memory not in MEMORY:
         raise InputError(f"--memory: {shown(memory)} is not auto, high or low{nearest(memory, MEMORY)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that work takes on a device.
+    """Bytes that the networks of a job and their work take on a device.
 
-    weights: by network ("unet", "vae", "text_encoder", "clip"); largest: the UNet's largest weight. image: of
-    denoising one image of the model's own size, guided. area: of that size in latent numbers a channel. decode, strips:
-    of decoding one of its pictures, whole and in strips. text: of a batch of prompts; score: of a picture for CLIP.
-    cost: the largest picture of the job, in pictures of the model's own size. beside: whether decoding runs while
-    others are denoised.
+    weights: by network ("unet", "vae", "text_encoder", "clip"); largest: the UNet's largest weight. image: denoising
+    one image of the model's own size, with guidance. area: latent positions (rows times columns) of that size. decode,
+    strips: decoding one such image, whole and in strips. text: a batch of prompts; score: one picture in CLIP. cost:
+    pixels of the job's largest picture relative to the model's own size. beside: whether decoding overlaps denoising.
     """
 
     weights: Mapping[str, float]
@@ -58,7 +57,7 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How a job goes about a device's memory: its level, images in flight, latent area a decode, bytes at the peak."""
+    """The memory level, images in flight, latent positions a decode, and the bytes at the peak and free."""
 
     level: str
     slots: int
@@ -67,7 +66,7 @@ class Budget:
     free: float
 
     def line(self, device: object, memory: str = "auto") -> str:
-        """Return what the user is told of it; nothing where nothing is out of the ordinary on a CPU."""
+        """Return the message for the user; empty on a CPU with the usual number of slots."""
         if str(device) == "cpu" and self.slots >= CPU_SLOTS and memory == "auto":
             return ""
         where = "" if str(device) == "cpu" else f"{_SAID[self.level]}; "
@@ -76,7 +75,7 @@ class Budget:
 
 
 def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = False) -> float:
-    """Return the bytes on the device at the peak: `slots` images in flight, `pictures` of the largest size a decode."""
+    """Return the peak bytes with `slots` images in flight and `pictures` of the largest size a decode."""
     rows = n.image * max(slots, n.cost)
     decode = n.cost * (n.strips if strips else n.decode * pictures)
     return _PEAKS[level](n, rows, decode, n.score * min(slots, CLIP_BATCH))
@@ -84,10 +83,10 @@ def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = Fals
 
 def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = None, *, device: str = "cuda",
                 host: float = math.inf) -> Budget:  # fmt: skip
-    """Return how to go about `free` bytes: the least costly level that fits a few images, else the first that fits one.
+    """Return the budget for `free` bytes: the fastest level that fits a few images, else the fastest that fits one.
 
-    slots: images in flight that were asked for. host: bytes of RAM free for what is moved off the device. Raises
-    HostError when not one image fits at any level that `memory` allows.
+    slots: images in flight, if asked for. host: bytes of RAM free for networks that are moved off the device. Raises
+    HostError if not one image fits at any level that `memory` allows.
     """
     kind = device.split(":")[0]
     usable = free * (1 - SPARE) - RESERVE.get(kind, 0)
@@ -108,7 +107,7 @@ def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = 
 
 
 def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: bool, *, grow: bool) -> Budget:
-    """Return the budget of a level: up to a third of the room is for decoding, the rest for images in flight."""
+    """Return the budget of a level: up to a third of the memory is for decoding, the rest for images in flight."""
     room = usable if grow else peak(n, level, slots, 1, strips)
     pictures = 1
     if not strips:
@@ -119,13 +118,13 @@ def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: 
         most = CUDA_SLOTS if n.beside else CPU_SLOTS
         slots = max([1, *(s for s in range(1, most + 1) if peak(n, level, s, pictures, strips) <= usable)])
     much = 1e15
-    left = room - (_PEAKS[level](n, n.image * max(slots, n.cost), much, 0) - much)  # all that a decode may take
+    left = room - (_PEAKS[level](n, n.image * max(slots, n.cost), much, 0) - much)  # the most that a decode may take
     area = n.area * left / n.decode if n.decode else math.inf
     return Budget(level, slots, area, peak(n, level, slots, pictures, strips), free)
 
 
 def away(level: str, names: Collection[str]) -> set[str]:
-    """Return which of a model's networks have their place in RAM at a level."""
+    """Return which of a model's networks are kept in RAM at a level."""
     return {RESIDENT: set(), PARTS: set(names) - {"unet"}}.get(level, set(names))
 
 
@@ -134,7 +133,7 @@ def gib(size: float) -> float:
 
 
 def _guests(n: Need, decode: float, score: float) -> float:
-    """Return the bytes of the largest of the networks that come for their work, with that work."""
+    """Return the peak bytes of the networks that are moved to the device one at a time, each with its work."""
     w = n.weights
     return max(w.get("vae", 0) + decode, max(w.get(name, 0) for name in TEXTS) + n.text, w.get("clip", 0) + score)
 

@@ -1,4 +1,4 @@
-"""Which of a model's networks are on the device, and when: the four levels of genkit.device.memory, carried out."""
+"""Moves networks to the device and back: the four memory levels of device/memory.py."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ Hold = Callable[[], AbstractContextManager[Any]]
 
 
 class Residency:
-    """Brings networks to the device for their work.
+    """Moves networks to the device for their work.
 
-    A network that is not there has its weights in RAM, pinned where the loader could; to move it off is to forget the
-    device's copy, since nothing changes it. At most one guest is on the device besides the UNet, or instead of it where
-    they take turns; it stays until another comes. Layouts and layers must be final before `add`.
+    The weights of a network that is not on the device are in RAM, pinned if possible. Weights never change, so moving a
+    network off only drops the device's copy. Besides the UNet (or instead of it, at the level "turns") at most one
+    other network is on the device; it stays until the next one is needed. Memory layouts must be final before `add`.
     """
 
     def __init__(self, device: torch.device, level: str = RESIDENT) -> None:
         self.device, self.level = device, level
         self._networks: dict[str, Any] = {}
-        self._homes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of the networks on the device
+        self._homes: dict[
+            str, list[tuple[torch.Tensor, torch.Tensor]]
+        ] = {}  # RAM tensors of the networks on the device
         self._lock = threading.RLock()  # denoising and decoding may be different threads
 
     @property
     def resident(self) -> bool:
-        """Whether everything is on the device, always."""
+        """Whether every network stays on the device."""
         return self.level == RESIDENT
 
     @property
     def steady(self) -> bool:
-        """Whether the UNet stays on the device: its calls may be captured in graphs, and decoding may run beside."""
+        """Whether the UNet stays on the device: graphs may capture it, and decoding may run at the same time."""
         return self.level in (RESIDENT, PARTS)
 
     def add(self, name: str, network: Any) -> Hold:
-        """Take charge of a network; return what it has to be held with while it works.
+        """Manage a network; return the context manager in which it may be used.
 
-        The UNet needs no holding: it comes when it is called.
+        For the UNet it does nothing: the UNet is moved by a hook when it is called.
         """
         if self.resident or network is None or (name == "unet" and self.level == PARTS):
             return contextlib.nullcontext
@@ -66,13 +68,13 @@ class Residency:
             yield
 
     def bring(self, name: str) -> None:
-        """Have a network on the device, and those that it does not share it with off."""
+        """Move a network to the device, and those off that it does not share the device with."""
         with self._lock:
             if name in self._homes:
                 return
             for other in list(self._homes):
                 self.park(other)
-            # As plain tensors: what is made in inference mode would mark the parameter for good.
+            # Not in inference mode: its tensors would make the parameters inference tensors for good.
             with torch.inference_mode(False), torch.no_grad():
                 tensors = _tensors(self._networks[name])
                 there = [t.data.to(self.device, non_blocking=True, copy=True) for t in tensors]
@@ -83,16 +85,16 @@ class Residency:
                     tensor.data = copy
 
     def park(self, name: str) -> None:
-        """Have a network off the device."""
+        """Move a network off the device."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for tensor, home in self._homes.pop(name, ()):
                 tensor.data = home
             if self.level == TURNS and self.device.type == "cuda":
-                torch.cuda.empty_cache()  # the next network's blocks are of other sizes
+                torch.cuda.empty_cache()  # the next network needs blocks of other sizes
 
     @contextlib.contextmanager
     def float32(self, unet: Any) -> Iterator[None]:
-        """Have the UNet compute in float32 for a while; its half-precision weights come back bit for bit."""
+        """Let the UNet compute in float32 within this context; its half-precision weights are restored exactly."""
         dtype = unet.dtype
         self._settle(unet)
         before = [] if self.steady else [(t, t.data) for t in _tensors(unet)]
@@ -108,7 +110,7 @@ class Residency:
             self._resume(unet)
 
     def _settle(self, unet: Any) -> None:
-        """Have the weights of a UNet that comes and goes where they can be changed."""
+        """Bring the weights of a UNet that is moved back to RAM, where they can be changed."""
         if "unet" in self._networks and self.level == LAYERS:
             _whole(unet)
         elif "unet" in self._networks:
@@ -124,10 +126,10 @@ def _tensors(network: Any) -> list[torch.Tensor]:
 
 
 def _by_layer(unet: Any, device: torch.device) -> None:
-    """Have each layer come to the device when it is called, the next one on a stream beside it.
+    """Move each layer to the device when it is called, and prefetch the next one on a second stream.
 
-    Without `record_stream`: then each layer's memory is free again before the next but one is asked for, however far
-    the processor is ahead of the device.
+    Without `record_stream`, so that a layer's memory is free before the next but one is fetched, however far the CPU
+    runs ahead of the device.
     """
     from diffusers.hooks import apply_group_offloading
 
@@ -136,14 +138,14 @@ def _by_layer(unet: Any, device: torch.device) -> None:
         try:
             apply_group_offloading(unet, device, home, offload_type="leaf_level", use_stream=True)
             return
-        except (RuntimeError, ValueError) as error:  # say, RAM that cannot be pinned
+        except (RuntimeError, ValueError) as error:  # e.g. RAM that cannot be pinned
             log.warning("layers come to the device without a stream of their own: %s", shown(str(error), 120))
             _whole(unet)
     apply_group_offloading(unet, device, home, offload_type="leaf_level")
 
 
 def _whole(unet: Any) -> None:
-    """Undo `_by_layer`: all weights are in RAM, and nothing moves them."""
+    """Undo `_by_layer`: all weights are in RAM, without hooks."""
     from diffusers.hooks import HookRegistry
 
     registry = HookRegistry.check_if_exists_or_initialize(unet)

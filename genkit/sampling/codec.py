@@ -1,4 +1,4 @@
-"""Latents to pictures and back: the VAE with its scaling, or nothing at all for a network that works on pixels."""
+"""Pictures to latents and back: the VAE with its scaling, or the identity for a network that works on pixels."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Call = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 class Codec:
-    """Encode pictures to latents and decode latents to pictures. `vae` None: the latents are the picture, -1 to 1.
+    """Encode pictures to latents and decode latents to pictures. `vae` None: the latents are the pictures, -1 to 1.
 
-    hold: what the VAE is to be held with while it works (device/residency.py). area: most latent rows times columns a
-    decode; what is larger goes in strips. It shrinks when memory runs out, and stays there.
+    hold: context manager that keeps the VAE on the device (device/residency.py). area: most latent positions (rows
+    times columns) a decode; larger latents are decoded in strips. It is lowered when memory runs out.
     """
 
     def __init__(self, vae: Any, hold: Hold = contextlib.nullcontext, area: float = math.inf) -> None:
@@ -43,7 +43,7 @@ class Codec:
 
     @torch.inference_mode()
     def encode(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Return a latent (C, h, w), drawn from the VAE's posterior of one picture (3, H, W) in -1 to 1."""
+        """Return a latent (C, h, w), sampled from the VAE's posterior of one picture (3, H, W) in -1 to 1."""
         with self.hold():
             moments = self._fitting(picture[None], picture[0].numel() / self.pixels, _ENCODE)
         mean, logvar = moments.float().cpu().chunk(2, dim=1)
@@ -52,9 +52,9 @@ class Codec:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return pictures (B, 3, H, W), values -1 to 1, of latents (B, C, h, w), on their device.
+        """Return the pictures (B, 3, H, W), -1 to 1, of latents (B, C, h, w), on their device.
 
-        Raises torch.OutOfMemoryError when not even one of them fits in strips.
+        Raises torch.OutOfMemoryError if not even one of them fits in strips.
         """
         if self.vae is None:
             return latents
@@ -66,7 +66,7 @@ class Codec:
         return torch.cat(done)
 
     def _fitting(self, x: torch.Tensor, each: float, ways: tuple[Call, Call]) -> torch.Tensor:
-        """Return what the VAE makes of the first of x (B, …), as many as memory allows; `each` is a latent's area."""
+        """Run the VAE on the first rows of x (B, …), as many as memory allows. each: latent positions of a row."""
         whole, strips = ways
         while count := int(min(len(x), PICTURES, self.area / each)):
             found = attempt(lambda part=x[:count]: self._run(whole, part))  # type: ignore[misc]
@@ -81,11 +81,11 @@ class Codec:
         return found
 
     def _run(self, call: Call, x: torch.Tensor) -> torch.Tensor:
-        """Call the VAE in its own dtype, and once more in float32 for the rows that overflow in half precision."""
+        """Call the VAE in its own dtype, then again in float32 for the rows that overflowed in half precision."""
         with self._as_it_is() as dtype:
             out = call(self.vae, x.to(dtype)).float()
             bad = ~torch.isfinite(out).flatten(1).all(dim=1) & torch.isfinite(x).flatten(1).all(dim=1)
-            overflow = dtype != torch.float32 and bool(bad.any())  # waits: nothing reads the weights any more
+            overflow = dtype != torch.float32 and bool(bad.any())  # synchronises: no kernel reads the weights any more
         if overflow:
             with self._in_float32():
                 out[bad] = call(self.vae, x[bad].float())
@@ -93,7 +93,7 @@ class Codec:
 
     @contextlib.contextmanager
     def _as_it_is(self) -> Iterator[torch.dtype]:
-        """Keep the weights' dtype: one thread may encode while another decodes."""
+        """Keep the weights in their dtype within this context: one thread may encode while another decodes."""
         with self._users:
             self._running += 1
         try:
@@ -105,7 +105,7 @@ class Codec:
 
     @contextlib.contextmanager
     def _in_float32(self) -> Iterator[None]:
-        """Have the weights in float32, and for this thread alone, for a while; they come back bit for bit."""
+        """Convert the weights to float32 for this thread alone within this context, and back without loss."""
         with self._users:
             self._users.wait_for(lambda: self._running == 0)
             dtype = self.vae.dtype
@@ -115,13 +115,13 @@ class Codec:
             finally:
                 self.vae.to(dtype)
                 if self.vae.device.type == "cuda":
-                    torch.cuda.current_stream().synchronize()  # other streams may read the weights from here on
+                    torch.cuda.current_stream().synchronize()  # before other streams read the weights
 
 
 def quantise(pictures: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-    """Return pictures (B, 3, H, W) in -1 to 1 as uint8, and for each whether it held a NaN or an infinity.
+    """Return pictures (B, 3, H, W) in -1 to 1 as uint8, and for each whether it contains a NaN or an infinity.
 
-    Rounds as diffusers does. What is scored is what is saved: scores are taken from these bytes.
+    Rounds as diffusers does. These bytes are what is scored and saved.
     """
     bad = (~torch.isfinite(pictures).flatten(1).all(dim=1)).tolist()
     scaled = (pictures.nan_to_num(nan=-1.0) / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -131,9 +131,9 @@ def quantise(pictures: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
 
 
 def condition(request: Request, width: int, height: int, latent: tuple[int, int, int]) -> tuple[torch.Tensor, Any]:
-    """Return the row's init picture as (3, height, width) in -1 to 1, and its mask as (1, rows, columns) or None.
+    """Return the row's initial picture, (3, height, width) in -1 to 1, and its mask, (1, rows, columns), or None.
 
-    White in the mask is drawn anew, black is kept. Both are resized as diffusers' image processor does (Lanczos).
+    White in the mask is redrawn, black is kept. Both are resized as diffusers' image processor does (Lanczos).
     """
     picture = _opened(request.image).convert("RGB")
     if picture.size != (width, height):
@@ -152,6 +152,6 @@ def _opened(image: Any) -> Image.Image:
     return image if isinstance(image, Image.Image) else read_image(image)
 
 
-# What a VAE is asked for, whole and in strips.
+# Calls of the VAE, whole and in strips.
 _ENCODE: tuple[Call, Call] = (lambda vae, x: vae.encode(x).latent_dist.parameters, encode_in_strips)
 _DECODE: tuple[Call, Call] = (lambda vae, z: vae.decode(z, return_dict=False)[0], decode_in_strips)

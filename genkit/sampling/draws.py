@@ -1,4 +1,4 @@
-"""Which image to draw next: every row's num_images, then more for the rows whose gate still wants some."""
+"""Which image to draw next: num_images of every row, then more for rows that need more images to pass their gate."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from genkit.scoring.gates import Expression, passes
 class _Row:
     request: Request
     gate: Expression | None
-    least: int  # images that it will have at the end
-    expected: int  # … and how many it probably will, by what passed so far
+    least: int  # images that it will have at the end, at least
+    expected: int  # … and probably, by the share that passed so far
     issued: int = 0
     in_flight: int = 0
     passed: int = 0
@@ -27,34 +27,34 @@ class _Row:
 
     @property
     def wants_more(self) -> bool:
-        """Whether another image is needed whatever those in flight come to: one more for each failure."""
+        """Whether another image is needed even if all in flight pass."""
         r = self.request
         return self.issued < r.num_images or (self.open and self.passed + self.in_flight < (r.keep or 0))
 
     @property
     def open(self) -> bool:
-        """Whether the gate may ask for more than is issued."""
+        """Whether more images may be drawn to satisfy the gate."""
         r = self.request
         return r.max_images is not None and self.issued < r.max_images and self.passed < (r.keep or 0)
 
     def shortfall(self, rate: float) -> float:
-        """Return how many more than those in flight it takes to satisfy the row, if images pass as its own have.
+        """Return how many more images than those in flight are needed, if images pass at the row's own rate.
 
-        Few images say little: `rate`, that of the whole run, weighs as much as two of the row's own.
+        rate: the pass rate of the whole run, a prior with the weight of two images.
         """
         own = (self.passed + 2 * rate) / (self.finished + 2)
         return ((self.request.keep or 0) - self.passed) / own - self.in_flight
 
 
 class Draws:
-    """Hands out (request, index) pairs and learns from the results.
+    """Hands out (request, index) pairs, and is told the results.
 
-    `done` holds the images of an earlier run of the same rows; they count as drawn. most: images of the run, those
-    included; until: a time.monotonic(). Past either nothing new is handed out, and `short` says which it was.
+    done: the images of earlier starts of the run; they count as drawn. most: limit of images, those included; until: a
+    time.monotonic(). Past either limit nothing new is handed out, and `short` names the limit.
 
-    A row's images are handed out in order. Those that count end with the first by which `keep` of them passed
-    (`selection.needed`): whatever was drawn ahead, in whatever order the results came, and however often the run
-    was interrupted, the same images are kept.
+    A row's images are handed out in order. Those that count end with the image at which `keep` of them have passed (see
+    selection/decide.py), so the same images are kept however many were drawn ahead, in whatever order results came,
+    and however often the run was interrupted.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Draws:
         self._most, self._until = most, until
         self._rows: dict[str, _Row] = {}
         self._next: deque[_Row] = deque()
-        self._open: dict[str, _Row] = {}  # that wait for results, and may draw ahead of them
+        self._open: dict[str, _Row] = {}  # waiting for results; may draw ahead
         self._held: tuple[Request, int] | None = None
         self._drawn = len(self._done)
-        self._passed = self._finished = 0  # of the rows that draw until some pass
-        self.total = 0  # images that this run will probably hold at the end
+        self._passed = self._finished = 0  # over the rows with max_images
+        self.total = 0  # images that the run will probably have at the end
         self.short: str | None = None
-        self.slots_full: float | None = None  # told by who draws: `Engine.slots_full`
+        self.slots_full: float | None = None  # set by the stream: `Engine.slots_full`
         earlier = Counter(row_id for row_id, _ in self._done)
         for request in rows:
             gate = None if request.gate is None else Expression(request.gate, request.labels, names=None)
@@ -84,15 +84,15 @@ class Draws:
             self.total += least
 
     def earlier(self, request: Request) -> list[Result]:
-        """Return the records of an earlier run of the images that the row asks for."""
+        """Return the results that earlier starts of the run recorded for the row."""
         keys = ((str(request.id), index) for index in range(request.num_images))
         return [self._done[key] for key in keys if key in self._done]
 
     def take(self) -> tuple[Request, int] | None:
-        """Return the next image to draw, or None when there is none, or none before more results are reported.
+        """Return the next image to draw; None if there is none, or none before more results are reported.
 
-        First what is needed for certain, a row after the other. When that runs out and slots would run empty, the rows
-        that wait for results draw ahead, the one that probably lacks most first, as far as they probably need.
+        Images that are certainly needed come first, row by row. After that, so that no slot stays empty, rows waiting
+        for results draw ahead: the row that probably lacks most first, and as many as are probably needed.
         """
         if self._held is not None:
             held, self._held = self._held, None
@@ -110,12 +110,12 @@ class Draws:
         return self._ahead()
 
     def _ahead(self) -> tuple[Request, int] | None:
-        if self._most is not None:  # a budget is not for images that may turn out not to be needed
+        if self._most is not None:  # a limited number of images is not spent on ones that may not be needed
             return None
         rate = self._rate
         while self._open:
             row = max(self._open.values(), key=lambda row: row.shortfall(rate))
-            if not row.open:  # it has drawn all that it may
+            if not row.open:  # has drawn max_images
                 self._open.pop(str(row.request.id), None)
                 continue
             if row.shortfall(rate) <= 0:
@@ -126,7 +126,7 @@ class Draws:
         return None
 
     def _issue(self, row: _Row) -> tuple[Request, int] | None:
-        """Return the row's next image; None where an earlier run drew it, which then counts, or a budget is spent."""
+        """Return the row's next image; None if it is recorded already (it is then counted), or a limit is reached."""
         index = row.issued
         earlier = self._done.get((str(row.request.id), index))
         if earlier is None:
@@ -149,13 +149,13 @@ class Draws:
 
     @property
     def lacking(self) -> int:
-        """How many rows lack images that they need, as after a budget is spent."""
+        """How many rows lack images that they need, e.g. after a limit was reached."""
         return sum(row.wants_more for row in self._rows.values())
 
     def repeated(self) -> Counter[tuple[str, int]]:
-        """Return how often each (`Request.drawing`, seed) will be drawn that two rows, or one row twice, ask for.
+        """Count the draws of each (`Request.drawing`, seed) that occurs more than once.
 
-        Rows without a seed of their own derive one from their id, and never repeat another.
+        Rows without a seed derive one from their id, and are never repeated.
         """
         groups: dict[str, list[Request]] = defaultdict(list)
         for row in self._rows.values():
@@ -171,7 +171,7 @@ class Draws:
         return Counter({key: times for key, times in found.items() if times > 1})
 
     def upcoming(self, count: int) -> list[Request]:
-        """Return the next rows that images are drawn of, at most `count`."""
+        """Return the rows that are drawn next, at most `count`."""
         return [row.request for row in itertools.islice(self._next, count)]
 
     def has_next(self) -> bool:
@@ -180,7 +180,7 @@ class Draws:
         return self._held is not None
 
     def report(self, result: Result) -> None:
-        """Count a finished image: its row draws another one if it still lacks some that pass."""
+        """Count a finished image; its row draws another one if too few have passed."""
         row = self._rows[result.id]
         self._count(row, result)
         self._open.pop(result.id, None)
@@ -200,7 +200,7 @@ class Draws:
         self._expect(row)
 
     def _expect(self, row: _Row) -> None:
-        """Have `total` follow what a row will probably draw."""
+        """Update `total` by what the row will probably draw."""
         more = 0
         if row.open and row.request.max_images is not None:
             more = min(row.request.max_images - row.issued, max(0, math.ceil(row.shortfall(self._rate))))
@@ -210,5 +210,5 @@ class Draws:
 
     @property
     def _rate(self) -> float:
-        """The share of images that pass, of all rows that draw until some do."""
+        """The pass rate over all rows with max_images."""
         return (self._passed + 1) / (self._finished + 2)

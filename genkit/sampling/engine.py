@@ -1,4 +1,4 @@
-"""Slot batches: every image in flight is at its own step of its own plan, and all of them share one network call."""
+"""The slot engine: images at different steps of different plans share each call of the network."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 class Trajectory:
     """One image on its way from noise: what it is, where it starts, and the plan it follows.
 
-    latent: (C, H, W) float32 at the plan's first level, on any device. cond, uncond: (tokens, width) or None.
-    added, unadded: (width,), what SDXL is told beside the prompt, and without it; or None.
-    scales: guidance of each call of the plan, (nfe,), 1 where the row goes without `uncond`; None is 1 throughout.
-    keep_mask, known: where keep_mask (1, H, W) is 0 the latent follows `known` = (x0, noise), each (C, H, W).
-    cost: slots that it takes (1 for the model's own picture size, 4 for twice the sides). began: time.monotonic().
-    pause: the calls after which it leaves its slot, not ended, with the x0 that is predicted there, and with its
-    history, so that it may be taken again; 0 is never.
+    latent: (C, H, W) float32 at the plan's first noise level, on any device. cond, uncond: embeddings of the prompt and
+    of the negative prompt, (tokens, width), or None. added_cond, added_uncond: SDXL's added conditioning for each,
+    (projection + 6,), or None. scales: guidance scale of each call of the plan, (nfe,), 1 where the call needs no
+    `uncond`; None is 1 throughout. keep_mask, known: where keep_mask (1, H, W) is 0 the latent is replaced after each
+    step by `known` = (x0, noise), each (C, H, W), at the level reached. cost: slots that it takes (1 at the model's own
+    picture size, 4 at twice the sides). began: time.monotonic(). pause: after this many calls it leaves its slot
+    unfinished, with the x0 predicted there and its solver history, and may be added again; 0 is never.
     """
 
     tag: Any
@@ -37,8 +37,8 @@ class Trajectory:
     generator: torch.Generator | None = None
     cond: torch.Tensor | None = None
     uncond: torch.Tensor | None = None
-    added: torch.Tensor | None = None
-    unadded: torch.Tensor | None = None
+    added_cond: torch.Tensor | None = None
+    added_uncond: torch.Tensor | None = None
     scales: np.ndarray | None = None
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -52,7 +52,7 @@ class Trajectory:
 
 
 class _Group:
-    """The trajectories of one latent shape, their state stacked so that a step costs no per-image work."""
+    """The trajectories of one latent shape. Their state is stacked, so that a step needs no loop over images."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.device = device
@@ -61,23 +61,23 @@ class _Group:
         self.history = torch.empty(HISTORY, 0, *shape, device=device)
         self.cond: torch.Tensor | None = None
         self.uncond: torch.Tensor | None = None
-        self.added: torch.Tensor | None = None
-        self.unadded: torch.Tensor | None = None
+        self.added_cond: torch.Tensor | None = None
+        self.added_uncond: torch.Tensor | None = None
 
     def add(self, new: list[Trajectory]) -> bool:
-        """Take in trajectories: all of them, or none where it raises."""
-        # One by one: those that paused lie on the device already, those that begin do not.
+        """Add trajectories: all of them, or none if it raises."""
+        # Moved one by one: paused trajectories are on the device already, new ones are not.
         x = torch.stack([t.latent.to(self.device, torch.float32) for t in new])
         history = torch.cat([self.history, x.new_zeros(HISTORY, *x.shape)], dim=1)
         for place, trajectory in enumerate(new, len(self.live)):
-            if trajectory.history is not None:  # it paused, and goes on
+            if trajectory.history is not None:  # resumed after a pause
                 history[:, place] = trajectory.history
         cond = self._extend(self.cond, [t.cond for t in new])
         uncond = self._extend(self.uncond, [t.uncond for t in new])
-        added = self._extend(self.added, [t.added for t in new])
-        unadded = self._extend(self.unadded, [t.unadded for t in new])
+        added_cond = self._extend(self.added_cond, [t.added_cond for t in new])
+        added_uncond = self._extend(self.added_uncond, [t.added_uncond for t in new])
         self.x, self.history, self.cond, self.uncond = torch.cat([self.x, x]), history, cond, uncond
-        self.added, self.unadded = added, unadded
+        self.added_cond, self.added_uncond = added_cond, added_uncond
         self.live += new
         for trajectory in new:
             trajectory.history = None
@@ -91,7 +91,7 @@ class _Group:
         return added if old is None else torch.cat([old, added])
 
     def remove_finished(self) -> list[Trajectory]:
-        """Take out the trajectories that ended, each with its final latent, and those that pause."""
+        """Remove and return the trajectories that finished, with their final latent, and those that pause."""
         over = [i for i, t in enumerate(self.live) if t.step == t.plan.nfe or t.step == t.pause or t.error]
         if not over:
             return []
@@ -106,28 +106,29 @@ class _Group:
         self.x, self.history = self.x[index], self.history[:, index]
         self.cond = None if self.cond is None else self.cond[index]
         self.uncond = None if self.uncond is None else self.uncond[index]
-        self.added = None if self.added is None else self.added[index]
-        self.unadded = None if self.unadded is None else self.unadded[index]
+        self.added_cond = None if self.added_cond is None else self.added_cond[index]
+        self.added_uncond = None if self.added_uncond is None else self.added_uncond[index]
         return ended
 
 
 class Engine:
     """Run trajectories through one denoiser, `slots` at a time.
 
-    The x of a sample depends on its own rows only, so steps, guidance, solver, strength and seed may differ within a
-    batch; with a network whose arithmetic does not depend on the batch, results are bitwise those of running alone.
+    Each sample is updated from its own rows only, so steps, guidance, solver, strength and seed may differ within a
+    batch. With a network whose arithmetic does not depend on the batch size, results are bitwise those of running each
+    image alone.
     """
 
     def __init__(
         self, denoiser: Denoiser, device: torch.device, slots: float, relieve: Callable[[], bool] = lambda: False
     ) -> None:
-        """relieve: waits for other work on the device and returns whether there was any, when memory runs out."""
+        """relieve: called when memory runs out; waits for other work on the device, returns whether there was any."""
         self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
         self.calls = 0  # network rows computed so far
-        self._used, self._ticks = 0.0, 0  # slots taken, summed over the ticks
-        self._until_last = (0.0, 0)  # … when the last trajectory came
+        self._used, self._ticks = 0.0, 0  # slots in use, summed over the ticks; ticks
+        self._until_last = (0.0, 0)  # the same two when the last trajectory was admitted
         self._groups: dict[tuple[int, ...], _Group] = {}
-        self._waiting: list[Trajectory] = []  # taken, but there was no memory for them yet
+        self._waiting: list[Trajectory] = []  # taken, but memory ran out when they were added
 
     @property
     def live(self) -> int:
@@ -136,19 +137,19 @@ class Engine:
 
     @property
     def slots_full(self) -> float | None:
-        """Which share of the slots was in use while there was more to draw; None where all fitted at once.
+        """The share of the slots in use while there was more to draw; None if everything fitted at once.
 
-        Counted up to the last trajectory that came: those in flight then end without successors.
+        Counted up to the last admitted trajectory: after it the slots empty without replacements.
         """
         used, ticks = self._until_last
         return used / (ticks * self.slots) if ticks else None
 
     @torch.inference_mode()
     def run(self, take: Take) -> Iterator[list[Trajectory]]:
-        """Yield trajectories as they end, their `latent` the clean one (or `error` set), or as they pause.
+        """Yield trajectories as they finish, with the clean `latent` (or `error` set), or as they pause.
 
-        `take(free, alone)` is asked for new trajectories of a total cost up to `free` whenever slots are free; `alone`
-        says that nothing is in flight: one may then cost more. No trajectory then ends the run.
+        Whenever slots are free, `take(free, alone)` returns new trajectories of a total cost up to `free`. alone:
+        nothing is in flight, and one trajectory may cost more than `free`. The run ends when it then returns none.
         """
         while True:
             ended = self._admit(take)
@@ -157,19 +158,19 @@ class Engine:
             if self.live:
                 self._used += self._held
                 self._ticks += 1
-                # The fullest shape goes first: most rows a call. Smaller groups grow until it is their turn.
+                # The largest group first, for the most rows a call; smaller groups grow until it is their turn.
                 ended += self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
             self._groups = {shape: g for shape, g in self._groups.items() if g.live}
             if ended:
                 yield ended
 
     def halve(self, held: float) -> None:
-        """Hold at most half of `held` slots from now on: memory ran out at as many. One image is always let in."""
+        """Limit the slots to half of `held`, at which memory ran out. A single image is always admitted."""
         self.slots = min(self.slots, held) / 2
         log.warning("out of memory at %g slots of images in flight: from now on %g", held, self.slots)
 
     def _admit(self, take: Take) -> list[Trajectory]:
-        """Fill the free slots; return the trajectory that fails at that, alone as it is."""
+        """Fill the free slots. Returns a trajectory that does not fit in memory even alone, as failed."""
         shapes: dict[tuple[int, ...], list[Trajectory]] = {}
         coming = self._next(take)
         if coming:
@@ -195,7 +196,7 @@ class Engine:
         return sum(t.cost for g in self._groups.values() for t in g.live)
 
     def _next(self, take: Take) -> list[Trajectory]:
-        """Return trajectories for the free slots: those that had to wait before new ones."""
+        """Return trajectories for the free slots, waiting ones before new ones."""
         free = self.slots - self._held
         if not self._waiting:
             return take(free, not self.live) if free > 0 else []
@@ -208,7 +209,7 @@ class Engine:
     def _tick(self, group: _Group) -> list[Trajectory]:
         """Advance every trajectory of `group` by one network call."""
         live = group.live
-        noise = self._noise(live)  # once: its generators go on with each draw
+        noise = self._noise(live)  # drawn once: a retry must not advance the generators again
         if not attempt(lambda: self._advance(group, noise)) and not (
             self.relieve() and attempt(lambda: self._advance(group, noise))
         ):
@@ -223,7 +224,7 @@ class Engine:
         return group.remove_finished()
 
     def _advance(self, group: _Group, noise: torch.Tensor | float) -> bool:
-        """Make one step of every trajectory; nothing is changed where it raises."""
+        """Make one step of every trajectory. Changes nothing if it raises."""
         live = group.live
         table = np.stack([t.plan.table[t.step] for t in live], axis=1).astype(np.float32)
         rows = torch.from_numpy(table)[:, :, None, None, None].to(self.device, non_blocking=True)
@@ -233,8 +234,8 @@ class Engine:
             group.cond,
             group.uncond,
             torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
-            group.added,
-            group.unadded,
+            group.added_cond,
+            group.added_uncond,
         )
         if any(t.step + 1 == t.pause for t in live):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output
@@ -247,7 +248,7 @@ class Engine:
         return True
 
     def _noise(self, live: list[Trajectory]) -> torch.Tensor | float:
-        """Draw step noise on the CPU, for each sample from its own generator and only where its row asks for it."""
+        """Return step noise, drawn on the CPU from each sample's own generator, for samples whose step adds noise."""
         drawing = [bool(t.plan.draws[t.step]) for t in live]
         if not any(drawing):
             return 0.0
@@ -260,10 +261,10 @@ class Engine:
 
 
 def _blend(x: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:
-    """Put the known picture, at the noise level just reached, where the mask says keep."""
+    """Return x with the known picture, at the noise level just reached, where the mask is 0 (keep)."""
     assert trajectory.known is not None and trajectory.keep_mask is not None
     x0, noise = (k.to(x.device) for k in trajectory.known)
-    at, plan = trajectory.step, trajectory.plan  # the end counts as clean, also where the last level has some noise
+    at, plan = trajectory.step, trajectory.plan  # the end is treated as clean even if the last level has some noise
     alpha, sigma = (1.0, 0.0) if at == plan.nfe else (plan.alphas[at], plan.sigmas[at])
     mask = trajectory.keep_mask.to(x.device)
     return mask * x + (1 - mask) * (float(alpha) * x0 + float(sigma) * noise)

@@ -1,4 +1,4 @@
-"""Unconditional, text-to-image and image-to-image: requests become trajectories, and final latents become pictures."""
+"""The public generators: Unconditional, TextToImage and ImageToImage."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a generator call returns: the pictures, and a record of each (seed, steps, scores)."""
+    """What a generator call returns: the pictures, and the Result of each (seed, steps, scores)."""
 
     images: list[Image.Image]
     results: list[Result]
 
 
 class Generator(Pipeline):
-    """A pipeline that draws: what all call forms share."""
+    """Loads a pipeline and draws with it; what all generators share."""
 
     @classmethod
     def from_pretrained(
@@ -50,10 +50,10 @@ class Generator(Pipeline):
     ) -> Self:  # fmt: skip
         """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it.
 
-        compile: torch.compile the UNet in the background, and go over to that when it is ready and faster.
-        attention: a backend of `genkit env`; where that does not work, `.attention.notes` says why and what was taken.
-        memory: "high" keeps everything on the device, "low" takes the least, "auto" what fits. Raises HostError, before
-        anything is loaded, when not one image does.
+        compile: torch.compile the UNet in the background, and switch to it when it is ready and faster. attention: a
+        backend listed by `genkit env`; if it does not work, `.attention.notes` says why and what is used instead.
+        memory: "high" keeps everything on the device, "low" takes the least memory, "auto" what fits. Raises HostError,
+        before anything is loaded, if not even one image fits.
         """
         from genkit.components import inspect_model, load_components
 
@@ -69,7 +69,7 @@ class Generator(Pipeline):
     def from_components(
         cls, parts: Components, budget: Budget | None = None, *, compile: bool = False, attention: str = "auto"
     ) -> Self:
-        """Build a generator around loaded components, which are changed to run faster where they are to work."""
+        """Build a generator from loaded components. They are modified in place to run faster on their device."""
         choice = AttentionChoice(attention)
         if parts.vae is not None and vae_in_float32(parts.info.configs, str(parts.vae.dtype).removeprefix("torch.")):
             parts.vae.to(torch.float32)
@@ -101,14 +101,14 @@ class Generator(Pipeline):
 
     @classmethod
     def from_generator(cls, other: Generator) -> Self:
-        """Return this kind of generator over the parts of another; nothing is copied."""
+        """Return this kind of generator with the components of another; nothing is copied."""
         twin = cls.__new__(cls)
         twin.__dict__.update(other.__dict__)
         twin._plans = {}
         return twin
 
     def with_scheduler(self, solver: str, **options: Any) -> Self:
-        """Return a generator that shares every part but samples with another solver, spacing or option."""
+        """Return a generator that shares every component but samples with another solver, spacing or option."""
         twin = self.from_generator(self)
         twin.scheduler = self.scheduler.with_options(**{**scheduler_options(solver), **options})
         return twin
@@ -121,12 +121,12 @@ class Generator(Pipeline):
         slots: int | None = None,
         seed: int | None = None,
     ) -> Iterator[Result]:
-        """Yield a Result with pixels for every image of `requests`, as they finish; settings may differ freely.
+        """Yield a Result with pixels for every image of `requests`, as they finish; settings may differ per request.
 
-        seed: what rows without a seed of their own derive theirs from; None draws a new one. scorer: fills `scores`
-        (clip, clip_margin, clip_z, p[label]), which gates decide on; a Panel adds others. A failed image is a Result
-        with status "failed" and a reason. Raises InputError, before any work, for a row that the model cannot draw, or
-        that decides on a score which the scorer does not give.
+        seed: base for the seeds of requests that have none; None picks a random one. scorer: fills `scores` (clip,
+        clip_margin, clip_z, p[label]), which gates use; a Panel adds others. slots: images in flight, None: by memory.
+        A failed image is a Result with status "failed" and a reason. Raises InputError, before any work, for a request
+        that the model cannot draw, or whose gate or rank_by uses a score that the scorer does not give.
         """
         if not isinstance(requests, Draws):
             rows = [r if r.id else r.filled({"id": f"{i:06d}"}) for i, r in enumerate(requests)]
@@ -149,7 +149,7 @@ class Generator(Pipeline):
 
 
 class Unconditional(Generator):
-    """Pictures from noise alone: a UNet2DModel on pixels, or on the latents of a VAE."""
+    """Unconditional generation: a UNet2DModel on pixels, or on the latents of a VAE."""
 
     def __call__(
         self,
@@ -169,7 +169,7 @@ class Unconditional(Generator):
 
 
 class TextToImage(Generator):
-    """Pictures from a prompt, with classifier-free guidance away from `negative_prompt`."""
+    """Text-to-image generation with classifier-free guidance."""
 
     def __call__(
         self,
@@ -186,7 +186,7 @@ class TextToImage(Generator):
     ) -> Output:
         """Draw `num_images` pictures of `prompt`; image k has seed `seed` + k. Raises InputError for bad settings.
 
-        guidance_scale 1 or less turns guidance off and halves the work. None takes the model's own value.
+        guidance_scale 1 or less turns guidance off, which halves the work. None takes the model's default.
         """
         request = Request(
             prompt=prompt, negative_prompt=negative_prompt, num_images=num_images, seed=seed,
@@ -196,7 +196,7 @@ class TextToImage(Generator):
 
 
 class ImageToImage(Generator):
-    """Pictures from a prompt and a picture to start from; with a mask, only its white part is drawn anew."""
+    """Image-to-image generation; with a mask, inpainting of its white part."""
 
     def __call__(
         self,
@@ -214,9 +214,9 @@ class ImageToImage(Generator):
         height: int | None = None,
         scorer: ClipScorer | None = None,
     ) -> Output:
-        """Draw `num_images` variations of `image`; strength 0 to 1 is how much of it is given up (default 0.8).
+        """Draw `num_images` variations of `image`; strength, 0 to 1, is how much noise is added to it (default 0.8).
 
-        The size is the picture's, rounded down to what the model allows, unless width and height say otherwise.
+        The size is that of `image`, rounded down to what the model allows, unless width and height are given.
         """
         request = Request(
             prompt=prompt, image=image, strength=_number(strength), mask_image=mask_image,
@@ -228,14 +228,14 @@ class ImageToImage(Generator):
 
 
 def _panel(scorer: ClipScorer | Panel | None, rows: Sequence[Request]) -> Panel:
-    """Return what scores the pictures of `rows`. Raises InputError for a row that decides on what it does not give."""
+    """Return the scorer as a Panel. Raises InputError for a row whose gate or rank_by uses a score it does not give."""
     from genkit.scoring.clip import ClipScorer
     from genkit.scoring.gates import check_row
     from genkit.scoring.panel import Panel
 
     if scorer is None or isinstance(scorer, ClipScorer):
         scorer = Panel(scorer, [row.prompt for row in rows])
-    for row in rows if hasattr(scorer, "names") else ():  # somebody's own object need not say
+    for row in rows if hasattr(scorer, "names") else ():  # a caller's own scorer need not declare names
         check_row(row.gate, row.rank_by, row.labels, scorer.names)
     return scorer
 

@@ -1,4 +1,4 @@
-"""The networks of a diffusion model put together, and how a request becomes a trajectory on them."""
+"""The components of a diffusion model, and how a request becomes a trajectory on them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ if TYPE_CHECKING:
     pass
 
 
-Told = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+Conditioning = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Pipeline:
-    """The parts of a diffusion model, and the work that all call forms share.
+    """The components of a diffusion model, used as they are: on their device and in their dtype; they may be shared.
 
-    Parts are used as they are, on the device and in the dtype that they have; generators may share them.
-    scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read. residency: what brings the
-    parts to the device, where they are not all there; budget: how much work at once fits beside them.
+    scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read. residency: moves networks to
+    the device for their work when not all of them stay there. budget: how much work fits in memory at once.
     """
 
     def __init__(
@@ -70,11 +69,11 @@ class Pipeline:
         self.defaults, self.folder = defaults or {}, folder
         self.residency = residency or Residency(next(unet.parameters()).device)
         self.budget = budget
-        self.most_slots: float | None = None  # that did not run out of memory, where more did
+        self.most_slots: float | None = None  # the limit found when memory ran out
         self.codec = Codec(vae, self.residency.add("vae", vae))
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.zero_empty = text_encoder_2 is not None and force_zeros_for_empty_prompt
-        self.text: Any = None  # a TextEncoder, SDXL's TextEncoderPair, or nothing
+        self.text: Any = None  # a TextEncoder, or SDXL's TextEncoderPair
         hold = self.residency.add("text_encoder", text_encoder)
         if text_encoder_2 is not None:
             other = self.residency.add("text_encoder_2", text_encoder_2)
@@ -85,7 +84,7 @@ class Pipeline:
             self.text = TextEncoder(tokenizer, text_encoder, hold)
         self.attention = attention or AttentionChoice()
         self.residency.add("unet", unet)
-        steady = self.residency.steady  # a UNet that comes and goes can neither be recorded nor compiled
+        steady = self.residency.steady  # a UNet that is moved can be neither captured in a graph nor compiled
         self.denoiser = Denoiser(
             unet,
             graphs=steady and self.device.type == "cuda",
@@ -96,20 +95,20 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks work."""
+        """The device that the networks compute on."""
         return self.residency.device
 
     def settings(self, request: Request) -> Settings:
-        """Return what the request comes to on this model; raises InputError where it does not fit."""
+        """Return the request with this model's defaults; raises InputError if the model cannot draw it."""
         return settings(request, self.geometry, self.defaults)
 
     def cost(self, request: Request) -> float:
-        """Return how many slots an image of the request takes: its pixels over those of the model's own size."""
+        """Return how many slots an image takes: its pixels relative to the model's own picture size."""
         s = self.settings(request)
         return s.width * s.height / (self.geometry.width * self.geometry.height)
 
     def plan(self, request: Request) -> Plan:
-        """Return the plan of a request, made once for all requests that agree on steps, scheduler and strength."""
+        """Return the sampling plan of a request, cached by steps, scheduler, strength and guidance."""
         s = self.settings(request)
         key = json.dumps([request.scheduler, s.steps, s.strength, s.guidance])
         if key not in self._plans:
@@ -119,13 +118,13 @@ class Pipeline:
         return self._plans[key]
 
     def begin(self, request: Request, index: int, seed: int) -> Trajectory:
-        """Return the trajectory of image `index`: picture encoded, noise drawn, prompt embedded, plan made.
+        """Return the trajectory of image `index`: initial picture encoded, noise drawn, prompt embedded, plan made.
 
         Noise comes from torch.Generator("cpu").manual_seed(seed), in the order in which diffusers draws it for a batch
-        of one: first the VAE's sample of the init picture, then the starting noise, then one draw a stochastic step.
+        of one: the VAE's posterior sample of the initial picture, the starting noise, one draw a stochastic step.
         """
         s, plan = self.settings(request), self.plan(request)
-        cond, uncond, added, unadded = self.embed(request.prompt, request.negative_prompt, s.width, s.height)
+        cond, uncond, added_cond, added_uncond = self.embed(request.prompt, request.negative_prompt, s.width, s.height)
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = self.geometry.latent_shape(s.width, s.height)
         x0 = mask = None
@@ -133,7 +132,7 @@ class Pipeline:
             picture, mask = condition(request, s.width, s.height, shape)
             x0 = self.codec.encode(picture.to(self.device), generator)
         noise = torch.randn((1, *shape), generator=generator)[0]
-        # A picture is noised to the first level also at strength 1, where the schedule may leave a trace of it
+        # Also at strength 1: the schedule's first level may have alpha > 0
         latent = plan.start[1] * noise if x0 is None else plan.alphas[0] * x0 + plan.sigmas[0] * noise
         return Trajectory(
             tag=(request, index, seed),
@@ -142,18 +141,19 @@ class Pipeline:
             generator=generator,
             cond=cond,
             uncond=uncond,
-            added=added,
-            unadded=unadded,
+            added_cond=added_cond,
+            added_uncond=added_uncond,
             scales=guidance_scales(plan, s.guidance, request.guidance_interval),
             keep_mask=mask,
             known=None if mask is None or x0 is None else (x0, noise),
             cost=self.cost(request),
         )
 
-    def embed(self, prompt: str, negative_prompt: str, width: int, height: int) -> Told:
-        """Return what the network is told of a prompt, and without it: cond, uncond, added, unadded of a Trajectory.
+    def embed(self, prompt: str, negative_prompt: str, width: int, height: int) -> Conditioning:
+        """Return cond, uncond, added_cond and added_uncond of a Trajectory.
 
-        Without a negative prompt SDXL's network is told zeros, as it was trained, unless its model_index.json says no.
+        SDXL's unconditional embeddings are zeros when there is no negative prompt, as in training, unless its
+        model_index.json turns this off (force_zeros_for_empty_prompt).
         """
         if self.text is None:
             return None, None, None, None
@@ -163,5 +163,5 @@ class Pipeline:
         if self.zero_empty and not negative_prompt:
             without = [torch.zeros_like(part) for part in without]
         sizes = with_prompt[1].new_tensor([height, width, 0, 0, height, width])
-        added, unadded = (torch.cat([vector, sizes]) for _, vector in (with_prompt, without))
-        return with_prompt[0], without[0], added, unadded
+        added_cond, added_uncond = (torch.cat([vector, sizes]) for _, vector in (with_prompt, without))
+        return with_prompt[0], without[0], added_cond, added_uncond

@@ -1,4 +1,4 @@
-"""Early stopping: of a row's images only those go on whose predicted picture, part-way, is among its best."""
+"""Pruning: part-way, a row's predicted pictures are scored, and only the best of its images are finished."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from genkit.rows.result import Result, value_of
 from genkit.sampling.engine import Trajectory
 from genkit.scoring.gates import Expression
 
-EARLY = "early"  # the score of the predicted picture, in the record of a finished image as of a pruned one
+EARLY = "early"  # name of the predicted picture's score in the records of finished and of pruned images
 Key = tuple[str, int]
 
 
 def mark_of(calls: int, after: float) -> int:
-    """Return after how many of `calls` network calls a picture is judged: at least one, and before the last."""
+    """Return after how many of `calls` network calls images are scored: at least 1, and before the last."""
     return min(max(1, round(calls * after)), calls - 1)
 
 
 def survivors(early: Mapping[int, float], keep: int) -> set[int]:
-    """Return the `keep` images of {index: early score} that go on; ties go to the first, NaN goes last."""
+    """Return the `keep` best images of {index: early score}; ties go to the lower index, NaN is worst."""
     order = sorted(early, key=lambda k: (math.isnan(early[k]), -early[k] if early[k] == early[k] else 0.0, k))
     return set(order[:keep])
 
@@ -34,18 +34,18 @@ def survivors(early: Mapping[int, float], keep: int) -> set[int]:
 @dataclasses.dataclass
 class _Row:
     request: Request
-    early: dict[int, float]  # of the images that are recorded already, and of those that have reached the mark
-    missing: int  # images that are still to reach it
+    early: dict[int, float]  # of images that are recorded, or have reached the mark
+    missing: int  # images that have not reached the mark
     parked: list[tuple[Trajectory, Result]] = dataclasses.field(default_factory=list)
     decided: bool = False
 
 
 class Pruning:
-    """The rows that prune, and their images that wait, outside the slots, for the last one to reach the mark.
+    """The rows that prune; their paused images wait outside the slots until the last one reaches the mark.
 
-    The decision depends on the early scores of all images of the row alone, and those are recorded: a resumed run
-    comes to the same one. earlier: the records of a former run of the same rows. judge: latents to scored results.
-    Raises InputError for a row whose order needs a scorer where there is none.
+    The decision depends only on the early scores of the row's images. They are recorded, so a resumed run decides the
+    same. earlier: returns a row's results of earlier starts. judge: decodes and scores latents. Raises InputError for a
+    row whose rank_by needs a scorer if there is none.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class Pruning:
     ) -> None:
         self.earlier, self.judge, self.scored = earlier, judge, scored
         self.resumed: deque[Trajectory] = deque()
-        self.early: dict[Key, float] = {}  # of the images that went on
+        self.early: dict[Key, float] = {}  # early scores of the images that were resumed
         self._rows: dict[str, _Row] = {}
 
     @property
     def waiting(self) -> bool:
-        """Whether images are parked, or about to go on."""
+        """Whether images are paused or about to resume."""
         return bool(self.resumed) or any(row.parked for row in self._rows.values())
 
     def mark(self, trajectory: Trajectory) -> None:
-        """Have the engine hand a new trajectory back half-way, where its row prunes and has not decided yet."""
+        """Set a new trajectory to pause at the mark, if its row prunes and has not decided yet."""
         request = trajectory.tag[0]
         if request.prune is None or trajectory.plan.nfe < 2:
             return
@@ -79,7 +79,7 @@ class Pruning:
             self._row(request).missing -= 1
 
     def park(self, ended: list[Trajectory]) -> list[Trajectory]:
-        """Keep back those that are at their mark, judged by their predicted picture; return the others."""
+        """Keep the trajectories that paused, after scoring their predicted pictures; return the others."""
         paused = [t for t in ended if t.pause and not t.error]
         for t in ended:
             if t.pause and t.error:
@@ -88,9 +88,9 @@ class Pruning:
         for t in paused:
             shapes.setdefault(tuple(t.latent.shape), []).append(t)
         for same in shapes.values():
-            looks = [at_its_mark(t) for t in same]
-            found = {(r.id, r.index): r for r in self.judge(looks)}
-            for t in same:  # one that is not finite in half precision is drawn again, and comes back
+            previews = [preview_of(t) for t in same]
+            found = {(r.id, r.index): r for r in self.judge(previews)}
+            for t in same:  # one that is not finite in half precision is redone, and comes back later
                 request, index, _ = t.tag
                 result = found.get((str(request.id), index))
                 if result is not None:
@@ -101,9 +101,9 @@ class Pruning:
         return [t for t in ended if not t.pause or t.error]
 
     def decide(self, everything: bool = False) -> list[Result]:
-        """Return the records of the images that end here, of rows whose images have all reached the mark.
+        """Decide on rows whose images have all reached the mark; return the records of the pruned images.
 
-        everything: decide on what is parked, also where images of the row will not come any more.
+        everything: decide also on rows of which some images will never reach it.
         """
         pruned: list[Result] = []
         for row in self._rows.values():
@@ -120,7 +120,7 @@ class Pruning:
         return pruned
 
     def take(self, free: float, alone: bool) -> list[Trajectory]:
-        """Return images that go on, of a total cost up to `free`."""
+        """Return resumed trajectories of a total cost up to `free`."""
         taken: list[Trajectory] = []
         while self.resumed and (self.resumed[0].cost <= free or (alone and not taken)):
             taken.append(self.resumed.popleft())
@@ -142,8 +142,8 @@ class Pruning:
         return self._rows[str(request.id)]
 
 
-def at_its_mark(trajectory: Trajectory) -> Trajectory:
-    """Return a paused trajectory with its predicted picture for its latent, to be decoded and scored."""
+def preview_of(trajectory: Trajectory) -> Trajectory:
+    """Return a paused trajectory with its predicted x0 as its latent, to be decoded and scored."""
     assert trajectory.x0 is not None
     return dataclasses.replace(trajectory, latent=trajectory.x0)
 
@@ -156,7 +156,7 @@ def _early(request: Request, result: Result) -> float:
 
 
 def _recorded(result: Result) -> float:
-    """Return the early score of an earlier record; an image that was drawn whole without one keeps its place."""
+    """Return the early score of a record; a finished image without one is ranked first, so it stays."""
     found = result.scores.get(EARLY, math.inf)
     return math.nan if found is None else float(found)
 

@@ -1,4 +1,4 @@
-"""One pass over the draws: denoise in slots, then decode, check and score what ends, side by side on a GPU."""
+"""Denoise draws in slots, then decode, check and score the finished ones; on a GPU both at the same time."""
 
 from __future__ import annotations
 
@@ -27,47 +27,48 @@ from genkit.sampling.pruning import EARLY, Pruning
 if TYPE_CHECKING:
     from genkit.scoring.panel import Panel
 
-AHEAD = 256  # rows whose prompts are embedded together where the text encoder does not stay on the device
+AHEAD = 256  # rows whose prompts are embedded together when the text encoder does not stay on the device
 PENDING = 2  # batches of finished latents that may wait for decoding before denoising waits for them
-FLAT = 2  # a picture whose channels each stay within so many of 255 levels shows nothing
+FLAT = 2  # a picture whose channels each vary by at most so many of 255 levels is constant
 
 Draw = tuple[Request, int, int]  # request, index, seed
 
 
 class Stream:
-    """The state of one `Generator.stream`. The draws are asked and told by the thread that iterates `run`."""
+    """The state of one `Generator.stream`. Only the thread that iterates `run` uses the draws."""
 
     def __init__(self, generator: Pipeline, draws: Draws, scorer: Panel | None, seed: int) -> None:
         self.generator, self.draws, self.scorer, self.seed = generator, draws, scorer, seed
-        self.held: Draw | None = None  # drawn, but it did not fit the free slots yet
-        self.again: deque[Draw] = deque()  # came out as NaN in half precision: to be redone in float32
+        self.deferred: Draw | None = None  # taken from the draws, but too large for the free slots
+        self.retries: deque[Draw] = deque()  # NaN in half precision: redone in float32
         self.pending: deque[Future[list[Result]]] = deque()
-        self.results: deque[Result] = deque()  # to be reported and yielded
-        self.repeated = draws.repeated()  # identical images still to come: all but the first share its latent
-        self.waiting: dict[tuple[str, int], list[Draw]] = {}  # … for one that is under way
-        self.kept: dict[tuple[str, int], Trajectory] = {}  # … one that ended
-        self.shared: list[Trajectory] = []  # … for those that came after it
-        self.ready: list[Trajectory] = []  # ended, and to be decoded
-        self.starved = False  # slots are free and nothing is there to draw
-        self.side: Any = None  # the CUDA stream of decoding and scoring
+        self.results: deque[Result] = deque()  # not yet reported and yielded
+        # Identical images (same settings and seed) are denoised once and share the latent.
+        self.repeated = draws.repeated()  # how many of each are still to come
+        self.duplicates: dict[tuple[str, int], list[Draw]] = {}  # … wait for the first one, which is in flight
+        self.finished: dict[tuple[str, int], Trajectory] = {}  # … the first one, finished
+        self.shared: list[Trajectory] = []  # … copies of it for the others
+        self.to_decode: list[Trajectory] = []
+        self.starved = False  # slots are free and there is nothing left to draw
+        self.decode_stream: Any = None  # the CUDA stream of decoding and scoring
         self.half = generator.unet.dtype != torch.float32
-        # Somebody's own scorer need not say what it gives
+        # A caller's own scorer need not declare names
         scored = "clip" in getattr(scorer, "names", ("clip",))
         self.pruning = Pruning(draws.earlier, self._finish, scored=scored)
 
     def run(self, slots: float) -> Iterator[Result]:
-        """Yield the results as they finish. Gated rows may draw again after theirs: it goes round until none does."""
+        """Yield the results as they finish. Passes repeat as long as gated rows draw more after their results."""
         cuda = self.generator.device.type == "cuda"
-        # On a GPU a second thread, with a stream of its own, hides decoding and scoring behind denoising. A CPU has no
-        # idle part to hide them in: two torch threads only fight over the same cores.
+        # On a GPU a second thread with its own CUDA stream decodes and scores while the next images are denoised. On a
+        # CPU two torch threads would only compete for the same cores.
         pool = ThreadPoolExecutor(1, "genkit-decode") if cuda and self.generator.residency.steady else None
         self.engine = engine = Engine(self.generator.denoiser, self.generator.device, slots, self._relieve)
         try:
             progress = True
             while progress:
                 progress = yield from self._pass(engine, self._draw, pool)
-                if self.again:
-                    progress |= yield from self._again(engine, pool)
+                if self.retries:
+                    progress |= yield from self._retry_in_float32(engine, pool)
         finally:
             self.draws.slots_full = engine.slots_full
             if engine.slots < slots:
@@ -75,17 +76,17 @@ class Stream:
             if pool is not None:
                 pool.shutdown(cancel_futures=True)
 
-    def _again(self, engine: Engine, pool: ThreadPoolExecutor | None) -> Generator[Result, None, bool]:
-        """Redo in float32 what came out as NaN; where that takes too much memory, it stays a NaN."""
+    def _retry_in_float32(self, engine: Engine, pool: ThreadPoolExecutor | None) -> Generator[Result, None, bool]:
+        """Redo in float32 the images that were NaN; if memory does not allow it, they fail as NaN."""
         with contextlib.ExitStack() as stack:
             widened = attempt(lambda: stack.enter_context(self._float32()) or True)
             if not widened:
-                self.results += [_result(draw, "failed", "nan", {"nan": True}) for draw in self.again]
-                self.again.clear()
-            return (yield from self._pass(engine, lambda: self.again.popleft() if self.again else None, pool))
+                self.results += [_result(draw, "failed", "nan", {"nan": True}) for draw in self.retries]
+                self.retries.clear()
+            return (yield from self._pass(engine, lambda: self.retries.popleft() if self.retries else None, pool))
 
     def _relieve(self) -> bool:
-        """Wait for the decoding under way; return whether there was any."""
+        """Wait for running decodes, which frees memory; return whether there were any."""
         busy = [future for future in self.pending if not future.done()]
         wait(busy)
         return bool(busy)
@@ -98,13 +99,13 @@ class Stream:
             progress = True
             ended = self.pruning.park(ended)
             self.results += self.pruning.decide()
-            self.ready += ended + self._shared_by(ended)
+            self.to_decode += ended + self._shared_by(ended)
             self._submit(pool)
             yield from self._completed(PENDING)
-        self.ready += self.shared
+        self.to_decode += self.shared
         self.shared = []
         self._submit(pool, everything=True)
-        # What is parked still, where the last image of its row failed before it began, or will never come
+        # Decide on images that are still paused because other images of their row failed or will not come
         self.results += self.pruning.decide(everything=not progress)
         for result in self._completed(0):
             progress = True
@@ -121,16 +122,16 @@ class Stream:
     def _take(self, draw: Callable[[], Draw | None], free: float, alone: bool) -> list[Trajectory]:
         started = self.pruning.take(free, alone)
         free -= sum(t.cost for t in started)
-        while (drawn := self.held or draw()) is not None:
-            self.held = None
+        while (drawn := self.deferred or draw()) is not None:
+            self.deferred = None
             try:
                 cost = self.generator.cost(drawn[0])
                 if cost > free and (started or not alone):
-                    self.held = drawn
+                    self.deferred = drawn
                     break
                 self._embed_ahead(drawn[0])
                 trajectory = attempt(lambda d=drawn: self.generator.begin(*d))  # type: ignore[misc]
-            except InputError as error:  # say, an init picture that is gone by now
+            except InputError as error:  # e.g. an initial picture that was deleted meanwhile
                 self._fail(drawn, str(error))
                 continue
             if trajectory is not None:
@@ -138,51 +139,51 @@ class Stream:
                 started.append(trajectory)
                 free -= cost
             elif started or not alone:
-                self.held = drawn
+                self.deferred = drawn
                 self.engine.halve(self.engine.slots - free + cost)
                 break
             else:
                 self._fail(drawn, "out of memory")
-        self.starved = free > 0 and not self.held
+        self.starved = free > 0 and not self.deferred
         return started
 
     def _fail(self, drawn: Draw, reason: str) -> None:
         self.pruning.lose(drawn[0])
-        same = self.waiting.pop((drawn[0].drawing(), drawn[2]), [])
+        same = self.duplicates.pop((drawn[0].drawing(), drawn[2]), [])
         self.results += [_result(d, "failed", reason) for d in (drawn, *same)]
 
     def _repeats(self, drawn: Draw) -> bool:
-        """Whether an identical image is under way or has ended; this one then needs no drawing of its own."""
+        """Whether an identical image is in flight or finished, so that this one only copies its latent."""
         key = drawn[0].drawing(), drawn[2]
-        if key not in self.repeated or drawn[0].prune is not None:  # images of a row that prunes may not end
+        if key not in self.repeated or drawn[0].prune is not None:  # images of a pruning row may not finish
             return False
         self.repeated[key] -= 1
-        if key in self.kept:
-            self.shared.append(dataclasses.replace(self.kept[key], tag=drawn))
+        if key in self.finished:
+            self.shared.append(dataclasses.replace(self.finished[key], tag=drawn))
             if not self.repeated[key]:
-                del self.kept[key]
-        elif key in self.waiting:
-            self.waiting[key].append(drawn)
+                del self.finished[key]
+        elif key in self.duplicates:
+            self.duplicates[key].append(drawn)
         else:
-            self.waiting[key] = []
+            self.duplicates[key] = []
             return False
         return True
 
     def _shared_by(self, ended: list[Trajectory]) -> list[Trajectory]:
-        """Return trajectories for the draws that share the latent of one that ended, now or before."""
-        for trajectory in ended if self.waiting else ():
+        """Return trajectories for the draws that share the latent of a finished one."""
+        for trajectory in ended if self.duplicates else ():
             request, _, seed = trajectory.tag
             key = request.drawing(), seed
-            if key not in self.waiting:
+            if key not in self.duplicates:
                 continue
-            self.shared += [dataclasses.replace(trajectory, tag=draw) for draw in self.waiting.pop(key)]
+            self.shared += [dataclasses.replace(trajectory, tag=draw) for draw in self.duplicates.pop(key)]
             if self.repeated[key] > 0:
-                self.kept[key] = dataclasses.replace(trajectory, cond=None, uncond=None, keep_mask=None, known=None)
+                self.finished[key] = dataclasses.replace(trajectory, cond=None, uncond=None, keep_mask=None, known=None)
         shared, self.shared = self.shared, []
         return shared
 
     def _embed_ahead(self, request: Request) -> None:
-        """Embed the prompts of many rows at once where the text encoder has to be fetched for it."""
+        """Embed the prompts of many rows at once if the text encoder has to be moved to the device for it."""
         text = self.generator.text
         if text is None or self.generator.residency.resident:
             return
@@ -191,20 +192,20 @@ class Stream:
             attempt(lambda: text([prompt for row in rows for prompt in (row.prompt, row.negative_prompt)]))
 
     def _submit(self, pool: ThreadPoolExecutor | None, everything: bool = False) -> None:
-        """Have what has ended decoded, each latent shape by itself.
+        """Start decoding the finished latents, one batch for each latent shape.
 
-        `ready` gathers some first where several pictures are decoded for less than as many times one, on a GPU while
-        its slots are taken, and where the UNet has to make room for the VAE.
+        Several are gathered for one batch where that is faster: on a GPU while its slots are full, and when the UNet
+        has to leave the device for the VAE.
         """
         steady = self.generator.residency.steady
         shapes: dict[tuple[int, ...], list[Trajectory]] = {}
-        for trajectory in self.ready:
+        for trajectory in self.to_decode:
             shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
-        self.ready = []
+        self.to_decode = []
         for ended in shapes.values():
             patient = not (pool is None or self.starved) if steady else True
             if patient and not everything and len(ended) < PICTURES:
-                self.ready += ended
+                self.to_decode += ended
             elif pool is not None:
                 event = torch.cuda.Event()
                 event.record()
@@ -215,7 +216,7 @@ class Stream:
                 self.pending.append(done)
 
     def _completed(self, waiting: int) -> Iterator[Result]:
-        """Yield the results of finished batches, in order, until no more than `waiting` are under way."""
+        """Yield the results of finished batches, in order, until at most `waiting` batches are running."""
         while self.pending and (len(self.pending) > waiting or self.pending[0].done()):
             self.results += self.pending.popleft().result()
         while self.results:
@@ -224,9 +225,9 @@ class Stream:
             yield result
 
     def _finish_on_gpu(self, ended: list[Trajectory], event: Any) -> list[Result]:
-        # One for all: what is freed on a stream serves that stream only.
-        self.side = self.side or torch.cuda.Stream(self.generator.device)
-        with torch.cuda.stream(self.side), torch.inference_mode(), RECORDING:
+        # One stream for all batches: memory freed on a stream can only be reused on that stream.
+        self.decode_stream = self.decode_stream or torch.cuda.Stream(self.generator.device)
+        with torch.cuda.stream(self.decode_stream), torch.inference_mode(), RECORDING:
             torch.cuda.current_stream().wait_event(event)
             for trajectory in ended:
                 trajectory.latent.record_stream(torch.cuda.current_stream())
@@ -234,14 +235,14 @@ class Stream:
 
     @torch.inference_mode()
     def _finish(self, ended: list[Trajectory]) -> list[Result]:
-        """Decode, check and score trajectories of one shape. Those to be redone in float32 are left out."""
+        """Decode, check and score trajectories of one shape; those to be redone in float32 are not in the results."""
         results = [_result(t.tag, "failed", t.error, since=t.began) for t in ended if t.error]
         whole = []
         for trajectory in (t for t in ended if not t.error):
             if bool(torch.isfinite(trajectory.latent).all()):
                 whole.append(trajectory)
             elif self.half:
-                self.again.append(trajectory.tag)
+                self.retries.append(trajectory.tag)
             else:
                 results.append(_result(trajectory.tag, "failed", "nan", {"nan": True}, trajectory.began))
         if not whole:
@@ -256,7 +257,7 @@ class Stream:
         for k, pixels in enumerate(pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()):
             t = whole[k]
             found = {"nan": bad[k], "flat": flat[k]}
-            if bad[k] or flat[k]:  # a constant picture is what a NaN looks like once it is clamped
+            if bad[k] or flat[k]:  # a NaN becomes a constant picture when it is clamped
                 results.append(_result(t.tag, "failed", "nan", found, t.began))
                 continue
             embedding = scores[k].pop("embedding", None)

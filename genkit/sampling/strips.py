@@ -1,10 +1,10 @@
-"""A VAE's large maps in strips of rows: a quarter of the memory, and the same picture to rounding, without a seam.
+"""Run a VAE's large feature maps in strips of rows: a quarter of the memory, the same picture up to rounding.
 
-Tiles that are decoded one by one differ from the whole: GroupNorm takes its mean and variance over the picture, and a
-tile's are its own (diffusers' tiling of the embedded VAE at 512x512: 4 to 8 of 255 on average, up to 125). Here each
-normalisation first sums over all strips, then every strip uses the sums of the whole; a strip is computed with the rows
-above and below that its convolutions see. What that repeats makes it about twice the work. Attention, and the layers at
-a quarter of the picture's size and below, run whole.
+Decoding in independent tiles changes the picture, because GroupNorm normalises over the whole picture and a tile has
+its own mean and variance (diffusers' tiling of the embedded VAE at 512x512: 4 to 8 of 255 levels on average, up to
+125). Here the statistics of each normalisation are first summed over all strips, and every strip is computed with the
+rows above and below that its convolutions read. Rows computed twice make it about twice the work. Attention, and layers
+at a quarter of the picture's size or less, run whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from genkit.components.footprint import COUNT, LEAST, STRIPED
 
 @dataclasses.dataclass(frozen=True)
 class _Map:
-    """A feature map (1, C, height, W): `rows(a, b)` computes its rows a to b, or reads them from `data`."""
+    """A feature map (1, C, height, W). `rows(a, b)` computes its rows a to b, or slices them from `data`."""
 
     height: int
     rows: Callable[[int, int], torch.Tensor]
@@ -29,7 +29,7 @@ class _Map:
 
 
 def can_strip(vae: Any) -> bool:
-    """Whether the VAE is built as AutoencoderKL is, without attention where it would be cut in strips."""
+    """Whether the VAE has the structure of AutoencoderKL, without attention in the blocks that run in strips."""
     if not all(hasattr(vae, part) for part in ("decoder", "encoder", "quant_conv", "post_quant_conv")):
         return False
     up, down = list(vae.decoder.up_blocks), list(vae.encoder.down_blocks)
@@ -83,7 +83,7 @@ def _stored(x: torch.Tensor) -> _Map:
 
 
 def _around(x: _Map, layer: Callable[[torch.Tensor], torch.Tensor], reach: int) -> _Map:
-    """Return the map of a layer that sees `reach` rows above and below and keeps the size; computed when read."""
+    """Return the lazy map of a layer that keeps the size and reads `reach` rows above and below."""
 
     def rows(a: int, b: int) -> torch.Tensor:
         top = max(0, a - reach)
@@ -93,7 +93,7 @@ def _around(x: _Map, layer: Callable[[torch.Tensor], torch.Tensor], reach: int) 
 
 
 def _upsample(layer: Any, x: Any) -> _Map:
-    """Return the map of Upsample2D, nearest neighbours and a 3x3 convolution; computed when read."""
+    """Return the lazy map of Upsample2D: nearest neighbours, then a 3x3 convolution."""
     low = x if isinstance(x, _Map) else _stored(x)
 
     def rows(a: int, b: int) -> torch.Tensor:
@@ -104,12 +104,12 @@ def _upsample(layer: Any, x: Any) -> _Map:
 
 
 def _downsample(layer: Any, x: _Map) -> _Map:
-    """Return the map of Downsample2D: 3x3, every other row, padded below and to the right only; computed when read."""
+    """Return the lazy map of Downsample2D: 3x3 with stride 2, padded at the bottom and right only."""
     return _Map(x.height // 2, lambda a, b: layer(x.rows(2 * a, min(x.height, 2 * b + 1))))
 
 
 def _resnet(block: Any, x: _Map) -> torch.Tensor:
-    """Return what ResnetBlock2D makes of a map; a stored one of as many channels is overwritten."""
+    """Return the output of ResnetBlock2D; it overwrites a stored input with the same number of channels."""
     act, first = block.nonlinearity, _statistics(x, block.norm1)
 
     def opened(part: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ def _resnet(block: Any, x: _Map) -> torch.Tensor:
 
 
 def _collect(x: _Map, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return a map as one tensor, `out` where given: each strip is written when the next no longer looks at it."""
+    """Return a map as one tensor, in `out` if given: a strip is written once the next one has been computed from it."""
     last: tuple[slice, torch.Tensor] | None = None
     for a, b in _strips(x.height):
         part = x.rows(a, b)
@@ -141,7 +141,7 @@ def _collect(x: _Map, out: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def _statistics(x: _Map, norm: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Return (norm, mean, variance) of a map for a GroupNorm, by channel: of strips, added up as Chan et al. do."""
+    """Return (norm, mean, variance by channel) of a map for a GroupNorm, merged over strips (Chan et al. 1983)."""
     count, mean, spread = 0, torch.zeros(()), torch.zeros(())
     for a, b in _strips(x.height):
         part = x.rows(a, b).reshape(norm.num_groups, -1).float()
@@ -155,5 +155,5 @@ def _statistics(x: _Map, norm: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
 
 
 def _norm(x: torch.Tensor, norm: Any, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
-    """Return GroupNorm's affine map of x with the statistics of the whole: for one picture that is batch_norm's."""
+    """Return GroupNorm of x with the given statistics; for a single picture batch_norm computes the same."""
     return batch_norm(x, mean, var, norm.weight.float(), norm.bias.float(), eps=norm.eps)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STEPS = (3, 50)  # fewer leave nothing to fit, more do not need it
 NOISES = (8, 4096)
 TIMESTEPS = "tuned_timesteps.json"  # for diffusers: its levels by the number of steps
-# Fitted on when no prompt file is given: things, animals and scenes with nothing special about them.
+# Prompts to fit on when no prompt file is given: ordinary things, animals and scenes.
 PROMPTS = (
     "a red apple", "a dog running on grass", "a sailing boat at sunset", "a blue car", "a bowl of soup",
     "a mountain under a night sky", "a smiling face", "a yellow flower", "an old house in the snow", "a cat asleep",
@@ -47,9 +47,10 @@ def tune_model(
     device: str = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Fit a plan of `steps` calls and write it to `out` (default: the model's scheduler folder); what was found.
+    """Fit a plan of `steps` calls, write it to `out` (default: the model's scheduler folder), and return a summary.
 
-    tuned_timesteps.json beside it has the levels for diffusers' users. Stopped, it goes on with the same arguments.
+    Also writes tuned_timesteps.json, the noise levels for use in diffusers. Interrupted, it resumes with the same
+    arguments from its checkpoint.
     Raises InputError for bad input, before anything heavy loads, and HostError where `out` cannot be written.
     """
     for name, value, (low, high) in (("--steps", steps, STEPS), ("--noises", noises, NOISES)):
@@ -119,7 +120,7 @@ def _tune(
 
 
 def stock(scheduler: Scheduler) -> Scheduler:
-    """Return the untrained scheduler that a tuned plan has to beat, for a network trained with `scheduler`."""
+    """Return the scheduler without fitting that a tuned plan is compared with."""
     return scheduler.with_options(solver="pc")
 
 
@@ -128,7 +129,7 @@ def _unet_hash(info: Any) -> str:
 
 
 def _network(generator: Generator, texts: list[str], guidance: float) -> Any:
-    """Return model(x, t, index) -> raw guided prediction: picture i has the prompt i, and so around."""
+    """Return model(x, t, index) -> guided raw prediction; picture i has prompt i modulo their number."""
     import torch
 
     if generator.text is None:
@@ -136,22 +137,22 @@ def _network(generator: Generator, texts: list[str], guidance: float) -> Any:
     with torch.no_grad():
         g = generator.geometry
         found = [generator.embed(text, "", g.width, g.height) for text in texts]
-        told = [torch.stack(each) if each[0] is not None else None for each in zip(*found, strict=True)]
+        conditioning = [torch.stack(each) if each[0] is not None else None for each in zip(*found, strict=True)]
 
     def model(x: torch.Tensor, t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        cond, uncond, added, unadded = (
-            None if each is None else each[index.to(x.device) % len(texts)] for each in told
+        cond, uncond, added_cond, added_uncond = (
+            None if each is None else each[index.to(x.device) % len(texts)] for each in conditioning
         )
-        return generator.denoiser(x.float(), t, cond, uncond, torch.full((len(x),), guidance), added, unadded)
+        return generator.denoiser(x.float(), t, cond, uncond, torch.full((len(x),), guidance), added_cond, added_uncond)
 
     return model
 
 
 def _for_diffusers(folder: Path, scheduler: Scheduler, timesteps: list[int]) -> str:
-    """Write what a list of timesteps can say of the plan: tuned_timesteps.json, and a config to use it with.
+    """Write tuned_timesteps.json, the plan's noise levels by number of steps, and a config to use them with.
 
-    Of order 1: the levels are fitted with coefficients of their own, and those of order 2 suit them less. A model's own
-    scheduler_config.json stays as it is.
+    The config has order 1: the levels were fitted together with their own coefficients, and order 2 measures worse with
+    them. An existing scheduler_config.json is not changed.
     """
     path, config = folder / TIMESTEPS, folder / "scheduler_config.json"
     known = read_json(path) if path.exists() else {}

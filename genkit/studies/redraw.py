@@ -17,7 +17,7 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of
 from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Trajectory
-from genkit.sampling.pruning import Pruning, at_its_mark, mark_of
+from genkit.sampling.pruning import Pruning, mark_of, preview_of
 from genkit.sampling.stream import Stream
 from genkit.studies.early_scores import MARKS, Watched, order_of
 
@@ -42,7 +42,7 @@ class _Watch(Pruning):
             seen = self.seen[str(request.id), index]
             here = [m for m in MARKS if mark_of(trajectory.plan.nfe, m) == trajectory.step]
             began = time.monotonic()
-            judged = self.judge([at_its_mark(trajectory)])
+            judged = self.judge([preview_of(trajectory)])
             self.looks, self.looking = self.looks + 1, self.looking + time.monotonic() - began
             seen += [_value(request, judged)] * len(here)  # with few steps, several marks fall on one call
             left = MARKS[len(seen) :]
