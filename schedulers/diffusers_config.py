@@ -6,14 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json
 from genkit.schedulers.solvers import SOLVERS
-
-if TYPE_CHECKING:
-    from genkit.schedulers.scheduler import Scheduler
 
 Config = Mapping[str, Any]
 UNSTATED = "_use_default_values"
@@ -96,7 +93,7 @@ def swap_solver(source: Config, solver: str) -> dict[str, Any]:
     return {**_options({**source, "_class_name": name, **keys}), "solver": solver, **style}
 
 
-def write_config(scheduler: Scheduler) -> dict[str, Any]:
+def write_config(scheduler: Any) -> dict[str, Any]:
     """Return the diffusers config of a scheduler. Raises InputError for an option that diffusers has no key for."""
     s = scheduler
     if s.solver not in DIFFUSERS:
@@ -124,7 +121,7 @@ def write_config(scheduler: Scheduler) -> dict[str, Any]:
     return config
 
 
-def _said(s: Scheduler) -> dict[str, Any]:
+def _said(s: Any) -> dict[str, Any]:
     """Return every key that says something of a scheduler, whichever class it is for."""
     base, most, few, many, kind = s.dynamic_shift or (0.5, 1.15, 256, 4096, "exponential")
     quantile, bound = s.threshold or (0.995, 1.0)

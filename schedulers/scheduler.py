@@ -17,7 +17,7 @@ from genkit.schedulers.diffusers_config import read_config, swap_solver, write_c
 from genkit.schedulers.noise import BETAS, NOISES, Array, Levels, Noise
 from genkit.schedulers.plan import Plan, make_plan
 from genkit.schedulers.prediction import PREDICTIONS
-from genkit.schedulers.solvers import SOLVERS, Path, Point
+from genkit.schedulers.solvers import SOLVERS, Path, Point, SolverOptions
 from genkit.schedulers.spacing import IN_K, IN_T, SPACINGS, Grid, levels
 
 
@@ -96,7 +96,7 @@ class Scheduler:
     (sigma / alpha) say them one by one. final: where the last step leads, "zero" noise or "sigma_min", the least
     trained. clip: bound on |x0|. threshold: (quantile, greatest) of dynamic thresholding. eta: share of ancestral noise
     (ddim, tcd). variance: fixed_small or fixed_large (ddpm). order: a number, or one for each step; lower_order_final,
-    euler_at_final: fewer at the end, see `_orders`. solver_type: midpoint, heun (dpm), bh1, bh2 (unipc). corrector,
+    euler_at_final: fewer at the end, see `step_orders`. solver_type: midpoint, heun (dpm), bh1, bh2 (unipc). corrector,
     corrector_order, tau, predict_eps: see `unipc` and `sa`. style: "exact", or the family of diffusers classes whose
     way of placing steps is followed, as `from_config` does; ends: the spacing whose first and last level spacings in
     sigma go between in the style of diffusers' Euler. source: the config that this was read from. Raises InputError for
@@ -267,9 +267,16 @@ class Scheduler:
         first = path.points[0]
         if self.prediction == "epsilon" and first.alpha == 0:
             raise InputError("prediction: epsilon says nothing about the picture at pure noise (zero_snr, or flow)")
-        rows = SOLVERS[self.solver].rows(path, self)
+        rows = SOLVERS[self.solver].rows(path, self._solver_options())
         start = (first.alpha, first.sigma) if strength < 1 else (0.0, self._first_scale(first))
         return make_plan(rows, path.points[-1], self.prediction, start, self.clip, self.threshold)
+
+    def _solver_options(self) -> SolverOptions:
+        return SolverOptions(
+            self.solver, self.noise, self.order_or_default, SOLVERS[self.solver].rule, self.eta, self.variance,
+            self.solver_type, self.corrector, self.corrector_order, self.tau, self.predict_eps,
+            self.lower_order_final, self.euler_at_final, self.placing.noisy_end, self.placing.half,
+        )  # fmt: skip
 
     def _first_scale(self, first: Point) -> float:
         """The scale of unit noise: in diffusers' Euler family sigma_max, and sqrt(sigma_max^2 + 1) for leading."""
