@@ -17,6 +17,7 @@ from PIL import Image
 from genkit import cli
 from genkit.progress import Steps
 from tests.check_run import check_run
+from tests.children import start
 
 ROOT = Path(__file__).parent.parent
 
@@ -223,7 +224,7 @@ def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals
     run = prompts.parent / "run"
     arguments: list[str | Path] = ["generate", prompts, "-o", run, "-n", "8", "--batch-size", "2", *QUICK]
     command = [sys.executable, "-m", "genkit", *map(str, arguments)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with start(command) as process:
         journal, deadline = run / "results.jsonl", time.monotonic() + 120
         while time.monotonic() < deadline and not (journal.is_file() and journal.stat().st_size):
             time.sleep(0.01)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from genkit.selection.votes import read_votes
+from tests.children import start
 from tests.judged_run import judged_run
 
 HOSTILE = "</script><script>alert(1)</script>\x1b[31m =cmd|'x'!A0 \u2028 " + "x" * 3000
@@ -46,8 +47,7 @@ class Page:
 
 
 def serve(folder: Path, *arguments: str) -> tuple[str, subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "genkit", "label", str(folder), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start([sys.executable, "-m", "genkit", "label", str(folder), *arguments])
     assert process.stdout is not None
     return process.stdout.readline().strip(), process
 
