@@ -1,4 +1,4 @@
-"""What the user sees while images are made: a bar on a terminal, plain lines elsewhere, nothing when asked."""
+"""Progress on standard error: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def printable_json(value: Any) -> str:
 
 
 class Progress:
-    """Counts images against a total that may grow. Use as a context manager; `say` prints a line beside the bar."""
+    """Counts images against a total that may grow. Use as a context manager; `message` prints a line above the bar."""
 
     def __init__(self, total: int, done: int = 0, *, quiet: bool = False) -> None:
         self.total, self.done, self.earlier, self.failed, self.passed = total, done, done, 0, 0
@@ -82,9 +82,9 @@ class Progress:
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
             done = f"{self.done} of {self.total} images, {self.rate:.2f} a second"
-            self.say(f"{done}, {_clock(self.left)} to go, {self.passed} passed, {self.failed} failed")
+            self.message(f"{done}, {_clock(self.left)} to go, {self.passed} passed, {self.failed} failed")
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print one line to standard error."""
         if self.quiet:
             return

@@ -16,8 +16,8 @@ from PIL import Image
 
 from genkit.errors import HostError, InputError
 from genkit.rows.request import Request
+from genkit.runs import outdated as stock
 from genkit.runs import run as run_module
-from genkit.runs import stock
 from genkit.runs.records import read_results, read_rows
 from genkit.runs.run import Run, check_folder, free_name, read_config
 from tests.check_run import check, grown, lines_of, newest, outcome

@@ -17,7 +17,7 @@ app = typer.Typer(
     help="Diffusion generation toolbox: a prompt file in; scored, filtered, reproducible images out.",
 )  # fmt: skip
 
-UsageError: Any = typer.BadParameter.__mro__[1]  # click's, which newer releases of typer carry under another name
+UsageError: Any = typer.BadParameter.__mro__[1]  # click's; newer releases of typer bundle it under another name
 
 
 def main() -> None:
@@ -26,13 +26,13 @@ def main() -> None:
         code = run(sys.argv[1:])
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # e.g. `| head`
         code = EXIT_OK
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
         print(f"genkit: {error}", file=sys.stderr)
         code = EXIT_HOST
-    # Threads that are still compiling, or writing to a disk that hangs, must not hold the command up
+    # Do not wait for threads that still compile, or write to a disk that hangs
     busy = any(thread.name == "genkit-compile" for thread in threading.enumerate())
     os._exit(code) if busy or code == EXIT_HOST else sys.exit(code)
 

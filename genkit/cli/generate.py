@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RowOptions:
-    """Fields of the rows that do not say otherwise: see genkit.rows.request.Request."""
+    """Defaults for fields that a row does not set: see genkit.rows.request.Request."""
 
     negative_prompt: Annotated[str | None, "What guidance leads away from."] = None
     scheduler: Annotated[str | None, "A solver, say unipc or dpmpp_2m_karras, or tuned."] = None
@@ -116,7 +116,7 @@ def tune(
     return EXIT_OK
 
 
-# What a field needs beside it to be checked by itself: a row of the file may give it.
+# Fields that another field requires; a row of the file may provide them.
 _PARTNERS: dict[str, dict[str, Any]] = {
     "strength": {"image": "-"},
     "mask_image": {"image": "-"},
@@ -126,11 +126,11 @@ _PARTNERS: dict[str, dict[str, Any]] = {
 
 
 def _check(fields: dict[str, Any]) -> None:
-    """Check the command line's defaults before any row is read, so that the message names the option, not a row."""
+    """Check the command line's defaults before any row is read, so that errors name the option, not a row."""
     from genkit.rows.request import Request
 
     for name, value in fields.items():
-        if name in ("gate", "rank_by"):  # may speak of labels that only rows give
+        if name in ("gate", "rank_by"):  # may use labels that only rows have
             continue
         try:
             Request(**{**_PARTNERS.get(name, {}), name: value})

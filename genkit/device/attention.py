@@ -1,7 +1,7 @@
-"""Attention in the ways of torch and xformers: each is tried before it is used; the fastest that works is taken.
+"""Attention backends of torch and xformers: each is probed before use, and the fastest one that works is chosen.
 
-torch's kernels are called by their own operators: torch.nn.attention.sdpa_kernel switches them for the whole process,
-under the hands of a thread that decodes meanwhile.
+torch's kernels are called directly by their operators, because torch.nn.attention.sdpa_kernel switches them for the
+whole process, including a thread that decodes at the same time.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ EXPONENT = 60.0  # 2 to this times 2^20 positions is finite in float32, and 2 to
 SLICE = 2**25  # … elsewhere: 64 MB in half precision, and enough work for a GPU
 TIMED = 4096  # positions, as at 512 x 512 pixels
 TOKENS = 77
-CLOSE = 1.05  # a backend has to be faster by more than this to be taken before one that stands above it
-# Widths of heads that networks have; cross-attention is common up to 160, 512 is the VAE's
+CLOSE = 1.05  # a backend must be faster than those listed before it by more than this factor
+# Common widths of heads; cross-attention up to 160, 512 is the VAE's
 WIDTHS = {"cpu": (3, 16, 40, 64, 512), "cuda": (40, 64, 80, 160, 512)}
 
 
 def sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(width)) v by plain products, for some heads, or some queries of one, at a time.
 
-    Little memory, on any device. On a CPU with so few channels a head that the work is the L x S weights, it is also
-    the fastest way: see _Blocks.
+    Takes little memory on any device. On a CPU it is also the fastest for heads with few channels: see _Blocks.
     """
-    in_place = q.device.type == "cpu" and not torch.compiler.is_compiling()  # which is nothing to a compiler
+    in_place = q.device.type == "cpu" and not torch.compiler.is_compiling()  # not under a compiler
     if in_place:
         return _Blocks.apply(q, k, v)
     batch, heads, length, width = q.shape
@@ -57,9 +56,9 @@ def sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 class _Blocks(torch.autograd.Function):
-    """Attention on a CPU: the weights go through a cache block by block, backwards too, and are computed anew there.
+    """Attention on a CPU in blocks that fit the cache; the backward pass recomputes the weights.
 
-    All products are made transposed, which spares them an output of `width` columns.
+    All products are transposed, which avoids outputs of only `width` columns.
     """
 
     @staticmethod
@@ -67,10 +66,10 @@ class _Blocks(torch.autograd.Function):
         batch, heads, length, width = q.shape
         n, others = batch * heads, k.shape[2]
         q = q.transpose(2, 3).reshape(n, width, length).contiguous()
-        # One more row of v, of ones, sums the weights in the second product: softmax is an exponential and a division.
+        # An extra row of ones in v sums the weights in the second product: softmax needs no pass of its own.
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], dim=3).transpose(2, 3).reshape(n, width + 1, others)
         k = k.reshape(n, others, width) * (width**-0.5 * math.log2(math.e))
-        # Cauchy-Schwarz bounds the exponents; where that does not keep the sums finite, the largest is taken out first
+        # Cauchy-Schwarz bounds the exponents; only if the bound allows overflow the maximum is subtracted first
         largest = math.sqrt(_largest(q, 1) * _largest(k, 2))
         ctx.normalise = torch.exp2 if largest < EXPONENT else _softmax2
         out = q.new_empty(n, width + 1, length)
@@ -86,7 +85,7 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, k, v, out = ctx.saved_tensors
         batch, heads, _, width = grad.shape
-        # The scores' gradient is w (v g - delta), delta = g out: one more row of g, for the ones in v, takes that off.
+        # The scores' gradient is w (v g - delta), delta = g out; an extra row of g, for the ones in v, subtracts it.
         g = grad.transpose(2, 3).reshape(q.shape) / out[:, width:]
         g = torch.cat([g, (g * out[:, :width]).sum(dim=1, keepdim=True) / -out[:, width:]], dim=1)
         rows = v.transpose(1, 2).contiguous()
@@ -104,7 +103,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def _blocks(q: torch.Tensor, k: torch.Tensor, count: int) -> Iterator[tuple[slice, slice, list[torch.Tensor]]]:
-    """Yield heads, queries, and room for `count` blocks of their weights, (heads, S, queries).
+    """Yield slices of heads and of queries, and buffers for `count` blocks of weights, (heads, S, queries).
 
     q: (n, width, L). k: (n, S, width).
     """
@@ -118,7 +117,7 @@ def _blocks(q: torch.Tensor, k: torch.Tensor, count: int) -> Iterator[tuple[slic
 
 
 def _largest(x: torch.Tensor, dim: int) -> float:
-    """Return the largest square of a norm: a sample that holds a NaN gives NaN either way, and decides for no other."""
+    """Return the largest squared norm, ignoring NaN: a sample with a NaN must not affect the others."""
     return float(x.float().square().sum(dim=dim).nan_to_num(0.0, 0.0).amax())
 
 
@@ -135,7 +134,7 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Call xformers, whose kernels do not load beside every torch."""
+    """Call xformers (its kernels do not load with every version of torch)."""
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
@@ -143,22 +142,22 @@ def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """How a backend did: why it cannot be used, or None; and its milliseconds a call, on a GPU."""
+    """The result of probing a backend: why it cannot be used, or None; on a GPU its milliseconds a call."""
 
     reason: str | None = None
     ms: float | None = None
 
     @property
     def shown(self) -> bool | float | str:
-        """What the table says: milliseconds, True where it works but was not timed, or the reason why it does not."""
+        """The table's cell: milliseconds, True if it works but was not timed, or the reason why it does not."""
         return self.reason or (True if self.ms is None else round(self.ms, 3))
 
 
 @functools.cache
 def probe(attend: Attend, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> Probe:
-    """Run a backend once where it is to be used, compare its numbers with float64's, and on a GPU take its time.
+    """Run a backend once, compare its output with float64, and on a GPU time it.
 
-    q, k and v are parts of one tensor, as they are behind fused projections.
+    q, k and v are views of one tensor, as with fused projections.
     """
     try:
         with torch.no_grad():
@@ -166,10 +165,10 @@ def probe(attend: Attend, device: torch.device, dtype: torch.dtype, width: int, 
             expected = scaled_dot_product_attention(q.cpu().double(), k.cpu().double(), v.cpu().double())
             error = float((attend(q, k, v).cpu().double() - expected).abs().max() / expected.abs().max())
             exact = 1e-4 if device.type == "cpu" else 4e-3  # a GPU may multiply in TF32
-            if not error < max(exact, 8 * torch.finfo(dtype).eps):  # NaN is not either
+            if not error < max(exact, 8 * torch.finfo(dtype).eps):  # also true for NaN
                 return Probe(f"wrong numbers (off by {error:.2g})")
             return Probe(ms=_milliseconds(attend, device, dtype, width, cross) if device.type == "cuda" else None)
-    except Exception as error:  # whatever a library says of what it cannot do, or of itself
+    except Exception as error:  # any error of a library means that the backend does not work
         return Probe(next((text for kind, text in _REASONS.items() if isinstance(error, kind)), first_line(error)))
 
 
@@ -194,7 +193,7 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype, width: int, cro
 
 
 def table(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, bool | float | str]]:
-    """Return for each backend and kind of attention ("self 40") how a probe went, and for "auto" what that takes."""
+    """Return for each backend and kind of attention ("self 40") the probe's result, and for "auto" the choice."""
     widths = WIDTHS.get(device.type, WIDTHS["cuda"])
     kinds = {f"{'cross' if cross else 'self'} {w}": (w, cross) for cross in (False, True) for w in widths}
     del kinds[f"cross {widths[-1]}"]
@@ -206,7 +205,7 @@ def table(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, bool 
 
 
 def table_lines(found: dict[str, dict[str, bool | float | str]]) -> list[str]:
-    """Return the lines that show a `table`; what does not work is a dash, with the reasons at the end of the line."""
+    """Return a `table` as lines of text; a dash is what does not work, with the reasons at the end of the line."""
     kinds = list(found["auto"])
     timed = any(isinstance(cell, float) for cells in found.values() for cell in cells.values())
     lines = [["ms" if timed else "attention", *kinds]]
@@ -234,7 +233,7 @@ def _inputs(
 
 
 def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> float:
-    """Return the median time of a call that keeps a GPU busy for longer than it takes to launch."""
+    """Return the median milliseconds of a call large enough to hide its launch."""
     with torch.cuda.device(device):
         q, k, v = _inputs(device, dtype, width, cross, rows=32 if cross else max(1, 256 // width), length=TIMED)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(8)]
@@ -248,7 +247,7 @@ def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, widt
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, as far as it fits into a line."""
+    """Return the first line of an error's message, at most 100 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:100]
 
@@ -258,7 +257,7 @@ _REASONS: dict[type[Exception], str] = {
     NotImplementedError: "no kernel for this device, dtype or width",
     torch.OutOfMemoryError: "out of memory",
 }
-# What a GPU may take, the first of those that are equally fast. Not "math": it computes in float32.
+# Backends timed on a GPU, preferred first. Not "math", which computes in float32.
 _TIMED = ("sdpa", "flash", "cudnn", "efficient", "xformers", "sliced")
 # q (B, heads, L, width), k and v (B, heads, S, width) -> (B, heads, L, width). Names: genkit.device.devices.ATTENTION
 BACKENDS: dict[str, Attend] = {

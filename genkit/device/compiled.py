@@ -1,4 +1,4 @@
-"""torch.compile off the critical path: work begins without it, and goes over to it once it is there and is faster."""
+"""torch.compile in the background: calls run uncompiled until the compiled network is ready and found faster."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from genkit.device.graphs import Call, Graphs, bucket
 from genkit.errors import reason
 
-WORTH = 0.75  # a batch with fewer rows than this part of the compiled ones is done sooner without padding it up to them
+WORTH = 0.75  # a batch with fewer than this share of the compiled rows is faster uncompiled than padded
 TRIALS = 3
 THREAD = "genkit-compile"
 
 
 def cache_folder() -> Path:
-    """Return where compiled code outlives the process; TORCHINDUCTOR_CACHE_DIR says otherwise."""
+    """Return the folder that caches compiled code between processes; TORCHINDUCTOR_CACHE_DIR overrides it."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(home) / "genkit" / "inductor")
 
@@ -29,8 +29,8 @@ def cache_folder() -> Path:
 def compile_network(network: Any, call: Callable[[Any], Call]) -> Call:
     """Return call(network), compiled for fixed shapes.
 
-    On a GPU the compiled code is itself replayed as a CUDA graph where calls are short. It runs a twin whose
-    convolution weights are channels-last, which compiled code wants and eager code does not; it shares all others.
+    On a GPU the compiled code is replayed as a CUDA graph. It runs a copy of the network with channels-last convolution
+    weights, which are faster compiled but slower in eager mode; all other weights are shared.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
     weights = list(network.parameters())
@@ -42,9 +42,9 @@ def compile_network(network: Any, call: Callable[[Any], Call]) -> Call:
 
 
 class Compiled:
-    """A function of tensors, compiled for the shapes of its first call while that and others go another way.
+    """A function of tensors, compiled in a thread for the shapes of its first call while calls run uncompiled.
 
-    make() -> the compiled call; it runs in a thread of its own. `note` says, once it is known, how it went.
+    make() -> the compiled call; run in that thread. note: a message about the outcome, once there is one.
     """
 
     def __init__(self, make: Callable[[], Call]) -> None:
@@ -52,12 +52,12 @@ class Compiled:
         self.note: str | None = None
         self._inputs: list[torch.Tensor] | None = None  # at the compiled shapes
         self._thread: threading.Thread | None = None
-        self._call: Call | None = None  # set by the thread, once it has run
-        self._seconds: list[tuple[float, float]] = []  # of trial calls: the other way, compiled
+        self._call: Call | None = None  # set by the thread
+        self._seconds: list[tuple[float, float]] = []  # of trial calls: (uncompiled, compiled)
         self._chosen = False
 
     def __call__(self, other: Call, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return what other(*inputs) returns, rounding apart, by the compiled code where that is ready and fits."""
+        """Return other(*inputs), up to rounding; by the compiled code if it is ready and fits the shapes."""
         if self._inputs is None:
             self._start(inputs)
         if self._call is None or not self._fits(inputs):
@@ -67,14 +67,14 @@ class Compiled:
         return self._run(inputs)
 
     def wait(self) -> None:
-        """Return once compiling has ended, well or badly."""
+        """Wait until compiling has ended."""
         if self._thread is not None:
             self._thread.join()
 
     def _start(self, inputs: tuple[torch.Tensor, ...]) -> None:
         size = bucket(len(inputs[0]))
         self._inputs = [i.new_zeros(size, *i.shape[1:]) for i in inputs]
-        # No daemon: torch aborts a process that ends while it compiles. A command that is done does not wait for it.
+        # Not a daemon: torch aborts a process that exits while it compiles. The command line does not wait for it.
         self._thread = threading.Thread(target=self._compile, args=(self._inputs,), name=THREAD)
         self._thread.start()
 
@@ -86,7 +86,7 @@ class Compiled:
                 call(*inputs)
                 if inputs[0].is_cuda:
                     torch.cuda.current_stream().synchronize()
-        except Exception as error:  # no compiler, or a network that it cannot take: the job goes on as it is
+        except Exception as error:  # no compiler, or an unsupported network: the job goes on uncompiled
             self.note = f"not compiled: {reason(error)}"
             return
         self.note = f"compiled in {time.monotonic() - began:.0f} s"
@@ -106,7 +106,7 @@ class Compiled:
         return self._call(*self._inputs)[:rows].clone()
 
     def _compare(self, other: Call, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Do one call both ways; after some of them choose. Compiled code is not always the faster one."""
+        """Time a call both ways; after TRIALS of them keep the faster way."""
         out, slow = _timed(lambda: other(*inputs), inputs[0].device)
         try:
             _, fast = _timed(lambda: self._run(inputs), inputs[0].device)
@@ -135,5 +135,5 @@ def _timed(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[torc
 
 
 def _side_stream(device: torch.device) -> Any:
-    """Return a context in which work does not queue behind the job's own; on a CPU, one that does nothing."""
+    """Return a context with a CUDA stream of its own; on a CPU, one that does nothing."""
     return torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None)

@@ -1,4 +1,4 @@
-"""What makes a network run faster on a CPU, without changing what it computes beyond rounding."""
+"""Make a network faster on a CPU, with the same results up to rounding."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-WORTH_PACKING = 64 * 64  # weights of a linear layer; below, the call is all overhead
+WORTH_PACKING = 64 * 64  # elements of a weight; below that the overhead of the call dominates
 
 
 def suit_cpu(network: Any) -> None:
-    """Lay a float32 network out for the CPU: channels last, and packed linear layers."""
+    """Use channels-last memory format and, in float32, packed linear layers."""
     network.to(memory_format=torch.channels_last)
     if network.dtype == torch.float32:
         pack_linears(network)
 
 
 def pack_linears(network: Any) -> int:
-    """Have the linear layers compute with oneDNN, on weights laid out for it once; returns how many.
+    """Compute linear layers with oneDNN on weights packed once; returns the number of packed layers.
 
-    torch calls MKL there, which takes its slow path on processors of other makers: half the time on an AMD EPYC. This
-    is the operation that torch.compile's own CPU backend puts in their place. The modules and their parameters stay.
+    torch uses MKL, which is slow on processors of other vendors (oneDNN takes half the time on an AMD EPYC). This is
+    the operation that torch.compile's CPU backend uses. Modules and parameters are kept.
     """
     packed = 0
     for module in network.modules():
@@ -36,7 +36,7 @@ def pack_linears(network: Any) -> int:
 
 
 class _PackedLinear:
-    """The forward of one linear layer; packs again when the weight was changed or replaced meanwhile."""
+    """The forward of one linear layer; packs the weight again if it was changed or replaced."""
 
     def __init__(self, module: torch.nn.Linear) -> None:
         self.module = module

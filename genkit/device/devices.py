@@ -1,4 +1,4 @@
-"""Which device and dtype the networks run on, and how much memory it has left."""
+"""Device and dtype: choosing and checking them, free memory, and the environment for bug reports."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
           "bfloat16": "bfloat16", "bf16": "bfloat16", "int8": "int8"}  # fmt: skip
 ATTENTION = ("auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "sliced", "math")
-CPU_SLOTS = 16  # above 16 rows the CPU's caches are full: no more images a second, later first image
-CUDA_SLOTS = 32  # a row costs least from about 32 rows on
+CPU_SLOTS = 16  # with more rows the CPU's caches overflow: no more images a second
+CUDA_SLOTS = 32  # from about 32 rows on, the time for a row no longer falls
 
 
 def check_device(device: str, dtype: str) -> None:
-    """Refuse, without torch, a device or dtype that no machine has: raises InputError."""
+    """Raise InputError, without importing torch, for a device or dtype that does not exist."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
         raise InputError(
             f"--device: {shown(device)} is not auto, cpu, mps, cuda or cuda:N{nearest(device, ['cuda', 'cpu'])}"
@@ -37,7 +37,7 @@ def check_device(device: str, dtype: str) -> None:
 
 
 def check_attention(name: str) -> None:
-    """Refuse, without torch, an attention backend that there is not: raises InputError."""
+    """Raise InputError, without importing torch, for an unknown attention backend."""
     if name not in ATTENTION:
         known = f"{', '.join(ATTENTION[:-1])} or {ATTENTION[-1]}"
         raise InputError(f"--attention: {shown(name)} is not {known}{nearest(name, ATTENTION)}")
@@ -64,7 +64,7 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device
 
 
 def compute_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
-    """Return what a network computes in: the dtype itself, and where weights are stored as int8 the device's usual."""
+    """Return the dtype that a network computes in: `dtype`, but for int8 weights the device's default."""
     import torch
 
     if dtype != torch.int8:
@@ -73,7 +73,7 @@ def compute_dtype(device: torch.device | str, dtype: torch.dtype) -> torch.dtype
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the bytes that networks and their work may still take on `device`."""
+    """Return the free bytes on `device`, including those that torch has reserved but not allocated."""
     import torch
 
     if device.type == "cuda":
@@ -85,7 +85,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most bytes that torch held on a GPU; on a CPU, that this process held, 0 where no one says."""
+    """Return the peak bytes allocated by torch on a GPU, or by this process on a CPU (0 if unknown)."""
     if device.type == "cuda":
         import torch
 
@@ -98,7 +98,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def host_memory() -> float:
-    """Return the bytes of RAM that this process may still take: of the system, its control group, its `ulimit -v`."""
+    """Return the bytes of RAM that this process may still allocate: by the system, its cgroup and `ulimit -v`."""
     found = []
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; no /proc
         import resource
@@ -124,11 +124,10 @@ def host_memory() -> float:
 
 
 def reuse_memory() -> None:
-    """Have the C library keep freed blocks for the next allocation, where it is glibc.
+    """Make glibc keep freed blocks for the next allocation.
 
-    It returns every large block to the system by default, which clears it again page by page for the next layer's
-    output: a tenth of the time of a network on the CPU. For a process that does nothing else; a library call should not
-    decide it.
+    By default it returns every large block to the system, which then clears the pages again for the next layer's
+    output: a tenth of the time of a network on the CPU. For the command line only; a library should not change it.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

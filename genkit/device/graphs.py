@@ -1,8 +1,7 @@
-"""CUDA graphs: a network call is recorded once per shape and then replayed, so that a GPU never waits for Python.
+"""CUDA graphs: a network call is captured once per shape and then replayed, so that a GPU never waits for Python.
 
-A UNet at batch 2 launches some hundred kernels that run for less time than Python needs to launch them. A recorded
-call is launched as a whole. It has fixed shapes and addresses: rows are padded up to a bucket, inputs copied in and the
-output out.
+At small batches the kernels of a UNet run for less time than Python needs to launch them. A captured call is launched
+as a whole. Its shapes and addresses are fixed: rows are padded to a bucket, inputs copied in and the output copied out.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ import torch
 from genkit.errors import reason
 
 Call = Callable[..., torch.Tensor]
-Recorded = tuple[Callable[[], None], torch.Tensor]  # what replays the call, and where its output then lies
+Recorded = tuple[Callable[[], None], torch.Tensor]  # the replay function, and the tensor it writes its output to
 Record = Callable[[Call, list[torch.Tensor]], Recorded]
 
-MOST_KEPT = 32  # recorded calls; the one that was not used for longest goes
-# Positions (rows times height times width) above which a call keeps a GPU busy for longer than Python takes to launch
-# the next: an SD1.5-shaped network needs 3 ms a row of 64 x 64 and 40 ms to launch. The bound is also one on memory.
+MOST_KEPT = 32  # captured calls; the least recently used one is dropped
+# Positions (rows times height times width) above which a call takes a GPU longer than Python needs to launch the next
+# one: SD1.5's UNet takes 3 ms a row of 64 x 64 and 40 ms to launch. The bound also limits memory.
 MOST_POSITIONS = 32 * 64 * 64
-RECORDING = threading.Lock()  # held while recording; work on other streams must not allocate meanwhile
+RECORDING = threading.Lock()  # held while capturing; other streams must not allocate then
 
 
 def bucket(rows: int) -> int:
-    """Return the number of rows that `rows` are padded to: 1 to 16, then in steps of an eighth or less."""
+    """Return the number of rows that `rows` are padded to: exact up to 16, then in steps of at most an eighth."""
     step = max(1, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
@@ -44,11 +43,11 @@ def record_cuda(call: Call, inputs: list[torch.Tensor]) -> Recorded:
 
 
 class Graphs:
-    """A function of tensors that replays what it did at the same shapes before.
+    """A function of tensors that is captured as a CUDA graph for each shape, and replayed.
 
-    call(*inputs) -> output: rows in the first dimension of every input and of the output, no row depending on another,
-    no step that waits for the device. The first call of a shape and bucket runs as it is, which lets libraries choose
-    their kernels; the second is recorded. `reason` says, once it failed, why nothing is recorded any more.
+    call(*inputs) -> output: the first dimension of every input and of the output is rows, which do not depend on each
+    other; it must not synchronise with the device. The first call of a shape and bucket runs normally, so that
+    libraries choose their kernels; the second is captured. `reason`: why capturing failed and was given up, or None.
     """
 
     def __init__(self, call: Call, record: Record = record_cuda, most: int = MOST_KEPT) -> None:
@@ -58,12 +57,12 @@ class Graphs:
         self._recorded: dict[Any, Recorded] = {}
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return call(*inputs), rounding apart: kernels may differ with the number of rows."""
+        """Return call(*inputs), up to rounding: kernels may differ with the number of rows."""
         rows = len(inputs[0])
         size = bucket(rows)
         if self.reason:
             return self.call(*inputs)
-        large = size * inputs[0][0, 0].numel() > MOST_POSITIONS  # padded all the same: kernels are chosen by shape
+        large = size * inputs[0][0, 0].numel() > MOST_POSITIONS  # padded, too: kernels are chosen by shape
         key = (size, *((i.shape[1:], i.dtype) for i in inputs))
         known = key in self._inputs
         if not known:
@@ -79,17 +78,17 @@ class Graphs:
             return self.call(*inputs)
         replay, output = self._recorded[key]
         replay()
-        return output[:rows].clone()  # the next replay writes there
+        return output[:rows].clone()  # the next replay overwrites it
 
     def reset(self) -> None:
-        """Forget everything: to be called when the network's weights move."""
+        """Drop all captured calls; needed when the network's weights move."""
         self._forget(0)
 
     def _try(self, key: Any) -> bool:
-        """Record the call of `key`; where that cannot be done, say why and leave it for good."""
+        """Capture the call of `key`; if that fails, set `reason` and do not try again."""
         try:
             self._recorded[key] = self.record(self.call, self._inputs[key])
-        except Exception as error:  # whatever a network does that no graph can hold, and memory
+        except Exception as error:  # anything a graph cannot capture, or out of memory
             self._forget(0)
             self.reason = f"CUDA graphs are off: {reason(error)}"
         return self.reason is None

@@ -1,4 +1,4 @@
-"""What to do when memory runs out: let go of what the failed call had made, then try less, and remember how much."""
+"""Out of memory: free what the failed call allocated, retry with less, and remember the size that fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 T = TypeVar("T")
 
 log = logging.getLogger("genkit")
-# What lack of memory is called where it is no torch.OutOfMemoryError; the last two are oneDNN's.
+# Messages of other exceptions that mean out of memory; the last two are oneDNN's.
 _WORDS = (
     "can't allocate memory", "not enough memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED", "could not create a memory", "could not create a primitive",
@@ -20,9 +20,9 @@ _WORDS = (
 
 
 def attempt(call: Callable[[], T]) -> T | None:
-    """Return call(), or None when memory ran out: by then the error, its frames and all that they held are gone.
+    """Return call(), or None if memory ran out; the error and the tensors that its traceback keeps are freed by then.
 
-    To try again within `except` would be to try beside the tensors of the failed call, which the traceback keeps.
+    A retry inside `except` would run while the traceback still holds the tensors of the failed call.
     """
     try:
         return call()
@@ -35,17 +35,17 @@ def attempt(call: Callable[[], T]) -> T | None:
 
 
 def release() -> None:
-    """Give what nobody holds back to the device."""
+    """Return unused cached memory to the device."""
     if torch.cuda.is_initialized():
         gc.collect()  # tensors in reference cycles
         torch.cuda.empty_cache()
 
 
 def in_parts(count: int, most: int, call: Callable[[slice], T], what: str) -> tuple[list[T], int]:
-    """Return `call` over slices of at most `most` of `count` things, and the size that fitted in the end.
+    """Call `call` on slices that cover range(count), each at most `most` long; return the results and the last size.
 
-    The size halves whenever memory runs out. what: the things, for the line that says so. Raises OutOfMemoryError when
-    not even one of them fits.
+    The size is halved whenever memory runs out. what: the items, for the log message. Raises OutOfMemoryError if not
+    even one item fits.
     """
     found: list[T] = []
     done = 0

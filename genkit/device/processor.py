@@ -1,4 +1,4 @@
-"""The attention of diffusers' networks by the backend that suits each, with its projections fused where that pays."""
+"""Attention processor for diffusers' networks: chooses a backend for each module, and fuses projections."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch.nn.functional import linear
 from genkit.device.attention import BACKENDS, NARROW_TRAINED, Attend, choose, first_line
 from genkit.device.devices import check_attention
 
-EVERY_DTYPE = ("sdpa", "sliced", "math")  # what works in one dtype works in the others
+EVERY_DTYPE = ("sdpa", "sliced", "math")  # backends that work in every dtype if they work in one
 
 
 class Processor:
-    """The forward of one diffusers Attention module, for which `attend` was chosen at `dtype`.
+    """The processor of one diffusers Attention module, with the backend chosen for `dtype`.
 
-    share: guidance computes a sample twice, with its prompt and without, and until something looks at the prompt the
-    two rows are the same: the first attention of a network computes them once. For a CPU: a GPU would have to wait.
-    notes: where to say that the backend failed after all.
+    share: with guidance a batch holds each sample twice, and before the first cross-attention both halves are equal, so
+    the first self-attention of a network computes only one. On a CPU only: the comparison would stall a GPU. notes:
+    messages for the user, if the backend fails after all.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, notes: list[str], share: bool = False) -> None:
         self.name, self.dtype, self.notes, self.share = name, dtype, notes, share
         self.attend = BACKENDS[name]
-        self.otherwise: Attend = BACKENDS[name if name in EVERY_DTYPE else "sdpa"]  # say, when redone in float32
+        self.otherwise: Attend = BACKENDS[name if name in EVERY_DTYPE else "sdpa"]  # for other dtypes
 
     def __call__(
         self,
@@ -71,7 +71,7 @@ class Processor:
             return self.attend(q, k, v)
         except torch.OutOfMemoryError:  # smaller batches may do
             raise
-        except Exception as error:  # a shape that the backend takes no part in, unlike those that it was tried with
+        except Exception as error:  # a shape that the backend does not support, unlike the probed ones
             if self.attend is self.otherwise:
                 raise
             failed = f"attention: {self.name} failed"
@@ -82,7 +82,7 @@ class Processor:
 
 
 class AttentionChoice:
-    """Which backend the attention of some networks runs on. Raises InputError for a name that there is not."""
+    """Chooses the attention backend of networks. Raises InputError for an unknown name."""
 
     def __init__(self, asked: str = "auto") -> None:
         check_attention(asked)
@@ -92,9 +92,9 @@ class AttentionChoice:
         self._refused: dict[str, str] = {}  # … -> why not the one asked for
 
     def apply(self, network: Any, device: torch.device | None = None) -> None:
-        """Have the attention modules of `network` use what suits its dtype and device; the others stay as they are.
+        """Set the processors of `network`'s plain attention modules to the best backend for its dtype and device.
 
-        device: where it is to work, if that is not where its weights are.
+        device: the device it will compute on, if its weights are not there.
         """
         device = device or network.device
         modules = _plain_modules(network)
@@ -109,11 +109,11 @@ class AttentionChoice:
             instead = ", ".join(dict.fromkeys(self.chosen[kind] for kind in self._refused))
             self.notes[:] = [f"--attention {self.asked}: {reason}; {instead} in its place (heads: {kinds})"]
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the probes took is free again
+            torch.cuda.empty_cache()  # frees what the probes allocated
 
     @property
     def text(self) -> str:
-        """What run.json says: which backend for which width of heads."""
+        """For run.json: which backend is used for which width of heads."""
         backends: dict[str, list[str]] = {}
         for kind, name in self.chosen.items():
             backends.setdefault(name, []).append(kind)
@@ -129,17 +129,17 @@ class AttentionChoice:
 
 
 def narrow_attention(network: Any) -> None:
-    """Have the attention modules of a float32 network that learns on a CPU use what is fastest there both ways."""
+    """Use `sliced` attention for narrow heads of a float32 network trained on a CPU: fastest forward and backward."""
     for module in _plain_modules(network):
         if module.inner_dim // module.heads <= NARROW_TRAINED:
             module.set_processor(Processor("sliced", torch.float32, []))
 
 
 def fuse_projections(network: Any) -> int:
-    """Compute q, k and v of self-attention, and k and v of cross-attention, as one product each; returns how many.
+    """Fuse to_q, to_k, to_v of self-attention and to_k, to_v of cross-attention; returns the number of fused modules.
 
-    For inference: the fused weights are the only ones. Their parts still answer to to_q, to_k and to_v, and the state
-    dict has and takes those names alone, but they are no layers that a LoRA or an optimizer could get hold of.
+    For inference only: to_q, to_k and to_v become views of the fused weight, which a LoRA or an optimizer cannot adapt.
+    State dicts are saved and loaded under the original names.
     """
     fused = 0
     for module in _plain_modules(network):
@@ -166,7 +166,7 @@ def fuse_projections(network: Any) -> int:
 
 
 class _Part(torch.nn.Module):
-    """Some rows of a linear layer, as a layer without parameters of its own."""
+    """Some rows of a linear layer, as a layer without own parameters."""
 
     whole: torch.nn.Linear
 
@@ -224,7 +224,7 @@ def _project(attn: Any, x: torch.Tensor, context: torch.Tensor | None) -> tuple[
 
 
 def _plain_modules(network: Any) -> list[Any]:
-    """Return the attention modules whose forward is that of Processor: no norms of q and k, no added projections."""
+    """Return the attention modules that Processor can compute: no norms of q and k, no added projections."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     def plain(module: Any) -> bool:

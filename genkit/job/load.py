@@ -23,7 +23,7 @@ from genkit.version import __version__
 
 
 def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
-    """Return (generator, panel of scorers), on the device and in the dtype of the run's first start when it has one."""
+    """Return (generator, panel of scorers), on the device and in the dtype recorded by the run's first start."""
     from genkit.sampling.generators import Generator
     from genkit.scoring.clip import ClipScorer
     from genkit.scoring.panel import Panel
@@ -48,7 +48,7 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
 def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
     """Return (generator, scorer or None, slots, seed) as the run in `folder` was drawn with.
 
-    Raises InputError where its model is not there any more, or is another one by now.
+    Raises InputError if its model is gone or has changed.
     """
     recorded = read_config(folder)
     assert recorded is not None
@@ -66,7 +66,7 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
 
 
 def run_config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] | None) -> dict[str, Any]:
-    """Return run.json: under "binding" what a later start must agree with, under "info" what it may like to know."""
+    """Return run.json: "binding" is what every later start must agree with, "info" the rest."""
     o = job.options
     models = {"model": job.info, "clip": job.clip}
     binding: dict[str, Any] = {"seed": o.seed, "variant": o.variant, "format": str(encoding(o.format, o.quality))}

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Checked work: rows with every default filled in, the model and scorer they are for, and what they will cost."""
+    """Checked work: rows with every default filled in, the model and scorer, and what they will cost."""
 
     rows: list[Request]
     options: Options
     info: ModelInfo
     clip: ModelInfo | None
-    calls: int  # network rows for all images that will certainly be drawn
+    calls: int  # rows that the network computes for the images that will certainly be drawn
     scorers: list[Plugin] = dataclasses.field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
 
 
 def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], frozenset[str]]:
-    """Return the plugged-in scorers, and the names of all scores that the run will have."""
+    """Return the plugins, and the names of all scores that the run will have."""
     if options.aesthetic is not None:
         if clip is None:
             raise InputError("--aesthetic: is a head over CLIP embeddings, and there is no CLIP model: give --clip")
@@ -130,7 +130,7 @@ def _check_budget(options: Options) -> None:
 
 
 def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Request:
-    """Return the row with the model's defaults written out: requests.jsonl says all that the picture depends on."""
+    """Return the row with the model's defaults filled in, so that requests.jsonl has all that a picture depends on."""
     s = settings(row, geometry, defaults)
     found: dict[str, Any] = {"num_inference_steps": s.steps, "width": s.width, "height": s.height}
     if geometry.text:
@@ -141,7 +141,7 @@ def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Req
 
 
 def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folder: Path) -> int:
-    """Return the network rows that one image takes, and find out whether its scheduler settings work at all."""
+    """Return the network rows of one image. Raises InputError if its scheduler settings do not work."""
     steps, strength, guidance = row.num_inference_steps or 1, row.strength or 1.0, row.guidance_scale or 1.0
     key = repr((row.scheduler, steps, strength, guidance))
     if key not in plans:

@@ -29,7 +29,7 @@ from genkit.signals import Interrupted, Signals
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a run ended. exit_code is that of the command."""
+    """How a run ended. exit_code: of the command."""
 
     folder: str
     rows: int
@@ -40,7 +40,7 @@ class Summary:
     seconds: float
     exit_code: int
     stopped: bool = False
-    hard_rows: int = 0  # drew max_images, and fewer than keep pass
+    hard_rows: int = 0  # rows that drew max_images, and of which fewer than `keep` pass
     slots_full: float | None = None  # share of the slots in use while there was more to draw
 
     @property
@@ -50,11 +50,11 @@ class Summary:
 
 
 def run_job(job: Job, out: Path) -> Summary:
-    """Draw what is missing of the job in folder `out`, then decide, and write the gallery."""
+    """Draw the missing images of the job in folder `out`, then decide what is kept, and write the gallery."""
     began = time.monotonic()
     recorded = read_config(out)
-    # The first run loads before it writes, so that weights that do not fit leave nothing behind; a later one scans
-    # the folder first: another process may hold it, or nothing may be left to do.
+    # The first start loads before it writes, so that it leaves nothing behind if the weights do not fit. A later one
+    # scans the folder first: another process may hold the lock, or nothing may be left to do.
     loaded = load(job, recorded) if recorded is None else None
     with Run.open(out, run_config(job, loaded, recorded), job.rows) as run:
         until = None if job.options.max_seconds is None else began + job.options.max_seconds
@@ -62,12 +62,14 @@ def run_job(job: Job, out: Path) -> Summary:
         stopped = EXIT_OK
         with Progress(draws.total, len(run.done), quiet=job.options.quiet) as progress:
             for line in run.notes:
-                progress.say(line)
+                progress.message(line)
             if draws.has_next() or (run.stale and job.clip is not None):
                 loaded = loaded or load(job, recorded)
                 again = rescore(run, loaded[1])
                 if again:
-                    progress.say(f"{again} images scored again, from their embeddings: labels or other prompts changed")
+                    progress.message(
+                        f"{again} images scored again, from their embeddings: labels or other prompts changed"
+                    )
                     draws = Draws(job.rows, run.done, job.options.max_total_images, until)
                 stopped = _draw(job, run, draws, progress, loaded) if draws.has_next() else EXIT_OK
         results = list(run.results.values())
@@ -76,11 +78,11 @@ def run_job(job: Job, out: Path) -> Summary:
         write_selection(out, selection)
         write_gallery(out, job.rows, results, selection, run.config)
     for line in hard_lines(selection):
-        progress.say(line)
+        progress.message(line)
     lacking = 0 if stopped else draws.lacking
     if lacking and draws.short:
         limit = f"--{draws.short.replace('_', '-')}"
-        progress.say(f"{limit} is reached and {lacking} rows lack images; the same command, with more, goes on")
+        progress.message(f"{limit} is reached and {lacking} rows lack images; the same command, with more, goes on")
     failed = sum(r.status == "failed" for r in results)
     return Summary(
         folder=str(out),
@@ -98,11 +100,11 @@ def run_job(job: Job, out: Path) -> Summary:
 
 
 def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any, Any]) -> int:
-    """Draw what is missing; return 0, or the exit code of the signal that stopped it."""
+    """Draw the missing images; return 0, or the exit code of the signal that stopped it."""
     generator, scorer = parts
     note = generator.budget.line(generator.device, job.options.memory)
     if note:
-        progress.say(note)
+        progress.message(note)
     store = None if job.clip is None else Store(run.folder, job.clip.configs["clip"]["projection_dim"])
     form = encoding(job.options.format, job.options.quality)
     writers = Writers(run, job.rows, form, job.info.name, store)
@@ -110,7 +112,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
     stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
     said = list(generator.attention.notes)
     for note in said:
-        progress.say(note)
+        progress.message(note)
     with Signals(interrupt=True) as signals, _notes(progress):
         try:
             signals.armed = True
@@ -119,33 +121,33 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
                 passed = result.status == "done" and passes(gates.get(result.id), result.scores)
                 progress.advance(result.status == "failed", passed, draws.total)
                 if result.status == "failed":
-                    progress.say(f"row {result.id}, image {result.index}: failed: {result.reason}")
+                    progress.message(f"row {result.id}, image {result.index}: failed: {result.reason}")
                 for note in scorer.news():
-                    progress.say(note)
+                    progress.message(note)
             signals.armed = False
         except Interrupted:
-            progress.say("stopping: writing what is finished")
+            progress.message("stopping: writing what is finished")
         finally:
             stream.close()
             writers.close()
     stopped = signals.exit_code
     if stopped:
-        progress.say(
+        progress.message(
             f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
         )
     for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.news()]:
-        progress.say(note)
+        progress.message(note)
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):
-        progress.say(f"prompt longer than the model reads, its end had no say: {prompt[:80]}")
+        progress.message(f"prompt longer than the model reads, its end had no say: {prompt[:80]}")
     return stopped
 
 
 @contextlib.contextmanager
 def _notes(progress: Progress) -> Iterator[None]:
-    """Say beside the progress what parts of genkit log, say that memory ran out and what is done about it."""
+    """Show what genkit logs as lines of the progress, e.g. that memory ran out and how work was split."""
     handler, log = logging.Handler(), logging.getLogger("genkit")
-    handler.emit = lambda record: progress.say(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: progress.message(record.getMessage())  # type: ignore[method-assign]
     log.addHandler(handler)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which plan a row follows: of a solver, by name or options, or one that `genkit tune` fitted to the model."""
+"""The sampling plan of a row: of a solver, by name or options, or one that `genkit tune` fitted to the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from genkit.schedulers import SOLVERS, SPACINGS, Plan, Scheduler
 from genkit.schedulers.tuned import FILE, read_plans
 
 TUNED = "tuned"
-# What users of other tools type, and the solver it is here.
+# Names in other tools, and the solvers they mean.
 ALIASES = {
     "euler_a": "euler_ancestral", "k_euler": "euler", "k_euler_a": "euler_ancestral", "dpm++_2m": "dpmpp_2m",
     "dpmsolver++": "dpmpp_2m", "dpmpp_2m_sde": "sde-dpmpp_2m", "dpm++_2m_sde": "sde-dpmpp_2m",
@@ -20,8 +20,9 @@ ALIASES = {
     "dpm_2": "dpm2", "dpm_2_ancestral": "dpm2_ancestral", "k_dpm_2": "dpm2", "k_dpm_2_a": "dpm2_ancestral",
     "k_lms": "lms", "k_heun": "heun", "uni_pc": "unipc", "sa_solver": "sa", "dpmsolver": "dpmsolver_2m",
 }  # fmt: skip
-NAMED = tuple(s for s in SPACINGS if s not in ("timesteps", "sigmas"))  # these may follow a solver's name
-# What may be chosen at each generation; the rest is what the network was trained with.
+# Spacings that may be appended to a solver's name, as in dpmpp_2m_karras
+NAMED = tuple(s for s in SPACINGS if s not in ("timesteps", "sigmas"))
+# Options of a row; the others describe how the network was trained.
 CHOICES = (
     "solver", "spacing", "final", "timesteps", "sigmas", "original_inference_steps",
     *sorted({o for s in SOLVERS.values() for o in s.options}),
@@ -34,13 +35,13 @@ def is_tuned(value: Any) -> bool:
 
 
 def check_scheduler(value: Any) -> None:
-    """Raise InputError for a row's `scheduler` that no model has."""
+    """Raise InputError for a row's `scheduler` that is invalid for every model."""
     if not is_tuned(value):
         scheduler_options(value)
 
 
 def tuned_file(value: str, folder: Path | None) -> Path:
-    """Return the file of tuned plans that `value` names, `folder` being the model's."""
+    """Return the file of tuned plans that `value` names. folder: of the model."""
     if value != TUNED:
         return Path(value)
     if folder is None:
@@ -56,9 +57,10 @@ def plan_for(
     guidance: float = 1.0,
     folder: Path | None = None,
 ) -> Plan:
-    """Return the plan of a row whose `scheduler` is `value`, on a model in `folder` that was trained with `scheduler`.
+    """Return the plan of a row whose `scheduler` is `value`. scheduler, folder: of the model.
 
-    Raises InputError for what the solver cannot do, and for steps, strength or guidance that no plan was tuned for.
+    Raises InputError for settings that the solver does not support, and for steps, strength or guidance without a tuned
+    plan.
     """
     if not is_tuned(value):
         options = {} if value is None else scheduler_options(value)

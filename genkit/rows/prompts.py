@@ -1,4 +1,4 @@
-"""Prompt files in; checked Requests out, or one line that says where the file is wrong."""
+"""Read prompt files into checked Requests, or raise an error that names file, line and field."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None) -> li
     """Return the rows of a .txt, .jsonl, .csv or .yaml prompt file, in order, each with an id.
 
     A row without an id gets its number, zero padded to 6: the first row of the file is 000000. `image` and `mask_image`
-    are relative to the file's folder and come back absolute. defaults: fields, under genkit's names, for rows that
-    state them neither themselves nor in the file's own `defaults:`. `Request.source` says file and line.
+    are relative to the file's folder and returned as absolute paths. defaults: fields (genkit's names) for rows that
+    set them neither themselves nor in the file's `defaults:`. `Request.source` is file and line.
 
-    Raises InputError, one line naming file, line and field, for everything that is wrong with the file or a row; the
-    whole file is checked, pictures included, before this returns.
+    Raises InputError, one line naming file, line and field. The whole file is checked, pictures included, before this
+    returns.
     """
     path = Path(path)
     file, name = open_rows(path), place(path)
     own = _defaults(file, name, path.parent)
     shared = over(defaults or {}, own)
     rows: list[Request] = []
-    taken: dict[str, int] = {}  # the line of each id, in lower case: some file systems do not tell case apart
+    taken: dict[str, int] = {}  # line of each id in lower case: some file systems ignore case
     for line, fields in file.rows:
         try:
             if len(rows) == MAX_ROWS:
@@ -67,7 +67,7 @@ def _defaults(file: RowFile, name: str, folder: Path) -> dict[str, Any]:
 
 
 def _prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the fields under genkit's names, once what Request cannot know is checked: prompt and pictures."""
+    """Return the fields under genkit's names, after checking what Request does not: the prompt and pictures."""
     found = canonical(fields)
     prompt = found.get("prompt", "-")
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):

@@ -1,4 +1,4 @@
-"""One row of work, checked field by field before anything heavy loads, and the record of one finished image."""
+"""One row of a prompt file, checked field by field before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from genkit.errors import InputError, nearest, shown
 
 MAX_TEXT = 100_000  # characters, of a prompt as of `meta` written as JSON
 META_DEPTH = 20
-SEED_LIMIT = 2**32  # torch's CPU generator reads 32 bits only: a larger seed would silently repeat a smaller one
+SEED_LIMIT = 2**32  # torch's CPU generator uses 32 bits: a larger seed would silently equal a smaller one
 
-PRUNE = {"after": 0.5, "keep": 0.5}  # of the steps, of the images: what is left out of a row's `prune`
-# The other names that the field's users type, and ours for them.
+PRUNE = {"after": 0.5, "keep": 0.5}  # defaults: share of the steps, share of the images
+# Names of fields in other tools.
 ALIASES = {
     "steps": "num_inference_steps",
     "cfg_scale": "guidance_scale",
@@ -39,7 +39,7 @@ Scores = dict[str, Any]
 
 _ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,100}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for d in range(1, 10))}  # Windows devices
-# What decides on the pixels; the other fields decide on keeping and labelling them.
+# Fields that determine the pixels; the others only affect scoring and selection.
 _PIXEL_FIELDS = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
     "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval",
@@ -47,7 +47,7 @@ _PIXEL_FIELDS = (
 
 
 class Request(BaseModel):
-    """One row: what to draw, how often, and which of the drawings to keep.
+    """One row: what to draw, how many images, and which of them to keep.
 
     Fields left at None are filled from the command line or the model (`filled`). `image` and `mask_image` are a path,
     or in Python a PIL image. Raises InputError, in one line, for an unknown field or a value out of range.
@@ -90,16 +90,16 @@ class Request(BaseModel):
             raise InputError(_describe(error)) from None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Request) and dict(self) == dict(other)  # wherever they were read
+        return isinstance(other, Request) and dict(self) == dict(other)  # ignores the source
 
     @property
     def source(self) -> str:
-        """Where the row was read, as "file.jsonl:12"; "" for one made in Python."""
+        """Where the row was read, e.g. "file.jsonl:12"; "" for one made in Python."""
         return self._source
 
     @property
     def whole(self) -> int:
-        """How many of num_images are drawn to their end: all, or those that `prune` leaves."""
+        """How many of num_images are finished: all, or those that `prune` keeps."""
         return math.ceil(self.num_images * (1 if self.prune is None else self.prune["keep"]) - 1e-9)
 
     @field_validator("id")
@@ -241,9 +241,9 @@ class Request(BaseModel):
         return int.from_bytes(digest[:4], "little")
 
     def drawing(self) -> str:
-        """Return a text that two rows share when they differ in nothing but seeds that decides on the pixels.
+        """Return a key that is equal for rows with the same pixel-determining fields except the seed.
 
-        Input images count as the same only when they are the same path or object.
+        Input images are equal only if they are the same path or object.
         """
         return repr([getattr(self, name) for name in _PIXEL_FIELDS if name != "seed"])
 
@@ -252,10 +252,10 @@ class Request(BaseModel):
         return {name: _plain(value) for name, value in self if value is not None}
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that change when anything that decides on the pixels changes, input images included."""
+        """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
         if self.guidance_interval is None:
-            del fields["guidance_interval"]  # rows drawn before there was one keep their fingerprint
+            del fields["guidance_interval"]  # older rows, without this field, keep their fingerprint
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -268,13 +268,13 @@ def _plain(value: Any, read: bool = False) -> Any:
 
 
 def over(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a row: those stated, and of the defaults those that it leaves out or at None."""
-    unsaid = dict(defaults)
+    """Return the stated fields of a row, completed with defaults for those that are missing or None."""
+    filled = dict(defaults)
     if "image" not in stated and "image" not in defaults:
-        unsaid.pop("strength", None)  # it would say nothing about this row
+        filled.pop("strength", None)  # only used with an image
     if isinstance(stated.get("seed"), list):
-        unsaid.pop("num_images", None)  # the seeds say how many
-    return {**unsaid, **{name: value for name, value in stated.items() if value is not None or name not in unsaid}}
+        filled.pop("num_images", None)  # given by the number of seeds
+    return {**filled, **{name: value for name, value in stated.items() if value is not None or name not in filled}}
 
 
 def canonical(fields: dict[str, Any]) -> dict[str, Any]:
@@ -307,9 +307,9 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _describe(error: ValidationError) -> str:
-    """Return pydantic's most telling complaint as "field: value must be …"."""
+    """Return pydantic's most specific error as "field: value must be …"."""
     found = error.errors(include_url=False)
-    # Of a union's branches the one that got furthest into the value is the one that was meant.
+    # Of the branches of a union, the one that matched furthest.
     worst = max((e for e in found if e["loc"][:1] == found[0]["loc"][:1]), key=lambda e: len(e["loc"]))
     context = worst.get("ctx", {})
     complaint = _COMPLAINTS.get(worst["type"])
@@ -326,7 +326,7 @@ def _describe(error: ValidationError) -> str:
     return f"{field}{item}: {shown(worst['input'])} {message}"
 
 
-# pydantic's words for what is wrong with a value, and ours, to follow the value.
+# pydantic's error types and genkit's messages for them, which follow the value.
 _COMPLAINTS = {
     **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "must be a whole number"),
     "float_type": "must be a number",

@@ -10,7 +10,7 @@ from genkit.scoring.gates import Expression, unknown_scores
 
 Scores = dict[str, Any]
 
-_MEMORY = {"pixels", "embedding"}  # fields that no record has
+_MEMORY = {"pixels", "embedding"}  # fields that are not recorded
 
 
 @dataclasses.dataclass(slots=True)
@@ -33,13 +33,13 @@ class Result:
     seconds: float | None = None
     prompt: str = ""
     meta: dict[str, Any] | None = None
-    fingerprint: str | None = None  # of the row that this was drawn for: a changed row is drawn again
+    fingerprint: str | None = None  # of the row; an image is drawn again when it changes
     pixels: Any = dataclasses.field(default=None, repr=False, compare=False)  # (height, width, 3) uint8 array
     embedding: Any = dataclasses.field(default=None, repr=False, compare=False)  # unit CLIP vector, float16 array
 
     @property
     def image(self) -> Any:
-        """The picture as a PIL image, or None when the image failed or only its record was read."""
+        """The picture as a PIL image; None if the image failed, or only its record was read."""
         if self.pixels is None:
             return None
         from PIL import Image
@@ -52,7 +52,7 @@ class Result:
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Result:
-        """Return the record of a line of results.jsonl; keys of a newer genkit are passed over."""
+        """Return the record of a line of results.jsonl; unknown keys, of a newer genkit, are ignored."""
         try:
             return cls(**line)
         except TypeError:
@@ -60,7 +60,7 @@ class Result:
 
 
 def value_of(r: Result, order: Expression | None) -> float:
-    """Return what an image is ranked by; NaN where that is unknown."""
+    """Return the value an image is ranked by; NaN if unknown."""
     if order is not None:
         return math.nan if unknown_scores(order, r.scores) else float(order(r.scores))
     if "clip" not in r.scores:

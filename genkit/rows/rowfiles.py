@@ -1,4 +1,4 @@
-"""The four formats of prompt files: text in; rows of fields as written, each with its line, out."""
+"""The four formats of prompt files, read into rows of fields as written, each with its line number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Rows = Iterable[tuple[int, dict[str, Any]]]  # line number from 1, fields as wri
 
 @dataclasses.dataclass(frozen=True)
 class RowFile:
-    """What a prompt file holds: rows, parsed as they are asked for, and YAML's `defaults:` with their line."""
+    """The contents of a prompt file: rows, parsed lazily, and YAML's `defaults:` with their line."""
 
     rows: Rows
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -31,11 +31,11 @@ class RowFile:
 
 
 def open_rows(path: Path) -> RowFile:
-    """Read a .txt, .jsonl, .csv or .yaml file; raises InputError, now or as rows are taken, naming file and line."""
+    """Open a .txt, .jsonl, .csv or .yaml file. Raises InputError, now or while iterating, naming file and line."""
     name = place(path)
     reader = _FORMATS.get(path.suffix.lower())
     if reader is None:
-        file_size(path)  # a folder or an absent file is to be called that
+        file_size(path)  # raises for a folder or a missing file
         raise InputError(f"{name}: unknown kind of file {shown(path.suffix)}; give .txt, .jsonl, .csv or .yaml")
     return reader(_text(path, name), name)
 
@@ -45,7 +45,7 @@ def _text(path: Path, name: str) -> str:
     data = _bytes(path, name)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{name}: is UTF-16; save it as UTF-8")
-    data = data.removeprefix(b"\xef\xbb\xbf")  # Windows editors put this mark before UTF-8
+    data = data.removeprefix(b"\xef\xbb\xbf")  # byte order mark of Windows editors
     if b"\0" in data:
         raise InputError(f"{name}:{_line_of(data, data.index(0))}: holds a NUL byte; UTF-16? save it as UTF-8")
     try:
@@ -66,7 +66,7 @@ def _bytes(path: Path, name: str) -> bytes:
     if file_size(path) > MAX_BYTES:
         raise InputError(f"{name}: has more than {MAX_BYTES >> 20} MiB; split it")
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # should a pipe have taken its place, do not wait for it
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: do not wait if it has become a pipe
         with open(handle, "rb") as file:
             size = os.fstat(handle).st_size
             data = file.read(MAX_BYTES + 1)
@@ -97,7 +97,7 @@ def _txt_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _option_hint(option: str) -> str:
-    """Say where an option belongs that stands in a prompt, as in other tools' files: obeyed, it could do harm."""
+    """Return the hint for an option inside a prompt line, as other tools' prompt files have: it is not executed."""
     known = {**_OPTIONS, **ALIASES, **{field: field for field in Request.model_fields}}
     field = known.get(option.replace("-", "_"))
     meant = f"`{field}` is a field" if field else "a .txt line is a prompt and nothing else; fields are"
@@ -141,7 +141,7 @@ def _csv_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, cells in rows:
         if not any(cell.strip() for cell in cells):
-            continue  # what spreadsheets leave below the table
+            continue  # empty rows that spreadsheets write below the table
         if len(cells) != len(header):
             raise InputError(f"{name}:{line}: has {len(cells)} cells under {len(header)} columns; quote commas in text")
         try:
@@ -195,7 +195,7 @@ _CSV_ERRORS = {
     "field larger than field limit": "a cell is longer than 131072 characters: is a quote not closed?",
     "',' expected after '\"'": "text after a closing quote: is a quote not closed, or one inside a cell not doubled?",
 }
-# Option letters of other tools' prompt lines, and the field that does it here.
+# Option letters in other tools' prompt lines, and the fields they mean.
 _OPTIONS = {
     "n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "s": "num_inference_steps",
     "l": "guidance_scale", "t": "strength",

@@ -1,4 +1,4 @@
-"""What a row comes to on a given model: sizes, steps, guidance and strength, checked before the model is loaded."""
+"""The settings of a row on a given model: sizes, steps, guidance and strength, checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its o
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a row comes to: steps, guidance (1 is none), width and height in pixels, strength (1 is from noise)."""
+    """Resolved settings: steps, guidance (1: none), width and height in pixels, strength (1: from pure noise)."""
 
     steps: int
     guidance: float
@@ -25,10 +25,10 @@ class Settings:
 
 
 def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) -> Settings:
-    """Return what `request` comes to; raises InputError for a row that the model cannot draw.
+    """Return the settings of `request`; raises InputError for a row that the model cannot draw.
 
-    defaults: the model's num_inference_steps and guidance_scale. A picture to start from gives the size when the row
-    does not: rounded down to what the networks allow.
+    defaults: the model's num_inference_steps and guidance_scale. Without width and height the size is that of the
+    initial picture, rounded down to what the networks allow, or the model's own.
     """
     g = geometry
     if g.text and not request.prompt:
@@ -57,14 +57,14 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
 
 
 def _given(request: Request) -> int | None:
-    """Return how many timesteps or sigmas the row's scheduler lists, if it does."""
+    """Return the number of timesteps or sigmas that the row's scheduler lists, if any."""
     options = request.scheduler if isinstance(request.scheduler, dict) else {}
     levels = options.get("timesteps") or options.get("sigmas")
     return len(levels) if isinstance(levels, list | tuple) else None
 
 
 def _image_size(request: Request) -> tuple[int, int] | tuple[None, None]:
-    """Return the size of the picture to start from, having opened every picture that the row names."""
+    """Return the size of the initial picture. Opens every picture that the row names."""
     sizes = [_size_of(request, field) for field in ("image", "mask_image") if getattr(request, field) is not None]
     return sizes[0] if sizes else (None, None)
 

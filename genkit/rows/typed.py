@@ -1,4 +1,4 @@
-"""Text as the value of a field: for CSV cells and command-line options."""
+"""Parse text as the value of a field: for CSV cells and command-line options."""
 
 from __future__ import annotations
 

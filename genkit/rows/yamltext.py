@@ -1,4 +1,4 @@
-"""YAML as data only: mappings, lists, text, numbers, true, false, null, each written so that it means one thing."""
+"""YAML as data only: mappings, lists, text, numbers, true, false, null. Ambiguous spellings are errors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PLAIN = (
     (re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?"), float),
 )
 _EXPONENT = re.compile(r"[-+]?(0|[1-9][0-9]{0,15})[eE][-+]?[0-9]{1,3}")
-# What YAML 1.1 and 1.2 readers disagree about: no is false to one and "no" to the other, 010 is 8 or 10, 1:30 is 90.
+# Words that YAML 1.1 and 1.2 read differently: no is false or "no", 010 is 8 or 10, 1:30 is 90 or text.
 _AMBIGUOUS = re.compile(
     r"(?i:y|n|yes|no|on|off|[-+]?\.(inf|nan))|[-+]?[0-9][0-9_.]*([eE][-+]?[0-9]*)?|[-+]?0[box][0-9a-fA-F_]+"
     r"|[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?|=|<<"
 )
-# Control characters, which YAML forbids, and those that it takes for the end of a line while nothing else does.
+# Control characters, which YAML forbids, and line separators that only YAML treats as such.
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 

@@ -1,4 +1,4 @@
-"""Where a run may go: a new folder, an empty one, or that of a run made with the same things."""
+"""Checks of the output folder: new, empty, or a run with the same model and settings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from genkit.durable import is_temporary
 from genkit.errors import HostError, InputError, shown
 from genkit.runs.records import CONFIG, read_config
 
-LONGEST = 3800  # bytes of a path, which leaves room for the names of images within the 4,096 that systems allow
+LONGEST = 3800  # bytes of a path; leaves room for names of images within the usual limit of 4,096
 SHOWN = 10  # differences named in a refusal
 
 
 def check_folder(folder: Path, prompts: Path | None = None) -> None:
-    """Raise InputError or HostError, in one line, when `folder` neither is nor can become a run folder. Writes nothing.
+    """Raise InputError or HostError if `folder` neither is nor can become a run folder. Writes nothing.
 
     prompts: the prompt file, which must not lie in the folder.
     """
@@ -48,7 +48,7 @@ def check_folder(folder: Path, prompts: Path | None = None) -> None:
 
 
 def free_name(folder: Path) -> Path:
-    """Return `folder`, or the first of folder-2, folder-3, … that nothing has yet: what `--new-run` writes to."""
+    """Return `folder`, or the first of folder-2, folder-3, … that does not exist: for `--new-run`."""
     n, name = 1, folder
     while os.path.lexists(name):
         n += 1
@@ -57,8 +57,8 @@ def free_name(folder: Path) -> Path:
 
 
 def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise InputError naming, key by key, how what is asked differs from what the run was begun with."""
-    # Runs begun before there was a choice of format are of PNGs
+    """Raise InputError naming every key in which the request differs from the run's recorded binding."""
+    # Older runs, without a format, are of PNGs
     before, after = {"format": "png", **_flat(recorded)}, {"format": "png", **_flat(json.loads(json.dumps(asked)))}
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if keys:
@@ -68,7 +68,7 @@ def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any])
 
 
 def _foreign(folder: Path) -> str | None:
-    """Return the name of something in `folder` that a run which died before its first write does not leave."""
+    """Return the name of a file in `folder` that genkit does not leave there, or None."""
     return next((name for name in sorted(os.listdir(folder)) if name != ".lock" and not is_temporary(name)), None)
 
 

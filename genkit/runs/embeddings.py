@@ -1,8 +1,8 @@
 """The CLIP image embeddings of a run: embeddings.npy, one record an image, appended as pictures are saved.
 
 A structured .npy file: id, index and sha256 of the picture, and its unit vector in float16. It is a cache that
-`genkit score` can fill again: a record is in the kernel's hands when `add` returns (a killed process loses none), but
-not synced. Records beyond the count in the header are read all the same, a torn one at the end is not.
+`genkit score` can rebuild, so records are written to the kernel when `add` returns (a killed process loses none) but
+not synced to disk. Records beyond the count in the header are read, too; a torn one at the end is not.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from genkit.rows.result import Result
 from genkit.runs.records import Key, read_results
 
 EMBEDDINGS = "embeddings.npy"
-RECENT = 1024  # of the newest records the vectors are looked at: a power cut may have left zeros
+RECENT = 1024  # newest records whose vectors are checked: a power cut may have left zeros
 EVERY = 64  # records between two updates of the header's count
 
 
 def read_embeddings(folder: Path, results: Iterable[Result] | None = None) -> tuple[dict[Key, int], np.ndarray]:
-    """Return where each image's vector is, (row id, image number) -> row, in a memory-mapped array (n, width) float16.
+    """Return {(row id, image number): row}, and the memory-mapped array (n, width) float16 with these rows.
 
     Unit CLIP embeddings of the images whose newest record is done and has the picture's SHA-256. results: the run's
-    records where they are read already. Empty where a run has none. Raises InputError for a file of another kind.
+    records, if read already. Empty if a run has no embeddings. Raises InputError for a file of another kind.
     """
     records, _ = _records(folder / EMBEDDINGS)
     if not len(records):
@@ -51,10 +51,10 @@ def read_embeddings(folder: Path, results: Iterable[Result] | None = None) -> tu
 
 
 class Store:
-    """The embeddings of a run that this process holds, to be added to; threads may share it. A context manager."""
+    """The embeddings of a locked run, open for appending; thread-safe. A context manager."""
 
     def __init__(self, folder: Path, width: int) -> None:
-        """Open or make the file; cut a torn end off. Raises InputError for a file of another kind or width."""
+        """Open or create the file and truncate a torn record. Raises InputError for another kind of file or width."""
         self.path = folder / EMBEDDINGS
         self.dtype = _dtype(width)
         with disk(self.path):
@@ -107,7 +107,7 @@ def _dtype(width: int) -> np.dtype[Any]:
 
 
 def _header(dtype: np.dtype[Any], count: int) -> bytes:
-    """Return the .npy header; numpy leaves room for any count, so that its length is always the same."""
+    """Return the .npy header. numpy pads it for any count, so its length never changes."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
@@ -116,7 +116,7 @@ def _header(dtype: np.dtype[Any], count: int) -> bytes:
 
 
 def _records(path: Path) -> tuple[np.ndarray, int]:
-    """Return the whole records of the file, memory-mapped, and the offset of the first."""
+    """Return the complete records of the file, memory-mapped, and the offset of the first."""
     if not path.is_file():
         return np.empty(0, _dtype(0)), 0
     with disk(path), open(path, "rb") as file:
@@ -134,7 +134,7 @@ def _records(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _unsound(records: np.ndarray) -> list[int]:
-    """Return which of the newest records hold no unit vector."""
+    """Return the numbers of the newest records that do not hold a unit vector."""
     first = max(0, len(records) - RECENT)
     lengths = np.linalg.norm(records["vector"][first:].astype(np.float32), axis=1)
     return (first + np.flatnonzero(~(abs(lengths - 1) < 0.01))).tolist()

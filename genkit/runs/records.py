@@ -20,14 +20,14 @@ CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
     "selection.json",
     "index.html",
 )
-REPLACED = "replaced"  # status of a record whose picture was moved to the folder of this name: it is drawn again
+REPLACED = "replaced"  # status of a record whose picture was moved to this folder; it is drawn again
 Key = tuple[str, int]  # (row id, image number)
-# Where a picture may be, relative to the run folder: a record must not name somebody else's files.
+# Valid paths of pictures, relative to the run folder: a record must not refer to other files.
 PICTURE = re.compile(r"images/(?:[0-9]{3,}/)?[A-Za-z0-9._-]+-[0-9]{2,}\.(?:png|webp|jpg|jxl)")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return run.json of a run folder, or None where there is none. Raises InputError when it is something else."""
+    """Return run.json of a run folder, or None if there is none. Raises InputError if it is something else."""
     path = folder / CONFIG
     try:
         with disk(path):
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_rows(folder: Path) -> list[Request]:
-    """Return the rows of requests.jsonl. Raises InputError naming the line that does not hold."""
+    """Return the rows of requests.jsonl. Raises InputError naming the invalid line."""
     path = folder / ROWS
     if not path.is_file():
         raise InputError(f"{folder}: holds no {ROWS}: not a run folder, or one that never began")
@@ -59,7 +59,7 @@ def read_rows(folder: Path) -> list[Request]:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Return the newest record of every image, in order of first appearance; those moved aside are left out."""
+    """Return the newest record of every image, in order of first appearance, without those moved to replaced/."""
     path = folder / RESULTS
     if not path.is_file():
         return []
@@ -69,10 +69,10 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def newest(lines: Iterable[Any]) -> tuple[dict[Key, Result], list[int]]:
-    """Return the last record of each image, and the numbers (from 1) of the lines that are no record."""
+    """Return the last record of each image, and the numbers (from 1) of invalid lines."""
     found: dict[Key, Result] = {}
     bad: list[int] = []
-    shared: dict[Any, Any] = {}  # texts that many records have: one copy is enough
+    shared: dict[Any, Any] = {}  # strings that many records share are kept once
     for number, line in enumerate(lines, 1):
         result = _result(line)
         if result is None:
@@ -86,7 +86,7 @@ def newest(lines: Iterable[Any]) -> tuple[dict[Key, Result], list[int]]:
 
 
 def _result(line: Any) -> Result | None:
-    """Return a line as a Result, or None when damage, or a hand, made it something else."""
+    """Return a line as a Result, or None if it is not a valid record."""
     try:
         result = Result.from_json(line)
     except (TypeError, AttributeError):

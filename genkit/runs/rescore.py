@@ -28,10 +28,10 @@ MEASURED = ("sharpness", "brightness", "nan", "flat")  # scores that depend on n
 
 
 def rescore(run: Run, panel: Panel) -> int:
-    """Compute what CLIP says of a run's finished images anew, from their embeddings; return how many it changes.
+    """Recompute the CLIP scores of a run's finished images from their embeddings; return how many changed.
 
-    It does where rows were added, taken away or relabelled since: other captions are compared with, other labels
-    chosen among. Raises HostError.
+    They change when rows or labels were added or removed, because scores are relative to the run's other prompts and
+    to the labels. Raises HostError.
     """
     place, vectors = read_embeddings(run.folder, run.done.values())
     changed = []
@@ -46,7 +46,7 @@ def rescore(run: Run, panel: Panel) -> int:
 
 
 def _alike(before: Any, after: Any) -> bool:
-    """Return whether scores are the same but for the rounding of text encoders, which varies with the batch."""
+    """Return whether scores are equal up to the rounding of the text encoder, which depends on the batch."""
     if isinstance(before, dict) and isinstance(after, dict):
         return all(_alike(before.get(name), after.get(name)) for name in {*before, *after})
     if isinstance(before, int | float) and isinstance(after, int | float):
@@ -55,10 +55,10 @@ def _alike(before: Any, after: Any) -> bool:
 
 
 class Stored:
-    """The records of a run and, where it was scored with the CLIP model `clip`, its embeddings. A context manager.
+    """The records of a run and, if it was scored with the CLIP model `clip`, its embeddings. A context manager.
 
-    Of a folder that is no run, or None, it has nothing. New embeddings are added to the run unless another process
-    holds it, or it cannot be written.
+    Empty for None or a folder that is not a run. New embeddings are added to the run unless it is locked by another
+    process or read-only.
     """
 
     def __init__(self, folder: Path | None, clip: ModelInfo | None = None) -> None:
@@ -79,7 +79,7 @@ class Stored:
             self._store = Store(folder, clip.configs["clip"]["projection_dim"])
 
     def vector(self, file: Path) -> np.ndarray | None:
-        """Return the stored embedding of a picture, (width,) float16, when the file still has its recorded size."""
+        """Return the stored embedding of a picture, (width,) float16, or None; the file must have its recorded size."""
         r = self._records.get(file)
         row = None if r is None else self._rows.get((r.id, r.index))
         if r is None or row is None or os.stat(file).st_size != r.bytes:
@@ -87,13 +87,13 @@ class Stored:
         return np.array(self._vectors[row])
 
     def measures(self, file: Path) -> dict[str, Any] | None:
-        """Return the recorded scores of a picture that depend on its pixels alone, when it has all of them."""
+        """Return the recorded scores that depend only on the pixels, or None if some are missing."""
         r = self._records.get(file)
         found = {} if r is None else {name: r.scores[name] for name in MEASURED if name in r.scores}
         return found if len(found) == len(MEASURED) else None
 
     def add(self, file: Path, vector: np.ndarray) -> None:
-        """Keep a new embedding with the run, when the picture is the recorded one."""
+        """Store a new embedding with the run, if the file has the recorded SHA-256."""
         r = self._records.get(file)
         if self._store is None or r is None or not r.sha256:
             return

@@ -1,4 +1,4 @@
-"""The durable run folder: every image is written, synced and renamed before its line is appended and synced."""
+"""The durable run folder: every image is written, synced and renamed before its record is appended and synced."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.destination import check_binding, check_folder, free_name
 from genkit.runs.embeddings import read_embeddings
+from genkit.runs.outdated import NEW_LABELS, announcements, damaged, outdated
 from genkit.runs.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
-from genkit.runs.stock import NEW_LABELS, announcements, damaged, outdated
 
 __all__ = ["Run", "check_folder", "free_name", "read_config", "read_results"]
 
@@ -25,12 +25,11 @@ SHOWN = 10  # notes of one kind
 
 
 class Run:
-    """A run folder held by this process: a context manager, made by `Run.open`.
+    """A run folder locked by this process: a context manager, made by `Run.open`.
 
-    rows: the present ones by id; results: the newest record of each of their images; done: those that need no drawing;
-    notes: a line for each thing that was found changed, damaged or unfinished; stale: whether scores may be of other
-    labels or prompts than those of the present rows; config: run.json. `save` and `fail` may be called from several
-    threads.
+    rows: the current rows by id; results: the newest record of each of their images; done: those that need no drawing;
+    notes: messages about what was found changed, damaged or unfinished; stale: whether scores may be based on other
+    labels or prompts than the current ones; config: run.json. `save` and `fail` are thread-safe.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], rows: Sequence[Request], lock: int) -> None:
@@ -46,10 +45,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, config: dict[str, Any], rows: Sequence[Request]) -> Run:
-        """Start a run in a new or empty folder, or go on with the one that is there.
+        """Start a run in a new or empty folder, or resume the one that is there.
 
-        config: {"binding": what a later start must agree with, "info": the rest}; written once. Raises InputError for
-        a folder that is not a run's and for a binding that differs, HostError when disk or another process forbids it.
+        config: {"binding": what every later start must agree with, "info": the rest}; written once. Raises InputError
+        for a folder that is not a run folder or has another binding, HostError if the disk or a lock does not allow it.
         """
         check_folder(folder)
         with disk(folder):
@@ -70,14 +69,14 @@ class Run:
                 raise
 
     def path_for(self, row_id: str, index: int, suffix: str = ".png") -> Path:
-        """Return where image `index` of a row goes; it depends on the rows alone, not on when the image is made."""
+        """Return the path of image `index` of a row; it depends only on the rows."""
         block = f"{self._place[row_id] // BLOCK:03d}" if len(self.rows) > BLOCK else ""
         return self.folder / "images" / block / f"{row_id}-{index:02d}{suffix}"
 
     def save(self, result: Result, data: bytes, suffix: str = ".png") -> None:
-        """Keep a finished image: `data` in its file, then its record, with the file's name, size and hash.
+        """Save a finished image: `data` in its file, then its record with the file's name, size and SHA-256.
 
-        Both are on the disk on return. Raises HostError when the disk is full, read-only or gone; nothing is torn then.
+        Both are on disk on return. Raises HostError if the disk is full, read-only or gone; no file or line is torn.
         """
         key = result.id, result.index
         if key in self.done:
@@ -94,14 +93,14 @@ class Run:
         self._record(result)
 
     def rescore(self, results: Sequence[Result]) -> None:
-        """Record other scores of finished images. Raises HostError."""
+        """Record new scores of finished images. Raises HostError."""
         with disk(self._journal.path):
             self._journal.append([r.to_json() for r in results])
         for r in results:
             self._count(r)
 
     def close(self) -> None:
-        """Give the folder back. Everything saved is on the disk already."""
+        """Release the lock. Everything saved is on disk already."""
         self._journal.close()
         os.close(self._lock)
 
@@ -124,7 +123,7 @@ class Run:
             self.done[key] = result
 
     def _begin(self) -> None:
-        """Find out what is there and whole, move aside what is not, and write down the rows."""
+        """Check what is there, move damaged and outdated images aside, and write the rows."""
         blocks = range(-(-len(self.rows) // BLOCK)) if len(self.rows) > BLOCK else ()
         for name in ("", *(f"{n:03d}" for n in blocks)):
             (self.folder / "images" / name).mkdir(exist_ok=True)
@@ -145,7 +144,7 @@ class Run:
             raise
 
     def _tidy(self, recorded: set[str | None]) -> None:
-        """Remove temporary files, and move pictures aside that were renamed but not yet recorded when a run died."""
+        """Remove temporary files, and move aside pictures without a record, left when a run was killed."""
         stray = []
         for path in [*self.folder.iterdir(), *_files(self.folder / "images")]:
             name = path.relative_to(self.folder).as_posix()
@@ -156,7 +155,7 @@ class Run:
         self._note(stray)
 
     def _take_stock(self, records: Sequence[Result]) -> None:
-        """Sort the records of the present rows into those that hold and those whose images must be drawn again."""
+        """Sort the records of the current rows into valid ones and those whose images must be drawn again."""
         old = outdated(records, self.rows, self._fingerprints)
         if NEW_LABELS in old.values():
             embedded, _ = read_embeddings(self.folder, records)
@@ -177,7 +176,7 @@ class Run:
                 self._count(r)
 
     def _retire(self, records: Sequence[Result], why: Mapping[Key, str]) -> None:
-        """Move the pictures of records that hold no longer to replaced/, and say so in the journal."""
+        """Move the pictures of invalid records to replaced/, and record that."""
         gone, folders = [], set()
         for r in records:
             if (r.id, r.index) not in why:
@@ -213,7 +212,7 @@ class Run:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield what lies in images/ and in its numbered subfolders."""
+    """Yield the files in images/ and in its numbered subfolders."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() and entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""Encode and save pictures in threads while the next are drawn."""
+"""Threads that encode and save pictures while the next ones are drawn."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ WRITERS = 8
 
 
 class Writers:
-    """Threads that encode and save pictures while the next are drawn; `put` waits when they fall behind.
+    """Encode and save pictures in threads; `put` blocks when they fall behind.
 
-    model: its name, for the settings inside the pictures. store: where their embeddings go; `close` closes it.
+    model: its name, for the metadata of the pictures. store: for their embeddings; `close` closes it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Writers:
         self.bytes = 0
 
     def put(self, result: Result) -> None:
-        """Hand over one result. Raises what an earlier write raised, say HostError for a full disk."""
+        """Queue one result. Raises the error of an earlier write, e.g. HostError for a full disk."""
         size = 0 if result.pixels is None else result.pixels.nbytes
         self.bytes += size
         self.waiting.append((self.pool.submit(self._write, result), size))
@@ -51,7 +51,7 @@ class Writers:
         return len(self.waiting) > QUEUE or (self.bytes > QUEUE_BYTES and len(self.waiting) > 1)
 
     def close(self) -> None:
-        """Wait for the writes under way."""
+        """Wait for the queued writes."""
         self.pool.shutdown(wait=True)
         try:
             for future, _ in self.waiting:
@@ -66,7 +66,7 @@ class Writers:
             return
         text = texts(self.rows[result.id].to_json(), result.to_json(), self.model, __version__)
         data = self.encoding.encode(result.pixels, text)
-        if self.store is not None and result.embedding is not None:  # before the record: what is done has one
+        if self.store is not None and result.embedding is not None:  # before its record
             self.store.add(result.id, result.index, hashlib.sha256(data).hexdigest(), result.embedding)
         self.run.save(result, data, self.encoding.suffix)
-        result.pixels = None  # it is on disk now; thousands of them would not fit in memory
+        result.pixels = None  # frees the memory

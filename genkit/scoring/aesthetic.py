@@ -1,4 +1,4 @@
-"""A linear head over CLIP embeddings: a score that somebody trained, say on people's ratings."""
+"""A linear head over CLIP embeddings, e.g. an aesthetic predictor trained on ratings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Head:
 
     @classmethod
     def load(cls, path: Path, width: int) -> Head:
-        """Read a checked file. Raises InputError where it is none for embeddings of `width`, or holds a NaN."""
+        """Read a checked file. Raises InputError if it does not fit embeddings of `width`, or contains a NaN."""
         check_head(path, width)
         from safetensors.numpy import load_file
 
@@ -37,7 +37,7 @@ class Head:
 
 
 def check_head(path: Path, width: int) -> None:
-    """Read the header only; raise InputError unless it holds weight [1, width] and bias [1] and nothing else."""
+    """Raise InputError, by the header only, unless the file has exactly weight [1, width] and bias [1]."""
     if not path.is_file():
         raise InputError(f"--aesthetic: {shown(str(path))}: no such file")
     try:

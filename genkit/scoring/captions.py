@@ -1,4 +1,4 @@
-"""General captions: what a picture's own prompt is measured against where the run has few other prompts."""
+"""General captions, which a picture's prompt is compared with if the run has few other prompts."""
 
 GENERAL = (
     "a dog", "a cat", "a bird in the sky", "a fish", "a horse", "an insect", "a green forest", "a mountain under snow",

@@ -1,4 +1,4 @@
-"""CLIP: how well a picture fits its prompt, and which of some labels it shows."""
+"""CLIP scores: similarity of a picture and its prompt, and zero-shot classification."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from genkit.components import Components
 
-LABEL_SETS = 64  # label lists whose directions are kept
+LABEL_SETS = 64  # label lists whose directions are cached
 # A label's direction is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
 TEMPLATES = ("{}", "a picture of {}", "a photo of {}", "an emoji of {}")
 
@@ -30,14 +30,14 @@ Pictures = "torch.Tensor | Sequence[Image.Image]"
 class ClipScorer:
     """A CLIP model as a scorer of pictures.
 
-    Pictures are PIL images of any size, or a tensor (B, 3, H, W) on any device, uint8 or of values 0 to 1, which is
-    resized there (antialiased bicubic, as the model's own preprocessor asks). Embeddings of texts are kept.
+    Pictures are PIL images of any size, or a tensor (B, 3, H, W) on any device, uint8 or 0 to 1, which is resized there
+    (antialiased bicubic, by the model's preprocessor config). Text embeddings are cached.
     """
 
     def __init__(self, model: Any, tokenizer: Any, preprocessor: dict[str, Any], name: str = "custom") -> None:
         self.model, self.name = model, name
         self.texts = TextEncoder(tokenizer, _TextHead(model))
-        self.batch = self.texts.batch  # pictures a call; halves when memory runs out
+        self.batch = self.texts.batch  # pictures a call; halved when memory runs out
         size, crop = preprocessor.get("size", 224), preprocessor.get("crop_size", 224)
         self.shortest = size if isinstance(size, int) else size.get("shortest_edge")
         self.exact = None if self.shortest else (size["height"], size["width"])
@@ -61,13 +61,13 @@ class ClipScorer:
 
     @classmethod
     def from_components(cls, parts: Components) -> ClipScorer:
-        """Build a scorer around loaded components."""
+        """Build a scorer from loaded components."""
         return cls(parts.clip, parts.tokenizer, parts.info.preprocessor, name=parts.info.name)
 
     def score(self, images: Any, prompts: str | Sequence[str]) -> list[float]:
-        """Return the cosine of each picture's and its prompt's embedding, -1 to 1. One prompt serves all pictures.
+        """Return the cosine of each picture's and its prompt's embedding, -1 to 1. A single prompt is used for all.
 
-        Comparable between pictures of one prompt, not between prompts.
+        Comparable between pictures of the same prompt, not between prompts.
         """
         prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
         if len(prompts) != len(images):
@@ -109,7 +109,7 @@ class ClipScorer:
 
     @property
     def logit_scale(self) -> float:
-        """What cosines are multiplied by before the softmax over labels."""
+        """The factor (inverse temperature) of cosines in the softmax over labels."""
         return float(self.model.logit_scale.exp())
 
     def _embed(self, images: Any) -> torch.Tensor:
@@ -121,12 +121,12 @@ class ClipScorer:
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the unit embeddings, (B, width) float32, of pictures that `preprocess` made ready."""
+        """Return the unit embeddings, (B, width) float32, of preprocessed pictures."""
         vision = self.model.vision_model(pixel_values=pixels.to(self.model.dtype))
         return normalize(self.model.visual_projection(vision.pooler_output).float(), dim=-1)
 
     def preprocess(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return (B, 3, H, W) of 0 to 1 as the model reads them: resized, centre-cropped, normalised, on its device."""
+        """Return pictures (B, 3, H, W) resized, centre-cropped and normalised for the model, on its device."""
         x = pictures.to(self.model.device).float()
         if pictures.dtype == torch.uint8:
             x = x / 255
@@ -146,7 +146,7 @@ class ClipScorer:
 
 
 class _TextHead:
-    """The text half of a CLIPModel, called as a text model is; its output is the projected embedding."""
+    """The text half of a CLIPModel as a text model whose output is the projected embedding."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config.text_config

@@ -1,4 +1,4 @@
-"""How far the pictures of a model lie from real ones, as distributions of features: Frechet, KID and CMMD."""
+"""Distances between generated and real pictures as distributions of features: FID, KID and CMMD."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ RESAMPLES, HALVES = 200, 20  # of the bootstrap, and of the jackknife
 def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of features (N, D) and (M, D) (Heusel et al. 2017, equation 6).
 
-    Of fewer pictures than dimensions it says little; the same numbers of both sides compare.
+    Needs more pictures than dimensions; compare values only for equal numbers of pictures.
     """
     x, y = a.double(), b.double()
     c, d = torch.cov(x.T, correction=1), torch.cov(y.T, correction=1)
-    # The trace of the root of a product is the sum of the roots of its eigenvalues, which are those of a symmetric one.
+    # tr (C C')^(1/2) is the sum of the square roots of the eigenvalues of C^(1/2) C' C^(1/2), which is symmetric.
     values, vectors = torch.linalg.eigh(c)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ d @ root).clamp(min=0).sqrt().sum()
@@ -44,7 +44,7 @@ def _mmd(xx: torch.Tensor, yy: torch.Tensor, xy: torch.Tensor) -> float:
 
 
 def interval(values: list[float] | np.ndarray, share: float = 0.95) -> tuple[float, float]:
-    """Return the bootstrap interval of the mean of `values`, from a generator of its own."""
+    """Return the bootstrap interval of the mean of `values`."""
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
         return (float(x.mean()),) * 2 if len(x) else (float("nan"),) * 2

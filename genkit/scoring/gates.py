@@ -28,7 +28,7 @@ NUMBER, TRUTH, EITHER = "number", "truth", "either"
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A compiled part: its value given the scores, whether that is a number or a truth value, and a number's range."""
+    """A compiled subexpression: its value as a function of the scores, its kind, and the range of a number."""
 
     value: Value
     kind: str = NUMBER
@@ -40,13 +40,12 @@ class Expression:
     """An expression over scores, checked once and then called for every image.
 
     Names: those of names.py with their ranges (clip, sharpness, nan, …), p['label'] (0 to 1) for each of `labels`, and
-    the scores that the caller adds in `names` (numbers or truth values, of any size; None: any name at all, for a row
-    that is read before it is known which scorers there will be). Operators: and, or, not, comparisons (also in
-    chains), + - * /, min, max, abs, parentheses. Raises InputError, in one line, for anything else, and for a
-    comparison whose outcome the ranges settle beforehand ("clip > 2").
+    the additional scores in `names` (None: any name, for rows that are read before the scorers are known). Operators:
+    and, or, not, comparisons (also chained), + - * /, min, max, abs, parentheses. Raises InputError for anything else,
+    and for a comparison that is always true or never ("clip > 2").
 
-    `names`, `labels`: those used. `needs_scorer`: whether a score that CLIP gives is. `decides`: whether the value is
-    true or false, as a gate's must be, and not a number.
+    Attributes names, labels: those used; needs_scorer: whether a CLIP score is used; decides: whether the value is true
+    or false, as a gate's must be, and not a number.
     """
 
     def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] | None = ()) -> None:
@@ -60,7 +59,7 @@ class Expression:
         self.needs_scorer = bool(CLIP_SCORES & self.names or self.labels)
 
     def __call__(self, scores: Scores) -> bool | float:
-        """Return the value for one image; raises InputError naming a score that the image lacks."""
+        """Return the value for one image; raises InputError naming a missing score."""
         return self._value(scores)
 
     def __repr__(self) -> str:
@@ -68,8 +67,11 @@ class Expression:
 
 
 def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str]) -> None:
-    """Raise InputError where a row decides on a score that is unknown, or not among the `computed` ones."""
-    for field, text, there in (("gate", gate, computed), ("rank_by", rank_by, {*computed, "sim"})):  # at the end
+    """Raise InputError if gate or rank_by uses a score that is unknown or not among the `computed` ones."""
+    for field, text, there in (
+        ("gate", gate, computed),
+        ("rank_by", rank_by, {*computed, "sim"}),
+    ):  # known only when all are drawn
         if text is None:
             continue
         try:
@@ -95,7 +97,7 @@ def _parsed(text: str) -> ast.expr:
         raise InputError(f"{shown(text)} is longer than {MAX_LENGTH} characters")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's advice on the spelling of "0.5and" is no news to the user
+            warnings.simplefilter("ignore")  # e.g. Python's SyntaxWarning for "0.5and"
             return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = getattr(error, "msg", None) or "it is nested too deeply, or holds what no expression can"
@@ -103,7 +105,7 @@ def _parsed(text: str) -> ast.expr:
 
 
 def _meant(text: str) -> str:
-    """Return what to write in place of a spelling of other languages, or ""; what stands in quotes is a label."""
+    """Return a hint for operators of other languages, or ""; quoted text is ignored, since it is a label."""
     plain = re.sub(r"'[^']*'|\"[^\"]*\"", "''", text)
     found = next((word for sign, word in _SPELLINGS.items() if re.search(sign, plain)), None)
     return "" if found is None else f"; {found}"
@@ -199,10 +201,10 @@ def _compare(node: ast.Compare, scope: _Scope, depth: int) -> Term:
 
 
 def _extremes(left: Term, right: Term) -> list[tuple[float, float]]:
-    """Return pairs of values between which every comparison takes both outcomes that the ranges allow."""
+    """Return pairs of values that produce every outcome of a comparison that the ranges allow."""
     pairs = [(left.low, right.high), (left.high, right.low)]
     meet = max(left.low, right.low)
-    if meet <= min(left.high, right.high):  # the ranges overlap: equality can happen, and inequality if one has width
+    if meet <= min(left.high, right.high):  # the ranges overlap, so equality is possible
         pairs.append((meet, meet))
     return pairs
 
@@ -338,12 +340,12 @@ _BUILDERS: dict[type[ast.AST], Callable[[Any, _Scope, int], Term]] = {
 
 
 def passes(gate: Expression | None, scores: Mapping[str, Any]) -> bool:
-    """Return whether an image with these scores passes: never where a score that the gate reads is NaN or absent."""
+    """Return whether an image passes the gate; False if a score that the gate uses is NaN or absent."""
     return gate is None or (not unknown_scores(gate, scores) and bool(gate(scores)))
 
 
 def unknown_scores(expression: Expression, scores: Mapping[str, Any]) -> list[str]:
-    """Return the scores that an expression reads and that are NaN (null in a record) or absent."""
+    """Return the scores used by an expression that are NaN (null in a record) or absent."""
     found = [name for name in expression.names if (value := scores.get(name)) is None or value != value]
     if expression.labels:
         odds = scores.get("p") or {}

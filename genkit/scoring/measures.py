@@ -1,4 +1,4 @@
-"""What can be measured on the pixels alone: sharpness and brightness."""
+"""Scores of the pixels alone: sharpness and brightness."""
 
 from __future__ import annotations
 

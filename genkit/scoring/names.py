@@ -1,4 +1,4 @@
-"""The scores that a picture can have: their ranges, and what must be given for each to be there."""
+"""The names of the scores that expressions may use: their ranges, and what each needs to be computed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Collection
 
 from genkit.errors import InputError, shown
 
-ALONE = -1.0  # `sim` of a picture while its row keeps none yet
+ALONE = -1.0  # `sim` of a row's first choice
 SHARPEST = 1020.0**2  # a Laplacian of 0 to 255 lies within +-4 * 255: its variance is at most that squared
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The range of a score's numbers, whether it is a truth value instead, and what it is made with."""
+    """The range of a score, whether it is a truth value instead, and what it needs: "clip", "aesthetic", …"""
 
     low: float = -math.inf
     high: float = math.inf
@@ -37,7 +37,7 @@ CLIP_SCORES = frozenset(name for name, score in SCORES.items() if score.needs ==
 
 
 def known_scores(clip: bool, aesthetic: bool = False, others: Collection[str] = ()) -> frozenset[str]:
-    """Return the names that a run computes: with a CLIP model, with an aesthetic head, with plugged-in scorers."""
+    """Return the names of the scores that a run computes with a CLIP model, an aesthetic head, and plugins."""
     given = {"": True, "clip": clip, "aesthetic": clip and aesthetic, "selection": False}
     return frozenset({name for name, score in SCORES.items() if given[score.needs]} | set(others))
 

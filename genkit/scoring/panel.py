@@ -1,4 +1,4 @@
-"""Everything that scores a picture, together: one CLIP embedding, measures of the pixels, and plugged-in scorers."""
+"""All scorers of a run together: CLIP, an aesthetic head, measures of the pixels, plugins."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Panel:
-    """The scorers of a run. prompts: those of all its rows, which pictures' own prompts are compared with.
+    """The scorers of a run. prompts: of all rows, for the relative scores.
 
-    `notes`: a line for each plugged-in scorer that failed and that has not been told of yet: see `news`.
+    notes: messages about plugins that failed and were not returned by `news` yet.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Panel:
         self._failed: set[str] = set()
 
     def news(self) -> list[str]:
-        """Return the notes that are new; a gate that reads such a score passes nothing, so that it should be known."""
-        told = list(self.notes)
-        del self.notes[: len(told)]  # another thread may be adding to it
-        return told
+        """Return and clear the new notes. A gate that uses the score of a failed plugin passes nothing."""
+        new = list(self.notes)
+        del self.notes[: len(new)]  # another thread may append meanwhile
+        return new
 
     @property
     def names(self) -> frozenset[str]:
-        """The scores that it gives, as expressions call them."""
+        """The names of its scores in expressions."""
         others = [name for plugin in self.scorers for name in plugin.names]
         return known_scores(self.clip is not None, self.head is not None, others)
 

@@ -1,9 +1,9 @@
-"""Scorers that others wrote: a function (pictures, prompts) -> {name: a number for each picture}.
+"""Plugin scorers: functions (pictures, prompts) -> {name: a number for each picture}.
 
-pictures: a uint8 tensor (B, 3, H, W) on the device that drew them, to do with as one likes; prompts: B texts. A
-package offers one under the entry-point group `genkit.scorers`; in Python the function itself is passed. It gives one
-score, of the name it is registered under, or those that its attribute `names` lists. A feature network for distances
-between sets of pictures is a function pictures -> (B, D), under the group `genkit.features`.
+pictures: a uint8 tensor (B, 3, H, W) on the device that drew them; prompts: B texts. A package registers one under the
+entry-point group `genkit.scorers`; in Python the function itself is passed. It gives one score, of the name it is
+registered under, or those in its attribute `names`. A feature network for FID and the like is a function pictures ->
+(B, D), registered under the group `genkit.features`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TAKEN = {*SCORES, "p", "min", "max", "abs", "embedding", "early"}  # early: prun
 
 @dataclasses.dataclass(frozen=True)
 class Plugin:
-    """A scorer: its function and the scores that it gives."""
+    """A plugin: its function and the names of its scores."""
 
     name: str
     function: Function
     names: tuple[str, ...]
 
     def __call__(self, pictures: Any, prompts: Sequence[str]) -> dict[str, list[float | bool | None]]:
-        """Return a column of as many numbers as there are pictures for each name; raises what is wrong with them."""
+        """Return a list of numbers, one for each picture, by name. Raises ValueError for a wrong result."""
         found = self.function(pictures, list(prompts))
         if not isinstance(found, Mapping) or set(found) != set(self.names):
             given = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
@@ -47,9 +47,9 @@ class Plugin:
 
 
 def find_scorers(asked: Sequence[str | Function]) -> list[Plugin]:
-    """Return the scorers of those names, or made of those functions.
+    """Return the plugins of installed names, or of functions.
 
-    Raises InputError for an unknown name, one that cannot be imported, and score names that are taken or no names.
+    Raises InputError for an unknown name, a failing import, and score names that are taken or invalid.
     """
     plugins: list[Plugin] = []
     taken: dict[str, str] = {}
@@ -77,8 +77,8 @@ def find_scorers(asked: Sequence[str | Function]) -> list[Plugin]:
 def find_features(name: str, field: str, device: Any) -> Callable[[Any], Any]:
     """Return the feature network of that name: uint8 pictures (B, 3, H, W) on `device` -> (B, D).
 
-    "inception" is InceptionV3 as FID was defined with, through torch-fidelity. Raises InputError, speaking of `field`,
-    for one that is not installed, HostError where its weights cannot be had.
+    "inception" is the InceptionV3 of the original FID, from torch-fidelity. Raises InputError, naming `field`, if it is
+    not installed, HostError if its weights cannot be downloaded.
     """
     if name != "inception":
         return _installed(name, FEATURES, field, "feature network")[1]
@@ -103,7 +103,7 @@ def _installed(name: str, group: str, field: str, what: str) -> tuple[str, Any]:
         raise InputError(f"{field}: {shown(name)}: no such {what}{nearest(name, installed.names)}; installed: {known}")
     try:
         return name, installed[name].load()
-    except Exception as error:  # whatever importing somebody's package raises
+    except Exception as error:  # importing a plugin may raise anything
         raise InputError(f"{field}: {name} cannot be loaded: {type(error).__name__}: {reason(error)}") from None
 
 

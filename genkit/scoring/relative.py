@@ -1,4 +1,4 @@
-"""Scores relative to other captions: a cosine means little until it is known what it is for the wrong ones."""
+"""Scores relative to other captions: clip_margin and clip_z, which are comparable between prompts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from genkit.scoring.captions import GENERAL
 if TYPE_CHECKING:
     from genkit.scoring.clip import ClipScorer
 
-MOST = 256  # captions; each costs one pass of the text encoder, once
-FEW = 16  # with fewer other prompts than this, general captions join them: a spread over three says little
+MOST = 256  # captions; each is embedded once
+FEW = 16  # with fewer other prompts, general captions are added: a standard deviation of three means little
 
 
 class Yardstick:
-    """The captions that every picture of a run is compared with beside its own prompt.
+    """The captions that every picture of a run is compared with, besides its own prompt.
 
-    They are the run's other distinct prompts: the MOST with the smallest SHA-256, so that they depend on neither the
-    order of the rows nor on what has been drawn. Where there are fewer than FEW, those of GENERAL that share no word
-    with the picture's own prompt are added.
+    They are the run's other distinct prompts: the MOST with the smallest SHA-256, which depends on neither the order of
+    the rows nor on what is drawn already. If there are fewer than FEW, the captions of GENERAL that share no word with
+    the picture's prompt are added.
     """
 
     def __init__(self, clip: ClipScorer, prompts: Iterable[str]) -> None:
@@ -39,8 +39,8 @@ class Yardstick:
     def __call__(self, image: np.ndarray, prompt: str) -> dict[str, float]:
         """Return clip, clip_margin and clip_z of a picture's unit embedding (width,) float64.
 
-        clip: cosine with the prompt. clip_margin: less the best cosine with another caption. clip_z: less their mean,
-        over their standard deviation; left out where they do not differ.
+        clip: cosine with the prompt. clip_margin: clip minus the largest cosine with another caption. clip_z: clip
+        minus the mean of those cosines, divided by their standard deviation; absent if that is 0.
         """
         own = float(image @ self.text(prompt))
         found = {"clip": round(own, 6)}
@@ -53,7 +53,7 @@ class Yardstick:
 
     @property
     def vectors(self) -> np.ndarray:
-        """The captions' unit embeddings, (len(captions), width) float64, made when first asked for."""
+        """The captions' unit embeddings, (len(captions), width) float64, computed on first use."""
         if self._vectors is None:
             self._vectors = self.clip.embed_texts(self.captions).cpu().numpy().astype(np.float64)
         return self._vectors
@@ -75,7 +75,7 @@ class Yardstick:
 
 
 def _key(prompt: str) -> str:
-    """Return what two spellings of one prompt share."""
+    """Return the prompt in lower case with single spaces."""
     return " ".join(prompt.lower().split())
 
 

@@ -1,4 +1,4 @@
-"""A gate fitted to labelled pictures: the lowest threshold of a score above which enough of the pictures are good."""
+"""Fit a gate to labelled pictures: the lowest threshold of a score above which enough pictures are good."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from genkit.selection.intervals import at_least, clopper_pearson
 from genkit.selection.votes import name_of, read_labels
 
 GATES = "gates.json"
-CANDIDATES = 8  # thresholds that are looked at: each widens the interval, a bit
+CANDIDATES = 8  # thresholds that are tested; more of them widen the interval
 FEWEST = 10  # labelled pictures above a threshold
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A threshold, and of the labelled pictures how many are above it, and how many of those are good.
+    """A threshold, the number of labelled pictures above it, and of good ones among them.
 
-    low, high: an interval of the precision that holds for whichever threshold was chosen.
+    low, high: confidence interval of the precision, valid for the chosen threshold, too.
     """
 
     threshold: str
@@ -40,15 +40,15 @@ class Fit:
 
     @property
     def precision(self) -> float:
-        """The share of good ones among the labelled pictures above the threshold."""
+        """The share of good pictures among the labelled ones above the threshold."""
         return self.good / self.above
 
 
 def candidates(values: Sequence[float], fewest: int) -> list[int]:
     """Return how many of the `values` (sorted, highest first) are above each threshold to look at: few to many.
 
-    At most CANDIDATES, in equal ratios, `fewest` or more; never between equal values. They depend on the scores alone,
-    not on the labels, as the interval wants it.
+    At most CANDIDATES, in equal ratios, each at least `fewest`, never between equal values. They depend on the scores
+    only, not on the labels, which the interval requires.
     """
     most = len(values) - 1
     cuts = [k for k in range(fewest, most + 1) if values[k - 1] > values[k]]
@@ -65,7 +65,7 @@ def fit(scored: Sequence[tuple[float, bool]], confidence: float, fewest: int) ->
     scored: (score, good) of labelled pictures that are a random sample of those to be judged, not NaN. Given the score
     of the first picture below, those above a cut are independent draws from all pictures above that score; so the exact
     binomial interval of Clopper and Pearson holds at each cut, and, at confidence 1 - (1 - confidence) / candidates, at
-    all of them together (Bonferroni). It is then honest for the one chosen on the same labels: "Learn then Test",
+    all of them together (Bonferroni). It is then valid for a threshold chosen on the same labels: "Learn then Test",
     Angelopoulos, Bates, Candes, Jordan and Lei 2021, arXiv:2110.01052.
     """
     ranked = sorted(scored, key=lambda pair: -pair[0])
@@ -81,9 +81,9 @@ def fit(scored: Sequence[tuple[float, bool]], confidence: float, fewest: int) ->
 def chosen(fits: Sequence[Fit], precision: float, confidence: float, sure: bool) -> Fit | None:
     """Return the loosest threshold whose precision on the labels is at least the asked one, or None.
 
-    sure: that is at least the asked one with the given confidence, too, whatever the luck of the draw. From the
-    strictest threshold on, each is tested (exact binomial) until one fails: fixed-sequence testing, section 3.2 of the
-    same paper, which needs no correction for many thresholds.
+    sure: the true precision must also be at least the asked one with the given confidence. Thresholds are tested from
+    the strictest on (exact binomial) until one fails: fixed-sequence testing, section 3.2 of the same paper, which
+    needs no correction for many thresholds.
     """
     if not sure:
         return next((f for f in reversed(fits) if f.precision >= precision), None)
@@ -96,7 +96,7 @@ def chosen(fits: Sequence[Fit], precision: float, confidence: float, sure: bool)
 
 
 def _between(low: float, high: float) -> str:
-    """Return the decimal number of fewest digits from `low` on and below `high`: what > separates them by."""
+    """Return the shortest decimal number t with low <= t < high, so that `> t` separates them."""
     exact, limit = Decimal(repr(low)), Decimal(repr(high))
     for digits in range(18):
         rounded = exact.quantize(Decimal(1).scaleb(-digits), ROUND_CEILING)
@@ -106,10 +106,10 @@ def _between(low: float, high: float) -> str:
 
 
 def fewest_above(precision: float, confidence: float, sure: bool) -> int:
-    """Return how many labelled pictures must be above a threshold to speak of such a precision at all.
+    """Return how many labelled pictures must be above a threshold for the precision to be testable.
 
-    Fewer than 1 / (1 - precision), and one bad one is already too many; to be sure, that many good ones in a row must
-    be too many to be luck.
+    With fewer than 1 / (1 - precision) a single bad one is too many; with `sure`, so many good ones in a row must be
+    improbable at a lower precision.
     """
     luck = math.log(1 - confidence) / math.log(precision) if sure else 1 / (1 - precision)
     return max(FEWEST, math.ceil(round(luck, 9)))
@@ -130,9 +130,9 @@ def calibrate(
 ) -> dict[str, Any]:
     """Fit a gate on labelled pictures of a run, write it to RUN/gates.json under `name`, and return what it says.
 
-    score: a number to compare; default clip_z where the run has it, else clip. where: what a picture must pass besides;
-    only such are looked at. Labelled pictures must be a random sample of the run's, as `genkit label` takes them.
-    Raises InputError for labels that do not do, and where no threshold reaches the precision.
+    score: expression to threshold; default clip_z if the run has it, else clip. where: an additional gate; only
+    pictures that pass it are used. Labelled pictures must be a random sample of the run's, as `genkit label` shows
+    them. Raises InputError for unsuitable labels, and if no threshold reaches the precision.
     """
     for option, share in (("--precision", precision), ("--confidence", confidence)):
         if not 0.01 <= share <= 0.9999:
@@ -165,7 +165,7 @@ def calibrate(
 
 
 def read_pictures(folder: Path) -> tuple[dict[str, Result], set[str], set[str]]:
-    """Return a run's finished pictures by name, the scores that they have, and the labels in p."""
+    """Return a run's finished pictures by name, the names of their scores, and the labels in p."""
     if read_config(folder) is None:
         raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
     asked = {str(row.id) for row in read_rows(folder)}
@@ -182,7 +182,7 @@ def _default(pictures: Mapping[str, Result]) -> str:
 
 
 def checked_gate(where: str, known: set[str], labels: set[str]) -> Expression:
-    """Return --where as an expression that is true or false. Raises InputError."""
+    """Return --where as an Expression, which must be true or false. Raises InputError."""
     gate = _checked("--where", where, known, labels)
     if not gate.decides:
         raise InputError(f"--where: {shown(where)} is a number, not true or false; compare it with one")
@@ -190,7 +190,7 @@ def checked_gate(where: str, known: set[str], labels: set[str]) -> Expression:
 
 
 def _checked(option: str, text: str, known: set[str], labels: set[str]) -> Expression:
-    """Return an expression over scores that pictures of this run have. Raises InputError, naming the option."""
+    """Return an Expression over scores of this run. Raises InputError, naming the option."""
     try:
         expression = Expression(text, labels, known)
     except InputError as error:
@@ -204,7 +204,7 @@ def _expressions(
     score: str, where: str | None, known: set[str], texts: set[str]
 ) -> tuple[Expression, Expression | None]:
     order = _checked("--score", score, known, texts)
-    _checked("--score", f"({score}) + 0", known, texts)  # a number, then
+    _checked("--score", f"({score}) + 0", known, texts)  # raises unless it is a number
     return order, None if where is None else checked_gate(where, known, texts)
 
 
@@ -221,7 +221,7 @@ def _enough(scored: Sequence[tuple[float, bool]], precision: float, fewest: int,
 
 
 def _separation(scored: Sequence[tuple[float, bool]]) -> float:
-    """Return the probability that a good picture scores above a bad one, ties for half: 0.5 is a coin."""
+    """Return the probability that a good picture scores above a bad one, ties counted half (AUC)."""
     good, bad = ([value for value, kind in scored if kind is wanted] for wanted in (True, False))
     bad.sort()
     return sum(bisect_left(bad, a) + bisect_right(bad, a) for a in good) / (2 * len(good) * len(bad))
@@ -231,7 +231,7 @@ def _hopeless(
     fits: Sequence[Fit], score: str, precision: float, separation: float, values: Mapping[str, float], sure: bool,
     confidence: float,
 ) -> str:  # fmt: skip
-    """Return why there is no threshold, and the best that can be had."""
+    """Return why there is no threshold, and the best achievable precision."""
     asked = f"{precision:g} with a confidence of {confidence:g}" if sure else f"{precision:g}"
     if not fits:
         return f"--score: {score}: too many labelled pictures have the same value to choose a threshold"
@@ -265,7 +265,7 @@ def _described(
 
 
 def save_gate(folder: Path, name: str, gate: Mapping[str, Any]) -> None:
-    """Add a gate to RUN/gates.json, or put it in place of the one of that name. Raises InputError, HostError."""
+    """Add or replace a gate in RUN/gates.json. Raises InputError, HostError."""
     path = folder / GATES
     with disk(path):
         gates = read_json(path) if path.exists() else {}
@@ -274,7 +274,7 @@ def save_gate(folder: Path, name: str, gate: Mapping[str, Any]) -> None:
 
 
 def named_gate(folder: Path, text: str | None) -> str | None:
-    """Return the expression that "@name" stands for in RUN/gates.json; any other text as it is."""
+    """Return the expression of "@name" in RUN/gates.json; any other text unchanged."""
     if text is None or not text.startswith("@"):
         return text
     path = folder / GATES
@@ -286,7 +286,7 @@ def named_gate(folder: Path, text: str | None) -> str | None:
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """Return the outcome of `calibrate` for people to read."""
+    """Return the outcome of `calibrate` as text."""
     interval = f"{found['low']:.3f} to {found['high']:.3f} at {found['confidence']:.0%}"
     if found["sure"]:
         interval = f"at least {found['asked']:g} with a confidence of {found['confidence']:.0%}"

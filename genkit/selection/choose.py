@@ -1,4 +1,4 @@
-"""What thins out the images that pass: the best that differ, near duplicates, and what is too like a reference."""
+"""Choose what each row keeps of the images that pass: diverse ones, without duplicates or copies of references."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from genkit.selection.judged import Judged
 
-Notes = dict[Key, dict[str, Any]]  # of an image: why it is `out`, what else to say `about` it, and `sim`, `reference`
+Notes = dict[Key, dict[str, Any]]  # by image: why it is `out`, more `about` it, `sim`, `reference`
 
 
 _NO_EMBEDDINGS = "this run has no embeddings to compare, as one made with --clip none: "
@@ -26,7 +26,7 @@ _NO_EMBEDDINGS = "this run has no embeddings to compare, as one made with --clip
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """The embeddings of a run: vectors (n, width), the row there of each image, and the nearest reference of each."""
+    """The embeddings of a run: vectors (n, width), the row of each image in them, and its nearest reference."""
 
     place: Mapping[Key, int]
     vectors: np.ndarray
@@ -40,9 +40,9 @@ def read_known(
     picking: Picking,
     expressions: Iterable[str | None] = (),
 ) -> Known | None:
-    """Return the embeddings that `picking` looks at, None where it needs none. Raises InputError if there are none.
+    """Return the embeddings for `picking`, or None if it needs none. Raises InputError if the run has none.
 
-    expressions: those that the rows are decided by; where one may read sim, embeddings are needed too.
+    expressions: gates and rank_by of the rows; embeddings are also needed if one of them uses sim.
     """
     if picking == NONE and not any("sim" in text for text in set(expressions) if text):
         return None
@@ -64,9 +64,9 @@ def read_known(
 
 
 def choose(rows: Sequence[Judged], picking: Picking, known: Known | None) -> tuple[list[list[int]], Notes]:
-    """Return the places of what each row keeps, in order of choice, and what is to be said of the images.
+    """Return the positions of what each row keeps, in order of choice, and notes on images.
 
-    Takes out of a row's candidates those too like a reference.
+    Candidates too similar to a reference are left out.
     """
     weighed = any(row.weigh is not None for row in rows)
     if weighed and (known is None or not known.place):
@@ -118,7 +118,7 @@ def _weigh(row: Judged, places: Sequence[int]) -> Callable[[int, float], float] 
 
 
 def _failed(rows: Sequence[Judged], chosen: Sequence[Sequence[int]], known: Known, notes: Notes) -> None:
-    """Say of the pictures that a row left out because of their sim that they are."""
+    """Add notes to the pictures that were rejected because of their sim."""
     for row, places in zip(rows, chosen, strict=True):
         if row.weigh is None:
             continue
@@ -136,7 +136,7 @@ def _key(item: tuple[Judged, int]) -> Key:
 
 
 def _finite(row: Judged, k: int) -> float:
-    """Return a candidate's value; one without any counts as the worst."""
+    """Return a candidate's value; the lowest value of the row if it has none."""
     value = row.values[k]
     return value if value == value else min((row.values[j] for j in row.ranked), default=0.0)
 
@@ -153,7 +153,7 @@ def _reference_notes(rows: Sequence[Judged], picking: Picking, known: Known) -> 
 def _similar(
     rows: Sequence[Judged], chosen: Sequence[Sequence[int]], known: Known, picking: Picking, notes: Notes
 ) -> None:
-    """Note as `sim` the cosine of each image and the nearest other one that its row keeps."""
+    """Add to each image's notes `sim`, the cosine with the nearest other image that its row keeps."""
     from genkit.selection.diversity import nearest
 
     for row, places in zip(rows, chosen, strict=True):

@@ -1,4 +1,4 @@
-"""Which images are kept, at what rank, and why not the others: a pure decision on recorded scores."""
+"""Which images are kept, at which rank, and why the others are not: a pure function of recorded scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genkit.selection.choose import Known, choose
 from genkit.selection.judged import Judged, Weigher, reads_sim, with_sim
 from genkit.selection.picking import NONE, Picking
 
-HARD_LINES = 10  # hard rows that are named at the end of a run; selection.json has all
+HARD_LINES = 10  # hard rows listed at the end of a run; selection.json has all
 
 
 def decide(
@@ -33,12 +33,12 @@ def decide(
 ) -> dict[str, Any]:
     """Return {"kept", "of", "where", …, "hard": […], "images": {"<id>-<k>": {…, "kept", "rank", "reason"}}}.
 
-    An image is kept when it is done, passes its row's gate, and is among the best `keep` of the row by `rank_by`
-    (default: the clip score where there is one, else the order of drawing). `where`, `rank_by` and `keep` stand in for
-    those of every row. NaN passes no gate and has no rank. Rank 1 is the best; an image that fails its gate has none.
-    picking, known: what thins out those that pass, and the embeddings that it looks at. "hard": rows that drew
-    `max_images` and lack some that pass. `sim` is the cosine to the nearest picture that the row has chosen so far, one
-    after the other. Raises InputError for an expression that does not hold together, or reads a `sim` that is unknown.
+    An image is kept if it is done, passes its row's gate, and is among the best `keep` of the row by `rank_by`
+    (default: clip if there is one, else the order of drawing). `where`, `rank_by` and `keep` override those of every
+    row. NaN passes no gate and has no rank. Rank 1 is best; an image that fails its gate has none. picking, known:
+    options that thin out the images that pass, and the embeddings for them. "hard": rows that drew `max_images` and of
+    which fewer than `keep` pass. `sim` is the cosine to the nearest picture that the row has chosen so far. Raises
+    InputError for an invalid expression, or one that uses `sim` without embeddings.
     """
     of_row: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -46,7 +46,7 @@ def decide(
     labels = {label for row in rows for label in row.labels or ()}
     names = {name for found in of_row.values() for r in found for name in r.scores} - {"p"}
     asked_gate, asked_order = (None if text is None else Expression(text, labels, names) for text in (where, rank_by))
-    compiled = functools.cache(lambda text, labels: Expression(text, labels, names=None))  # checked when it was drawn
+    compiled = functools.cache(lambda text, labels: Expression(text, labels, names=None))
     judged = []
     for row in rows:
         own = None if row.labels is None else tuple(row.labels)
@@ -67,7 +67,7 @@ def decide(
 def _judge(
     row: Request, found: list[Result], gate: Expression | None, order: Expression | None, keep: int | None, ahead: bool
 ) -> Judged:
-    """Say what is against each image of a row. ahead: images drawn ahead of what the row needed count as well."""
+    """Judge the images of a row. ahead: images drawn beyond what the row needed count, too."""
     weigh = None
     if reads_sim(gate) or reads_sim(order):
         weigh = Weigher(found, gate, order, keep or row.keep)
@@ -86,9 +86,9 @@ def _judge(
 
 
 def _needed(row: Request, found: Sequence[Result], passed: Sequence[bool]) -> int:
-    """Return how many images of a row count: up to the first by which `keep` of them passed.
+    """Return how many images of a row count: up to the one at which `keep` of them have passed.
 
-    A row may have drawn more, ahead of its results; how many depends on the order in which they came.
+    A row may have drawn more while it waited for results; how many depends on timing, so they do not count.
     """
     if row.max_images is None:
         return row.num_images
@@ -101,7 +101,7 @@ def _needed(row: Request, found: Sequence[Result], passed: Sequence[bool]) -> in
 
 
 def _refusal(r: Result, passed: bool, gate: Expression | None, most: int, count: int) -> str | None:
-    """Return why an image is out whatever the others of its row are."""
+    """Return why an image is rejected regardless of the others of its row, or None."""
     if r.status != "done":
         return f"{r.status}: {r.reason}" if r.reason else r.status
     if r.index >= most:
@@ -114,7 +114,7 @@ def _refusal(r: Result, passed: bool, gate: Expression | None, most: int, count:
 
 
 def _hard(judged: Judged, order: Expression | None, passed: Sequence[bool], lack: int) -> dict[str, Any]:
-    """Return the report of a row that drew all it may and lacks some; names the best of those that failed its gate."""
+    """Return the report of a row that drew max_images and lacks images that pass, with the best that failed."""
     most = judged.request.max_images or 0
     failed = [k for k, r in enumerate(judged.found) if r.status == "done" and r.index < most and not passed[k]]
     worth = {k: value for k in failed if (value := value_of(judged.found[k], order)) == value}

@@ -1,4 +1,4 @@
-"""Best K different ones: greedy choices on unit embeddings, and the search for near duplicates among what is chosen."""
+"""Diverse selection by greedy choice on unit embeddings, and near-duplicate search among the chosen."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from genkit.scoring.names import ALONE
 
 BLOCK = 1024  # rows of a block of products
 CHUNK = 16384  # columns
-SKETCH = 4  # the bound that is tried before the whole product has so many times fewer dimensions
-ROUNDING = 2e-3  # of cosines of float16 vectors
-Other = tuple[int, float]  # which item is near, and its cosine
+SKETCH = 4  # the bound computed before the full product has so many times fewer dimensions
+ROUNDING = 2e-3  # error of cosines of float16 vectors
+Other = tuple[int, float]  # the nearest item, and its cosine
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """What one row may keep, best first: items (numbers of the whole run), their scores, and how many to keep.
+    """What one row may keep, best first: items (indices over the whole run), their scores, and how many to keep.
 
-    weigh: (place in items, cosine to the nearest that the row took) -> the value there, NaN where it does not pass, for
-    a row that decides on that cosine. moving: whether its order depends on it, and not only what passes.
+    weigh: for a row that uses `sim`: (position in items, cosine with the nearest chosen) -> value, NaN if it does not
+    pass. moving: whether the order depends on sim, not only which items pass.
     """
 
     items: Sequence[int]
@@ -42,19 +42,19 @@ def pick(
     """Return the items that each row keeps, in order of choice, and {item: (what it is too like, cosine)}.
 
     vectors: (n, width) of unit length; place[item]: its row there, -1 for none; same[item]: hash of its file.
-    Rows choose in turns. A choice with a cosine of `threshold` or more to one that any row chose before, or the same
-    file, is dropped and its row chooses again. With `diverse` above 0 a row's next choice is that of the largest
+    Rows choose in turns. A choice whose cosine with an earlier choice of any row is `threshold` or more, or that is the
+    same file, is dropped, and its row chooses again. With `diverse` above 0 a row's next choice maximises
 
         s - diverse * c    s = (score - mean) / (best - mean)    c = (cosine to the nearest chosen - m) / (1 - m)
 
-    over its candidates: the best has s = 1 and the average one 0, whatever the score; a copy has c = 1 and two pictures
-    as alike as those of the row are on average (m: their mean cosine) 0. After Carbonell & Goldstein 1998 (MMR).
+    over its candidates: s is 1 for the best and 0 for the average candidate; c is 1 for a copy and 0 for two pictures
+    as similar as those of the row on average (m: their mean cosine). After Carbonell & Goldstein 1998 (MMR).
     """
     chosen: list[list[int]] = [[] for _ in rows]
     alike: dict[int, Other] = {}
     kept = None if threshold is None else _Kept(vectors, place, same, threshold, rows)
     groups = [range(len(rows))] if kept is not None else [range(k, k + 1) for k in range(len(rows))]
-    for group in groups:  # rows that cannot be in each other's way go one by one: less is in memory
+    for group in groups:  # independent rows are processed one by one, which takes less memory
         queues = {k: _queue(rows[k], vectors, place, diverse) for k in group if rows[k].items}
         while queues:
             turns = [(turn, k, item) for k, q in queues.items() for turn, item in enumerate(q.propose())]
@@ -77,7 +77,7 @@ def _queue(row: Candidates, vectors: np.ndarray, place: Sequence[int], diverse: 
 
 
 class _Ranked:
-    """A row that takes its candidates as they are ranked."""
+    """A row that takes its candidates by rank."""
 
     def __init__(self, row: Candidates) -> None:
         self.row, self.at, self.lacks = row, 0, row.keep
@@ -95,7 +95,7 @@ class _Ranked:
 
 
 class _Greedy:
-    """A row that takes its candidates one by one, knowing how like each is to what it took."""
+    """A row that takes its candidates one by one, by their similarity to those already taken."""
 
     def __init__(self, row: Candidates, vectors: np.ndarray, place: Sequence[int]) -> None:
         self.row, self.lacks = row, row.keep
@@ -119,7 +119,7 @@ class _Greedy:
 
 
 class _Weighed(_Greedy):
-    """A row with a `weigh` of its own. What does not pass when its turn comes is out for good."""
+    """A row with `weigh`. A candidate that does not pass at its turn is rejected for good."""
 
     def propose(self) -> Sequence[int]:
         assert self.row.weigh is not None

@@ -1,4 +1,4 @@
-"""Intervals of shares and means that hold for few numbers, and for numbers that come in groups."""
+"""Confidence intervals of shares and means, for small samples and for grouped values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Interval = tuple[float, float]
 
 
 def clopper_pearson(good: int, of: int, confidence: float) -> Interval:
-    """Return the exact two-sided interval of a share, of which `good` out of `of` independent draws were seen.
+    """Return the exact two-sided confidence interval of a share, given `good` out of `of` independent draws.
 
     Clopper and Pearson (1934): covers the truth in at least `confidence` of all cases, whatever the truth.
     """
@@ -36,7 +36,7 @@ def at_least(good: int, of: int, share: float) -> float:
 
 
 def _root(beyond: Callable[[float], bool]) -> float:
-    """Return where `beyond`, false at 0 and true at 1, turns."""
+    """Return the point in 0 to 1 where `beyond` changes from false to true, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(45):
         middle = (low + high) / 2
@@ -64,7 +64,7 @@ def _within(angle: float, degrees: int) -> float:
 
 
 def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the mean over all values and its standard error, values of one group not taken for independent.
+    """Return the mean over all values and its standard error; values of one group may be correlated.
 
     The ratio estimator over clusters: sqrt(C / (C - 1) * sum over groups of (sum of x - mean)^2) / n. One group: NaN.
     """
@@ -75,7 +75,7 @@ def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def mean_interval(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Return (mean, low, high) of values in groups; an interval without bounds where there is one group."""
+    """Return (mean, low, high) of values in groups; an unbounded interval if there is only one group."""
     mean, error = grouped(groups)
     if len(groups) < 2:
         return mean, -math.inf, math.inf
@@ -87,7 +87,7 @@ def share_interval(groups: Sequence[Sequence[float]], confidence: float = 0.95) 
     """Return (share, low, high) of values from 0 to 1 in groups.
 
     Wilson's interval (1927) for as many independent values as have the standard error of the groups (Korn and Graubard
-    1998), with Student's t for its width. Values all alike count as one a group, so that certainty needs many groups.
+    1998), with Student's t for its width. If all values are equal, each group counts as one value.
     """
     share, error = grouped(groups)
     if len(groups) < 2:

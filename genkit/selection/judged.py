@@ -1,4 +1,4 @@
-"""The images of a row, judged one by one: what is against each, and what it is ranked by."""
+"""The images of a row, judged one by one: rejected or not, and the value each is ranked by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genkit.scoring.gates import Expression, passes
 
 @dataclasses.dataclass(frozen=True)
 class Weigher:
-    """The images `found` of a row whose gate or order reads `sim`, which is known only as they are chosen."""
+    """The images of a row whose gate or rank_by uses `sim`, which changes with every choice."""
 
     found: Sequence[Result]
     gate: Expression | None
@@ -23,11 +23,11 @@ class Weigher:
 
     @property
     def moving(self) -> bool:
-        """Whether the order depends on sim, and not only what passes."""
+        """Whether the order depends on sim, not only which images pass."""
         return self.keep is not None and reads_sim(self.order)
 
     def __call__(self, k: int, sim: float) -> float:
-        """Return what image k is ranked by at that sim; NaN where it does not pass, or is not to be ranked."""
+        """Return the value that image k is ranked by at that sim; NaN if it does not pass or has no value."""
         r = with_sim(self.found[k], sim)
         if not passes(self.gate, r.scores):
             return math.nan
@@ -35,7 +35,7 @@ class Weigher:
         return -math.inf if value != value and self.keep is None else value
 
     def refusal(self, k: int, sim: float | None) -> str | None:
-        """Return why image k is out at that sim, None: unknown; or None where that is not why."""
+        """Return why image k is rejected at that sim (None: unknown), or None if sim is not the reason."""
         value = self(k, math.nan if sim is None else sim)
         by = "nan: no score to rank by" if self.gate is None else f"gate: {self.gate.text}"
         return None if value == value else f"{by} (no sim)" if sim is None else f"{by} (sim {sim:.3f})"
@@ -43,9 +43,9 @@ class Weigher:
 
 @dataclasses.dataclass
 class Judged:
-    """A row's images by number, what is against each whatever the others are, and those with a value, best first.
+    """A row's images: for each a reason to reject it or None, its value, and those with a value, best first.
 
-    weigh: where the row decides on `sim`; values and ranked are then those of a row that keeps none yet.
+    weigh: set if the row uses `sim`; values and ranked are then for the first choice.
     """
 
     request: Request
@@ -58,7 +58,7 @@ class Judged:
     weigh: Weigher | None = None
 
     def candidates(self) -> list[int]:
-        """Return the places in `found` of what may be kept, best first."""
+        """Return the positions in `found` of the images that may be kept, best first."""
         if self.keep is not None:
             return self.ranked
         return self.ranked + [k for k, r in enumerate(self.reasons) if r is None and self.values[k] != self.values[k]]

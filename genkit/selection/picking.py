@@ -1,4 +1,4 @@
-"""The options that thin out the images that pass: the best that differ, near duplicates, too like a reference."""
+"""Options that thin out the images that pass: --diverse, --dedupe and --reference."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from genkit.errors import InputError, shown
 
 @dataclasses.dataclass(frozen=True)
 class Picking:
-    """diverse: 0 (the score alone) to 1 (a copy of the best is worth an average picture), see `diversity.pick`.
+    """diverse: 0 (score only) to 1 (a copy of the best counts as an average picture), see `diversity.pick`.
 
-    dedupe: cosine of two embeddings from which on they are near duplicates; 1: identical. reference: a folder of
-    pictures that what is kept is compared with, and with `dedupe` must not be too like.
+    dedupe: cosine of two embeddings above which they are near duplicates; 1: identical files. reference: a folder of
+    pictures that kept images are compared with; with `dedupe`, near duplicates of them are rejected.
     """
 
     diverse: Annotated[float | None, "With keep: 0 takes the best, up to 1 rather those unlike what is taken."] = None
@@ -23,7 +23,7 @@ class Picking:
 
     @property
     def needs_embeddings(self) -> str | None:
-        """The option that cannot do without embeddings; identical files are found without."""
+        """The option that needs embeddings, or None; identical files are found without."""
         if self.diverse is not None:
             return "--diverse"
         if self.reference is not None:
@@ -45,12 +45,12 @@ class Picking:
                 raise InputError(f"--reference: {shown(str(self.reference))} holds no pictures")
 
     def check_rows(self, keep: bool) -> None:
-        """Raise InputError where no row keeps fewer than it draws: there is nothing to choose."""
+        """Raise InputError for --diverse if no row says how many images to keep."""
         if self.diverse is not None and not keep:
             raise InputError("--diverse: chooses which to keep of more, and nothing says how many: give --keep")
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is set, for selection.json."""
+        """Return the options that are set, for selection.json."""
         fields = {"diverse": self.diverse, "dedupe": self.dedupe, "reference": self.reference and str(self.reference)}
         return {name: value for name, value in fields.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""A folder of pictures that those of a run are compared with, say the training data: what did the model memorise."""
+"""Compare the pictures of a run with a reference folder, e.g. training data, to find memorised ones."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def nearest_references(
 
 
 def _embedded(folder: Path, files: Sequence[Path], digests: Sequence[str], clip: Mapping[str, Any]) -> np.ndarray:
-    """Return (len(files), width) float16, computing only what is not in the cache yet."""
+    """Return embeddings (len(files), width) float16; only those not in the cache are computed."""
     cache = _cache_file(folder, clip)
     known = _read(cache)
     lacking = {d: file for d, file in zip(digests, files, strict=True) if d not in known}
@@ -67,7 +67,7 @@ def _embedded(folder: Path, files: Sequence[Path], digests: Sequence[str], clip:
             for digest, vector in _embed(lacking, clip):
                 known[digest] = vector
         finally:
-            known = {digest: known[digest] for digest in digests if digest in known}  # what left the folder goes
+            known = {digest: known[digest] for digest in digests if digest in known}  # drop deleted files
             if known:
                 with disk(cache):
                     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -84,16 +84,16 @@ def _embed(files: Mapping[str, Path], clip: Mapping[str, Any]) -> Iterator[tuple
 
     scorer = ClipScorer.from_pretrained(clip["name"])
     digests = list(files)
-    with Steps() as tell:
+    with Steps() as progress:
         for start in range(0, len(digests), BATCH):
             part = digests[start : start + BATCH]
             vectors = scorer.embed_images([read_image(files[digest]) for digest in part])
-            tell(start + len(part), len(digests), "of the reference pictures embedded")
+            progress(start + len(part), len(digests), "of the reference pictures embedded")
             yield from zip(part, vectors.cpu().numpy().astype(np.float16), strict=True)
 
 
 def _cache_file(folder: Path, clip: Mapping[str, Any]) -> Path:
-    """Return where the embeddings of this folder by this model are kept."""
+    """Return the cache file of this folder's embeddings by this model."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = repr((str(folder.resolve()), sorted(clip["weights"].items())))
     return home / "genkit" / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
@@ -108,7 +108,7 @@ def _packed(known: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _read(cache: Path) -> dict[str, np.ndarray]:
-    """Return {SHA-256 of a file: its vector}; nothing where the cache is absent or damaged."""
+    """Return {SHA-256 of a file: its vector}; empty if the cache is missing or damaged."""
     try:
         records = np.load(cache, allow_pickle=False)
         return dict(zip((d.decode() for d in records["sha256"].tolist()), records["vector"], strict=True))

@@ -1,4 +1,4 @@
-"""Which pictures somebody found good: votes.csv as `genkit label` writes it, or lists of names."""
+"""Labels of pictures as good or bad: votes.csv, as `genkit label` writes it, or lists of names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genkit.files import place, read_text
 from genkit.rows.result import Result
 
 VOTES, COLUMNS = "votes.csv", ("image", "vote", "sha256")
-UNDO = "undo"  # takes the picture's last vote back: lines are only ever added
+UNDO = "undo"  # cancels the picture's last vote, since the file is append-only
 _WORDS = {True: ("1", "yes", "y", "true", "good"), False: ("0", "no", "n", "false", "bad")}
 MEANING: dict[str, bool | None] = {UNDO: None} | {word: good for good, words in _WORDS.items() for word in words}
 LIMIT = 2**27  # bytes of a file of votes; a million votes have about 10**8
@@ -22,7 +22,7 @@ LIMIT = 2**27  # bytes of a file of votes; a million votes have about 10**8
 
 @dataclasses.dataclass(frozen=True)
 class Vote:
-    """A line of votes.csv. good: None takes the last vote on that picture back. sha256: of the picture, or empty."""
+    """A line of votes.csv. good: None cancels the picture's last vote. sha256: of the picture, or empty."""
 
     line: int
     image: str
@@ -32,7 +32,7 @@ class Vote:
 
 @dataclasses.dataclass
 class Labels:
-    """The pictures with a label by name, and how many have none: as many votes for as against, or drawn anew since."""
+    """Labels by picture name; tied: pictures with as many votes for as against; stale: votes on redrawn pictures."""
 
     good: dict[str, bool]
     tied: int = 0
@@ -40,16 +40,16 @@ class Labels:
 
 
 def name_of(r: Result) -> str:
-    """Return the name of an image, which is that of its file without the ending: "fox-00"."""
+    """Return the name of an image, that of its file without the suffix: "fox-00"."""
     return f"{r.id}-{r.index:02d}"
 
 
 def read_labels(path: Path, bad: Path | None, others_bad: bool, pictures: Mapping[str, Result]) -> Labels:
     """Return the labels of a run's pictures (by name), a majority where a picture has several votes.
 
-    path: votes.csv, with columns image and vote; or any other file, which names the good pictures, one a line. Such a
-    list does not say what was looked at: `bad` lists the others that were, or `others_bad` says that it was all.
-    Raises InputError with file and line for what is no vote and for a picture that the run does not have.
+    path: votes.csv with columns image and vote, or any other file, which lists the good pictures, one a line. For such
+    a list, `bad` lists the bad ones, or `others_bad` says that all others are bad. Raises InputError with file and line
+    for an invalid vote or an unknown picture.
     """
     if path.suffix.lower() != ".csv":
         return _listed(path, bad, others_bad, pictures)
@@ -64,7 +64,7 @@ def read_labels(path: Path, bad: Path | None, others_bad: bool, pictures: Mappin
 def read_votes(path: Path) -> list[Vote]:
     """Return the lines of a votes.csv. Raises InputError with file and line."""
     where = place(path)
-    usual = csv.field_size_limit(LIMIT)  # a column of somebody's own may be long
+    usual = csv.field_size_limit(LIMIT)  # additional columns may be long
     reader = csv.reader(io.StringIO(read_text(path, LIMIT).removeprefix("\ufeff"), newline=""), strict=True)
     found: list[Vote] = []
     try:
@@ -103,9 +103,9 @@ def _vote(cells: dict[str, str], where: str, line: int) -> Vote:
 def standing(
     votes: Iterable[Vote], pictures: Mapping[str, Result], where: str, strict: bool = True
 ) -> tuple[dict[str, list[bool]], int]:
-    """Return the votes of each picture that were not taken back, and how many are about a picture drawn anew since.
+    """Return the votes of each picture that were not cancelled, and the number of votes on redrawn pictures.
 
-    strict: raise InputError for a picture that the run does not have, in place of passing it over.
+    strict: raise InputError for an unknown picture instead of skipping it.
     """
     found: dict[str, list[bool]] = defaultdict(list)
     stale = 0
@@ -140,7 +140,7 @@ def _listed(path: Path, bad: Path | None, others_bad: bool, pictures: Mapping[st
 
 
 def _names(path: Path, pictures: Mapping[str, Result]) -> dict[str, int]:
-    """Return the pictures that a file names, one a line, and the line; blank lines and # comments are passed over."""
+    """Return the pictures that a file lists, one a line, with their lines; skips blank lines and # comments."""
     found: dict[str, int] = {}
     for line, text in enumerate(read_text(path, LIMIT).removeprefix("\ufeff").split("\n"), 1):
         if text.strip() and not text.lstrip().startswith("#"):
@@ -152,7 +152,7 @@ def _names(path: Path, pictures: Mapping[str, Result]) -> dict[str, int]:
 
 
 def _resolved(text: str, pictures: Collection[str]) -> str | None:
-    """Return the picture that is meant by its name or by its file, in whatever folder that is."""
+    """Return the picture with that name or file name, ignoring folders, or None."""
     last = text.replace("\\", "/").rpartition("/")[2]
     return next((name for name in (last, PurePosixPath(last).stem) if name in pictures), None)
 

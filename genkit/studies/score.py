@@ -122,10 +122,10 @@ def judged(
             part = slice(i, i + BATCH)
             for file, found in _batch(panel, files[part], texts[part], labels, stored or Stored(None)):
                 if "error" in found:
-                    progress.say(found["error"])
+                    progress.message(found["error"])
                 progress.advance("error" in found, True, len(files))
                 for note in panel.news():
-                    progress.say(note)
+                    progress.message(note)
                 yield file, found
 
 

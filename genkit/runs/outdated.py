@@ -1,4 +1,4 @@
-"""Taking stock of an interrupted run: which of its images still hold, and what is wrong with the others."""
+"""Which images of a run must be drawn again on resume: outdated or damaged ones, with the reasons."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import Key
 
-HASHED = 8 * 2**30  # bytes of finished images that are read and hashed, newest first; of the rest the size is checked
-# A change of these fields only decides anew which images are kept.
+HASHED = 8 * 2**30  # bytes of images whose hash is checked, newest first; of the rest only the size
+# Fields that affect only which images are kept.
 _DECIDING = {"num_images", "keep", "gate", "rank_by", "max_images", "meta", "prune"}
 
 
@@ -23,10 +23,9 @@ NEW_LABELS = "labels changed"
 
 
 def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprints: Mapping[str, str]) -> dict[Key, str]:
-    """Return the images that are not what their row asks for now, each with the reason.
+    """Return the images that no longer match their row, each with the reason.
 
-    New labels are a reason too, since p is a softmax over all of them: such an image is drawn again where it has no
-    embedding to be scored by.
+    New labels are a reason, too, since p is a softmax over all of them; the caller rescores such images if it can.
     """
     found: dict[Key, str] = {}
     for r in results:
@@ -43,8 +42,7 @@ def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprint
 def damaged(folder: Path, done: Sequence[Result]) -> tuple[dict[Key, str], int]:
     """Return what is wrong with the files of finished images, and how many were hashed.
 
-    A file with a zeroed tail, a flipped bit, or another image's content has the right size and even opens: only the
-    hash tells.
+    Size alone does not detect a zeroed tail, a flipped bit, or another image's content: only the hash does.
     """
     newest_first = list(reversed(done))
     left, hashed = HASHED, []
