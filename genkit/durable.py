@@ -1,4 +1,4 @@
-"""Files that are whole or not there, lines that are never lost, and a folder that one process holds."""
+"""Durable files: atomic writes, an append-only journal, and a lock on a folder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 
 from genkit.errors import HostError
 
-TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may be called ".tmp-fox": finished names end otherwise
-PIECE = 2000  # items that are text at a time
+TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may have the id ".tmp-fox"
+PIECE = 2000  # items serialised at a time
 # Line breaks to str.splitlines and to JavaScript, though not to JSON: written as escapes so that a line stays a line.
 _BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -33,7 +33,7 @@ def disk(path: Path) -> Iterator[None]:
 
 
 def json_line(value: Any) -> str:
-    """Return `value` as JSON on one line, its newline included; NaN and infinities, which JSON lacks, become null."""
+    """Return `value` as one line of JSON with its newline; NaN and infinities become null."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
@@ -48,7 +48,7 @@ def json_pieces(
     objects: Mapping[str, Iterable[tuple[str, Any]]],
     lists: Mapping[str, Iterable[Any]] | None = None,
 ) -> Iterator[str]:
-    """Yield the JSON of `value`, which is not empty, and of members too large to be one text, in pieces.
+    """Yield in pieces the JSON of a non-empty `value` with additional members that are too large for one string.
 
     objects: names and values of each such object; lists: items of each such list.
     """
@@ -76,10 +76,10 @@ def _finite(value: Any) -> Any:
 
 
 def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Put `data`, or its pieces, at `path` so that a reader, or a crash at any moment, finds the old or all of it.
+    """Write `data`, or its pieces, atomically: a reader, or a crash, finds the old or the complete new file.
 
-    The name itself is safe from a power cut only after `sync_folder(path.parent)`. Raises OSError; the temporary file
-    is then removed where the disk allows it.
+    The new name survives a power cut only after `sync_folder(path.parent)`. Raises OSError, after removing the
+    temporary file if possible.
     """
     temp = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:
@@ -95,24 +95,24 @@ def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a file of this name is what a killed `write_whole` leaves."""
+    """Return whether this is the name of a temporary file of `write_whole`."""
     return name.startswith(TEMP_PREFIX) and name.endswith(TEMP_SUFFIX)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
+    """Sync the directory, so that names in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and say so
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by some network file systems
             raise
     finally:
         os.close(handle)
 
 
 def lock_folder(folder: Path) -> int:
-    """Take `folder` for this process; return the handle whose closing, or the process's death, gives it back.
+    """Lock `folder` for this process; return the file descriptor, whose closing releases the lock, as does exit.
 
     Raises HostError at once when another process holds it.
     """
@@ -127,14 +127,14 @@ def lock_folder(folder: Path) -> int:
         os.close(handle)
         raise
     os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)  # for the message above; the lock is flock's
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)  # for the message above
     return handle
 
 
 def read_lines(path: Path) -> tuple[list[Any], int]:
     """Return the JSON values of a JSONL file (None for a damaged line) and the length in bytes of its whole lines.
 
-    What follows the last newline is a write that never finished, and is left out.
+    Text after the last newline is an unfinished write, and is ignored.
     """
     values: list[Any] = []
     length = 0
@@ -145,7 +145,7 @@ def read_lines(path: Path) -> tuple[list[Any], int]:
 
 
 def each_line(path: Path) -> Iterator[Any]:
-    """Yield the JSON values of a JSONL file (None for a damaged line), a few of them in memory at a time."""
+    """Yield the JSON values of a JSONL file (None for a damaged line), read in blocks."""
     for block in _blocks(path):
         yield from _parsed(block)
 
@@ -160,7 +160,7 @@ def _blocks(path: Path) -> Iterator[list[bytes]]:
 
 
 def _parsed(block: Sequence[bytes]) -> list[Any]:
-    """Return the value of each line: of all at once, which is faster and shares the keys, where none is damaged."""
+    """Return the value of each line; parsed all at once if no line is damaged, which is faster."""
     try:
         values = json.loads(b"[" + b",\n".join(line.strip() for line in block) + b"]")
     except (ValueError, RecursionError):
@@ -178,13 +178,14 @@ def _value(line: bytes) -> Any:
 
 
 class Journal:
-    """An append-only JSONL file whose lines are on the disk when `append` returns.
+    """An append-only JSONL file whose lines are on disk when `append` returns.
 
-    Threads share it: while one waits for the disk, the lines of the others gather and go in one write (group commit).
+    Thread-safe, with group commit: while one thread waits for the disk, lines of the others are collected for the next
+    write.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file and cut a torn last line off; `lines` holds what is there. Raises OSError."""
+        """Open or create the file and truncate a torn last line; `lines` has its contents. Raises OSError."""
         self.path = path
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self.lines, self._length = read_lines(path)
@@ -195,7 +196,7 @@ class Journal:
         self._broken: OSError | None = None
 
     def append(self, values: Iterable[Any], folders: Iterable[Path] = ()) -> None:
-        """Add a line for each value once the names in `folders` are safe. Raises OSError, and ever after."""
+        """Append a line for each value after syncing `folders`. Raises OSError, and so does every later call."""
         lines = "".join(map(json_line, values)).encode("utf-8", "backslashreplace")
         self._waiting.append((lines, set(folders)))
         with self._lock:
@@ -213,7 +214,7 @@ class Journal:
     def _write(self, data: bytes, folders: set[Path]) -> None:
         for folder in folders:
             sync_folder(folder)
-        if os.fstat(self._handle).st_nlink == 0:  # deleted under us: the lines would go nowhere
+        if os.fstat(self._handle).st_nlink == 0:  # deleted meanwhile: the lines would be lost
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         rest = memoryview(data)
         while rest:

@@ -1,4 +1,4 @@
-"""The two ways genkit refuses to go on, and the exit codes that scripts rely on."""
+"""The two exceptions that genkit raises for its users, and the exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 
 class HostError(RuntimeError):
-    """The environment does not allow the work: disk, lock or device (exit code 3). The text is one line."""
+    """The environment does not allow the work: disk, lock or device (exit code 3). One line of text."""
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
@@ -24,14 +24,14 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """Return `value` as it may stand in a one-line message: quoted, escaped, and cut to `limit` characters."""
-    # reprlib stops at a few levels and items: a deep or huge value costs no more than its message.
+    """Return `value` for a one-line message: quoted, escaped, and cut to `limit` characters."""
+    # reprlib limits levels and items, so that a deep or huge value is cheap.
     text = repr(value[: limit + 1]) if isinstance(value, str) else reprlib.repr(value)
     text = text.encode("ascii", "backslashreplace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what another library's exception says, or its kind when it says nothing."""
+    """Return the first line of an exception's message, or its class if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Files from elsewhere, read with care: regular, capped in size, strict JSON."""
+"""Read untrusted files: regular files only, limited in size, strict JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from genkit.errors import InputError, shown
 
-DIGITS = 40  # of an integer; transformers writes 1e30 with all its digits for "no limit"
+DIGITS = 40  # of an integer; transformers writes 10**30 for "no limit"
 JSON_LIMIT = 2**20  # bytes of a config; real ones have a few thousand
 
 
 def place(path: Path | str) -> str:
-    """Return a path as it may stand in a one-line message: control characters and half surrogates escaped."""
+    """Return a path for a one-line message, with control characters and surrogates escaped."""
     return repr(str(path))[1:-1].encode("utf-8", "backslashreplace").decode()
 
 
@@ -49,7 +49,7 @@ def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
     if size > limit:
         raise InputError(f"{place(path)}: has {size} bytes, more than the {limit} that such a file may have")
     with open(path, "rb") as file:
-        data = file.read(limit + 1)  # the size is of a moment ago
+        data = file.read(limit + 1)  # the file may have grown
     try:
         return data[:limit].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,8 +64,8 @@ def read_json(path: Path, limit: int = JSON_LIMIT, infinite: bool = False) -> di
 def parse_json(text: str, where: str, infinite: bool = False) -> dict[str, Any]:
     """Return the object that strict JSON `text` holds.
 
-    Raises InputError, naming `where`, for comments, repeated keys, NaN and infinities, nesting without end, and
-    anything but an object at the top. infinite: let Infinity and -Infinity pass, which Python's own writer puts out.
+    Raises InputError, naming `where`, for comments, repeated keys, NaN and infinities, too deep nesting, and
+    anything but an object at the top. infinite: allow Infinity and -Infinity, as Python's json writes them.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

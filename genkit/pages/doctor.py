@@ -1,4 +1,4 @@
-"""The doctor's report as one page: facts, what was found with thumbnails, some pictures; no script, nothing loaded."""
+"""The doctor's report as a self-contained page without scripts: facts, findings with thumbnails, some pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG = 300  # characters of a caption
 
 
 def page(report: Report) -> str:
-    """Return the report as HTML. Whatever names and captions say is text; its policy lets nothing run or load."""
+    """Return the report as HTML. Names and captions are escaped; its policy allows no scripts and no loads."""
     template = files("genkit.pages").joinpath("doctor.html").read_text("utf-8")
     style = re.search(r"<style>(.*?)</style>", template, re.DOTALL)
     assert style is not None
@@ -46,8 +46,8 @@ def _findings(report: Report) -> Iterator[str]:
     if not report.findings:
         yield '<p class="fine">Nothing is wrong.</p>'
     for finding in report.findings:
-        told = f'<b>{finding.level}</b> <span dir="auto">{escape(finding.text)}</span>'
-        yield f'<section class="{finding.level}"><h2>{told}</h2>'
+        heading = f'<b>{finding.level}</b> <span dir="auto">{escape(finding.text)}</span>'
+        yield f'<section class="{finding.level}"><h2>{heading}</h2>'
         left, groups = MOST, []
         for group in finding.groups:
             if left <= 0:
@@ -80,7 +80,7 @@ def _thumbnail(report: Report, number: int) -> bytes:
         return b""
     try:
         picture = report.pictures[number].read()
-    except InputError:  # changed a moment ago
+    except InputError:  # changed meanwhile
         return b""
     picture.thumbnail((SIDE, SIDE))
     kept = io.BytesIO()

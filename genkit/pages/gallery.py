@@ -1,4 +1,4 @@
-"""RUN/index.html: every image, what it scored, and why it was kept or not, on one page that needs no server."""
+"""RUN/index.html: all images with scores and the reason why each was kept or not; needs no server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import GALLERY
 
-# What must not stand in a JSON block within HTML: "</script>" would end it, "<!--" would change how it is read.
+# Characters to escape in JSON within HTML: "</script>" would end the block, "<!--" would change its parsing.
 _HTML = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 _SETTINGS_OF_IMAGE = ("seed", "index", "file", "status", "scores", "width", "height", "nfe", "seconds")
 LOCAL = "img-src 'self' file:"
@@ -35,8 +35,8 @@ def write_gallery(
 ) -> Path:
     """Write index.html of a run folder and return its path.
 
-    selection: as from `decide`; config: run.json. The page holds its style and script, loads images by relative path,
-    and its policy lets nothing else run or load. Raises HostError.
+    selection: from `decide`; config: run.json. The page contains its style and script and loads images by relative
+    path; its content security policy allows nothing else. Raises HostError.
     """
     template = files("genkit.pages").joinpath("gallery.html").read_text("utf-8")
     parts = {"policy": policy(template, LOCAL), "title": html.escape(folder.resolve().name)}
@@ -59,7 +59,7 @@ def within_html(text: str) -> str:
 
 
 def _images(results: Iterable[Result], decisions: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what the page shows of each image, in the order of its row, then of its number."""
+    """Yield the data of each image for the page, by row, then by image number."""
     found = {f"{r.id}-{r.index:02d}": r for r in results}
     ranked = Counter(d["id"] for d in decisions.values() if d["rank"] is not None)
     for key, decision in decisions.items():

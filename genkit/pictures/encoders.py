@@ -1,4 +1,4 @@
-"""Pictures out: pixels and their settings as the bytes of a PNG, WebP, JPEG or JPEG XL file."""
+"""Encode pixels and metadata as the bytes of a PNG, WebP, JPEG or JPEG XL file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK = 2**17  # bytes filtered at a time: they stay in a core's cache until the
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How pictures become files: made, and checked, by `encoding`. quality: 1 to 100; None for PNG, which has none."""
+    """A picture format, made by `encoding`. quality: 1 to 100; None for PNG."""
 
     name: str
     quality: int | None
@@ -33,7 +33,7 @@ class Encoding:
 
     @property
     def suffix(self) -> str:
-        """The end of a file's name, dot included."""
+        """The suffix of file names, with the dot."""
         return _FORMATS[self.name][0]
 
     def encode(self, pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
@@ -46,7 +46,7 @@ class Encoding:
 
 
 def encoding(name: str = "png", quality: int | None = None) -> Encoding:
-    """Return the encoding of that name, at QUALITY where none is given.
+    """Return the encoding of that name; quality defaults to QUALITY.
 
     Raises InputError for an unknown name, a quality out of range, and a format that this Pillow lacks the plugin for.
     """
@@ -73,7 +73,7 @@ def _png(pixels: np.ndarray, text: dict[str, str], _quality: int) -> bytes:
     import numpy as np
 
     height, width, _ = pixels.shape
-    rows = np.zeros((height + 1, 3 * width + 3), np.uint8)  # what lies left of and above the picture counts as zero
+    rows = np.zeros((height + 1, 3 * width + 3), np.uint8)  # zeros left of and above the picture
     rows[1:, 3:] = pixels.reshape(height, -1)
     # CPU time and bytes beside Pillow's default, median (worst) of 20 photographs and grainy drawings of 512x512: this
     # 0.07 (0.14), 1.00 (1.12); with the standard library's zlib 0.11 (0.22), the same bytes; Pillow with run lengths
@@ -100,7 +100,7 @@ def _paeth(rows: np.ndarray) -> np.ndarray:
     corner = np.minimum(np.maximum(corner, low), high)
     to_low, to_high = high - corner, corner - low
     near, far = np.minimum(to_low, to_high), np.maximum(to_low, to_high)
-    # Masks of 0 and 255 choose: numpy.where takes ten times as long on bytes
+    # Select by masks of 0 and 255: numpy.where takes ten times as long on bytes
     prediction = high ^ ((low ^ high) & -(to_low < to_high).view(np.uint8))
     prediction ^= (prediction ^ corner) & -(near > far - near).view(np.uint8)
     filtered = np.empty((left.shape[0], left.shape[1] + 1), np.uint8)
@@ -115,7 +115,7 @@ def _chunk(kind: bytes, *parts: bytes) -> bytes:
 
 
 def _text_chunk(key: str, value: str) -> bytes:
-    """Never compressed: what unpacks past a reader's limit makes the file unreadable."""
+    """Return an uncompressed text chunk: readers limit the size of decompressed text."""
     try:
         return _chunk(b"tEXt", key.encode(), b"\0", value.encode("latin-1"))
     except UnicodeEncodeError:
@@ -147,7 +147,7 @@ def _pillow(kind: str, pixels: np.ndarray, text: dict[str, str], **options: Any)
     return buffer.getvalue()
 
 
-# Of each format the end of its files' names and (pixels, text, quality) -> bytes.
+# By format: the file suffix, and a function (pixels, text, quality) -> bytes.
 _FORMATS: dict[str, tuple[str, Callable[[np.ndarray, dict[str, str], int], bytes]]] = {
     "png": (".png", _png), "webp": (".webp", _webp), "jpeg": (".jpg", _jpeg), "jxl": (".jxl", _jxl),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pictures as files: PNG, JPEG, WebP and JPEG XL in; every one distrusted until wholly decoded."""
+"""Read picture files: PNG, JPEG, WebP and JPEG XL, fully checked and decoded, with size limits."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ UNKNOWN = "is not a PNG, JPEG, WebP or JPEG XL picture"
 
 
 def check_image(path: str | Path, contained: bool = False) -> tuple[int, int]:
-    """Return (width, height) in pixels, as `read_image` gives it, of a picture that decodes without error.
+    """Return (width, height) in pixels of a picture that decodes without error, as by `read_image`.
 
-    contained: refuse a symbolic link that leads out of the folder it lies in. The answer is remembered for as long as
-    the file stays the same. Raises InputError, in one line, naming the file and what is wrong with it.
+    contained: refuse a symbolic link that points outside its folder. Cached until the file changes. Raises InputError
+    naming the file and what is wrong with it.
     """
     path = Path(path)
     file_size(path)
@@ -44,11 +44,11 @@ def _size(path: Path, _state: tuple[int, int, int]) -> tuple[int, int]:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Return a PNG, JPEG, WebP or JPEG XL file as an RGB picture: turned as its EXIF asks, on white where transparent.
+    """Return a PNG, JPEG, WebP or JPEG XL file as an RGB picture, rotated by its EXIF, transparency on white.
 
-    16 bits a channel are scaled to 8. Raises InputError for what is no such picture, is animated, is larger than
-    MAX_BYTES or MAX_PIXELS, or is truncated or damaged as far as the format can tell (PNG: every checksum; JPEG: its
-    end; WebP, JPEG XL: its length).
+    16 bits a channel are scaled to 8. Raises InputError for other formats, animations, files larger than MAX_BYTES or
+    MAX_PIXELS, and truncated or damaged ones as far as the format allows (PNG: all checksums; JPEG: its end marker;
+    WebP, JPEG XL: its length).
     """
     path = Path(path)
     try:
@@ -56,12 +56,12 @@ def read_image(path: str | Path) -> Image.Image:
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(place(path)) else f"{place(path)}: {message}") from None
-    except Exception as error:  # whatever Pillow's parsers stumble over, from struct.error to KeyError: a bad file
+    except Exception as error:  # Pillow's parsers raise anything from struct.error to KeyError for a bad file
         raise InputError(f"{place(path)}: cannot be decoded: {' '.join(str(error).split())[:200]}") from None
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """Return the picture that `data` is, as `read_image` does, but RGBA where it is transparent; `where` names it."""
+    """Return the picture in `data` as by `read_image`, but RGBA if it is transparent. where: its name in errors."""
     if not 0 < len(data) <= MAX_BYTES:
         raise InputError(f"{where}: has {len(data)} bytes; a picture has 1 to {MAX_BYTES}")
     try:
@@ -80,8 +80,8 @@ def list_images(folder: str | Path) -> list[Path]:
 def list_files(folder: str | Path) -> list[Path]:
     """Return the files in `folder` and below, sorted.
 
-    Hidden files and folders are left out, and linked folders are not entered: they could lead round in circles.
-    Raises InputError when the folder, or one below, cannot be read.
+    Without hidden files and folders; linked folders are not entered, since they may form loops. Raises InputError if
+    the folder, or one below, cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -100,16 +100,14 @@ def _bytes(path: Path) -> bytes:
         raise InputError("is empty")
     if size > MAX_BYTES:
         raise InputError(f"has {size} bytes, more than the {MAX_BYTES} that a picture may have")
-    with open(
-        os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb"
-    ) as file:  # should a pipe have taken its place, do not wait
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # O_NONBLOCK: do not wait if it became a pipe
         return file.read(MAX_BYTES + 1)
 
 
 def _decoded(data: bytes, transparent: bool = False) -> Image.Image:
     from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-    # The plugins by hand: Image.open warns on standard error, and takes a phone's two-picture JPEG for another format.
+    # Not Image.open: it prints warnings, and identifies a phone's two-picture JPEG as another format.
     formats = (
         (b"\x89PNG\r\n\x1a\n", _check_png, PngImagePlugin.PngImageFile),
         (b"\xff\xd8\xff", _check_jpeg, JpegImagePlugin.JpegImageFile),
@@ -155,7 +153,7 @@ def _rgb(picture: Image.Image, transparent: bool = False) -> Image.Image:
 
 
 def _check_png(data: bytes) -> None:
-    """Check every chunk's checksum and that the file ends where it says: Pillow decodes files that lack their end."""
+    """Check every chunk's checksum and the end of the file: Pillow decodes files that lack their end."""
     at, count = 8, 0
     while at < len(data):
         if at + 12 > len(data):
@@ -177,7 +175,7 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Check that the pixel data come to an end: Pillow decodes files whose last part is zeros."""
+    """Check for the end of the pixel data: Pillow decodes files whose last part is zeros."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         if data[at + 1] == 0xDA:  # start of scan; within one, FF is always followed by 00 or a restart marker
@@ -196,9 +194,9 @@ def _check_webp(data: bytes) -> None:
 
 
 def _check_jxl(data: bytes) -> None:
-    """Check that every box is there, the size, and that it is one frame: the plugin decodes whatever it opens.
+    """Check that all boxes are complete, the size, and that there is one frame: the plugin does not.
 
-    The fields are those of ISO/IEC 18181-1, annex D: least bit first.
+    Fields as in ISO/IEC 18181-1, annex D, least significant bit first.
     """
     head = int.from_bytes(_codestream(data)[2:], "little")
 
@@ -222,7 +220,7 @@ def _check_jxl(data: bytes) -> None:
         return
     take(3)  # orientation
     if take(1):
-        size()  # to be shown at
+        size()  # intrinsic size
     preview, moving = take(1), take(1)
     if preview or moving:
         raise InputError("is animated; give one frame" if moving else "has a preview beside the picture")
@@ -254,16 +252,16 @@ def _open_jxl(file: io.BytesIO) -> Image.Image:
         raise InputError("is a JPEG XL picture; to read it: pip install pillow-jxl-plugin") from None
     try:
         picture = JXLImageFile(file)
-    except Exception:  # of which the message speaks of building libjxl
+    except Exception:  # its message is about building libjxl
         raise InputError("is truncated or damaged") from None
     if picture.mode == "F":
         raise InputError("has floating-point pixels, of which Pillow makes black and white")
-    if not picture.jpeg:  # a JPEG that was packed without loss is as it was; any other is turned already
+    if not picture.jpeg:  # only a losslessly recompressed JPEG is not rotated yet
         picture.info.pop("exif", None)
     return picture
 
 
-# EXIF orientation to the names of Pillow's Transpose; 1 needs nothing and anything else is no orientation.
+# EXIF orientation to the names of Pillow's Transpose; 1 is upright, other values are invalid.
 _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
     6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",

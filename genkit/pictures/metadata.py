@@ -1,4 +1,4 @@
-"""What a picture says about itself: the settings it was made with, as text, and as the EXIF block of what has none."""
+"""Metadata of a picture: its settings as two texts, and as an EXIF block for formats without text chunks."""
 
 from __future__ import annotations
 

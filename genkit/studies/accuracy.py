@@ -1,4 +1,4 @@
-"""How often a choice among labels was right: a confusion table, and the interval that a share is known to."""
+"""Accuracy of a classification: a confusion table, and the confidence interval of the accuracy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from genkit.progress import printable
 
-Z95 = 1.959964  # standard deviations either side that hold 95 % of a normal distribution
-WIDE = 10  # labels; a table of more columns than that fits no terminal
-CUT = 14  # characters of a label over its column
+Z95 = 1.959964  # 97.5 % quantile of the normal distribution
+WIDE = 10  # labels; with more columns the table does not fit a terminal
+CUT = 14  # characters of a column's heading
 
 
 def wilson(right: int, of: int, z: float = Z95) -> tuple[float, float]:
@@ -37,16 +37,16 @@ class Confusion:
 
     @property
     def of(self) -> int:
-        """How many were counted."""
+        """The number of pictures counted."""
         return self.counts.total()
 
     @property
     def right(self) -> int:
-        """How many of them were right."""
+        """The number of correct predictions."""
         return sum(n for (truth, chosen), n in self.counts.items() if truth == chosen)
 
     def summary(self) -> dict[str, Any]:
-        """Return accuracy, its 95 % interval, and the table as {true label: {chosen label: how often}}."""
+        """Return accuracy, its 95 % interval, and the table as {true label: {predicted label: count}}."""
         table: dict[str, dict[str, int]] = {}
         for truth in self.labels:
             row = {chosen: self.counts[truth, chosen] for chosen in self.labels if self.counts[truth, chosen]}
@@ -58,7 +58,7 @@ class Confusion:
         }  # fmt: skip
 
     def lines(self) -> list[str]:
-        """Return the table for a terminal, true labels down and chosen ones across, and the accuracy below it."""
+        """Return the table as text, true labels down and predicted ones across, and the accuracy."""
         names = {label: printable(label) for label in self.labels}
         truths = [t for t in self.labels if any(self.counts[t, c] for c in self.labels)]
         left = max([4, *(min(40, len(names[t])) for t in truths)])
@@ -76,7 +76,7 @@ class Confusion:
         return lines
 
     def _digest(self, truths: list[str], names: dict[str, str], left: int) -> list[str]:
-        """Return a line for each true label: how many, how many right, and what it was most often taken for."""
+        """Return a line for each true label: count, share correct, and the most frequent wrong predictions."""
         lines = [f"{'true':<{left}}  {'n':>6}  right  most often taken for"]
         for t in truths:
             wrong = Counter({c: self.counts[t, c] for c in self.labels if c != t and self.counts[t, c]}).most_common(3)

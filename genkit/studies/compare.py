@@ -1,4 +1,4 @@
-"""`genkit compare`: two runs of the same rows, picture by picture: who wins by each score, and by how much."""
+"""`genkit compare`: two runs of the same rows, compared picture by picture for every score."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _side(folder: Path) -> Side:
 
 
 def pair_up(a: Mapping[str, Result], b: Mapping[str, Result]) -> tuple[list[Pair], dict[str, list[str]]]:
-    """Return the pairs in the order of A, and the names of those that have no partner, by reason."""
+    """Return the pairs in the order of A, and the names of pictures without a partner, by reason."""
     pairs: list[Pair] = []
     alone: dict[str, list[str]] = defaultdict(list)
     for name in [*a, *(name for name in b if name not in a)]:
@@ -114,7 +114,7 @@ def pair_up(a: Mapping[str, Result], b: Mapping[str, Result]) -> tuple[list[Pair
 
 
 def numbers(r: Result) -> dict[str, float]:
-    """Return the scores of an image that are finite numbers, p['label'] among them."""
+    """Return the scores of an image that are finite numbers, including p['label']."""
     odds = r.scores.get("p")
     flat = {f"p[{label!r}]": value for label, value in odds.items()} if isinstance(odds, dict) else {}
     everything = {**{name: value for name, value in r.scores.items() if name != "p"}, **flat}
@@ -126,9 +126,9 @@ def numbers(r: Result) -> dict[str, float]:
 
 
 def score_table(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
-    """Return for each score that both of some pair have: how often B is above A (ties half), and the mean of B - A.
+    """Return for each score: how often B is above A (ties count half), and the mean of B - A.
 
-    Intervals are of 95 %; several images of one prompt are not taken for independent, see `grouped`.
+    With 95 % intervals, which allow for correlation between images of the same prompt, see `grouped`.
     """
     groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
@@ -158,7 +158,7 @@ def _rounded(x: float) -> float | None:
 
 
 def differences(one: Side, two: Side) -> Iterator[dict[str, Any]]:
-    """Yield {"what", "a", "b"} for what was not the same: of run.json, and settings of the rows that both have."""
+    """Yield {"what", "a", "b"} for each difference in run.json and in the settings of common rows."""
     for part in ("binding", "info"):
         a, b = (dict(_flat(side.config[part])) for side in (one, two))
         for name in [*a, *(n for n in b if n not in a)]:
@@ -196,7 +196,7 @@ def _texts(values: Iterable[Any]) -> str:
 
 
 def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pair], out: Path | None) -> Path:
-    """Write the page, with `out` the copies and the figures before it; return its path."""
+    """Write the page, with `out` also copies of the pictures and the figures; return its path."""
     folder = two.folder if out is None else out
     path = folder / (PAGE if out is None else GALLERY)
     with disk(folder):
@@ -212,7 +212,7 @@ def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pai
         before, after = halves
         data: Iterable[str] = map(within_html, json_pieces({"names": names, **figures}, {}, {"images": shown_pairs}))
         if out is not None:
-            data = [*data]  # the copies are made on the way: first these, then the page
+            data = [*data]  # this copies the pictures, before the page is written
             write_whole(out / FIGURES, json_line(figures).encode())
         pieces = (text for part in ([before], data, [after]) for text in part)
         write_whole(path, (text.encode("utf-8", "backslashreplace") for text in pieces))
@@ -229,9 +229,9 @@ def _half(r: Result) -> dict[str, Any]:
 
 
 def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[Result], str]:
-    """Return a function that gives a picture's URL relative to the page, and that copies it there first with `out`."""
+    """Return a function that returns a picture's URL relative to the page; with `out` it copies the picture there."""
     if out is None:
-        base = quote(os.fsencode(os.path.relpath(side.folder.resolve(), page.resolve())))  # may be no Unicode
+        base = quote(os.fsencode(os.path.relpath(side.folder.resolve(), page.resolve())))  # may not be valid Unicode
         return lambda r: f"{base}/{r.file}" if base != "." else str(r.file)
     (out / letter).mkdir(exist_ok=True)
 
@@ -246,7 +246,7 @@ def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[R
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """Return the outcome of `compare_runs` for people to read."""
+    """Return the outcome of `compare_runs` as text."""
     same = f", {found['identical']} of them the same file" if found["identical"] else ""
     lines = [f"A {found['a']}", f"B {found['b']}", f"{found['pairs']:,} pairs of {found['prompts']:,} prompts{same}"]
     for reason, alone in found["alone"].items():

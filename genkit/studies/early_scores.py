@@ -1,4 +1,4 @@
-"""Scores of the pictures that are predicted part-way: where they are taken, and what they are compared with."""
+"""Scores of predicted pictures part-way through sampling, and the final scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from genkit.errors import InputError, shown
 from genkit.rows.request import Request
 from genkit.scoring.gates import Expression
 
-MARKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the steps, at which predicted pictures are judged
+MARKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the steps after which predicted pictures are scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Watched:
 
 
 def order_of(row: Request) -> Expression | None:
-    """Return what the images of a row are ranked by; None is clip. Raises InputError where that is not of one alone."""
+    """Return the row's rank_by, None for clip. Raises InputError if it uses sim, which depends on other images."""
     order = None if row.rank_by is None else Expression(row.rank_by, row.labels, names=None)
     if order is not None and "sim" in order.names:
         raise InputError(f"row {row.id}: rank_by: {shown(order.text)} reads sim, which no picture has by itself")

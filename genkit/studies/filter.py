@@ -32,9 +32,9 @@ def refilter(
 ) -> dict[str, Any]:
     """Decide again on a run's recorded scores: `genkit filter`. Rewrites selection.json and index.html; returns counts.
 
-    where, rank_by, keep stand in for every row's gate, rank_by and keep. out, target: a folder for copies of what is
-    kept, and in what form, see `export`. Reads no model (but for a reference folder), needs no lock. Raises InputError
-    for a folder that is no run and for an unknown score.
+    where, rank_by, keep override every row's gate, rank_by and keep. out, target: a folder for copies of the kept
+    pictures, and their form, see `export`. Needs no model (except for a reference folder) and no lock. Raises
+    InputError for a folder that is not a run and for an unknown score.
     """
     if keep is not None and not 1 <= keep <= 100_000:
         raise InputError(f"--keep: {keep} is not within 1 to 100000")
@@ -45,7 +45,7 @@ def refilter(
     if config is None:
         raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
     collecting = gc.isenabled()
-    gc.disable()  # nothing made here is garbage before the end, and looking for it takes half of the time
+    gc.disable()  # nothing here becomes garbage, and collecting takes half of the time
     try:
         rows = read_rows(folder)
         asked = {str(row.id) for row in rows}
@@ -68,13 +68,13 @@ def refilter(
 
 
 def _present(folder: Path, results: list[Result]) -> list[Result]:
-    """Return the records, failed ones in place of those whose picture was taken away since."""
+    """Return the records; those whose picture was deleted since become failed ones."""
     names: dict[str, set[str]] = {}
     for k, r in enumerate(results):
         if r.status != "done":
             continue
         under, _, name = str(r.file).rpartition("/")
-        if under not in names:  # a listing of each folder is faster than a look at each file
+        if under not in names:  # listing folders is faster than checking every file
             try:
                 names[under] = set(os.listdir(folder / under))
             except OSError:
@@ -85,7 +85,7 @@ def _present(folder: Path, results: list[Result]) -> list[Result]:
 
 
 def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None, rank_by: str | None) -> None:
-    """Raise InputError, naming the option, for an expression that is none, or is about a score that no image has."""
+    """Raise InputError, naming the option, for an invalid expression or one that uses a score that no image has."""
     labels = {label for row in rows for label in row.labels or ()}
     known = {name for r in results for name in r.scores} - {"p"} | {"sim"}
     for option, text in (("--where", where), ("--rank-by", rank_by)):

@@ -1,4 +1,4 @@
-"""Redrawing rows of a run, with the score of the predicted picture at several marks of every image kept."""
+"""Redraw rows of a run, and score the predicted pictures of every image at several marks on the way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from genkit.studies.early_scores import MARKS, Watched, order_of
 
 
 class _Watch(Pruning):
-    """Judges every image at every mark, and gives none up."""
+    """Scores every image at every mark, and prunes none."""
 
     def __init__(self, judge: Any) -> None:
         super().__init__(lambda request: [], judge, scored=True)
@@ -44,7 +44,7 @@ class _Watch(Pruning):
             began = time.monotonic()
             judged = self.judge([preview_of(trajectory)])
             self.looks, self.looking = self.looks + 1, self.looking + time.monotonic() - began
-            seen += [_value(request, judged)] * len(here)  # with few steps, several marks fall on one call
+            seen += [_value(request, judged)] * len(here)  # with few steps several marks fall on the same call
             left = MARKS[len(seen) :]
             trajectory.pause = mark_of(trajectory.plan.nfe, left[0]) if left else 0
             self.resumed.append(trajectory)
@@ -52,9 +52,8 @@ class _Watch(Pruning):
 
 
 def redraw(run: Path, rows: Sequence[Request], device: str, quiet: bool) -> tuple[list[Watched], float]:
-    """Draw rows of a run again, as the run drew them; return the early and final scores of each row's images.
-
-    Returned with it: the share of an image's time that decoding and scoring it takes.
+    """Draw rows of a run again, as the run drew them. Returns the early and final scores of each row's images, and
+    the share of an image's time that decoding and scoring takes.
     """
     generator, scorer, slots, seed = reopen(run, device)
     draws = Draws(rows)
@@ -66,7 +65,7 @@ def redraw(run: Path, rows: Sequence[Request], device: str, quiet: bool) -> tupl
         for result in stream.run(slots):
             progress.advance(result.status == "failed", result.status == "done", draws.total)
             found[result.id].append(result)
-    seconds = (time.monotonic() - began - watch.looking) / max(1, progress.done)  # an image's, looked at once
+    seconds = (time.monotonic() - began - watch.looking) / max(1, progress.done)  # for an image, scored once
     look = watch.looking / max(1, watch.looks) / seconds
     watched = []
     for row in rows:

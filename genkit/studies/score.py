@@ -1,4 +1,4 @@
-"""`genkit score` and `genkit classify`: CLIP over any folder of pictures, in bounded memory."""
+"""`genkit score` and `genkit classify`: score pictures of any folder or run, in bounded memory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from genkit.components import ModelInfo
     from genkit.scoring.panel import Panel
 
-BATCH = 32  # pictures that are embedded together; of their full size there is one in memory at a time
+BATCH = 32  # pictures embedded together; only one of them is in memory at full size
 MAX_LABELS = 1000
-STRANGERS = 5  # folders of no label that are named
+STRANGERS = 5  # folders without a label that a message lists
 
 
 def score_images(
@@ -38,8 +38,8 @@ def score_images(
 ) -> int:  # fmt: skip
     """Write a JSON line for each picture: file, prompt, scores (clip, p, …). Returns the exit code.
 
-    Prompts come from `prompt`, from row k of `prompts` for picture k, or from the run folder's own records. Of a run
-    that was scored with the same CLIP model only pictures whose embedding it lacks are embedded, and it gets those.
+    Prompts come from `prompt`, from row k of `prompts` for picture k, or from the run folder's records. For a run that
+    was scored with the same CLIP model, only missing embeddings are computed, and stored with the run.
     """
     if prompts is not None and prompt is not None:
         raise InputError("--prompts, --prompt: give one of them, not both")
@@ -66,9 +66,9 @@ def score_images(
 def classify_images(
     images: Path, labels: str | None, out: Path | None, clip: str, device: str, dtype: str, as_json: bool
 ) -> int:
-    """Print each picture's likeliest label, and how many fell to each; returns the exit code.
+    """Print each picture's most probable label, and the count of each label; returns the exit code.
 
-    Where the pictures lie in folders named as the labels, a confusion table and the accuracy follow.
+    For pictures in folders named like the labels, a confusion table and the accuracy follow.
     """
     files = _pictures(images)
     truths = [_folder(images, file) for file in files]
@@ -80,7 +80,7 @@ def classify_images(
         )
     if len(names) < 2:
         raise InputError(f"--labels: {labels!r} is a single label; a choice needs two")
-    by_name = {_text(name): name for name in names}  # as the text encoder reads them
+    by_name = {_text(name): name for name in names}  # as text for CLIP
     if len(by_name) < len(names):
         raise InputError("--labels: two of them differ in nothing but _ and space")
     check_device(device, dtype)
@@ -139,7 +139,7 @@ def _batch(
     assert panel.clip is not None
     found: dict[Path, dict[str, Any]] = {}
     vectors: dict[Path, Any] = {file: vector for file in files if (vector := stored.vector(file)) is not None}
-    pixels: dict[Path, torch.Tensor] = {}  # as CLIP reads them, which is small
+    pixels: dict[Path, torch.Tensor] = {}  # preprocessed for CLIP, which is small
     for file, text in zip(files, texts, strict=True):
         measured = stored.measures(file) if file in vectors and not panel.scorers else None
         try:
@@ -162,13 +162,13 @@ def _batch(
 
 
 def _measured(panel: Panel, file: Path, text: str) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return what the pixels alone give, and the picture as CLIP reads it; the picture itself is let go."""
+    """Return the scores of the pixels and plugins, and the picture preprocessed for CLIP."""
     from genkit.scoring.clip import as_tensor
     from genkit.scoring.measures import measures
 
     assert panel.clip is not None
     picture = read_image(file)
-    extrema: Any = picture.getextrema()  # of an RGB picture: a pair for each channel
+    extrema: Any = picture.getextrema()  # a (low, high) pair for each channel
     flat = all(high - low <= 2 for low, high in extrema)
     pixels = as_tensor(picture)
     found = {**measures(pixels)[0], "nan": False, "flat": flat, **panel.plugged_in(pixels, [text])[0]}
@@ -176,7 +176,7 @@ def _measured(panel: Panel, file: Path, text: str) -> tuple[dict[str, Any], torc
 
 
 def _check_out(out: Path | None) -> None:
-    """Raise what stands in the way of writing `out`, before the work and not after it."""
+    """Raise InputError if `out` cannot be written, before the work starts."""
     if out is not None and out.is_dir():
         raise InputError(f"--out: {shown(str(out))} is a folder; name a file")
     if out is not None and not out.absolute().parent.is_dir():
@@ -221,7 +221,7 @@ def _pictures(images: Path) -> list[Path]:
 
 
 def _folder(images: Path, file: Path) -> str | None:
-    """Return the subfolder of `images` that a picture lies in; None for a run, whose folders are of its own making."""
+    """Return the subfolder of `images` that contains a picture; None for a run, whose subfolders mean nothing."""
     if not images.is_dir() or _is_run(images):
         return None
     parts = file.relative_to(images).parts
@@ -229,7 +229,7 @@ def _folder(images: Path, file: Path) -> str | None:
 
 
 def _text(label: str) -> str:
-    """Return a label, or a folder's name, as text for CLIP: folders are often written with _ for spaces."""
+    """Return a label or folder name as text for CLIP, with spaces for _."""
     return label.replace("_", " ").encode("utf-8", "replace").decode()
 
 
@@ -251,7 +251,7 @@ def _line(record: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _output(out: Path | None) -> Iterator[Any]:
-    """Give a function that writes text to standard output, or to a file that appears only when it is whole."""
+    """Yield a function that writes text to standard output, or to a file that appears only when complete."""
     if out is None:
         yield sys.stdout.write
         return

@@ -1,4 +1,4 @@
-"""`genkit study`: what drawing more, and giving up early, would buy on the model and prompts of a run."""
+"""`genkit study`: what best-of-N and pruning would gain on the model and prompts of a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from genkit.runs.records import read_config, read_results, read_rows
 from genkit.studies.early_scores import MARKS, Watched, order_of
 
 DRAWS = (1, 2, 4, 8)
-KEEP = 0.5  # of a row's images that pruning is tried with
-ENOUGH = 8  # rows, for advice
-WORTH, LOST = 1.1, 0.2  # what pruning must buy, and what share of rows may lose their best image to it
+KEEP = 0.5  # share of a row's images that pruning keeps
+ENOUGH = 8  # rows needed for advice
+WORTH, LOST = 1.1, 0.2  # least gain of pruning, and the largest share of rows that may lose their best image
 EACH = 8  # images of a row that are redrawn, where it has as many
 RESAMPLES = 1000
 STUDY = "study.json"
@@ -29,9 +29,9 @@ Interval = list[float | None]  # value, low, high; of a single row there is no i
 
 
 def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
-    """Study a run folder, write its study.json, and return what it says. `prune` redraws about `images` images.
+    """Study a run folder, write its study.json, and return its contents. prune: redraw about `images` images.
 
-    Raises InputError for a folder that is no run, one without scores, and one whose model is not the same any more.
+    Raises InputError for a folder that is not a run, has no scores, or whose model has changed.
     """
     if not 8 <= images <= 100_000:
         raise InputError(f"--images: {images} is not within 8 to 100000")
@@ -51,7 +51,7 @@ def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: 
 
 
 def recorded_scores(run: Path) -> dict[str, list[float]]:
-    """Return, for each row of two finished images or more, what those are ranked by, in the order of drawing."""
+    """Return for each row with two or more finished images their rank values, in the order of drawing."""
     rows = {str(row.id): row for row in read_rows(run)}
     found: dict[str, list[float]] = {row_id: [] for row_id in rows}
     for r in sorted(read_results(run), key=lambda r: r.index):
@@ -65,7 +65,7 @@ def recorded_scores(run: Path) -> dict[str, list[float]]:
 
 
 def chosen(run: Path, scores: dict[str, list[float]], images: int) -> list[Request]:
-    """Return rows to redraw, spread over the run, those of most images first: each with up to 8, `images` in all."""
+    """Return rows to redraw, spread evenly over the run, with up to EACH images each and about `images` in all."""
     rows = [row for row in read_rows(run) if str(row.id) in scores and row.num_images > 2]
     if not rows:
         raise InputError(f"{shown(str(run))}: no row of three images or more to redraw; draw some with --num-images 8")
@@ -77,7 +77,7 @@ def chosen(run: Path, scores: dict[str, list[float]], images: int) -> list[Reque
 
 
 def _first(row: Request, images: int) -> Request:
-    """Return the row with its first images alone, and nothing that decides how many are drawn."""
+    """Return the row with only its first images, and without keep, gate, max_images and prune."""
     stated = {name: getattr(row, name) for name in row.model_fields_set}
     for name in ("keep", "gate", "max_images", "prune"):
         stated.pop(name, None)
@@ -86,14 +86,14 @@ def _first(row: Request, images: int) -> Request:
 
 
 def expected_best(values: Sequence[float], k: int) -> float:
-    """Return the mean, over all choices of k of the values, of the largest: what best of k draws is worth."""
+    """Return the expected maximum of k of the values, drawn without replacement: the value of best-of-k."""
     ordered = np.sort(np.asarray(values))
     ways = np.array([math.comb(place, k - 1) for place in range(len(ordered))], dtype=float)
     return float(ordered @ ways / ways.sum())
 
 
 def best_of_n(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Return for 1, 2, 4, 8 draws the expected best of a row, and the gain over one draw of the same rows."""
+    """Return for 1, 2, 4 and 8 draws the expected best of a row, and the gain over a single draw."""
     found: dict[str, Any] = {}
     for k in DRAWS:
         best = np.array([(expected_best(values, 1), expected_best(values, k)) for values in rows if len(values) >= k])
@@ -104,12 +104,12 @@ def best_of_n(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def pruning(rows: Sequence[Watched], look: float) -> dict[str, Any]:
-    """Return, for each mark, what going on with the better half of a row's images there costs and keeps.
+    """Return for each mark what pruning to the better half of a row's images there costs and gains.
 
-    correlation: Spearman's, of early with final score, within rows. false_kill: share of rows whose final best would
-    have been given up. effective: the N of a best-of-N that is as good. cost: in whole images, of which decoding and
-    scoring a picture takes the share `look`. worth: effective over cost: above 1, pruning buys more than the same work
-    without it. All but cost as [value, low, high], 95 %.
+    correlation: Spearman's, of early and final scores within rows. false_kill: share of rows whose best image would be
+    pruned. effective: the N of an equally good best-of-N. cost: in whole images, of which decoding and scoring takes
+    the share `look`. worth: effective / cost; above 1, pruning gains more than the same work without it. All but cost
+    are [value, low, high], 95 %.
     """
     n = len(rows[0].final)
     best = np.array([[expected_best(row.final.tolist(), k) for k in range(1, n + 1)] for row in rows])
@@ -138,7 +138,7 @@ def _going_on(n: int) -> int:
 
 
 def _survivor(row: Watched, mark: int) -> float:
-    """Return the best final score among those that look best at the mark."""
+    """Return the best final score of the images kept at the mark."""
     from genkit.sampling.pruning import survivors
 
     stay = survivors(dict(enumerate(row.early[:, mark].tolist())), _going_on(len(row.final)))
@@ -146,18 +146,18 @@ def _survivor(row: Watched, mark: int) -> float:
 
 
 def effective(rows: np.ndarray) -> float:
-    """Return the N, between 1 and n, of the best-of-N whose expected score is that of the best that pruning leaves.
+    """Return the N of the best-of-N with the same expected score as pruning, between 1 and n.
 
-    rows: (rows, 1 + n): the best score that pruning leaves, then the expected best of 1 to n draws.
+    rows: (rows, 1 + n): the best score after pruning, then the expected best of 1 to n draws.
     """
     left, *best = rows.mean(axis=0).tolist()
     return float(np.interp(left, best, np.arange(1, len(best) + 1)))
 
 
 def advice(found: dict[str, Any]) -> str:
-    """Return one sentence: prune where that buys a tenth more at least, and loses few of the best, beyond doubt.
+    """Return one sentence: prune if the gain is at least WORTH and at most LOST of the rows lose their best, surely.
 
-    Both bounds are needed: a bootstrap of rows of which none lost its best says nothing about how many would.
+    Both bounds are needed: a bootstrap over rows that all kept their best image does not bound that share.
     """
     if found["rows"] < ENOUGH:
         return f"too few to say: {found['rows']} rows were redrawn, {ENOUGH} are the least; give --images more"
@@ -175,7 +175,7 @@ def advice(found: dict[str, Any]) -> str:
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the rank correlation; 0 where one of them is the same throughout."""
+    """Return the rank correlation; 0 if one of them is constant."""
     ranks = [(np.unique(v, return_inverse=True)[1]).astype(float) for v in (a, b)]
     if any(rank.std() == 0 for rank in ranks):
         return 0.0
@@ -201,7 +201,7 @@ def wilson(hits: int, of: int) -> list[float]:
 
 
 def described(found: dict[str, Any]) -> str:
-    """Return the study as lines of text."""
+    """Return the study as text."""
     lines = ["best of    score (95 %)               over one draw       rows"]
     for k, f in found["best_of"].items():
         lines.append(f"{k:>7}    {_range(f['best']):<25}  {_range(f['gain']):<22}  {f['rows']:>3}")
