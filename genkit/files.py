@@ -101,3 +101,49 @@ def parse_json(text: str, where: str, infinite: bool = False) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{where}: holds {shown(found)}, not a JSON object")
     return found
+
+
+def read_utf8(path: Path, limit: int) -> str:
+    """Return the text of a file, read once, with lines that end in \\n.
+
+    Raises InputError, naming file and line, for a file larger than `limit` bytes, changed while it is read, not UTF-8,
+    empty, or with NUL bytes or lone carriage returns.
+    """
+    name = place(path)
+    data = _bytes(path, name, limit)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{name}: is UTF-16; save it as UTF-8")
+    data = data.removeprefix(b"\xef\xbb\xbf")  # byte order mark of Windows editors
+    if b"\0" in data:
+        raise InputError(f"{name}:{_line_of(data, data.index(0))}: holds a NUL byte; UTF-16? save it as UTF-8")
+    try:
+        text = data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}:{_line_of(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
+    if "\r" in text:
+        line = text.count("\n", 0, text.index("\r")) + 1
+        raise InputError(f"{name}:{line}: holds a carriage return without a newline; end lines with \\n or \\r\\n")
+    if not text.strip(" \t\n"):
+        raise InputError(f"{name}: is empty")
+    return text
+
+
+def _bytes(path: Path, name: str, limit: int) -> bytes:
+    if file_size(path) > limit:
+        raise InputError(f"{name}: has more than {limit >> 20} MiB; split it")
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: do not wait if it has become a pipe
+        with open(handle, "rb") as file:
+            size = os.fstat(handle).st_size
+            data = file.read(limit + 1)
+            if not len(data) == size == os.fstat(handle).st_size:
+                raise InputError(f"{name}: changed while it was read; try again when it is whole")
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
+    return data
+
+
+def _line_of(data: bytes, at: int) -> int:
+    return data.count(b"\n", 0, at) + 1

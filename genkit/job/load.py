@@ -41,7 +41,7 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype, in_ram=in_ram))
         scorer.texts.hold = generator.residency.add("clip", scorer.model)
     if o.aesthetic is not None and job.clip is not None:
-        head = Head.load(Path(o.aesthetic), job.clip.configs["clip"]["projection_dim"])
+        head = Head.load(Path(o.aesthetic))
     return generator, Panel(scorer, [row.prompt for row in job.rows], head, job.scorers)
 
 
@@ -69,11 +69,11 @@ def run_config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any
     """Return run.json: "binding" is what every later start must agree with, "info" the rest."""
     o = job.options
     models = {"model": job.info, "clip": job.clip}
+    used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
     binding: dict[str, Any] = {"seed": o.seed, "variant": o.variant, "format": str(encoding(o.format, o.quality))}
     for name, info in models.items():
         binding[name] = None if info is None else {"name": info.name, "weights": weight_hashes(info)}
     binding["scheduler"] = job.info.scheduler_config
-    used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
     binding |= {"aesthetic": sha256(Path(o.aesthetic))} if o.aesthetic is not None else {}
     binding |= {"scorers": [plugin.name for plugin in job.scorers]} if job.scorers else {}
@@ -88,7 +88,7 @@ def run_config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any
     generator = loaded[0]
     binding["device"] = generator.device.type
     binding["dtype"] = "int8" if is_8_bit(generator.unet) else str(generator.unet.dtype).removeprefix("torch.")
-    head = {} if o.aesthetic is None else {"aesthetic": str(Path(o.aesthetic).absolute())}  # where it was; see `reopen`
+    head = {} if o.aesthetic is None else {"aesthetic": str(Path(o.aesthetic).absolute())}  # for `reopen`
     return {"binding": binding, "info": {**_versions(), "attention": generator.attention.text, **head}}
 
 

@@ -56,7 +56,8 @@ def run_job(job: Job, out: Path) -> Summary:
     # The first start loads before it writes, so that it leaves nothing behind if the weights do not fit. A later one
     # scans the folder first: another process may hold the lock, or nothing may be left to do.
     loaded = load(job, recorded) if recorded is None else None
-    with Run.open(out, run_config(job, loaded, recorded), job.rows) as run:
+    config = run_config(job, loaded, recorded)
+    with Run.open(out, config, job.rows) as run:
         until = None if job.options.max_seconds is None else began + job.options.max_seconds
         draws = Draws(job.rows, run.done, job.options.max_total_images, until)
         stopped = EXIT_OK

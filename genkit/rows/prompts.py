@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import InputError, shown
 from genkit.files import place
-from genkit.pictures.images import check_image
-from genkit.rows.request import Request, canonical, over
+from genkit.rows.request import Request, over, prepared
 from genkit.rows.rowfiles import RowFile, open_rows
 from genkit.rows.typed import typed
 
@@ -39,7 +36,7 @@ def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None) -> li
         try:
             if len(rows) == MAX_ROWS:
                 raise InputError(f"more than {MAX_ROWS} rows; split the file")
-            row = Request(**{"id": f"{len(rows):06d}", **over(shared, _prepared(fields, path.parent))})
+            row = Request(**{"id": f"{len(rows):06d}", **over(shared, prepared(fields, path.parent))})
             key = str(row.id).lower()
             if key in taken:
                 raise InputError(
@@ -61,31 +58,6 @@ def _defaults(file: RowFile, name: str, folder: Path) -> dict[str, Any]:
     try:
         if "id" in file.defaults:
             raise InputError("id: one id for all rows; give each row its own")
-        return _prepared(file.defaults, folder)
+        return prepared(file.defaults, folder)
     except InputError as error:
         raise InputError(f"{name}:{file.defaults_line}: defaults: {error}") from None
-
-
-def _prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the fields under genkit's names, after checking what Request does not: the prompt and pictures."""
-    found = canonical(fields)
-    prompt = found.get("prompt", "-")
-    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
-        raise InputError(f"prompt: {shown(prompt)} is empty; leave the field out for a model without prompts")
-    for field in ("image", "mask_image"):
-        if isinstance(found.get(field), str) and found[field]:
-            found[field] = _picture(folder, field, found[field])
-    return found
-
-
-def _picture(folder: Path, field: str, text: str) -> str:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file):", text):
-        raise InputError(f"{field}: {shown(text)} is a URL; pictures are read from local files only")
-    if len(text) > 4096:
-        raise InputError(f"{field}: {shown(text)} is too long for a path")
-    path = Path(os.path.abspath(folder), text)
-    try:
-        check_image(path, contained=True)
-    except InputError as error:
-        raise InputError(f"{field}: {error}") from None
-    return str(path)

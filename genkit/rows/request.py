@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from genkit.errors import InputError, nearest, shown
+from genkit.pictures.images import check_image
 
 MAX_TEXT = 100_000  # characters, of a prompt as of `meta` written as JSON
 META_DEPTH = 20
@@ -299,6 +301,31 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
                 raise InputError(f"{field}: given twice, once as {shown(key)}")
             out[field] = field_value
     return out
+
+
+def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the fields under genkit's names, after checking what Request does not: the prompt and pictures."""
+    found = canonical(fields)
+    prompt = found.get("prompt", "-")
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        raise InputError(f"prompt: {shown(prompt)} is empty; leave the field out for a model without prompts")
+    for field in ("image", "mask_image"):
+        if isinstance(found.get(field), str) and found[field]:
+            found[field] = _picture(folder, field, found[field])
+    return found
+
+
+def _picture(folder: Path, field: str, text: str) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file):", text):
+        raise InputError(f"{field}: {shown(text)} is a URL; pictures are read from local files only")
+    if len(text) > 4096:
+        raise InputError(f"{field}: {shown(text)} is too long for a path")
+    path = Path(os.path.abspath(folder), text)
+    try:
+        check_image(path, contained=True)
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from None
+    return str(path)
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
-from genkit.files import file_size, parse_json, place
+from genkit.files import file_size, parse_json, place, read_utf8
 from genkit.rows.request import ALIASES, Request, canonical
 from genkit.rows.typed import typed
 
@@ -37,48 +36,7 @@ def open_rows(path: Path) -> RowFile:
     if reader is None:
         file_size(path)  # raises for a folder or a missing file
         raise InputError(f"{name}: unknown kind of file {shown(path.suffix)}; give .txt, .jsonl, .csv or .yaml")
-    return reader(_text(path, name), name)
-
-
-def _text(path: Path, name: str) -> str:
-    """Return the text of the file, read once, with lines that end in \\n. Raises InputError for what is not UTF-8."""
-    data = _bytes(path, name)
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{name}: is UTF-16; save it as UTF-8")
-    data = data.removeprefix(b"\xef\xbb\xbf")  # byte order mark of Windows editors
-    if b"\0" in data:
-        raise InputError(f"{name}:{_line_of(data, data.index(0))}: holds a NUL byte; UTF-16? save it as UTF-8")
-    try:
-        text = data.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name}:{_line_of(data, error.start)}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from None
-    if "\r" in text:
-        line = text.count("\n", 0, text.index("\r")) + 1
-        raise InputError(f"{name}:{line}: holds a carriage return without a newline; end lines with \\n or \\r\\n")
-    if not text.strip(" \t\n"):
-        raise InputError(f"{name}: is empty")
-    return text
-
-
-def _bytes(path: Path, name: str) -> bytes:
-    if file_size(path) > MAX_BYTES:
-        raise InputError(f"{name}: has more than {MAX_BYTES >> 20} MiB; split it")
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # O_NONBLOCK: do not wait if it has become a pipe
-        with open(handle, "rb") as file:
-            size = os.fstat(handle).st_size
-            data = file.read(MAX_BYTES + 1)
-            if not len(data) == size == os.fstat(handle).st_size:
-                raise InputError(f"{name}: changed while it was read; try again when it is whole")
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
-    return data
-
-
-def _line_of(data: bytes, at: int) -> int:
-    return data.count(b"\n", 0, at) + 1
+    return reader(read_utf8(path, MAX_BYTES), name)
 
 
 def _read_txt(text: str, name: str) -> RowFile:

@@ -56,11 +56,11 @@ class Run:
             lock = lock_folder(folder)
             try:
                 recorded = read_config(folder)
-                if recorded is None:
+                if recorded is not None:
+                    check_binding(folder, recorded["binding"], config["binding"])
+                else:
                     write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
                     sync_folder(folder.absolute().parent)
-                else:
-                    check_binding(folder, recorded["binding"], config["binding"])
                 run = cls(folder, recorded or config, rows, lock)
                 run._begin()
                 return run

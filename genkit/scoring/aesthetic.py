@@ -21,9 +21,8 @@ class Head:
     bias: float
 
     @classmethod
-    def load(cls, path: Path, width: int) -> Head:
-        """Read a checked file. Raises InputError if it does not fit embeddings of `width`, or contains a NaN."""
-        check_head(path, width)
+    def load(cls, path: Path) -> Head:
+        """Read a file that `check_head` accepts. Raises InputError if it contains NaN or infinity."""
         from safetensors.numpy import load_file
 
         tensors = {name: value.astype(np.float64) for name, value in load_file(path).items()}

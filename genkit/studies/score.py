@@ -201,7 +201,7 @@ def _panel(
 
     target, precision = pick_device(device, dtype)
     clip = ClipScorer.from_components(load_components(info, device=target, dtype=precision))
-    head = None if aesthetic is None else Head.load(Path(aesthetic), info.configs["clip"]["projection_dim"])
+    head = None if aesthetic is None else Head.load(Path(aesthetic))
     return Panel(clip, prompts, head, plugins)
 
 
