@@ -4,7 +4,7 @@
 
 For every class, option set, prediction, spacing and 10, 25 and 50 steps it prints the largest difference of the two
 trajectories, relative to the largest value at that call, with a smooth nonlinear stand-in for the network, in float64;
-or why diffusers is left alone there. tests/test_schedulers_parity.py runs the same cases.
+or why diffusers is left alone there. tests/schedulers/test_parity.py runs the same cases.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from genkit.progress import Steps
 from tests.check_run import check_run
 from tests.children import start
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def genkit(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

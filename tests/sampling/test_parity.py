@@ -15,7 +15,7 @@ from PIL import Image
 from genkit import ImageToImage, Request, TextToImage, Unconditional
 from tests.tiny import tiny_ddpm, tiny_latent_unconditional, tiny_stable_diffusion
 
-EMOJI = Path(__file__).parent.parent / "genkit" / "components" / "embedded" / "emoji"
+EMOJI = Path(__file__).parents[2] / "genkit" / "components" / "embedded" / "emoji"
 STEPS = 6
 
 

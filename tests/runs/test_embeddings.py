@@ -24,7 +24,7 @@ from genkit.studies.score import score_images
 from tests.tiny import tiny_clip, tiny_stable_diffusion
 
 WIDTH = 8
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def unit(seed: int, width: int = WIDTH) -> np.ndarray:
@@ -96,7 +96,7 @@ def test_zeros_that_a_power_cut_left_are_no_vectors(tmp_path: Path) -> None:
 
 def test_a_killed_process_loses_none(tmp_path: Path) -> None:
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom tests.test_embeddings import unit, WIDTH\n"
+        "import os, sys\nfrom pathlib import Path\nfrom tests.runs.test_embeddings import unit, WIDTH\n"
         "from genkit.runs.embeddings import Store\nstore = Store(Path(sys.argv[1]), WIDTH)\n"
         "for n in range(70): store.add(f'r{n}', n, f'{n:064x}', unit(n))\n"
         "os.kill(os.getpid(), 9)"

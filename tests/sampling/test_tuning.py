@@ -22,7 +22,7 @@ from genkit.schedulers import Scheduler, tune
 from genkit.schedulers.tuned import FILE
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_stable_diffusion
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

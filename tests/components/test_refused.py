@@ -20,7 +20,7 @@ from genkit.components import inspect_model
 from genkit.errors import InputError
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_stable_diffusion
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 CANARY = "import pathlib\npathlib.Path(__file__).with_name('RAN').touch()\n"
 Harm = Callable[[Path], Any]

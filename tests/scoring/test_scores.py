@@ -303,7 +303,7 @@ def test_nan_from_a_scorer_is_null() -> None:
 
 
 def test_scorers_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, redness="tests.test_scores:redness", gone="no_such_module:f", number="math:pi")
+    install(monkeypatch, redness="tests.scoring.test_scores:redness", gone="no_such_module:f", number="math:pi")
     plugin = find_scorers(["redness"])[0]
     assert (plugin.name, plugin.names) == ("redness", ("redness",))
     for name, words in [

@@ -11,10 +11,10 @@ import pytest
 from genkit import cli
 from genkit.errors import InputError
 from genkit.training.recipe import read_recipe
-from tests.pictures import colour_folder
+from tests.colours import colour_folder
 from tests.tiny import tiny_stable_diffusion
 
-RECIPES = sorted((Path(__file__).parent.parent / "training" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.yaml"))
 PLAIN = "task: text-to-image\nmodel: emoji\ndata: {path: pictures}\n"
 
 

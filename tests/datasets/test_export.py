@@ -25,7 +25,7 @@ from genkit.runs.run import Run
 from genkit.studies.filter import refilter
 from tests.null_run import CONFIG, png, result_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HOSTILE = [
     "a fox",
     '=HYPERLINK("http://x")',

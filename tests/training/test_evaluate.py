@@ -16,7 +16,7 @@ from genkit.training import evaluate, output
 from genkit.training.evaluate import Evaluation, overfit_since
 from genkit.training.loop import train
 from genkit.training.recipe import make_recipe
-from tests.pictures import colour_folder
+from tests.colours import colour_folder
 from tests.tiny import tiny_ddpm
 
 

@@ -18,7 +18,7 @@ from genkit.rows.prompts import read_prompts, typed
 from genkit.rows.request import Request
 from tests.promptfiles import refusal, row, with_pictures, write
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 ODD = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "=cmd|' /C calc'!A0", "\x1b[31mred\x1b[0m",
        "\u202eabc",

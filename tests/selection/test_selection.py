@@ -21,7 +21,7 @@ from genkit.selection.decide import decide
 from genkit.studies.filter import refilter
 from tests.null_run import CONFIG, png, rows_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def result(row: str, index: int, clip: float | None = None, **fields: Any) -> Result:

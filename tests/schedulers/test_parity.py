@@ -20,7 +20,7 @@ from genkit.schedulers.diffusers_config import CLASSES, DIFFUSERS, KEYS
 
 
 def _load() -> Any:
-    path = Path(__file__).parent.parent / "benchmarks" / "scheduler_parity.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "scheduler_parity.py"
     spec = importlib.util.spec_from_file_location("scheduler_parity", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

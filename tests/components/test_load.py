@@ -23,7 +23,7 @@ from genkit.errors import InputError
 from genkit.schedulers import Scheduler
 from tests.tiny import EMBEDDED, SCHEDULER, tiny_clip, tiny_ddpm, tiny_latent_unconditional, tiny_stable_diffusion
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 CLASSES: dict[str, tuple[Any, ...]] = {

@@ -15,7 +15,7 @@ from genkit.rows.plans import scheduler_options
 from genkit.schedulers import SOLVERS, Scheduler
 from genkit.schedulers.diffusers_config import CLASSES
 
-EMOJI = Path(__file__).parent.parent / "genkit" / "components" / "embedded" / "emoji" / "scheduler"
+EMOJI = Path(__file__).parents[2] / "genkit" / "components" / "embedded" / "emoji" / "scheduler"
 DDIM, DPM = {"_class_name": "DDIMScheduler"}, {"_class_name": "DPMSolverMultistepScheduler"}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({**DDIM, "beta_strat": 0.1}, "'beta_strat': unknown key of DDIMScheduler (did you mean 'beta_start'?)"),

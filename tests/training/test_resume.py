@@ -23,7 +23,7 @@ from genkit.training.loop import Diverged, train
 from genkit.training.recipe import make_recipe
 from genkit.training.state import State
 from genkit.training.tasks import Diffusion
-from tests.pictures import colour_folder
+from tests.colours import colour_folder
 from tests.tiny import tiny_ddpm, tiny_stable_diffusion
 
 torch.set_num_threads(1)  # a forked child would wait for threads that it does not have

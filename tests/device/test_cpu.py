@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from genkit.device.cpu import pack_linears, suit_cpu
 from genkit.device.processor import AttentionChoice
 
-EMOJI = Path(__file__).parent.parent / "genkit" / "components" / "embedded" / "emoji"
+EMOJI = Path(__file__).parents[2] / "genkit" / "components" / "embedded" / "emoji"
 
 
 @pytest.fixture

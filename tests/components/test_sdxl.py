@@ -20,7 +20,7 @@ from genkit.components.registry import NETWORKS
 from genkit.components.rules import check_config
 from genkit.sampling.generators import Generator
 from genkit.schedulers import Scheduler
-from tests.test_parity import assert_same, seeds
+from tests.sampling.test_parity import assert_same, seeds
 from tests.tiny import tiny_sdxl
 
 

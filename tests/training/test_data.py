@@ -24,7 +24,7 @@ from genkit.datasets.sources import read_examples, split
 from genkit.errors import InputError
 from genkit.training.cache import encoded
 from genkit.training.data import HUES, Batch, Feed, Pictures, order, turn_hue
-from tests.pictures import colour_folder
+from tests.colours import colour_folder
 
 
 def data_of(path: Path | str, **fields: Any) -> Data:

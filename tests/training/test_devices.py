@@ -21,7 +21,7 @@ from genkit.training.loop import train
 from genkit.training.recipe import make_recipe
 from genkit.training.setup import Setup
 from genkit.training.tasks import KINDS, make_task
-from tests.pictures import colour_folder
+from tests.colours import colour_folder
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_sdxl, tiny_stable_diffusion
 
 ELSEWHERE = torch.device("meta")

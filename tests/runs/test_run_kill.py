@@ -21,7 +21,7 @@ from genkit.runs.run import Run
 from tests.check_run import check, grown, outcome
 from tests.null_run import CONFIG, draw, rows_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS, IMAGES, THREADS, SECONDS = 40, 5, 4, 0.06
 
 

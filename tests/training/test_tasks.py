@@ -20,7 +20,7 @@ from genkit.scoring import plugins
 from genkit.training import setup
 from genkit.training.loop import Outcome, train
 from genkit.training.recipe import make_recipe
-from tests.pictures import COLOURS, colour_folder
+from tests.colours import COLOURS, colour_folder
 from tests.tiny import (
     EMBEDDED,
     SCHEDULER,
@@ -84,7 +84,7 @@ def colours(pictures: torch.Tensor) -> torch.Tensor:
 def test_unconditional_pictures_get_the_colours_of_the_data(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = EntryPoints([EntryPoint("colours", "tests.test_training_tasks:colours", plugins.FEATURES)])
+    found = EntryPoints([EntryPoint("colours", "tests.training.test_tasks:colours", plugins.FEATURES)])
     monkeypatch.setattr(plugins, "entry_points", lambda group: found.select(group=group))
     config: dict[str, Any] = {"model": str(places / "tiny_ddpm"), "networks": {"unet": {"sample_size": 8}}}
     look = {"num_images": 12, "metrics": ["fid", "kid"], "features": "colours", "best": "fid", "every": 100}
