@@ -9,11 +9,45 @@ from collections.abc import Iterator
 from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, HostError, InputError
 
+MAKE, CHOOSE, SCORE, TRAIN, LOOK = (
+    "Make pictures", "Look back at runs and choose", "Score pictures", "Train models", "Models and this machine",
+)  # fmt: skip
+
+
+def _write_sections(formatter: Any, rows: list[tuple[str, tuple[str, str]]]) -> None:
+    """Write (section, (term, text)) rows, sections in order of first appearance."""
+    for title in dict.fromkeys(title for title, _ in rows):
+        with formatter.section(title):
+            formatter.write_dl([row for section, row in rows if section == title])
+
+
+class Group(TyperGroup):
+    """Help that lists the commands in sections, each with its whole summary; without rich, which is slow to import."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        order = [MAKE, CHOOSE, SCORE, TRAIN, LOOK]
+        commands = sorted(self.commands.items(), key=lambda item: order.index(str(item[1].rich_help_panel)))  # type: ignore[attr-defined]
+        rows = [(c.rich_help_panel, (name, " ".join((c.help or "").split()))) for name, c in commands]  # type: ignore[attr-defined]
+        _write_sections(formatter, rows)
+
+
+class Command(TyperCommand):
+    """Help that lists the options in the sections that they name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        records = [(p, record) for p in self.get_params(ctx) if (record := p.get_help_record(ctx)) is not None]
+        records.sort(key=lambda found: found[0].param_type_name != "argument")
+        kinds = {"argument": "Arguments", "option": "Options"}
+        titles = [getattr(p, "rich_help_panel", None) or kinds[p.param_type_name] for p, _ in records]
+        _write_sections(formatter, list(zip(titles, (record for _, record in records), strict=True)))
+
+
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    cls=Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Diffusion generation toolbox: a prompt file in; scored, filtered, reproducible images out.",
 )  # fmt: skip
 

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from genkit.cli.app import app, print_found
+from genkit.cli.app import CHOOSE, Command, app, print_found
 from genkit.cli.options import AsJson, Device, spread
 from genkit.errors import EXIT_OK
 from genkit.selection.picking import Picking
 
 
-@app.command("filter")
+@app.command("filter", cls=Command, rich_help_panel=CHOOSE)
 @spread
 def filter_run(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
@@ -39,7 +39,7 @@ def filter_run(
     return EXIT_OK
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=CHOOSE)
 def label(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     where: Annotated[str | None, typer.Option(help="Show only the pictures that pass.")] = None,
@@ -53,7 +53,7 @@ def label(
     return serve(run, named_gate(run, where), shuffle, port)
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=CHOOSE)
 def calibrate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     labels: Annotated[Path, typer.Option(help="votes.csv (image,vote), or a list of the good pictures.")],
@@ -84,7 +84,7 @@ def calibrate(
     return EXIT_OK
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=CHOOSE)
 def study(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     prune: Annotated[
@@ -102,7 +102,7 @@ def study(
     return EXIT_OK
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=CHOOSE)
 def compare(
     a: Annotated[Path, typer.Argument(help="A run folder.")],
     b: Annotated[Path, typer.Argument(help="A run of the same rows: another model, other settings.")],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genkit.cli.app import app, print_found
+from genkit.cli.app import MAKE, Command, app, print_found
 from genkit.cli.options import AsJson, Device, Out, Variant, spread
 from genkit.errors import EXIT_OK, InputError
 from genkit.options import Options
@@ -54,7 +54,7 @@ class RowOptions:
         return given
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=MAKE)
 @spread
 def generate(
     out: Out,
@@ -91,7 +91,7 @@ def generate(
     return _run_job(job, folder, as_json)
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=MAKE)
 def tune(
     model: Annotated[str, typer.Argument(help="emoji (embedded), a diffusers-layout folder, or a hub id.")],
     steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Network calls of the plan.")],

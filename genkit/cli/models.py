@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
-from genkit.cli.app import app, print_found
+from genkit.cli.app import LOOK, Command, app, print_found
 from genkit.cli.options import AsJson, Variant
 from genkit.errors import EXIT_OK
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=LOOK)
 def inspect(
     model: Annotated[str, typer.Argument(help="emoji, emoji-clip, a model folder, or a hub id.")],
     variant: Variant = None,
@@ -24,7 +25,7 @@ def inspect(
     return EXIT_OK
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=LOOK)
 def env(as_json: AsJson = False) -> int:
     """Print versions, devices, which attention backends work here, and what else a bug report needs."""
     from genkit.device.attention import table_lines
@@ -35,4 +36,6 @@ def env(as_json: AsJson = False) -> int:
     print_found(found, as_json)
     for line in lines:
         print(line)
+    if lines and find_spec("xformers") is None:
+        print("xformers is not installed: pip install 'genkit-diffusion[xformers]'")
     return EXIT_OK

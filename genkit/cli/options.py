@@ -39,6 +39,21 @@ def _slots(text: str) -> int | None:
     return int(text)
 
 
+# Sections of the help; options that are not listed are in the last one.
+_SECTIONS = {
+    "What is drawn": (
+        "model variant negative_prompt scheduler num_inference_steps guidance_scale guidance_interval width height"
+        " image strength mask_image num_images seed"
+    ),
+    "Which pictures are kept": "keep gate rank_by max_images labels clip aesthetic scorers diverse dedupe reference",
+    "How it runs": "",
+}
+
+
+def _section(field: str) -> str:
+    return next(title for title, fields in _SECTIONS.items() if field in fields.split() or not fields)
+
+
 # Fields that the command line writes in another form: its annotation and default, and how it is read.
 _WRITTEN: dict[str, tuple[Any, Any, Callable[[Any], Any]]] = {
     "batch_size": (Annotated[str, typer.Option(help=_help("batch_size"))], "auto", _slots),
@@ -81,6 +96,7 @@ def _fields(kind: Any) -> list[inspect.Parameter]:
         elif isinstance(hint.__metadata__[0], str):
             flags = [f"--{field.name.replace('_', '-')}"] if hint.__origin__ is bool else []  # and no --no-… beside it
             hint = Annotated[hint.__origin__, typer.Option(*flags, help=hint.__metadata__[0])]
+        hint.__metadata__[0].rich_help_panel = _section(field.name)
         found.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
     return found
 

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from genkit.cli.app import app
+from genkit.cli.app import SCORE, Command, app
 from genkit.cli.options import Aesthetic, AsJson, Clip, Device, Dtype, Labels, Scorers
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=SCORE)
 def score(
     images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
     prompts: Annotated[Path | None, typer.Option(help="A prompt file: row k is for picture k by name.")] = None,
@@ -32,7 +32,7 @@ def score(
     return score_images(images, prompts, prompt, labels, out, clip, device, dtype, aesthetic, scorer or ())
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=SCORE)
 def classify(
     images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
     labels: Annotated[

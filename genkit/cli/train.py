@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from genkit.cli.app import app, fail
+from genkit.cli.app import TRAIN, Command, app, fail
 from genkit.cli.options import AsJson, Device
 from genkit.errors import EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=TRAIN)
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, see training/recipes.")],
     changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As train.steps=100.")] = None,
@@ -49,7 +49,7 @@ def train(
     return outcome.exit_code
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=TRAIN)
 def doctor(
     data: Annotated[str | None, typer.Argument(help="A folder, .tar or .parquet; default: the recipe's.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="What it is to train: checks sizes, tokens, memory too.")] = None,

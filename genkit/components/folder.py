@@ -20,7 +20,10 @@ from genkit.files import place, read_json
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # Steps and guidance that suit an embedded model; others go by the field's habits (genkit.rows.settings).
-DEFAULTS: dict[str, dict[str, Any]] = {"emoji": {"num_inference_steps": 20, "guidance_scale": 5.0}, "emoji-clip": {}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "emoji": {"num_inference_steps": 20, "guidance_scale": 5.0, "tuned_steps": 12},
+    "emoji-clip": {},
+}
 
 
 def inspect_model(name: str | Path, *, variant: str | None = None) -> ModelInfo:

@@ -43,7 +43,8 @@ class ModelInfo:
     name: as it was asked for. tokenizer: folder of its tokenizer, or None; tokenizer_2: of SDXL's second. zero_empty:
     whether the lack of a negative prompt means zeros in place of an embedding. scheduler_config: for
     Scheduler.from_config (empty for "clip"). preprocessor: how a CLIP model's pictures are prepared (else empty).
-    defaults: steps and guidance that suit it, where known. revision: the hub's commit, or None.
+    defaults: num_inference_steps and guidance_scale that suit it, if known; tuned_steps: of the tuned plan that is used
+    when a row sets neither scheduler nor steps. revision: the hub's commit, or None.
     """
 
     name: str

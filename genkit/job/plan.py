@@ -133,6 +133,8 @@ def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Req
     """Return the row with the model's defaults filled in, so that requests.jsonl has all that a picture depends on."""
     s = settings(row, geometry, defaults)
     found: dict[str, Any] = {"num_inference_steps": s.steps, "width": s.width, "height": s.height}
+    if s.scheduler is not None:
+        found["scheduler"] = s.scheduler
     if geometry.text:
         found["guidance_scale"] = s.guidance
     if row.image is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from genkit.components.geometry import Geometry
 from genkit.errors import InputError
+from genkit.rows.plans import TUNED
 from genkit.rows.request import Request
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
@@ -15,20 +16,24 @@ STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its o
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Resolved settings: steps, guidance (1: none), width and height in pixels, strength (1: from pure noise)."""
+    """Resolved settings: steps, guidance (1: none), width and height in pixels, strength (1: from pure noise).
+
+    scheduler: of the request, or "tuned" where the model's own tuned plan is the default.
+    """
 
     steps: int
     guidance: float
     width: int
     height: int
     strength: float
+    scheduler: str | dict[str, Any] | None = None
 
 
 def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) -> Settings:
     """Return the settings of `request`; raises InputError for a row that the model cannot draw.
 
-    defaults: the model's num_inference_steps and guidance_scale. Without width and height the size is that of the
-    initial picture, rounded down to what the networks allow, or the model's own.
+    defaults: the model's num_inference_steps, guidance_scale and tuned_steps. Without width and height the size is that
+    of the initial picture, rounded down to what the networks allow, or the model's own.
     """
     g = geometry
     if g.text and not request.prompt:
@@ -47,13 +52,21 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
             raise InputError(f"{side}: {value}{source} is not a multiple of {g.multiple} (nearest: {fits})")
         sizes.append(value)
     guidance = defaults.get("guidance_scale", GUIDANCE) if request.guidance_scale is None else request.guidance_scale
+    tuned = defaults.get("tuned_steps") if guidance == defaults.get("guidance_scale") and _plain(request) else None
     return Settings(
-        steps=request.num_inference_steps or _given(request) or defaults.get("num_inference_steps", STEPS),
+        steps=request.num_inference_steps or _given(request) or tuned or defaults.get("num_inference_steps", STEPS),
         guidance=float(guidance) if g.text else 1.0,
         width=sizes[0],
         height=sizes[1],
         strength=1.0 if request.image is None else request.strength or STRENGTH,
+        scheduler=TUNED if tuned else request.scheduler,
     )
+
+
+def _plain(request: Request) -> bool:
+    """Whether nothing in the request needs another plan than the model's tuned one, which starts from pure noise."""
+    stated = (request.scheduler, request.num_inference_steps, request.image, request.guidance_interval)
+    return all(value is None for value in stated)
 
 
 def _given(request: Request) -> int | None:

@@ -111,6 +111,7 @@ class Generator(Pipeline):
         """Return a generator that shares every component but samples with another solver, spacing or option."""
         twin = self.from_generator(self)
         twin.scheduler = self.scheduler.with_options(**{**scheduler_options(solver), **options})
+        twin.defaults = {name: value for name, value in self.defaults.items() if name != "tuned_steps"}
         return twin
 
     def stream(

@@ -110,10 +110,10 @@ class Pipeline:
     def plan(self, request: Request) -> Plan:
         """Return the sampling plan of a request, cached by steps, scheduler, strength and guidance."""
         s = self.settings(request)
-        key = json.dumps([request.scheduler, s.steps, s.strength, s.guidance])
+        key = json.dumps([s.scheduler, s.steps, s.strength, s.guidance])
         if key not in self._plans:
             self._plans[key] = plan_for(
-                self.scheduler, request.scheduler, s.steps, s.strength, s.guidance, folder=self.folder
+                self.scheduler, s.scheduler, s.steps, s.strength, s.guidance, folder=self.folder
             )
         return self._plans[key]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -350,3 +351,17 @@ def test_plain_lines_of_progress_say_how_long_it_will_take(
             say(done, 400, text)
             now[0] += 60 if done == 300 else 1
     assert capsys.readouterr().err.splitlines() == [" 75 %  begun", " 82 %  on, 2:20 to go", "100 %  done"]
+
+
+def test_help_lists_every_command_in_a_section_with_its_whole_summary() -> None:
+    text = genkit("--help").stdout
+    assert "…" not in text and "..." not in text.replace("[ARGS]...", "")
+    sections = re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE)
+    assert sections == [
+        "Options", "Make pictures", "Look back at runs and choose", "Score pictures", "Train models",
+        "Models and this machine",
+    ]  # fmt: skip
+    assert "bad, small and double pictures; exits 2 for what stops training." in " ".join(text.split())
+    options = genkit("generate", "--help").stdout
+    for title in ("Arguments:", "What is drawn:", "Which pictures are kept:", "How it runs:"):
+        assert f"\n{title}\n" in options

@@ -96,7 +96,9 @@ def test_embedded_models(name: str) -> None:
         assert_equal(network, peer(network, EMBEDDED / name / ("" if part == "clip" else part), torch.float32))
     assert components.tokenizer.model_max_length == 32
     assert components.info.name == name
-    assert components.info.defaults == ({"num_inference_steps": 20, "guidance_scale": 5.0} if name == "emoji" else {})
+    assert components.info.defaults == (
+        {"num_inference_steps": 20, "guidance_scale": 5.0, "tuned_steps": 12} if name == "emoji" else {}
+    )
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
