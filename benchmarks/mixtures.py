@@ -81,8 +81,8 @@ class Exact:
         if torch.equal(whole, t.double()):
             index = whole.long()
             return torch.from_numpy(table.alpha)[index][:, None], torch.from_numpy(table.sigma)[index][:, None]
-        finite = np.isfinite(table.k)
-        k = np.exp(np.interp(t.double().numpy(), table.t[finite], np.log(table.k[finite])))
+        finite = np.isfinite(table.ve_sigma)
+        k = np.exp(np.interp(t.double().numpy(), table.t[finite], np.log(table.ve_sigma[finite])))
         alpha = torch.from_numpy(1 / np.sqrt(1 + k**2))[:, None]
         return alpha, torch.from_numpy(k)[:, None] * alpha
 

@@ -1,7 +1,8 @@
-"""A Scheduler's plans behind the interface of diffusers' schedulers, for diffusers' own pipelines. Needs diffusers."""
+"""Plans behind the interface of diffusers' schedulers, for diffusers' own pipelines. Needs diffusers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -12,57 +13,62 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from genkit.errors import InputError
+from genkit.schedulers.diffusers_config import write_config
+from genkit.schedulers.options import Options
 from genkit.schedulers.plan import HISTORY, Plan, step
+from genkit.schedulers.planning import make_plan
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):
-    """Follows the plans of a genkit Scheduler; eta, clip and the like are its own, pipelines cannot change them.
+    """Follows the plans of a genkit Scheduler, whose options (eta, clip, …) pipelines cannot change.
 
-    Samples are in (alpha, sigma) scale. Saving writes the config of the diffusers class that is meant, and raises
-    InputError where none is.
+    Samples are in (alpha, sigma) scale. Saving writes the config of the equivalent diffusers class; raises InputError
+    where there is none.
     """
 
     config_name: Any = "scheduler_config.json"
     num_inference_steps: int
     _history: torch.Tensor | None
 
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler, self.order = scheduler, 1 + (scheduler.plan(3).nfe > 4)
+    def __init__(self, options: Options) -> None:
+        self._options, self.order = options, 1 + (make_plan(options, 3, 1.0, None).nfe > 4)
         try:
-            config = scheduler.to_config()
+            config = write_config(options)
         except InputError:
             config = {}
         self._internal_dict = FrozenDict({"steps_offset": 1, "clip_sample": False, **config})
-        self.set_timesteps(scheduler.plan().nfe if scheduler.spacing in ("timesteps", "sigmas") else 50)
+        self.set_timesteps(len(options.timesteps or options.sigmas or ()) or 50)
 
     def to_json_string(self) -> str:
-        return json.dumps(self.scheduler.to_config(), indent=2, sort_keys=True) + "\n"
+        return json.dumps(write_config(self._options), indent=2, sort_keys=True) + "\n"
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
         timesteps: list[float] | None = None, sigmas: list[float] | None = None,
     ) -> None:  # fmt: skip
-        """Make the plan of so many steps, or through the given timesteps or sigmas (the last 0 goes without)."""
-        following = self.scheduler
+        """Make the plan of `num_inference_steps` steps, or of the given timesteps or sigmas (less a last 0)."""
+        options = self._options
         if timesteps is not None:
-            following = following.with_options(timesteps=tuple(float(t) for t in timesteps))
+            given = tuple(float(t) for t in timesteps)
+            options = dataclasses.replace(options, spacing="timesteps", timesteps=given, sigmas=None)
         elif sigmas is not None:
-            following = following.with_options(sigmas=tuple(float(s) for s in sigmas if s > 0))
-        self._following, self._device = following, device
-        self._follow(following.plan(None if timesteps or sigmas else num_inference_steps))
-        self.num_inference_steps = num_inference_steps or len(following.timesteps or following.sigmas or ())
+            given = tuple(float(s) for s in sigmas if s > 0)
+            options = dataclasses.replace(options, spacing="sigmas", sigmas=given, timesteps=None)
+        self._current, self._device = options, device
+        self._follow(make_plan(options, None if timesteps or sigmas else num_inference_steps, 1.0, None))
+        self.num_inference_steps = num_inference_steps or len(options.timesteps or options.sigmas or ())
 
     def _follow(self, plan: Plan) -> None:
         self.plan, self._index, self._history = plan, 0, None
-        told = torch.from_numpy(plan.timesteps)
-        whole = bool((told == told.round()).all())
-        self.timesteps = (told.round().long() if whole else told.float()).to(self._device)
+        t = torch.from_numpy(plan.timesteps)
+        whole = bool((t == t.round()).all())
+        self.timesteps = (t.round().long() if whole else t.float()).to(self._device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin after so many timesteps, from a noised picture."""
+        """Start at timesteps[begin_index], from a noised image."""
         if begin_index:
             n = self.num_inference_steps
-            self._follow(self._following.plan(n, strength=(n - begin_index // self.order + 0.5) / n))
+            self._follow(make_plan(self._current, n, (n - begin_index // self.order + 0.5) / n, None))
 
     @property
     def init_noise_sigma(self) -> float:
@@ -73,7 +79,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return scaled
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return alpha * original_samples + sigma * noise at the plan's level that is told as timesteps[0]."""
+        """Return alpha * original_samples + sigma * noise at the plan's level with the timestep timesteps[0]."""
         at = int(abs(self.plan.timesteps - float(timesteps.flatten()[0])).argmin())
         mixed: torch.Tensor = float(self.plan.alphas[at]) * original_samples + float(self.plan.sigmas[at]) * noise
         return mixed
@@ -82,7 +88,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None, return_dict: bool = True,
     ) -> SchedulerOutput | tuple[torch.Tensor]:  # fmt: skip
-        """Take the plan's next step. Raises ValueError for another timestep than the plan's next one."""
+        """Take the plan's next step. Raises ValueError for a timestep that is not the plan's next one."""
         line = self.plan.table[self._index] if self._index < self.plan.nfe else None
         if line is None or abs(float(timestep) - line[0]) > 1e-2:
             raise ValueError(f"timestep {float(timestep)} is not the next of the plan; call set_timesteps first")
@@ -91,13 +97,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             self._history = x.new_zeros(HISTORY, *x.shape)
         rows = torch.from_numpy(line).to(x.device, torch.float32).view(-1, *[1] * x.ndim)
         noise: torch.Tensor | float = 0.0
-        if self.plan.draws[self._index]:
+        if self.plan.consumes_noise[self._index]:
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x, left = step(x, model_output.float(), rows, self._history, noise, self.plan.threshold)
-        self._history = torch.cat([left[None], self._history[:-1]])
+        x, new = step(x, model_output.float(), rows, self._history, noise, self.plan.threshold)
+        self._history = torch.cat([new[None], self._history[:-1]])
         self._index += 1
-        after = x.to(model_output.dtype)
-        return SchedulerOutput(prev_sample=after) if return_dict else (after,)
+        x = x.to(model_output.dtype)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def __len__(self) -> int:
-        return self.scheduler.num_train_timesteps
+        return self._options.num_train_timesteps

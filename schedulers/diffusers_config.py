@@ -1,4 +1,4 @@
-"""diffusers' scheduler_config.json: a closed list of classes and keys, read into a Scheduler's options and back."""
+"""diffusers' scheduler_config.json: a closed list of classes and keys, read into Options and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json
+from genkit.schedulers.options import Options
 from genkit.schedulers.solvers import SOLVERS
 
 Config = Mapping[str, Any]
-UNSTATED = "_use_default_values"
+DEFAULTED = "_use_default_values"  # the keys that diffusers filled in from its own defaults
 META = ("_class_name", "_diffusers_version", "_name_or_path")
-# Of each class the solver that it is when its keys say no other, its style, and its keys with their defaults.
+# Of each class its default solver, its style (see STYLES), and its keys with their defaults.
 CLASSES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("diffusers_classes.json").read_bytes())
 KEYS: dict[str, dict[str, Any]] = {name: known["keys"] for name, known in CLASSES.items()}
 FLOW, HEUN, PNDM = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "PNDMScheduler"
@@ -25,14 +26,14 @@ SIGMAS = {
     "use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta",
     "use_lu_lambdas": "lu",
 }  # fmt: skip
-# Keys that are an option under another name, or under the same.
+# Keys whose value is that of an option: {key: option}.
 SAME = {
     "num_train_timesteps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end",
     "prediction_type": "prediction", "rescale_betas_zero_snr": "zero_snr", "steps_offset": "steps_offset",
     "final_sigmas_type": "final", "lower_order_final": "lower_order_final", "euler_at_final": "euler_at_final",
     "shift": "shift", "original_inference_steps": "original_inference_steps", "corrector_order": "corrector_order",
 }  # fmt: skip
-# What keys may be besides their default: one of these, or anything of the default's kind; other keys may not.
+# A key takes its default; besides, those in ANY take any value of the default's type, those in VALUES the ones listed.
 ANY = {
     *SAME, *SIGMAS, "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio",
     "sample_max_value", "set_alpha_to_one", "use_flow_sigmas", "flow_shift", "predict_x0", "use_dynamic_shifting",
@@ -47,9 +48,9 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"), "sigma_schedule": ("karras", "exponential"),
     "time_shift_type": ("exponential", "linear"),
 }  # fmt: skip
-# A saved config carries the keys of classes that its folder went through; a class passes over those of others.
+# Keys of other classes, which saved configs still carry after a change of class: ignored.
 FOREIGN = {key for name in KEYS if name not in (FLOW, HEUN) for key in KEYS[name]} | {"lower_order_second", "s_noise"}
-# Where a solver's options are kept in diffusers, and the keys that pick it there.
+# Of each solver its diffusers class, and the keys that select it there.
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     **{k["solver"]: (name, {}) for name, k in reversed(CLASSES.items()) if k["style"] not in ("edm", "flow")},
     "pndm": (PNDM, {"skip_prk_steps": True}),
@@ -62,14 +63,16 @@ for _solver in (name for name in SOLVERS if "dpm" in name and name[-2:] in ("2m"
 
 
 def read_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (options of a Scheduler, the keys that the config states). Raises InputError, naming file and key."""
-    if hasattr(config, "config"):  # a scheduler of diffusers, whose config names its class only once it was saved
+    """Return (the Options' values by name, the config without diffusers' defaults); config: see Scheduler.from_config.
+
+    Raises InputError, naming file and key.
+    """
+    if hasattr(config, "config"):  # a diffusers scheduler: its config names the class only after it was saved
         config = {**config.config, "_class_name": type(config).__name__}
     if isinstance(config, Mapping):
-        # diffusers' objects list the keys that nobody stated: another class takes its own defaults for them
-        unstated = config.get(UNSTATED)
-        open_keys = {UNSTATED, *map(str, unstated)} if isinstance(unstated, list | tuple) else set()
-        stated = {key: value for key, value in config.items() if key not in open_keys}
+        defaulted = config.get(DEFAULTED)  # another class takes its own defaults for these
+        dropped = {DEFAULTED, *map(str, defaulted)} if isinstance(defaulted, list | tuple) else set()
+        stated = {key: value for key, value in config.items() if key not in dropped}
         return _options(stated), stated
     path = Path(config)
     path = path / "scheduler_config.json" if path.is_dir() else path
@@ -83,8 +86,8 @@ def read_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def swap_solver(source: Config, solver: str) -> dict[str, Any]:
     """Return the options of the class of `solver` made from another class's config, as diffusers' `from_config` does.
 
-    What the config states stays; what it leaves open takes the new class's default. A solver that no class has takes
-    the rest of DPM-Solver's.
+    Keys that the config states stay, others take the new class's default. A solver without a diffusers class takes
+    those of DPM-Solver.
     """
     if CLASSES[str(source["_class_name"])]["style"] in ("edm", "flow"):
         return {**_options(source), "solver": solver}
@@ -93,9 +96,8 @@ def swap_solver(source: Config, solver: str) -> dict[str, Any]:
     return {**_options({**source, "_class_name": name, **keys}), "solver": solver, **style}
 
 
-def write_config(scheduler: Any) -> dict[str, Any]:
-    """Return the diffusers config of a scheduler. Raises InputError for an option that diffusers has no key for."""
-    s = scheduler
+def write_config(s: Options) -> dict[str, Any]:
+    """Return the diffusers config of these options. Raises InputError for an option that diffusers has no key for."""
     if s.solver not in DIFFUSERS:
         raise InputError(f"solver: diffusers has no class for {s.solver!r}")
     name, keys = DIFFUSERS[s.solver]
@@ -103,15 +105,15 @@ def write_config(scheduler: Any) -> dict[str, Any]:
         name, keys = (FLOW if s.solver == "euler" else HEUN), {}
     elif s.noise == "edm":
         name = "EDMEulerScheduler" if s.solver == "euler" else "EDMDPMSolverMultistepScheduler"
-    said = {**keys, **_said(s)} if s.order else {**_said(s), **keys}
-    full = {**KEYS[name], **{key: value for key, value in said.items() if key in KEYS[name]}}
+    values = {**keys, **_values(s)} if s.order else {**_values(s), **keys}
+    full = {**KEYS[name], **{key: value for key, value in values.items() if key in KEYS[name]}}
     stated = {*(s.source or full)} - {"lambda_min_clipped"}  # whose -Infinity is not JSON
     config = {"_class_name": name, **{k: v for k, v in full.items() if k in stated or v != KEYS[name][k]}}
     config |= {"skip_prk_steps": True} if name == PNDM else {}
     config |= {"rescale_betas_zero_snr": True} if s.zero_snr else {}  # also where diffusers has no key for it
-    back = type(s)(**_options(config))
+    back = Options(**_options(config))
     solver_options = {option for solver in SOLVERS.values() for option in solver.options}
-    # what does not say which numbers come out, or only in diffusers' style
+    # options that do not change the plan, or only in diffusers' style
     unread = {"style", "ends", "source", "solver", "order"} | solver_options - {*SOLVERS[s.solver].options}
     unread |= set() if s.spacing == "leading" else {"steps_offset"}
     same = {"order_or_default"} if back.solver == s.solver else {"solver"}
@@ -121,8 +123,8 @@ def write_config(scheduler: Any) -> dict[str, Any]:
     return config
 
 
-def _said(s: Any) -> dict[str, Any]:
-    """Return every key that says something of a scheduler, whichever class it is for."""
+def _values(s: Options) -> dict[str, Any]:
+    """Return the values of all keys that express an option, whichever class they are for."""
     base, most, few, many, kind = s.dynamic_shift or (0.5, 1.15, 256, 4096, "exponential")
     quantile, bound = s.threshold or (0.995, 1.0)
     return {
@@ -155,16 +157,18 @@ def _options(config: Config) -> dict[str, Any]:
     for key, value in config.items():
         if key in known:
             full[key] = _checked(name, key, value)
-        elif key == "rescale_betas_zero_snr" and "beta_schedule" in known:  # what the network was trained with stays
+        elif key == "rescale_betas_zero_snr" and "beta_schedule" in known:  # how the network was trained, in any class
             full[key] = _checked("DDIMScheduler", key, value)
         elif key not in FOREIGN and key not in META:
             raise InputError(f"{shown(key)}: unknown key of {name}{nearest(key, [*known, *META])}")
     if name == PNDM and "skip_prk_steps" not in config:
         raise InputError(f"skip_prk_steps: missing, and the default of {name} is not supported; True is")
-    return {"solver": CLASSES[name]["solver"], "style": CLASSES[name]["style"], **_axes(full), **_choices(name, full)}
+    own = {"solver": CLASSES[name]["solver"], "style": CLASSES[name]["style"]}
+    return {**own, **_common_options(full), **_class_options(name, full)}
 
 
 def _checked(name: str, key: str, value: Any) -> Any:
+    """Return the value of a class's key. Raises InputError for one that is not supported."""
     default = KEYS[name][key]
     known = (True,) if key == "skip_prk_steps" else (default, *(v for v in VALUES.get(key, ()) if v != default))
     if value is None and default is False:
@@ -184,14 +188,14 @@ def _checked(name: str, key: str, value: Any) -> Any:
     return value
 
 
-def _axes(c: Config) -> dict[str, Any]:
-    """The options that keys say whatever the class."""
+def _common_options(c: Config) -> dict[str, Any]:
+    """Return the options whose keys mean the same in every class."""
     found = {option: c[key] for key, option in SAME.items() if key in c}
     if "beta_schedule" in c:
         betas, plain = c["trained_betas"], c.get("timestep_spacing", "linspace")
-        in_k = [spacing for key, spacing in SIGMAS.items() if c.get(key)]
+        in_sigma = [spacing for key, spacing in SIGMAS.items() if c.get(key)]
         found |= {"noise": BETAS[c["beta_schedule"]], "trained_betas": None if betas is None else tuple(betas)}
-        found |= {"spacing": (in_k or [plain])[0], "ends": plain}
+        found |= {"spacing": (in_sigma or [plain])[0], "ends": plain}
     if c.get("thresholding"):
         found["threshold"] = (float(c["dynamic_thresholding_ratio"]), float(c["sample_max_value"]))
     elif c.get("clip_sample"):
@@ -203,8 +207,8 @@ def _axes(c: Config) -> dict[str, Any]:
     return found
 
 
-def _choices(name: str, c: Config) -> dict[str, Any]:
-    """The options that a class's keys say in its own way."""
+def _class_options(name: str, c: Config) -> dict[str, Any]:
+    """Return the options that depend on the class, or whose keys are its own."""
     solver, style, flow = CLASSES[name]["solver"], CLASSES[name]["style"], bool(c.get("use_flow_sigmas"))
     if solver == "ddpm":  # for fixed_small the logarithm is taken and undone
         return {"variance": c["variance_type"].removesuffix("_log")}
@@ -216,13 +220,13 @@ def _choices(name: str, c: Config) -> dict[str, Any]:
         dynamic = {"dynamic_shift": (*ends, c["time_shift_type"])} if c.get("use_dynamic_shifting") else {}
         return {"noise": "flow", "spacing": "linspace", "prediction": "flow_prediction", **dynamic}
     if solver in ("deis", "sa"):
-        # with spacings in sigma diffusers ends at the last level, called at twice; flow's is far from the picture
+        # with spacings in sigma diffusers ends at the level of the last call; flow's is far from sigma 0
         return {"order": c.get("solver_order") or c["predictor_order"], "final": "zero" if flow else "sigma_min"}
     if solver == "unipc":
         near = {"style": "flow-unipc"} if flow else {}
         kind = {"solver_type": "bh1"} if c["solver_type"] == "bh1" else {}
         return {"order": c["solver_order"], "predict_eps": not c["predict_x0"], **kind, **near}
-    found = _dpm(solver[-1], c) if "solver_order" in c else {}
+    found = _dpm_options(solver[-1], c) if "solver_order" in c else {}
     if style == "edm":
         prediction = "edm_v" if c["prediction_type"] == "v_prediction" else "edm"
         ends_of = {"sigma_min": float(c["sigma_min"]), "sigma_max": float(c["sigma_max"])}
@@ -230,7 +234,8 @@ def _choices(name: str, c: Config) -> dict[str, Any]:
     return found
 
 
-def _dpm(letter: str, c: Config) -> dict[str, Any]:
+def _dpm_options(letter: str, c: Config) -> dict[str, Any]:
+    """Return the options of DPM-Solver; letter: m for multistep, s for singlestep."""
     kind = str(c["algorithm_type"]).replace("deis", "dpmsolver++").replace("dpmsolver++", "dpmpp")
     solver = f"{kind}_{max(2, c['solver_order'])}{letter}"
     if solver not in SOLVERS:

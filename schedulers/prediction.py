@@ -1,4 +1,4 @@
-"""Prediction axis: what the network's output means, as x0 = px * x + pm * output, and as a training target."""
+"""Prediction axis: what the network's output means, as x0 = px * x + pm * output and as a training target."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
-DATA = 0.5  # sigma_data: the standard deviation of the data in EDM's preconditioning
+SIGMA_DATA = 0.5  # standard deviation of the data in EDM's preconditioning
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """to_x0(alpha, sigma) -> (px, pm); target(x0, eps, alpha, sigma) -> what the network is trained to give.
+    """to_x0(alpha, sigma) -> (px, pm); target(x0, eps, alpha, sigma) -> the output that the network is trained for.
 
-    The target takes arrays or tensors that broadcast. c_in(alpha, sigma): scale of x before the network.
+    target takes arrays or tensors that broadcast. c_in(alpha, sigma): the scale of x at the network's input.
     """
 
     to_x0: Callable[[Array, Array], tuple[Array, Array]]
@@ -42,17 +42,17 @@ def _flow(alpha: Array, sigma: Array) -> tuple[Array, Array]:
 
 
 def _edm(sign: float) -> Prediction:
-    """Karras et al. 2022, table 1: x0 = c_skip x + c_out output, sign -1 for the v of diffusers' EDM classes."""
+    """Karras et al. 2022, table 1: x0 = c_skip x + c_out output; sign -1: v_prediction of diffusers' EDM classes."""
 
     def to_x0(alpha: Any, sigma: Any) -> tuple[Any, Any]:
-        square = sigma**2 + (alpha * DATA) ** 2
-        return alpha * DATA**2 / square, sign * sigma * DATA / square**0.5
+        square = sigma**2 + (alpha * SIGMA_DATA) ** 2
+        return alpha * SIGMA_DATA**2 / square, sign * sigma * SIGMA_DATA / square**0.5
 
     def target(x0: Any, eps: Any, alpha: Any, sigma: Any) -> Any:
         px, pm = to_x0(alpha, sigma)
         return (x0 - px * (alpha * x0 + sigma * eps)) / pm
 
-    return Prediction(to_x0, target, lambda alpha, sigma: 1 / np.sqrt(sigma**2 + (alpha * DATA) ** 2))
+    return Prediction(to_x0, target, lambda alpha, sigma: 1 / np.sqrt(sigma**2 + (alpha * SIGMA_DATA) ** 2))
 
 
 PREDICTIONS = {

@@ -99,7 +99,7 @@ def _stock(scheduler: Scheduler, steps: int) -> Plan:
     if scheduler.dynamic_shift is not None:
         raise InputError("dynamic_shift: a plan that depends on the size of the picture cannot be tuned")
     plan = scheduler.plan(steps)
-    if plan.draws.any():
+    if plan.consumes_noise.any():
         raise InputError(f"solver: {shown(scheduler.solver)} draws noise; a tuned plan needs one that does not")
     if plan.nfe != steps:
         raise InputError(f"solver: {shown(scheduler.solver)} makes {plan.nfe} calls in {steps} steps, not one each")
@@ -127,9 +127,9 @@ class Ladder:
     def of(cls, scheduler: Scheduler) -> Ladder:
         every = np.arange(scheduler.num_train_timesteps, dtype=float)
         levels = scheduler.levels(every)
-        finite = np.isfinite(levels.k)
+        finite = np.isfinite(levels.ve_sigma)
         t, alpha, sigma = (float(column[-1]) for column in levels)
-        return cls(scheduler, (t, alpha, sigma), every[finite], np.log(levels.k[finite]))
+        return cls(scheduler, (t, alpha, sigma), every[finite], np.log(levels.ve_sigma[finite]))
 
     @property
     def scale(self) -> float:

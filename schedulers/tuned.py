@@ -15,9 +15,9 @@ import numpy as np
 
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place, read_json
-from genkit.schedulers.plan import Plan, make_plan
+from genkit.schedulers.plan import Plan, plan_from_rows
 from genkit.schedulers.scheduler import Scheduler
-from genkit.schedulers.solvers import HISTORY, Point, Row
+from genkit.schedulers.solvers import HISTORY, Level, Row
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +58,12 @@ class Tuned:
 
 def plan_of(rows: list[list[float]], scheduler: Scheduler) -> Plan:
     """Return the plan of rows of NAMES, which starts from noise at the first row's level and ends at the picture."""
-    made = [Row(Point(*row[:3]), cx=row[3], c0=row[4], c=tuple(row[5:])) for row in rows]
-    start = (0.0, math.hypot(made[0].at.alpha, made[0].at.sigma))  # the scale of x there for data of unit variance
-    return make_plan(made, Point(0.0, 1.0, 0.0), scheduler.prediction, start, scheduler.clip)
+    made = [Row(Level(*row[:3]), cx=row[3], c0=row[4], c=tuple(row[5:])) for row in rows]
+    start = (
+        0.0,
+        math.hypot(made[0].level.alpha, made[0].level.sigma),
+    )  # the scale of x there for data of unit variance
+    return plan_from_rows(made, Level(0.0, 1.0, 0.0), scheduler.prediction, start, scheduler.clip)
 
 
 def write_whole(path: Path, data: bytes) -> None:

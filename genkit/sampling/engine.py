@@ -249,7 +249,7 @@ class Engine:
 
     def _noise(self, live: list[Trajectory]) -> torch.Tensor | float:
         """Return step noise, drawn on the CPU from each sample's own generator, for samples whose step adds noise."""
-        drawing = [bool(t.plan.draws[t.step]) for t in live]
+        drawing = [bool(t.plan.consumes_noise[t.step]) for t in live]
         if not any(drawing):
             return 0.0
         shape = live[0].latent.shape

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from genkit.schedulers import PREDICTIONS, SOLVERS, Scheduler, sample
-from genkit.schedulers.scheduler import STYLES
-from genkit.schedulers.solvers import Path, Row
+from genkit.schedulers.solvers import Row, Trajectory
+from genkit.schedulers.styles import STYLES
 
 MEANS = torch.tensor([-1.2, 0.4, 1.5], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
@@ -52,7 +52,7 @@ class Mixture:
         if torch.equal(t, t.round()):
             return torch.from_numpy(self.table.alpha)[t.long()], torch.from_numpy(self.table.sigma)[t.long()]
         # the timestep of a level between two of the table is linear in log(sigma / alpha)
-        k = torch.from_numpy(np.exp(np.interp(t.numpy(), self.table.t, np.log(self.table.k))))
+        k = torch.from_numpy(np.exp(np.interp(t.numpy(), self.table.t, np.log(self.table.ve_sigma))))
         return (1 + k**2) ** -0.5, k * (1 + k**2) ** -0.5
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -101,10 +101,10 @@ def test_a_wrong_coefficient_loses_the_order(
     """The test above can fail: 5 % less weight on what earlier calls left, given to the call itself, costs an order."""
     right = SOLVERS[solver]
 
-    def wrong(path: Path, options: Any) -> list[Row]:
+    def wrong(trajectory: Trajectory, options: Any) -> list[Row]:
         return [
             dataclasses.replace(r, c=tuple(0.95 * c for c in r.c), c0=r.c0 + 0.05 * sum(r.c))
-            for r in right.rows(path, options)
+            for r in right.rows(trajectory, options)
         ]
 
     process = 2 if solver == "pndm" else 0
@@ -116,8 +116,8 @@ def test_a_wrong_coefficient_loses_the_order(
 
 def test_in_diffusers_style_the_third_order_is_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """k-diffusion's 3M takes half of the second difference's weight: kept for its configs, whole elsewhere."""
-    assert STYLES["dpm"].half and not STYLES["exact"].half
-    monkeypatch.setitem(STYLES, "exact", dataclasses.replace(STYLES["exact"], half=True))
+    assert STYLES["dpm"].halved_second_moment and not STYLES["exact"].halved_second_moment
+    monkeypatch.setitem(STYLES, "exact", dataclasses.replace(STYLES["exact"], halved_second_moment=True))
     assert measured_order("dpmpp_3m", {}, 0) < 2.4
 
 

@@ -73,7 +73,7 @@ def test_it_follows_given_timesteps_and_sigmas(folder: Path) -> None:
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = Scheduler(solver="dpmpp_2m").as_diffusers()
     by_time = draw(pipe, timesteps=[999, 700, 400, 100])
-    k = Scheduler().levels(np.array([999, 700, 400, 100])).k
+    k = Scheduler().levels(np.array([999, 700, 400, 100])).ve_sigma
     assert np.abs(draw(pipe, sigmas=[*k, 0.0]) - by_time).max() <= 2 / 255
 
 

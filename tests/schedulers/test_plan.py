@@ -47,7 +47,8 @@ def test_a_mixed_batch_is_bitwise_each_run_alone() -> None:
         live = [k for k in range(count) if at < plans[k].nfe]
         rows = torch.from_numpy(np.stack([plans[k].table[at] for k in live], axis=1)).float()[..., None, None, None]
         drawn = torch.cat([
-            torch.randn(shape, generator=generators[k]) if plans[k].draws[at] else torch.zeros(shape) for k in live
+            torch.randn(shape, generator=generators[k]) if plans[k].consumes_noise[at] else torch.zeros(shape)
+            for k in live
         ])  # fmt: skip
         output = model(rows[COLUMNS.index("c_in")] * x[live], rows[COLUMNS.index("t")].flatten())
         threshold = any(plans[k].threshold for k in live)

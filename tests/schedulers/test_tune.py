@@ -81,7 +81,7 @@ def test_a_fitted_plan_beats_the_stock_plan_on_fresh_noises(name: str, smooth: b
     tuned = fit(model, scheduler, 6, unit(0, 256), iterations=60)
     assert tuned.better and tuned.fitted["mean"] < tuned.stock["mean"]
     assert mean_error(model, tuned.plan, fresh) < 0.6 * mean_error(model, scheduler.plan(6), fresh)
-    assert tuned.plan.nfe == 6 and not tuned.plan.draws.any()
+    assert tuned.plan.nfe == 6 and not tuned.plan.consumes_noise.any()
     assert (np.diff(tuned.plan.timesteps) < 0).all() and tuned.plan.sigmas[-1] == 0
 
 
