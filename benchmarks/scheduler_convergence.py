@@ -536,7 +536,7 @@ def tuned(problem: Problem, cache: Cache, scheduler: Scheduler, calls: int) -> P
         plan = fit(lambda x, t, index: model(x, t), scheduler, calls, noise).plan
         return {field.name: np.asarray(getattr(plan, field.name)).tolist() for field in dataclasses.fields(Plan)}
 
-    source = (ROOT / "schedulers" / "tune.py").read_bytes()
+    source = b"".join(path.read_bytes() for path in sorted((ROOT / "schedulers" / "tune").glob("*.py")))
     kept = cache.get(f"tuned {scheduler} {calls} {digest(source)}", make)
     fields: dict[str, Any] = {name: np.array(value) for name, value in kept.items()}
     return Plan(**{**fields, "start": tuple(kept["start"])})

@@ -1,4 +1,4 @@
-"""Tuned plans, the file that keeps them beside the model, and the file that keeps a fit that was stopped."""
+"""Tuned plans, the file that keeps them beside the model, and the checkpoint of a fit."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 FILE = "tuned_scheduler.json"
 FORMAT = 1
 SAVE_EVERY = 5.0  # seconds, or 20 times as long as saving takes
-NAMES = ("t", "alpha", "sigma", "cx", "c0", *(f"c{i + 1}" for i in range(HISTORY)))  # of the columns that are kept
-# What a network was trained with: a plan tuned for one of these means nothing for another.
+NAMES = ("t", "alpha", "sigma", "cx", "c0", *(f"c{i + 1}" for i in range(HISTORY)))  # columns of the file
+# The options that a network was trained with: a tuned plan is valid for these only.
 TRAINED = (
     "noise", "prediction", "num_train_timesteps", "beta_start", "beta_end", "trained_betas", "zero_snr", "shift",
     "dynamic_shift", "sigma_min", "sigma_max", "clip",
@@ -37,10 +37,10 @@ TRAINED = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuned:
-    """The outcome of a fit: `plan` is the tuned one if it is better on noises that it was not fitted to, else stock.
+    """The result of a fit. plan: the fitted one if it is better on the held-out noises, else the stock plan.
 
-    stock, fitted: {"mean", "p99"} over those noises of the error, the root mean square over coordinates of the distance
-    to where the teacher ends. better: whether the fitted plan was taken.
+    stock, fitted: {"mean", "p99"} over those noises of each plan's error, the root mean square distance from the end of
+    the teacher's trajectory. better: whether the fitted plan was taken.
     """
 
     plan: Plan
@@ -52,22 +52,22 @@ class Tuned:
     def timesteps(self) -> list[int]:
         """The plan's levels as whole, strictly falling timesteps, for diffusers' `set_timesteps(timesteps=…)`."""
         whole = np.rint(self.plan.timesteps).astype(int)
-        room = np.arange(len(whole))[::-1]  # every timestep leaves as many below it as are still to come
+        room = np.arange(len(whole))[::-1]  # the number of timesteps still to come, which need values below this one
         return [int(t) for t in np.maximum(np.minimum.accumulate(whole + room[::-1]) - room[::-1], room)]
 
 
 def plan_of(rows: list[list[float]], scheduler: Scheduler) -> Plan:
-    """Return the plan of rows of NAMES, which starts from noise at the first row's level and ends at the picture."""
+    """Return the plan whose rows have the columns NAMES; it starts from noise and ends at sigma 0."""
     made = [Row(Level(*row[:3]), cx=row[3], c0=row[4], c=tuple(row[5:])) for row in rows]
     start = (
         0.0,
         math.hypot(made[0].level.alpha, made[0].level.sigma),
-    )  # the scale of x there for data of unit variance
+    )  # std of x there, for data of unit variance
     return plan_from_rows(made, Level(0.0, 1.0, 0.0), scheduler.prediction, start, scheduler.clip)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, whole or not at all. Raises HostError."""
+    """Write a file atomically. Raises HostError."""
     temp = path.with_name(f".tmp-{path.name}.{os.getpid()}.part")
     try:
         with open(temp, "wb") as file:
@@ -85,8 +85,8 @@ def write_plan(
 ) -> None:
     """Add a tuned plan to the file `path` (FILE, beside the model), which holds one for each number of steps.
 
-    identity: of the weights, for instance their hash. Raises InputError when the plan is a stock plan, or the file
-    belongs to another model, scheduler or guidance.
+    identity: of the weights, for instance their hash. Raises InputError for a stock plan, or for a file of another
+    model, scheduler or guidance.
     """
     path, steps = Path(path), tuned.plan.nfe
     if not tuned.better:
@@ -104,9 +104,9 @@ def write_plan(
 def read_plans(
     path: str | os.PathLike[str], scheduler: Scheduler, *, guidance: float | None = None, identity: str | None = None
 ) -> dict[int, Plan]:
-    """Return the plans of a file by their number of steps; guidance, identity: those that they must be tuned for.
+    """Return the plans of a file by number of steps; guidance, identity: what they must be tuned for, if given.
 
-    Raises InputError naming the file, and what in it is wrong or was made for something else.
+    Raises InputError naming the file, and what in it is invalid or different.
     """
     about = _about(scheduler)
     about |= {} if guidance is None else {"guidance": float(guidance)}
@@ -116,11 +116,11 @@ def read_plans(
 
 def _about(scheduler: Scheduler) -> dict[str, Any]:
     trained = {name: getattr(scheduler, name) for name in TRAINED}
-    return {"format": FORMAT, "trained": json.loads(json.dumps(trained))}  # as a reader finds it: lists for tuples
+    return {"format": FORMAT, "trained": json.loads(json.dumps(trained))}  # as read back: lists for tuples
 
 
 def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the file's content, checked; `about` is what must be in it."""
+    """Return the file's content. Raises InputError for a malformed one, or values other than those of `about`."""
     where, found = place(path), read_json(path)
     if "trained" in about and isinstance(found.get("trained"), dict):
         for name, value in about["trained"].items():
@@ -160,8 +160,11 @@ def pick(plans: dict[int, Plan], steps: int, strength: float = 1.0) -> Plan:
     return plans[steps]
 
 
-class Memory:
-    """The state of a fit on disk: what a stopped one left, if it had the same fingerprint. path: None for none."""
+class Checkpoint:
+    """The state of a fit on disk. state: that of a stopped fit with the same fingerprint, else empty. path: or None.
+
+    Raises InputError for a file of another kind.
+    """
 
     def __init__(self, path: Path | None, fingerprint: str) -> None:
         self.path, self.fingerprint, self.due = path, fingerprint, time.monotonic() + SAVE_EVERY
@@ -179,8 +182,8 @@ class Memory:
             if found is None:
                 raise InputError(f"{place(path)}: is not the state of a fit; name another file")
 
-    def keep(self, state: State, last: bool = False) -> None:
-        """Write the state if that is due, as SAVE_EVERY says, and at the end."""
+    def save(self, state: State, last: bool = False) -> None:
+        """Write the state if SAVE_EVERY has passed, and at the end."""
         began = time.monotonic()
         if self.path is not None and (last or began >= self.due):
             from safetensors.torch import save
