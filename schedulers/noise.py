@@ -39,26 +39,11 @@ class Noise:
     at_ve_sigma: Callable[[Array], Levels]
 
 
-def linear(n: int, start: float, end: float) -> Array:
-    """Betas of Ho et al. 2020: linear in t."""
-    return np.linspace(start, end, n)
-
-
-def scaled_linear(n: int, start: float, end: float) -> Array:
-    """Betas of Rombach et al. 2022 (Stable Diffusion): linear in t after a square root."""
-    return np.linspace(start**0.5, end**0.5, n) ** 2
-
-
-def cosine(n: int, start: float, end: float) -> Array:
+def _cosine(n: int, start: float, end: float) -> Array:
     """Betas of Nichol and Dhariwal 2021, equation 17 (squaredcos_cap_v2); start and end are not used."""
     t = np.arange(n + 1) / n
     bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-
-
-def sigmoid(n: int, start: float, end: float) -> Array:
-    """Betas of GeoDiff (Xu et al. 2022): from start to end along a sigmoid over -6 … 6."""
-    return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, n)))
 
 
 def check_betas(betas: Array) -> None:
@@ -132,7 +117,11 @@ def edm(n: int, low: float, high: float) -> Noise:
     return Noise(at(np.arange(n, dtype=float)), at, at_sigma)
 
 
+# (num_train_timesteps, beta_start, beta_end) -> betas
 BETAS: dict[str, Callable[[int, float, float], Array]] = {
-    "linear": linear, "scaled_linear": scaled_linear, "cosine": cosine, "sigmoid": sigmoid,
-}  # fmt: skip
+    "linear": lambda n, start, end: np.linspace(start, end, n),  # Ho et al. 2020
+    "scaled_linear": lambda n, start, end: np.linspace(start**0.5, end**0.5, n) ** 2,  # Rombach et al. 2022
+    "cosine": _cosine,
+    "sigmoid": lambda n, start, end: start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, n))),  # Xu et al. 2022
+}
 NOISES = (*BETAS, "flow", "edm")

@@ -13,7 +13,7 @@ from genkit.schedulers.noise import BETAS, Levels, Noise
 from genkit.schedulers.options import Options, check_number
 from genkit.schedulers.plan import Plan, plan_from_rows
 from genkit.schedulers.solvers import SOLVERS, Level, SolverOptions, Trajectory
-from genkit.schedulers.spacing import IN_SIGMA, IN_T, Grid, levels
+from genkit.schedulers.spacing import IN_T, Grid, levels
 
 
 def make_plan(options: Options, num_inference_steps: int | None, strength: float, tokens: int | None) -> Plan:
@@ -89,14 +89,11 @@ def _grid(options: Options, n: int, noise: Noise) -> Grid:
     low, high = map(float, (style.flow_ends or (0, 0)) if flow else (0, 0))
     if flow and style.flow_ends is None and options.dynamic_shift is None:
         low = train * float(noise.table.sigma[0]) - 1
-    rounding = style.timestep_rounding
-    after = rounding.get("flow" if flow else options.spacing if options.spacing in IN_SIGMA else "")
+    sigma_range = options.ends if style.sigma_range_from_ends and options.spacing not in IN_T else None
+    given = tuple(options.timesteps or options.sigmas or ())
     return Grid(
-        n, train, style.extra_point, linspace_rounding=None if flow else rounding.get("linspace"),
-        timestep_rounding=after, offset=options.steps_offset, low=low, high=high,
-        sigma_range=options.ends if style.sigma_range_from_ends and options.spacing not in IN_T else None,
-        original_steps=options.original_inference_steps, given=tuple(options.timesteps or options.sigmas or ()),
-    )  # fmt: skip
+        n, train, style, flow, options.steps_offset, low, high, sigma_range, options.original_inference_steps, given
+    )
 
 
 def _solver_options(options: Options) -> SolverOptions:

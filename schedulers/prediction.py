@@ -24,21 +24,9 @@ class Prediction:
     c_in: Callable[[Array, Array], Array] = lambda alpha, sigma: np.ones_like(alpha)
 
 
-def _epsilon(alpha: Array, sigma: Array) -> tuple[Array, Array]:
-    return 1 / alpha, -sigma / alpha
-
-
 def _v(alpha: Array, sigma: Array) -> tuple[Array, Array]:
     square = alpha**2 + sigma**2
     return alpha / square, -sigma / square
-
-
-def _sample(alpha: Array, sigma: Array) -> tuple[Array, Array]:
-    return np.zeros_like(alpha), np.ones_like(alpha)
-
-
-def _flow(alpha: Array, sigma: Array) -> tuple[Array, Array]:
-    return 1 / (alpha + sigma), -sigma / (alpha + sigma)
 
 
 def _edm(sign: float) -> Prediction:
@@ -56,10 +44,17 @@ def _edm(sign: float) -> Prediction:
 
 
 PREDICTIONS = {
-    "epsilon": Prediction(_epsilon, lambda x0, eps, alpha, sigma: eps),  # Ho et al. 2020
-    "v_prediction": Prediction(_v, lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0),  # Salimans and Ho 2022
-    "sample": Prediction(_sample, lambda x0, eps, alpha, sigma: x0),
-    "flow_prediction": Prediction(_flow, lambda x0, eps, alpha, sigma: eps - x0),  # Lipman et al. 2023, Liu et al. 2023
+    # Ho et al. 2020
+    "epsilon": Prediction(lambda alpha, sigma: (1 / alpha, -sigma / alpha), lambda x0, eps, alpha, sigma: eps),
+    # Salimans and Ho 2022
+    "v_prediction": Prediction(_v, lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0),
+    "sample": Prediction(
+        lambda alpha, sigma: (np.zeros_like(alpha), np.ones_like(alpha)), lambda x0, eps, alpha, sigma: x0
+    ),
+    # Lipman et al. 2023, Liu et al. 2023
+    "flow_prediction": Prediction(
+        lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)), lambda x0, eps, alpha, sigma: eps - x0
+    ),
     "edm": _edm(1.0),
     "edm_v": _edm(-1.0),
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from genkit.errors import InputError
 from genkit.schedulers.noise import Array, Levels, Noise
+from genkit.schedulers.styles import Style
 
 RHO = 7.0  # exponent of Karras et al. 2022, equation 5
 BOUNDED = (0.0525, 12.2, 0.173)  # offsets and exponent of `bounded`, fitted to Gaussian mixtures, guided and not
@@ -21,29 +22,26 @@ BOUNDED = (0.0525, 12.2, 0.173)  # offsets and exponent of `bounded`, fitted to 
 class Grid:
     """What a spacing needs to place `steps` noise levels among `train_steps` training timesteps.
 
-    extra_point: place one more and drop the last, as DPM-Solver does. linspace_rounding: of linspace's timesteps,
-    before their noise levels are computed. timestep_rounding: of the timesteps that the network gets, after that.
-    offset: added to `leading`. low, high: added to the ends of `linspace`. sigma_range: the spacing in t whose first
-    and last sigma the spacings in sigma go between; None: those of the noise schedule. original_steps: of LCM's
-    training. given: explicit timesteps, or sigmas.
+    flow: whether the noise schedule is rectified flow. offset: added to `leading`. low, high: added to the ends of
+    `linspace`. sigma_range: the spacing in t whose first and last sigma the spacings in sigma go between; None: those
+    of the noise schedule. original_steps: of LCM's training. given: explicit timesteps, or sigmas.
     """
 
     steps: int
     train_steps: int
-    extra_point: bool = False
-    linspace_rounding: Callable[[Array], Array] | None = None
-    timestep_rounding: Callable[[Array], Array] | None = None
-    offset: int = 0
-    low: float = 0.0
-    high: float = 0.0
-    sigma_range: str | None = None
-    original_steps: int = 50
-    given: tuple[float, ...] = ()
+    style: Style
+    flow: bool
+    offset: int
+    low: float
+    high: float
+    sigma_range: str | None
+    original_steps: int
+    given: tuple[float, ...]
 
 
 def leading(g: Grid) -> Array:
     """0, r, 2r, …, descending, r = N // n: never reaches pure noise (Lin et al. 2024, table 2, like the next two)."""
-    count = g.steps + g.extra_point
+    count = g.steps + g.style.extra_point
     t = (np.arange(count) * (g.train_steps // count))[::-1][: g.steps].astype(float) + g.offset
     if count > g.train_steps or t[0] >= g.train_steps:
         raise InputError(
@@ -59,8 +57,9 @@ def trailing(g: Grid) -> Array:
 
 def linspace(g: Grid) -> Array:
     """Evenly spaced from N - 1 to 0, both included."""
-    t = np.linspace(g.low, g.train_steps - 1 + g.high, g.steps + g.extra_point)[::-1][: g.steps]
-    return g.linspace_rounding(t) if g.linspace_rounding else t
+    t = np.linspace(g.low, g.train_steps - 1 + g.high, g.steps + g.style.extra_point)[::-1][: g.steps]
+    rounding = None if g.flow else g.style.timestep_rounding.get("linspace")
+    return rounding(t) if rounding else t
 
 
 def lcm(g: Grid) -> Array:
@@ -71,10 +70,6 @@ def lcm(g: Grid) -> Array:
             f"num_inference_steps: {g.steps} is more than the {g.original_steps} of original_inference_steps"
         )
     return origin[np.floor(np.linspace(0, len(origin), g.steps, endpoint=False)).astype(int)].astype(float)
-
-
-def timesteps(g: Grid) -> Array:
-    return np.array(g.given)
 
 
 def karras(u: Array, high: float, low: float) -> Array:
@@ -125,7 +120,8 @@ def table(name: str, steps: int) -> Array:
 
 
 IN_T: dict[str, Callable[[Grid], Array]] = {
-    "leading": leading, "trailing": trailing, "linspace": linspace, "lcm": lcm, "timesteps": timesteps,
+    "leading": leading, "trailing": trailing, "linspace": linspace, "lcm": lcm,
+    "timesteps": lambda g: np.array(g.given),
 }  # fmt: skip
 IN_SIGMA: dict[str, Callable[[Array, float, float], Array]] = {
     "karras": karras, "exponential": exponential, "lu": exponential, "beta": beta, "bounded": bounded,
@@ -144,4 +140,5 @@ def levels(name: str, g: Grid, noise: Noise) -> Levels:
         found = noise.at_ve_sigma(IN_SIGMA[name](u, ends[0], ends[-1]))
     else:
         found = noise.at_ve_sigma(np.array(g.given) if name == "sigmas" else table(name, g.steps))
-    return found._replace(t=g.timestep_rounding(found.t)) if g.timestep_rounding else found
+    rounding = g.style.timestep_rounding.get("flow" if g.flow else name if name in IN_SIGMA else "")
+    return found._replace(t=rounding(found.t)) if rounding else found

@@ -14,15 +14,16 @@ from genkit.schedulers.noise import Array
 class Style:
     """The conventions of one family; STYLES["exact"] is genkit's own.
 
-    float32_schedule: betas in float32, and sigma / alpha linear between timesteps. extra_point: see Grid.
-    timestep_rounding: by spacing, or for the noise `flow`, see Grid. fixed_stride: step to t - N // n, not to the next
-    level, which differs from it by rounding. min_alpha_bar: alpha^2 of the last timestep under zero terminal SNR.
-    sigma_range_from_ends: spacings in sigma go between the first and last level of the spacing `ends`. final_alpha_one:
-    a plan with `final` sigma_min ends at alpha 1. unit_start: start from noise of variance 1, else of the first level's
-    sigma (but for leading). noisy_last_step: ddpm's last step adds noise, unless it starts at t = 0. idle_last_call:
-    the last call may be at the level where the plan ends, and change nothing. halved_second_moment: in dpmpp_3m.
-    flow_ends: for flow, added to the ends of linspace; None: the low end is the least sigma, shifted a second time.
-    flow_min_alpha: for flow, the least alpha of the first level.
+    float32_schedule: betas in float32, and sigma / alpha linear between timesteps. extra_point: leading and linspace
+    place one more point and drop the last. timestep_rounding: {spacing, or "flow": function}; linspace rounds before
+    the noise levels are computed, others only the timesteps passed to the network. fixed_stride: step to t - N // n,
+    not to the next level, which differs from it by rounding. min_alpha_bar: alpha^2 of the last timestep under zero
+    terminal SNR. sigma_range_from_ends: spacings in sigma go between the first and last level of the spacing `ends`.
+    final_alpha_one: a plan with `final` sigma_min ends at alpha 1. unit_start: start from noise of variance 1, else of
+    the first level's sigma (but for leading). noisy_last_step: ddpm's last step adds noise, unless it starts at t = 0.
+    idle_last_call: the last call may be at the level where the plan ends, and change nothing. halved_second_moment: in
+    dpmpp_3m. flow_ends: for flow, added to the ends of linspace; None: the low end is the least sigma, shifted a second
+    time. flow_min_alpha: for flow, the least alpha of the first level.
     """
 
     float32_schedule: bool = True

@@ -150,16 +150,6 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def pick(plans: dict[int, Plan], steps: int, strength: float = 1.0) -> Plan:
-    """Return the plan of `steps` steps. Raises InputError when there is none, or part of one is asked for."""
-    if strength != 1:
-        raise InputError(f"strength: {shown(strength)}: a tuned plan starts from noise; only strength 1 can use it")
-    if steps not in plans:
-        known = ", ".join(map(str, sorted(plans))) or "none"
-        raise InputError(f"num_inference_steps: no tuned plan of {shown(steps)}; there are {known}")
-    return plans[steps]
-
-
 class Checkpoint:
     """The state of a fit on disk. state: that of a stopped fit with the same fingerprint, else empty. path: or None.
 

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from genkit.schedulers.solvers.base import (
-    HISTORY,
-    Row,
-    SolverOptions,
-    Step,
-    Trajectory,
-    first_eps_row,
-    limit_orders,
-    row,
-)  # fmt: skip
+from genkit.schedulers.solvers.rows import HISTORY, Row, SolverOptions, Step, Trajectory
+from genkit.schedulers.solvers.steps import first_eps_row, limit_orders, row
 
 # Weights by order, newest eps first: Liu et al. 2022, equation 12, and its lower orders.
 ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from genkit.schedulers.solvers.base import Row, SolverOptions, Trajectory, euler_row, transfer
+from genkit.schedulers.solvers.rows import Row, SolverOptions, Trajectory
+from genkit.schedulers.solvers.steps import euler_row, transfer
 
 
 def ddim(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
@@ -19,14 +20,12 @@ def ddim(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
     return rows
 
 
-def euler(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
-    """x'/alpha' = x/alpha + (s' - s) eps (Karras et al. 2022): DDIM with eta 0, but a clip of x0 changes eps too."""
-    return [euler_row(here, to) for here, to in trajectory.strides]
+def euler(trajectory: Trajectory, options: SolverOptions, eta: float = 0.0) -> list[Row]:
+    """x'/alpha' = x/alpha + (s' - s) eps (Karras et al. 2022): DDIM with eta 0, but a clip of x0 changes eps too.
 
-
-def euler_ancestral(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
-    """Euler's step to sigma_down, then noise up to sigma' (k-diffusion): DDIM with eta 1."""
-    return [euler_row(here, to, eta=1.0) for here, to in trajectory.strides]
+    eta 1: Euler ancestral, a step to sigma_down and noise up to sigma' (k-diffusion).
+    """
+    return [euler_row(here, to, eta) for here, to in trajectory.strides]
 
 
 def ddpm(trajectory: Trajectory, options: SolverOptions) -> list[Row]:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from genkit.schedulers.solvers.base import Level, Row, SolverOptions, Trajectory
+from genkit.schedulers.solvers.rows import Level, Row, SolverOptions, Trajectory
 
 
 def lcm(trajectory: Trajectory, options: SolverOptions) -> list[Row]:

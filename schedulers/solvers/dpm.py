@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from genkit.schedulers.solvers.base import Row, SolverOptions, Trajectory, euler_row, row, stages, transfer
 from genkit.schedulers.solvers.multistep import Rule
+from genkit.schedulers.solvers.rows import Row, SolverOptions, Trajectory
+from genkit.schedulers.solvers.steps import euler_row, row, stages, transfer
 
 X0 = Rule(first_moment="midpoint", halved_second_moment=True)
 EPS, SDE_X0 = dataclasses.replace(X0, eps=True), dataclasses.replace(X0, tau=1.0)

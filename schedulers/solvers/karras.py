@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from genkit.schedulers.solvers.base import Level, Row, SolverOptions, Step, Trajectory, euler_row, stages
+from genkit.schedulers.solvers.rows import Level, Row, SolverOptions, Step, Trajectory
+from genkit.schedulers.solvers.steps import euler_row, stages
 
 
 def heun(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
@@ -26,17 +27,11 @@ def heun(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
     return rows
 
 
-def dpm2(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
-    """x'/alpha' = x/alpha + (s' - s) eps, eps at sqrt(s s') after Euler's step there (Karras et al. 2022, alg. 2)."""
-    return _dpm2(trajectory, eta=0.0)
+def dpm2(trajectory: Trajectory, options: SolverOptions, eta: float = 0.0) -> list[Row]:
+    """x'/alpha' = x/alpha + (s' - s) eps, eps at sqrt(s s') after Euler's step there (Karras et al. 2022, alg. 2).
 
-
-def dpm2_ancestral(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
-    """dpm2 to sigma_down, then noise up to sigma' (k-diffusion's sample_dpm_2_ancestral)."""
-    return _dpm2(trajectory, eta=1.0)
-
-
-def _dpm2(trajectory: Trajectory, eta: float) -> list[Row]:
+    eta 1: to sigma_down, then noise up to sigma' (k-diffusion's sample_dpm_2_ancestral).
+    """
     rows = []
     for here, to in trajectory.steps:
         if not here.alpha or not to.ve_sigma:

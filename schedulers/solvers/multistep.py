@@ -8,22 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from genkit.schedulers.solvers.base import (
-    HISTORY,
-    QUADRATURE_NODES,
-    QUADRATURE_WEIGHTS,
-    Level,
-    Row,
-    SolverOptions,
-    Step,
-    Trajectory,
-    add,
-    distinct,
-    first_eps_row,
-    limit_orders,
-    polynomial_weights,
-    row,
-)  # fmt: skip
+from genkit.schedulers.solvers.rows import HISTORY, Level, Row, SolverOptions, Step, Trajectory
+from genkit.schedulers.solvers.steps import NODES, WEIGHTS, add, first_eps_row, limit_orders, polynomial_weights, row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +37,7 @@ class Rule:
     def step(self, here: Level, to: Level, nodes: Sequence[Level]) -> Step:
         """Return the step from `here` with the predictions at `nodes`, newest first.
 
-        From pure noise and to sigma 0 it is Euler's. Nodes at infinite lambda, or that repeat one, get no weight.
+        From pure noise and to sigma 0 it is Euler's.
         """
         h, rate = max(0.0, to.lam - here.lam), 1 + self.tau**2
         if self.eps:
@@ -64,16 +50,17 @@ class Rule:
         begin, end, *rest = ((level.ve_sigma if self.in_sigma else level.lam) for level in (here, to, *nodes))
         length = end - begin
         places = [(at - begin) / length if length else math.inf for at in rest]
-        used = distinct(places)
-        if len(used) < 2 or not h or not math.isfinite(length):
+        if not h or not math.isfinite(length):
             return Step(cx, (total, *[0.0] * (len(nodes) - 1)), cn)
-        return Step(cx, polynomial_weights(places, used, self._moments(h, rate, total, len(used))), cn)
+        return Step(cx, polynomial_weights(places, lambda size: self._moments(h, rate, total, size)), cn)
 
     def _moments(self, h: float, rate: float, total: float, size: int) -> np.ndarray:
         """Return the integrals of 1, u, u^2, … over the step, u from 0 to 1, scaled so that the first is `total`."""
+        if size == 1:
+            return np.array([total])
         grow = 0.0 if self.in_sigma else h if self.eps else -rate * h
-        kernel = QUADRATURE_WEIGHTS * np.exp(grow * (1 - QUADRATURE_NODES))
-        moments = np.array([(kernel * QUADRATURE_NODES**i).sum() for i in range(size)])
+        kernel = WEIGHTS * np.exp(grow * (1 - NODES))
+        moments = np.array([(kernel * NODES**i).sum() for i in range(size)])
         moments *= total / moments[0]
         if size == 2 and self.first_moment != "exact":
             moments[1] = total / 2 if self.first_moment == "midpoint" else total * grow / 2 / math.expm1(grow)

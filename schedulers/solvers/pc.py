@@ -7,18 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from genkit.schedulers.solvers.base import (
-    QUADRATURE_NODES,
-    QUADRATURE_WEIGHTS,
-    Level,
-    Row,
-    SolverOptions,
-    Trajectory,
-    add,
-    distinct,
-    limit_orders,
-    polynomial_weights,
-)  # fmt: skip
+from genkit.schedulers.solvers.rows import Level, Row, SolverOptions, Trajectory
+from genkit.schedulers.solvers.steps import NODES, WEIGHTS, add, limit_orders, polynomial_weights
 
 DATA_STD = 0.54  # standard deviation of the data, fitted to Gaussian mixtures with OFFSETS
 OFFSETS = (1.15, 36.0)  # v is interpolated in log((s + 1.15) / (s + 36))
@@ -54,13 +44,15 @@ def pc(trajectory: Trajectory, options: SolverOptions) -> list[Row]:
 def _velocity_weights(here: Level, to: Level, nodes: tuple[Level, ...]) -> tuple[float, ...]:
     """Return the weights of v at `nodes` in its integral over the angle from `here` to `to`."""
     begin, end = (math.atan2(level.sigma, level.alpha * DATA_STD) for level in (here, to))
-    angles = begin + (end - begin) * QUADRATURE_NODES
+    angles = begin + (end - begin) * NODES
     sine, cosine = np.sin(angles), np.cos(angles)
 
     def axis(sigma: Any, alpha: Any) -> Any:
         return np.log((sigma + OFFSETS[0] * alpha) / (sigma + OFFSETS[1] * alpha))
 
     places = [float(axis(level.sigma, level.alpha)) for level in nodes]
-    used = distinct(places)
-    values = np.vander(axis(DATA_STD * sine, cosine), len(used), increasing=True)
-    return polynomial_weights(places, used, (end - begin) * (QUADRATURE_WEIGHTS @ values))
+
+    def integrals(size: int) -> np.ndarray:
+        return (end - begin) * (WEIGHTS @ np.vander(axis(DATA_STD * sine, cosine), size, increasing=True))
+
+    return polynomial_weights(places, integrals)

@@ -37,20 +37,10 @@ if TYPE_CHECKING:
 
 
 def fit(
-    model: Model,
-    scheduler: Scheduler,
-    steps: int,
-    noise: torch.Tensor,
-    *,
-    held_out: float = 0.25,
-    seed: int = 0,
-    iterations: int = 120,
-    batch: int | None = None,
-    lean: bool = False,
-    progress: Progress | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    identity: str = "",
-) -> Tuned:
+    model: Model, scheduler: Scheduler, steps: int, noise: torch.Tensor, *, held_out: float = 0.25, seed: int = 0,
+    iterations: int = 120, batch: int | None = None, lean: bool = False, progress: Progress | None = None,
+    checkpoint: str | os.PathLike[str] | None = None, identity: str = "",
+) -> Tuned:  # fmt: skip
     """Fit a plan of `steps` calls to `model`, which was trained as `scheduler` says; compare it with the stock plan.
 
     model(x, t, index) -> raw prediction, x (B, C, H, W), t (B,); index (B,) says which rows of `noise`, unit noise (M,

@@ -15,7 +15,7 @@ from genkit.errors import InputError
 from genkit.schedulers import PREDICTIONS, Scheduler, sample
 from genkit.schedulers.plan import Plan
 from genkit.schedulers.tune import fit
-from genkit.schedulers.tuned import Tuned, pick, read_plans, write_plan
+from genkit.schedulers.tuned import Tuned, read_plans, write_plan
 
 PROCESSES = {
     "epsilon": Scheduler(solver="dpmpp_2m"),
@@ -226,15 +226,10 @@ def test_plans_come_back_from_their_file(tmp_path: Path) -> None:
     plans = read_plans(path, scheduler, guidance=5.0, identity="abc")
     assert [*plans] == [4, 6]
     for steps, plan in plans.items():
-        for field in ("table", "alphas", "sigmas", "start", "draws"):
+        for field in ("table", "alphas", "sigmas", "start", "consumes_noise"):
             assert np.array_equal(getattr(plan, field), getattr(made[steps].plan, field)), field
     errors = json.loads(path.read_text())["plans"]["4"]["errors"]
     assert errors == {"stock": made[4].stock, "tuned": made[4].fitted}
-    assert pick(plans, 4) is plans[4]
-    with pytest.raises(InputError, match="no tuned plan of 5; there are 4, 6"):
-        pick(plans, 5)
-    with pytest.raises(InputError, match="only strength 1"):
-        pick(plans, 4, strength=0.5)
     with pytest.raises(InputError, match=r"guidance: is 5\.0, not 3\.0"):
         write_plan(path, made[4], scheduler, guidance=3, identity="abc")
 
