@@ -158,9 +158,9 @@ def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None, dict[str
             raise InputError(f"{where}: {key}: {shown(value)} is not a pair of library and class")
         if key == "scheduler":
             continue  # its class is looked up by genkit.schedulers
-        allowed = EXTRAS.get(key) or [(COMPONENTS[key][0], cls) for cls in COMPONENTS[key][1]]
-        if tuple(value) not in allowed:
-            names = ", ".join(cls for _, cls in allowed)
+        library, classes = (COMPONENTS | EXTRAS)[key]
+        if value[0] != library or value[1] not in classes:
+            names = ", ".join(classes)
             raise InputError(f"{where}: {key}: class {shown('.'.join(value))} is not supported; supported: {names}")
         if key in COMPONENTS:
             parts[key] = value[1]

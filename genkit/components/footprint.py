@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from genkit.components.shapes import per_block
+
 Config = Mapping[str, Any]
 FEED_FORWARD = 20  # widths a token in a transformer block: residual, tokens, norm, 8 projected, gate, product
 SELF_ATTENTION = 8  # residual, norm, query, key, value, out, projected, and one to spare
@@ -56,7 +58,7 @@ def unet_row(config: Config, height: int, width: int, workspace: bool = True) ->
     """Return the numbers alive at the peak of a UNet's call on one row, a latent of height x width."""
     walk = _Walk(workspace)
     widths = list(config["block_out_channels"])
-    layers = _each(config["layers_per_block"], len(widths))
+    layers = per_block(config["layers_per_block"], config)
     area = float(height * width)
     skips = [widths[0] * area]
     x = widths[0]
@@ -167,7 +169,3 @@ def clip_row(config: Config) -> int:
     tokens = side * side + 1 if side else config["max_position_embeddings"]
     pixels = 3 * config["image_size"] ** 2 * 4 if side else 0  # resized in float32, at most four times over
     return tokens * (CLIP_LAYER * config["hidden_size"] + 2 * config["intermediate_size"]) + pixels
-
-
-def _each(value: Any, count: int) -> list[int]:
-    return list(value) if isinstance(value, list | tuple) else [value] * count

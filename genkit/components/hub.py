@@ -1,4 +1,4 @@
-"""A model on the Hugging Face hub: only the files that are wanted, configs before weights, all of one revision."""
+"""Models on the Hugging Face hub: configs are fetched first, then the weights that they need, of one revision."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from genkit.components.registry import COMPONENTS
 from genkit.errors import HostError, InputError, shown
 
 _CONFIGS = [
-    *(f"{part}/*.json" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
-    *("text_encoder_2/*.json", "tokenizer_2/*.json", "tokenizer_2/merges.txt"),
+    *(f"{part}/*.json" for part in (*COMPONENTS, "scheduler")),
     *("model_index.json", "config.json", "scheduler_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"),
-    *("tokenizer/merges.txt", "merges.txt", "model.safetensors.index*.json"),
+    *("tokenizer/merges.txt", "tokenizer_2/merges.txt", "merges.txt", "model.safetensors.index*.json"),
 ]
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-]))*"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is spelled as a hub id: "owner/name"."""
+    """Whether `name` has the form of a hub id, "owner/name"."""
     return len(name) <= 96 and re.fullmatch(f"{_PART}/{_PART}", name) is not None and not name.endswith((".git", "."))
 
 
 def fetch_configs(name: str) -> Path:
-    """Return the local folder of the newest revision of a hub model, with its configs and tokenizer but no weights.
+    """Fetch the configs and tokenizers, without weights, of a hub model's newest revision; return its local folder.
 
-    With HF_HUB_OFFLINE=1 that is the newest in the cache. Raises InputError where there is no such model, HostError
-    where it cannot be had.
+    With HF_HUB_OFFLINE=1 that is the newest revision in the cache. Raises InputError for a model that does not exist,
+    HostError where the hub cannot be read.
     """
     return _snapshot(name, None, _CONFIGS)
 
 
 def fetch_weights(name: str, snapshot: Path, files: Iterable[str]) -> None:
-    """Fetch `files`, paths inside the repository, into the revision that `snapshot` is of."""
+    """Fetch `files`, paths inside the repository, into `snapshot`, the folder of one revision."""
     missing = [file for file in files if not (snapshot / file).exists()]
     if missing:
         _snapshot(name, snapshot.name, missing)
@@ -54,5 +54,5 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         raise HostError(f"{name}: is neither a folder here nor in the hub cache, and {why}") from None
-    except Exception as error:  # whatever the network, the disk or the hub says: a line, no traceback
+    except Exception as error:  # any failure of network, disk or hub becomes one line
         raise HostError(f"{name}: the hub cannot be read: {type(error).__name__}: {shown(str(error), 200)}") from None

@@ -1,20 +1,8 @@
-"""Every key of every config: what it may be, and its default (those of diffusers and transformers)."""
+"""The keys of each network's config.json: the rule for a value, and the default of diffusers or transformers."""
 
 from __future__ import annotations
 
-from genkit.components.rules import (
-    ANYTHING,
-    FLAG,
-    Key,
-    Rule,
-    choice,
-    either,
-    many,
-    one_or_many,
-    optional,
-    real,
-    whole,
-)
+from genkit.components.rules import ANYTHING, FLAG, Key, Rule, choice, either, many, one_or_many, optional, real, whole
 
 NULL = Rule("null: networks that take more than a prompt are not supported", lambda v: v is None)
 OBJECT = Rule("an object or null", lambda v: v is None or isinstance(v, dict))
@@ -29,18 +17,31 @@ EPSILON = real(0, 1, above=True)
 RATE = real(0, 1)
 TOKEN = optional(whole(0, 2**20))
 ACTIVATION = choice("silu", "swish", "mish", "gelu", "relu")
-TIME_SHIFT = choice("default", "scale_shift")
 CLIP_ACTIVATION = choice("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish")
 
-UNET2D = {
+# Rules and defaults that both UNets share. NULL is for keys that add inputs other than prompt and timestep, such as
+# class labels, images or the guidance scale (LCM).
+_UNET = {
     "sample_size": Key(SIDES, None),
+    "center_input_sample": Key(FLAG, False),
+    "flip_sin_to_cos": Key(FLAG, True),
+    "freq_shift": Key(real(0, 1), 0),
+    "downsample_padding": Key(whole(0, 1), 1),
+    "mid_block_scale_factor": Key(real(0, 1000, above=True), 1),
+    "dropout": Key(RATE, 0.0),
+    "act_fn": Key(ACTIVATION, "silu"),
+    "norm_eps": Key(EPSILON, 1e-5),
+    "resnet_time_scale_shift": Key(choice("default", "scale_shift"), "default"),
+    "time_embedding_dim": Key(optional(WIDTH), None),
+    "class_embed_type": Key(NULL, None),
+    "num_class_embeds": Key(NULL, None),
+}
+
+UNET2D = {
+    **_UNET,
     "in_channels": Key(CHANNELS, 3),
     "out_channels": Key(CHANNELS, 3),
-    "center_input_sample": Key(FLAG, False),
     "time_embedding_type": Key(choice("positional", "fourier", "learned"), "positional"),
-    "time_embedding_dim": Key(optional(WIDTH), None),
-    "freq_shift": Key(real(0, 1), 0),
-    "flip_sin_to_cos": Key(FLAG, True),
     "down_block_types": Key(
         many(
             choice(
@@ -56,31 +57,19 @@ UNET2D = {
     ),
     "block_out_channels": Key(many(CHANNELS), [224, 448, 672, 896]),
     "layers_per_block": Key(LAYERS, 2),
-    "mid_block_scale_factor": Key(real(0, 1000, above=True), 1),
-    "downsample_padding": Key(whole(0, 1), 1),
     "downsample_type": Key(choice("conv", "resnet"), "conv"),
     "upsample_type": Key(choice("conv", "resnet"), "conv"),
-    "dropout": Key(RATE, 0.0),
-    "act_fn": Key(ACTIVATION, "silu"),
     "attention_head_dim": Key(optional(HEADS), 8),
     "norm_num_groups": Key(GROUPS, 32),
     "attn_norm_num_groups": Key(optional(GROUPS), None),
-    "norm_eps": Key(EPSILON, 1e-5),
-    "resnet_time_scale_shift": Key(TIME_SHIFT, "default"),
     "add_attention": Key(FLAG, True),
-    "class_embed_type": Key(NULL, None),
-    "num_class_embeds": Key(NULL, None),
     "num_train_timesteps": Key(optional(whole(1, 100_000)), None),
 }
 
-# What NULL refuses asks for inputs that no prompt gives: pictures, classes, guidance (LCM).
 UNET2D_CONDITION = {
-    "sample_size": Key(SIDES, None),
+    **_UNET,
     "in_channels": Key(CHANNELS, 4),
     "out_channels": Key(CHANNELS, 4),
-    "center_input_sample": Key(FLAG, False),
-    "flip_sin_to_cos": Key(FLAG, True),
-    "freq_shift": Key(real(0, 1), 0),
     "down_block_types": Key(
         many(choice("CrossAttnDownBlock2D", "DownBlock2D", "SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D")),
         ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
@@ -96,12 +85,7 @@ UNET2D_CONDITION = {
     "only_cross_attention": Key(one_or_many(FLAG), False),
     "block_out_channels": Key(many(CHANNELS), [320, 640, 1280, 1280]),
     "layers_per_block": Key(one_or_many(LAYERS), 2),
-    "downsample_padding": Key(whole(0, 1), 1),
-    "mid_block_scale_factor": Key(real(0, 1000, above=True), 1),
-    "dropout": Key(RATE, 0.0),
-    "act_fn": Key(ACTIVATION, "silu"),
     "norm_num_groups": Key(optional(GROUPS), 32),
-    "norm_eps": Key(EPSILON, 1e-5),
     "cross_attention_dim": Key(WIDTH, 1280),
     "transformer_layers_per_block": Key(one_or_many(LAYERS), 1),
     "reverse_transformer_layers_per_block": Key(choice(None), None),
@@ -111,16 +95,12 @@ UNET2D_CONDITION = {
     "num_attention_heads": Key(choice(None), None),
     "dual_cross_attention": Key(choice(False), False),
     "use_linear_projection": Key(FLAG, False),
-    "class_embed_type": Key(NULL, None),
     "addition_embed_type": Key(choice(None, "text_time"), None),
     "addition_time_embed_dim": Key(optional(WIDTH), None),
-    "num_class_embeds": Key(NULL, None),
     "upcast_attention": Key(optional(FLAG), False),
-    "resnet_time_scale_shift": Key(TIME_SHIFT, "default"),
     "resnet_skip_time_act": Key(FLAG, False),
     "resnet_out_scale_factor": Key(real(0, 1000, above=True), 1.0),
     "time_embedding_type": Key(choice("positional", "fourier"), "positional"),
-    "time_embedding_dim": Key(optional(WIDTH), None),
     "time_embedding_act_fn": Key(optional(ACTIVATION), None),
     "timestep_post_act": Key(optional(ACTIVATION), None),
     "time_cond_proj_dim": Key(NULL, None),
@@ -155,7 +135,16 @@ AUTOENCODER_KL = {
     "mid_block_add_attention": Key(FLAG, True),
 }
 
+_CLIP = {
+    "hidden_act": Key(CLIP_ACTIVATION, "quick_gelu"),
+    "layer_norm_eps": Key(EPSILON, 1e-5),
+    "attention_dropout": Key(RATE, 0.0),
+    "initializer_range": Key(real(0, 100), 0.02),
+    "initializer_factor": Key(real(0, 100), 1.0),
+}
+
 CLIP_TEXT = {
+    **_CLIP,
     "vocab_size": Key(whole(1, 2**20), 49408),
     "hidden_size": Key(WIDTH, 512),
     "intermediate_size": Key(whole(1, 2**18), 2048),
@@ -163,17 +152,13 @@ CLIP_TEXT = {
     "num_hidden_layers": Key(LAYERS, 12),
     "num_attention_heads": Key(HEADS, 8),
     "max_position_embeddings": Key(whole(3, 8192), 77),
-    "hidden_act": Key(CLIP_ACTIVATION, "quick_gelu"),
-    "layer_norm_eps": Key(EPSILON, 1e-5),
-    "attention_dropout": Key(RATE, 0.0),
-    "initializer_range": Key(real(0, 100), 0.02),
-    "initializer_factor": Key(real(0, 100), 1.0),
     "pad_token_id": Key(TOKEN, 1),
     "bos_token_id": Key(TOKEN, 49406),
     "eos_token_id": Key(TOKEN, 49407),
 }
 
 CLIP_VISION = {
+    **_CLIP,
     "hidden_size": Key(WIDTH, 768),
     "intermediate_size": Key(whole(1, 2**18), 3072),
     "projection_dim": Key(WIDTH, 512),
@@ -182,23 +167,18 @@ CLIP_VISION = {
     "num_channels": Key(choice(3), 3),
     "image_size": Key(SIDE, 224),
     "patch_size": Key(SIDE, 32),
-    "hidden_act": Key(CLIP_ACTIVATION, "quick_gelu"),
-    "layer_norm_eps": Key(EPSILON, 1e-5),
-    "attention_dropout": Key(RATE, 0.0),
-    "initializer_range": Key(real(0, 100), 0.02),
-    "initializer_factor": Key(real(0, 100), 1.0),
 }
 
 CLIP = {
     "projection_dim": Key(WIDTH, 512),
     "logit_scale_init_value": Key(real(-100, 100), 2.6592),
     "initializer_factor": Key(real(0, 100), 1.0),
-    # Each is checked with its own table; `*_config_dict` is how transformers spelt them in 2022.
+    # Checked with tables of their own (Network.nested); transformers called them `*_config_dict` in 2022.
     **dict.fromkeys(("text_config", "vision_config", "text_config_dict", "vision_config_dict"), Key(OBJECT, None)),
 }
 
-# What transformers has written into every config over the years (PretrainedConfig): without a say here,
-# never passed on.
+# Keys that versions of transformers have written into every config (PretrainedConfig). They do not affect inference:
+# accepted, never passed on.
 _GENERIC = """
     _attn_implementation_autoset _commit_hash add_cross_attention bad_words_ids begin_suppress_tokens
     chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype

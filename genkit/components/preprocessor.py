@@ -1,4 +1,4 @@
-"""How a CLIP model's pictures are prepared: the keys of preprocessor_config.json, held to what the scorer does."""
+"""preprocessor_config.json of a CLIP model: how pictures are resized, cropped and normalised, as far as supported."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from genkit.errors import InputError, shown
 from genkit.files import place, read_json
 
 _SIDE = whole(1, 8192)
-_EXACT = Rule(
-    '{"height", "width"}',
-    lambda v: isinstance(v, dict) and set(v) == {"height", "width"} and all(map(_SIDE.holds, v.values())),
-)
-_SHORTEST = Rule(
-    '{"shortest_edge"}',
-    lambda v: isinstance(v, dict) and set(v) == {"shortest_edge"} and _SIDE.holds(v["shortest_edge"]),
-)
-_COLOURS = many(real(-10, 10), 3, 3)
-_SCALES = many(real(0, 10, above=True), 3, 3)
+
+
+def _sides(*names: str) -> Rule:
+    """An object with these keys, each a number of pixels."""
+    text = ", ".join(f'"{name}"' for name in names)
+    return Rule(
+        f"{{{text}}}", lambda v: isinstance(v, dict) and v.keys() == set(names) and all(map(_SIDE.holds, v.values()))
+    )
+
+
+_EXACT = _sides("height", "width")
 
 KEYS = {
-    "size": Key(either(_SIDE, _SHORTEST, _EXACT), {"shortest_edge": 224}),
+    "size": Key(either(_SIDE, _sides("shortest_edge"), _EXACT), {"shortest_edge": 224}),
     "crop_size": Key(either(_SIDE, _EXACT), {"height": 224, "width": 224}),
     "do_center_crop": Key(FLAG, True),
-    "image_mean": Key(_COLOURS, [0.48145466, 0.4578275, 0.40821073]),
-    "image_std": Key(_SCALES, [0.26862954, 0.26130258, 0.27577711]),
+    "image_mean": Key(many(real(-10, 10), 3, 3), [0.48145466, 0.4578275, 0.40821073]),
+    "image_std": Key(many(real(0, 10, above=True), 3, 3), [0.26862954, 0.26130258, 0.27577711]),
 }
 _UNUSED = {
     "do_resize": choice(True),
@@ -56,9 +57,10 @@ _UNUSED = {
 
 
 def read_preprocessor(path: Path, image_size: int) -> dict[str, Any]:
-    """Return size, crop_size, do_center_crop, image_mean and image_std of a CLIP model that reads image_size squares.
+    """Return size, crop_size, do_center_crop, image_mean and image_std of a CLIP model.
 
-    Raises InputError for a key or value that the scorer does not follow, and for a size that the network does not read.
+    image_size: pixels a side that its network reads. Raises InputError for a key or value that the scorer does not
+    support, and where the prepared picture has another size.
     """
     config = check_config(read_json(path), KEYS, place(path), _UNUSED)
     key = "crop_size" if config["do_center_crop"] else "size"

@@ -1,4 +1,16 @@
-"""The closed list of what a model folder may name: components, classes, pipelines."""
+"""The closed list of what a model folder may name: network classes, components, pipelines. Nothing else is imported.
+
+To add a network class:
+
+1. keys.py: a table of its config's keys with the library's defaults; tests/components/test_config.py compares it with
+   the class's signature.
+2. shapes.py: a check of keys that depend on each other, and the shapes of a few weights that bound depth and width.
+3. Here: its entry in NETWORKS, and the class under its component in COMPONENTS. A new component is also a field of
+   Components (loading.py), and folder.py checks that it fits the other components.
+4. Here: the pipeline classes whose folders hold it, in PIPELINES.
+5. footprint.py: how many elements are alive in one call, from which needs.py computes memory.
+6. tests/tiny.py: a tiny model with it, for the tests in tests/components/ and tests/device/test_memory.py.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +21,30 @@ from typing import Any
 from genkit.components import keys, shapes
 from genkit.components.rules import FLAG, Key, Rule, choice, optional
 
-# Old spellings of weights, in files that are still in use: attention as diffusers wrote it before 0.15, the prefix that
-# transformers dropped in version 5, and a buffer that was saved as if it were a weight.
-DIFFUSERS_RENAMES = (
+# Names of weights in older files: attention as diffusers named it before 0.15, the prefix that transformers dropped in
+# version 5, and a buffer that was saved among the weights.
+OLD_ATTENTION = (
     (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
     (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
     (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
     (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
 )
-CLIP_RENAMES = ((r".*\bembeddings\.position_ids$", ""),)
-CLIP_TEXT_RENAMES = (*CLIP_RENAMES, (r"^text_model\.", ""))
+OLD_CLIP = ((r".*\bembeddings\.position_ids$", ""),)
+OLD_CLIP_TEXT = (*OLD_CLIP, (r"^text_model\.", ""))
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A class of network: where it comes from, its config's keys, and what its config says about its weights.
+    """A network class of `library`, "diffusers" or "transformers", and how its config and weights are checked.
 
-    stem: name of its weight files. table: its config's keys. check(config, where): raises InputError where keys do not
-    go together.
-    landmarks(config): shapes of some weights, enough to bound depth and width before anything is built.
-    renames: (pattern, replacement) for old names of weights; an empty replacement of the whole name drops the weight.
-    unused: keys that are checked and not passed on. nested: tables, known and unused, of the configs inside the config.
+    table: its config's keys. check(config, where): raises InputError for keys that contradict each other.
+    landmarks(config): shapes of some weights, enough to bound depth and width before the network is built.
+    renames: (regular expression, replacement) for weight names of older files; a name that becomes empty is dropped.
+    unused: config keys that are accepted and not passed on. nested: (table, unused) of each config inside the config.
     """
 
     library: str
-    stem: str
     table: Mapping[str, Key]
     check: Callable[[Mapping[str, Any], str], None]
     landmarks: Callable[[Mapping[str, Any]], shapes.Shapes]
@@ -41,48 +52,29 @@ class Network:
     unused: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
     nested: Mapping[str, tuple[Mapping[str, Key], Mapping[str, Rule]]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def stem(self) -> str:
+        """Name of its weight files before ".safetensors" and the like."""
+        return STEMS[self.library]
+
 
 NETWORKS = {
-    "UNet2DModel": Network(
-        "diffusers", "diffusion_pytorch_model", keys.UNET2D, shapes.check_unet2d, shapes.unet, DIFFUSERS_RENAMES
-    ),
-    "UNet2DConditionModel": Network(
-        "diffusers", "diffusion_pytorch_model", keys.UNET2D_CONDITION, shapes.check_unet, shapes.unet, DIFFUSERS_RENAMES
-    ),
-    "AutoencoderKL": Network(
-        "diffusers", "diffusion_pytorch_model", keys.AUTOENCODER_KL, shapes.check_blocks, shapes.vae, DIFFUSERS_RENAMES
-    ),
+    "UNet2DModel": Network("diffusers", keys.UNET2D, shapes.check_unet2d, shapes.unet, OLD_ATTENTION),
+    "UNet2DConditionModel": Network("diffusers", keys.UNET2D_CONDITION, shapes.check_unet, shapes.unet, OLD_ATTENTION),
+    "AutoencoderKL": Network("diffusers", keys.AUTOENCODER_KL, shapes.check_blocks, shapes.vae, OLD_ATTENTION),
     "CLIPTextModel": Network(
-        "transformers",
-        "model",
-        keys.CLIP_TEXT,
-        shapes.check_clip,
-        shapes.clip_text,
-        CLIP_TEXT_RENAMES,
-        keys.TEXT_UNUSED,
+        "transformers", keys.CLIP_TEXT, shapes.check_clip, shapes.clip_text, OLD_CLIP_TEXT, keys.TEXT_UNUSED
     ),
     "CLIPTextModelWithProjection": Network(
-        "transformers",
-        "model",
-        keys.CLIP_TEXT,
-        shapes.check_clip,
-        shapes.clip_text_projected,
-        CLIP_RENAMES,
-        keys.TEXT_UNUSED,
+        "transformers", keys.CLIP_TEXT, shapes.check_clip, shapes.clip_text_projected, OLD_CLIP, keys.TEXT_UNUSED
     ),
     "CLIPModel": Network(
-        "transformers",
-        "model",
-        keys.CLIP,
-        shapes.check_clip_pair,
-        shapes.clip,
-        CLIP_RENAMES,
-        keys.CLIP_UNUSED,
+        "transformers", keys.CLIP, shapes.check_clip_pair, shapes.clip, OLD_CLIP, keys.CLIP_UNUSED,
         {"text_config": (keys.CLIP_TEXT, keys.TEXT_UNUSED), "vision_config": (keys.CLIP_VISION, keys.VISION_UNUSED)},
     ),
-}
+}  # fmt: skip
 
-# Component -> (library, classes). A scheduler's class is read, and checked, by genkit.schedulers.
+# The components of a model_index.json: (library, classes). genkit.schedulers checks the scheduler's class.
 COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DModel", "UNet2DConditionModel")),
     "vae": ("diffusers", ("AutoencoderKL",)),
@@ -91,17 +83,16 @@ COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
     "tokenizer_2": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
-# Parts that Stable Diffusion folders carry and that are never loaded here.
-EXTRAS: dict[str, tuple[tuple[str, str], ...]] = {
-    "safety_checker": (("stable_diffusion", "StableDiffusionSafetyChecker"),),
+# Components of Stable Diffusion folders that are never loaded.
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "safety_checker": ("stable_diffusion", ("StableDiffusionSafetyChecker",)),
     "feature_extractor": (
-        ("transformers", "CLIPFeatureExtractor"),
-        ("transformers", "CLIPImageProcessor"),
-        ("transformers", "CLIPImageProcessorFast"),
-        ("transformers", "CLIPImageProcessorPil"),
+        "transformers",
+        ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     ),
-    "image_encoder": (("transformers", "CLIPVisionModelWithProjection"),),
+    "image_encoder": ("transformers", ("CLIPVisionModelWithProjection",)),
 }
+# The pipeline classes of a model_index.json, and the kind of model that each is.
 PIPELINES = {
     "StableDiffusionPipeline": "text-to-image",
     "StableDiffusionImg2ImgPipeline": "text-to-image",
@@ -115,10 +106,10 @@ PIPELINES = {
     "LDMPipeline": "unconditional",
 }
 REQUIRED = {"text-to-image": ("unet", "vae", "text_encoder", "tokenizer"), "unconditional": ("unet",)}
-SECOND = ("text_encoder_2", "tokenizer_2")  # what SDXL has besides
+SECOND = ("text_encoder_2", "tokenizer_2")  # required by the SDXL pipelines only
 INDEX_OPTIONS = {
     "requires_safety_checker": Key(FLAG, False),
-    "force_zeros_for_empty_prompt": Key(FLAG, True),  # SDXL's; others have no say in it
-    "add_watermarker": Key(optional(FLAG), None),  # SDXL's; no mark is put into the pictures
-    "requires_aesthetics_score": Key(choice(False), False),  # of SDXL's refiner, which is not supported
+    "force_zeros_for_empty_prompt": Key(FLAG, True),  # SDXL's; other pipelines ignore it
+    "add_watermarker": Key(optional(FLAG), None),  # SDXL's; genkit adds no watermark
+    "requires_aesthetics_score": Key(choice(False), False),  # true for SDXL's refiner, not supported
 }

@@ -1,4 +1,4 @@
-"""A small language for config tables: what values a key may have, said once, checked and explained."""
+"""Rules for config values: each tests a value and says in words what passes; `check_config` applies a table of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIST_LIMIT = 16  # no network has more blocks
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A test of a value, and the words for what passes it ("a whole number from 1 to 64")."""
+    """A test of a value, and its description for error messages ("a whole number from 1 to 64")."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -23,44 +23,44 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a config key may be, and what its absence means."""
+    """The rule for a config key's value, and the default that the library uses where the key is absent."""
 
     rule: Rule
     default: Any
 
 
 def whole(low: int, high: int) -> Rule:
-    """An integer; neither true nor 1.0."""
+    """An integer from `low` to `high`; neither true nor 1.0."""
     return Rule(f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high)
 
 
 def real(low: float, high: float, *, above: bool = False) -> Rule:
-    """A number; `above` leaves `low` itself out."""
+    """An integer or float from `low` to `high`, never NaN; with `above`, `low` itself is excluded."""
 
     def holds(v: Any) -> bool:
-        return type(v) in (int, float) and (low < v if above else low <= v) and v <= high  # NaN is neither
+        return type(v) in (int, float) and (low < v if above else low <= v) and v <= high
 
     return Rule(f"a number {'above' if above else 'from'} {low:g} {'and up ' if above else ''}to {high:g}", holds)
 
 
 def choice(*words: Any) -> Rule:
-    """One of the words given, or of null, true and false; 1 is not true."""
+    """One of the given strings, numbers, None or booleans; 1 does not pass for True."""
     text = " or ".join({None: "null", True: "true", False: "false"}.get(w, repr(w)) for w in words)
     return Rule(text, lambda v: any(v == w and type(v) is type(w) for w in words))
 
 
 def either(*rules: Rule) -> Rule:
-    """What any of the rules lets pass."""
+    """A value that passes any of the rules."""
     return Rule(" or ".join(rule.text for rule in rules), lambda v: any(rule.holds(v) for rule in rules))
 
 
 def optional(rule: Rule) -> Rule:
-    """What the rule lets pass, or null."""
+    """A value that passes the rule, or None."""
     return either(rule, choice(None))
 
 
 def many(rule: Rule, least: int = 1, most: int = LIST_LIMIT) -> Rule:
-    """A list of what the rule lets pass."""
+    """A list of `least` to `most` values that each pass the rule."""
     length = f"{least}" if least == most else f"{least} to {most}"
     return Rule(
         f"a list of {length}, each {rule.text}",
@@ -69,7 +69,7 @@ def many(rule: Rule, least: int = 1, most: int = LIST_LIMIT) -> Rule:
 
 
 def one_or_many(rule: Rule) -> Rule:
-    """What the rule lets pass, or a list of it."""
+    """A value that passes the rule, or a list of them (one for each block)."""
     return either(rule, many(rule))
 
 
@@ -79,7 +79,7 @@ TEXT = Rule("a text of at most 1000 characters", lambda v: isinstance(v, str) an
 
 
 def refuse_code(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for keys that ask for code of the folder to be run, or that are private to a library."""
+    """Raise InputError for a key that names code to run, such as auto_map, or that is private to a library."""
     for key, value in config.items():
         if key in CODE:
             raise InputError(f"{where}: {key}: {shown(value)}: code that comes with a model is never run")
@@ -90,22 +90,22 @@ def refuse_code(config: Mapping[str, Any], where: str) -> None:
 def check_config(
     config: Mapping[str, Any], keys: Mapping[str, Key], where: str, unused: Mapping[str, Rule] | None = None
 ) -> dict[str, Any]:
-    """Return `config` with the defaults of `keys` filled in.
+    """Return the values of `keys` in `config`, with defaults filled in.
 
-    unused: keys that may be there, are checked, and go nowhere. Raises InputError naming `where`, the key, its value
-    and what it may be, or the nearest known key.
+    unused: rules for further keys that are accepted and not returned. Raises InputError with `where`, the key, its
+    value and what it may be, or the nearest known key.
     """
     unused = unused or {}
     refuse_code({key: value for key, value in config.items() if key not in unused}, where)
-    found = {name: key.default for name, key in keys.items()}
+    checked = {name: key.default for name, key in keys.items()}
     for name, value in config.items():
-        rule = keys[name].rule if name in keys else unused.get(name)
         if name in UNUSED:
             continue
+        rule = keys[name].rule if name in keys else unused.get(name)
         if rule is None:
             raise InputError(f"{where}: {shown(name)}: unknown key{nearest(name, keys)}")
         if not rule.holds(value):
             raise InputError(f"{where}: {name}: {shown(value)} is not {rule.text}")
-        if name in keys:  # transformers takes no 1 for 1.0
-            found[name] = float(value) if type(keys[name].default) is float and type(value) is int else value
-    return found
+        if name in keys:  # transformers' configs refuse the integer 1 for 1.0
+            checked[name] = float(value) if type(keys[name].default) is float and type(value) is int else value
+    return checked

@@ -1,7 +1,7 @@
-"""What a config implies: keys that must go together, and the shapes of some weights (its landmarks).
+"""Checks of config keys that depend on each other, and the shapes of some weights that a config implies (landmarks).
 
-Landmarks touch every width and every depth that a config states, so a config whose landmarks are in the file describes
-a network of about the file's size: it is safe to build.
+Landmarks cover every width and depth in a config. A config whose landmarks are all in the weight file describes a
+network of about the file's size, so that building it takes no unexpected memory.
 """
 
 from __future__ import annotations
@@ -13,22 +13,19 @@ from genkit.errors import InputError
 
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+# Keys whose value, if it is a list, has an entry for each block.
+PER_BLOCK = (
+    "down_block_types", "up_block_types", "layers_per_block", "only_cross_attention", "transformer_layers_per_block",
+    "attention_head_dim",
+)  # fmt: skip
 
 
 def check_blocks(config: Config, where: str) -> None:
-    """Check the rows of blocks: as many down as up as widths, and groups that divide the widths."""
+    """Check that lists have an entry for each block, and that norm_num_groups divides every width."""
     blocks = len(config["block_out_channels"])
-    for key in ("down_block_types", "up_block_types"):
-        if len(config[key]) != blocks:
-            raise InputError(f"{where}: {key}: has {len(config[key])} entries, but block_out_channels has {blocks}")
-    for key, value in config.items():
-        per_block = key in (
-            "layers_per_block",
-            "attention_head_dim",
-            "transformer_layers_per_block",
-            "only_cross_attention",
-        )
-        if per_block and isinstance(value, list) and len(value) != blocks:
+    for key in PER_BLOCK:
+        value = config.get(key)
+        if isinstance(value, list) and len(value) != blocks:
             raise InputError(f"{where}: {key}: has {len(value)} entries, but block_out_channels has {blocks}")
     groups = config["norm_num_groups"]
     for width in config["block_out_channels"]:
@@ -37,27 +34,27 @@ def check_blocks(config: Config, where: str) -> None:
 
 
 def check_unet(config: Config, where: str) -> None:
-    """Check a UNet2DConditionModel: `attention_head_dim` is its number of heads, a misnomer that diffusers keeps."""
+    """Check a UNet2DConditionModel, whose `attention_head_dim` is the number of heads: diffusers keeps the misnomer."""
     _check_unet(config, where)
-    sizes = config["addition_embed_type"] is not None
+    text_time = config["addition_embed_type"] is not None  # SDXL's embedding of sizes and pooled text
     for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-        if (config[key] is not None) != sizes:
-            kind = "is" if sizes else "is not"
-            raise InputError(f"{where}: {key}: {config[key]}, but addition_embed_type {kind} 'text_time'")
-    heads = _each(config["attention_head_dim"], config)
-    for kind, width, number in zip(config["down_block_types"], config["block_out_channels"], heads, strict=True):
-        if "CrossAttn" in kind and width % number:
-            raise InputError(f"{where}: attention_head_dim: {number} heads do not divide block_out_channels' {width}")
+        if (config[key] is not None) != text_time:
+            verb = "is" if text_time else "is not"
+            raise InputError(f"{where}: {key}: {config[key]}, but addition_embed_type {verb} 'text_time'")
+    heads = per_block(config["attention_head_dim"], config)
+    for kind, width, count in zip(config["down_block_types"], config["block_out_channels"], heads, strict=True):
+        if "CrossAttn" in kind and width % count:
+            raise InputError(f"{where}: attention_head_dim: {count} heads do not divide block_out_channels' {width}")
 
 
 def check_unet2d(config: Config, where: str) -> None:
-    """Check a UNet2DModel: `attention_head_dim` is the width of a head, and null is one head."""
+    """Check a UNet2DModel, whose `attention_head_dim` is the width of a head; null means one head."""
     _check_unet(config, where)
     width = config["attention_head_dim"]
     attends = ["Attn" in kind for kind in config["down_block_types"]]
-    attends[-1] |= config["add_attention"] and config["mid_block_type"] is not None
-    for channels, used in zip(config["block_out_channels"], attends, strict=True):
-        if width is not None and used and channels % width:
+    attends[-1] |= config["add_attention"] and config["mid_block_type"] is not None  # the middle block's width
+    for channels, attention in zip(config["block_out_channels"], attends, strict=True):
+        if width is not None and attention and channels % width:
             raise InputError(f"{where}: attention_head_dim: {width} does not divide block_out_channels' {channels}")
     if config["time_embedding_type"] == "learned" and config["num_train_timesteps"] is None:
         raise InputError(f"{where}: num_train_timesteps: null, but time_embedding_type is 'learned'")
@@ -73,7 +70,7 @@ def _check_unet(config: Config, where: str) -> None:
 
 
 def check_clip(config: Config, where: str) -> None:
-    """Check a CLIP transformer: heads divide its width, and a patch is no larger than the picture."""
+    """Check that the number of heads divides hidden_size, and that a patch is no larger than the picture."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
     if width % heads:
         raise InputError(f"{where}: num_attention_heads: {heads} do not divide hidden_size {width}")
@@ -82,7 +79,7 @@ def check_clip(config: Config, where: str) -> None:
 
 
 def check_clip_pair(config: Config, where: str) -> None:
-    """Check both halves of a CLIPModel."""
+    """Check the text and the vision config of a CLIPModel."""
     check_clip(config["text_config"], f"{where}: text_config")
     check_clip(config["vision_config"], f"{where}: vision_config")
 
@@ -90,8 +87,8 @@ def check_clip_pair(config: Config, where: str) -> None:
 def unet(config: Config) -> Shapes:
     """Landmarks of UNet2DModel and UNet2DConditionModel."""
     widths = config["block_out_channels"]
-    layers = _each(config["layers_per_block"], config)
-    depths = _each(config.get("transformer_layers_per_block", 1), config)
+    layers = per_block(config["layers_per_block"], config)
+    depths = per_block(config.get("transformer_layers_per_block", 1), config)
     k_in, k_out = config.get("conv_in_kernel", 3), config.get("conv_out_kernel", 3)
     found: Shapes = {
         "conv_in.weight": (widths[0], config["in_channels"], k_in, k_in),
@@ -145,15 +142,15 @@ def clip_text_projected(config: Config) -> Shapes:
 
 def clip(config: Config) -> Shapes:
     """Landmarks of CLIPModel."""
-    text, vision, shared = config["text_config"], config["vision_config"], config["projection_dim"]
+    text, vision, projected = config["text_config"], config["vision_config"], config["projection_dim"]
     width, side, patch = vision["hidden_size"], vision["image_size"], vision["patch_size"]
     return {
         **clip_text(text, "text_model."),
         "vision_model.embeddings.patch_embedding.weight": (width, vision["num_channels"], patch, patch),
         "vision_model.embeddings.position_embedding.weight": ((side // patch) ** 2 + 1, width),
         **_clip_layers(vision, "vision_model."),
-        "text_projection.weight": (shared, text["hidden_size"]),
-        "visual_projection.weight": (shared, width),
+        "text_projection.weight": (projected, text["hidden_size"]),
+        "visual_projection.weight": (projected, width),
     }
 
 
@@ -162,5 +159,6 @@ def _clip_layers(config: Config, prefix: str) -> Shapes:
     return {f"{last}.mlp.fc1.weight": (config["intermediate_size"], config["hidden_size"])}
 
 
-def _each(value: Any, config: Config) -> list[Any]:
-    return value if isinstance(value, list) else [value] * len(config["block_out_channels"])
+def per_block(value: Any, config: Config) -> list[Any]:
+    """Return a config value as a list with an entry for each block."""
+    return list(value) if isinstance(value, list | tuple) else [value] * len(config["block_out_channels"])

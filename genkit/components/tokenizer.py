@@ -1,4 +1,4 @@
-"""Tokenizer files, checked before a library reads them: a byte-pair vocabulary and merges (Sennrich et al. 2016)."""
+"""Checks of a CLIP tokenizer's files before transformers reads them: byte-pair encoding (Sennrich et al. 2016)."""
 
 from __future__ import annotations
 
@@ -48,17 +48,18 @@ _CONFIG_UNUSED = {
 
 
 def check_tokenizer(folder: Path, vocab_size: int, text_config: str) -> dict[str, Any]:
-    """Check a CLIP tokenizer's files and return the keys of its config that matter (`model_max_length`).
+    """Check a CLIP tokenizer's files, and return `model_max_length` and the special tokens of its config.
 
-    vocab_size: rows of the text encoder's table, which every token must be below. text_config: names that encoder in
-    messages. Raises InputError naming file and entry.
+    vocab_size: rows of the text encoder's token embedding; every token id must be below it. text_config: the encoder's
+    config, for messages. Raises InputError naming file and entry.
     """
     config: dict[str, Any] = {name: key.default for name, key in CONFIG.items()}
     path = folder / "tokenizer_config.json"
     if path.exists():
         config = check_config(read_json(path), CONFIG, place(path), _CONFIG_UNUSED)
     fast, vocab_file = folder / "tokenizer.json", folder / "vocab.json"
-    added = _added(folder / "added_tokens.json")
+    added_file = folder / "added_tokens.json"
+    added = _check_vocab(read_json(added_file), place(added_file)) if added_file.exists() else {}
     if not fast.exists() and not vocab_file.exists():
         raise InputError(f"{place(fast)}: is absent, and so is vocab.json with merges.txt")
     known = set(added)
@@ -71,7 +72,7 @@ def check_tokenizer(folder: Path, vocab_size: int, text_config: str) -> dict[str
         _check_merges(pairs, vocab, place(folder / "merges.txt"))
         _check_size({**vocab, **added}, vocab_size, place(vocab_file), text_config)
         known |= vocab.keys()
-    for name in _SPECIAL:  # the library would add it, with an id past the encoder's table
+    for name in _SPECIAL:  # transformers would add a missing one, with an id past the encoder's token embedding
         token = config[name] if isinstance(config[name], str) else config[name]["content"]
         if token not in known:
             raise InputError(f"{place(path)}: {name}: {shown(token)} is not in the vocabulary")
@@ -79,6 +80,7 @@ def check_tokenizer(folder: Path, vocab_size: int, text_config: str) -> dict[str
 
 
 def _check_fast(path: Path, vocab_size: int, text_config: str) -> dict[str, int]:
+    """Check a tokenizer.json (format of the tokenizers library) and return its {token: id}."""
     content = read_json(path, TOKENIZER_LIMIT)
     where = place(path)
     refuse_code(content, where)
@@ -97,11 +99,8 @@ def _check_fast(path: Path, vocab_size: int, text_config: str) -> dict[str, int]
     return tokens
 
 
-def _added(path: Path) -> dict[str, int]:
-    return _check_vocab(read_json(path), place(path)) if path.exists() else {}
-
-
 def _check_vocab(vocab: Any, where: str) -> dict[str, int]:
+    """Return {token: id}, which has no id twice."""
     if not isinstance(vocab, dict) or not vocab:
         raise InputError(f"{where}: {shown(vocab)} is not an object of tokens and ids")
     owner: dict[int, str] = {}
@@ -115,6 +114,7 @@ def _check_vocab(vocab: Any, where: str) -> dict[str, int]:
 
 
 def _check_merges(pairs: Iterable[Any], vocab: Mapping[str, int], where: str) -> None:
+    """Check that each merge joins two tokens of the vocabulary to a third."""
     seen: set[tuple[str, str]] = set()
     for number, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
@@ -129,7 +129,7 @@ def _check_merges(pairs: Iterable[Any], vocab: Mapping[str, int], where: str) ->
 
 
 def _check_size(tokens: Mapping[str, int], vocab_size: int, where: str, text_config: str) -> None:
-    """A token past the table would read outside it; a table twice as long as the tokens is that of another model."""
-    most = max(tokens.values()) + 1
-    if most > vocab_size or most * 2 <= vocab_size:
-        raise InputError(f"{where}: has {most} tokens, but {text_config} has vocab_size {vocab_size}")
+    """Refuse ids past the token embedding, and an embedding twice as long as the vocabulary: another model's."""
+    count = max(tokens.values()) + 1
+    if count > vocab_size or count * 2 <= vocab_size:
+        raise InputError(f"{where}: has {count} tokens, but {text_config} has vocab_size {vocab_size}")
