@@ -1,4 +1,4 @@
-"""Conventions by which families of diffusers classes place noise levels, so that their configs give their pictures."""
+"""Conventions by which families of diffusers classes place noise levels, so that their configs give the same images."""
 
 from __future__ import annotations
 

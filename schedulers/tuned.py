@@ -52,8 +52,8 @@ class Tuned:
     def timesteps(self) -> list[int]:
         """The plan's levels as whole, strictly falling timesteps, for diffusers' `set_timesteps(timesteps=…)`."""
         whole = np.rint(self.plan.timesteps).astype(int)
-        room = np.arange(len(whole))[::-1]  # the number of timesteps still to come, which need values below this one
-        return [int(t) for t in np.maximum(np.minimum.accumulate(whole + room[::-1]) - room[::-1], room)]
+        below = np.arange(len(whole))[::-1]  # how many timesteps must still fit below each
+        return [int(t) for t in np.maximum(np.minimum.accumulate(whole + below[::-1]) - below[::-1], below)]
 
 
 def plan_of(rows: list[list[float]], scheduler: Scheduler) -> Plan:

@@ -6,7 +6,7 @@
     sde-dpmpp      x' = sigma'/sigma e^-h x + alpha' (1 - e^-2h) D + sigma' sqrt(1 - e^-2h) noise (2022b, appendix A)
 
 E = eps + h/2 (eps - eps_prev) / h_prev and D = x0 + h/2 (x0 - x0_prev) / h_prev for order 2 (2m); a quadratic through
-three predictions for order 3 (3m), whose second moment diffusers' style halves, as k-diffusion does: of order 2 then.
+three predictions for order 3 (3m). Like k-diffusion, diffusers' style halves its second moment: then it has order 2.
 """
 
 from __future__ import annotations

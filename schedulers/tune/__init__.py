@@ -1,6 +1,6 @@
 """Plans fitted to one network: levels and coefficients that follow its own many-step solution in a few calls.
 
-A tuned plan has `steps` calls. Its table is that of a plain multistep method at levels of its own, plus a correction of
+A tuned plan has `steps` calls. Its table is that of a multistep method at levels of its own, plus a correction of
 every coefficient. Levels and corrections are found by gradients through the whole trajectory, so that it stays near the
 teacher, a solution of many calls from the same noise, and ends where that ends. Fitting the end alone does worse: it
 spends the calls on detail, and a few trajectories that pass near a fork take the other branch. The only requirement is
@@ -53,8 +53,8 @@ def fit(
     import torch
 
     levels, stock = TrainedLevels.of(scheduler), _stock_plan(scheduler, steps)
-    apart = max(1, round(held_out * len(noise)))
-    if len(noise) - apart < 1:
+    compared = max(1, round(held_out * len(noise)))
+    if len(noise) - compared < 1:
         raise InputError(f"noise: {len(noise)} cannot be divided into noises to fit to and noises to compare on")
     order = torch.randperm(len(noise), generator=torch.Generator().manual_seed(seed))
     batch = batch or max(4, min(64, 8192 // noise[0].numel()))
@@ -69,13 +69,13 @@ def fit(
             progress(done, parts + iterations + 1, text)
 
     runs = Trajectories(_with_time_gradient(model, noise, levels), levels, noise, lean)
-    taught = runs.teach(4 * batch, parts, kept, report)
+    teacher = runs.teach(4 * batch, parts, kept, report)
     plan = optimise(
-        runs, steps, order[apart:], taught, batch, iterations, kept, lambda i, text: report(parts + 1 + i, text)
+        runs, steps, order[compared:], teacher, batch, iterations, kept, lambda i, text: report(parts + 1 + i, text)
     )
     report(parts + iterations, "comparing with the stock plan")
-    rows = order[:apart]
-    before, after = (_summary(runs.errors(p, rows, taught[-1], 4 * batch)) for p in (stock, plan))
+    rows = order[:compared]
+    before, after = (_summary(runs.errors(p, rows, teacher[-1], 4 * batch)) for p in (stock, plan))
     report(parts + iterations + 1, "done")
     better = after["mean"] < before["mean"] and after["p99"] <= 1.5 * before["p99"]
     return Tuned(plan if better else stock, before, after, better)

@@ -1,4 +1,4 @@
-"""The levels that a plan is fitted on, and the coefficients of a plain multistep method there; both differentiable."""
+"""The noise levels of a fitted plan, and the coefficients of a multistep method at them; both differentiable."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TrainedLevels:
         """Return y, (calls - 1,), of all calls but the first: sigma / alpha from about `high` to `low`, as `karras`."""
         import torch
 
-        most, least = (math.exp(np.clip(math.log(k), self.y[0], self.y[-1]) / RHO) for k in (high, low))
+        most, least = (math.exp(np.clip(math.log(s), self.y[0], self.y[-1]) / RHO) for s in (high, low))
         count = calls - 1 + (self.first[2] <= high * self.first[1])  # whether the first level is one of them
         roots = np.linspace(most, least, max(count, 1))
         return self.separate(torch.from_numpy(RHO * np.log(roots[max(count, 1) - (calls - 1) :])))
@@ -63,9 +63,9 @@ class TrainedLevels:
         """Return y moved into the trained levels, each at least MIN_GAP below the one before."""
         import torch
 
-        room = MIN_GAP * torch.arange(len(y), dtype=y.dtype)
-        y = torch.cummin((y + room).clamp(max=self.y[-1] - MIN_GAP), 0).values - room
-        return torch.maximum(y, self.y[0] + room.flip(0))
+        margin = MIN_GAP * torch.arange(len(y), dtype=y.dtype)
+        y = torch.cummin((y + margin).clamp(max=self.y[-1] - MIN_GAP), 0).values - margin
+        return torch.maximum(y, self.y[0] + margin.flip(0))
 
     def columns(self, y: torch.Tensor) -> torch.Tensor:
         """Return t, alpha, sigma, c_in, px and pm, (6, calls), of the first level and of those at y, (calls - 1,).
@@ -88,7 +88,7 @@ class TrainedLevels:
 
 
 def coefficients(alpha: torch.Tensor, sigma: torch.Tensor, order: int) -> torch.Tensor:
-    """Return (cx, c0, c1, …) of each step of the plain method, (calls, 2 + HISTORY); it ends at sigma 0.
+    """Return (cx, c0, c1, …) of each step of a multistep method to sigma 0, (calls, 2 + HISTORY).
 
     x' = sigma'/sigma x + (alpha' - alpha sigma'/sigma) mean of x0 over 1/s from 1/s to 1/s', s = sigma / alpha, x0
     being the polynomial through the last `order` predictions in u = log((s + 1/2) / (1 + (s + 1/2) / 50)), which is

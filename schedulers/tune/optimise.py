@@ -24,7 +24,7 @@ MIN_FEATURE_STD = 0.02  # directions in which features vary less, in units of x'
 
 
 def optimise(
-    runs: Trajectories, steps: int, index: torch.Tensor, taught: torch.Tensor, batch: int, iterations: int,
+    runs: Trajectories, steps: int, index: torch.Tensor, teacher: torch.Tensor, batch: int, iterations: int,
     checkpoint: Checkpoint, report: Callable[[int, str], None],
 ) -> Plan:  # fmt: skip
     """Return the plan after `iterations` steps of Adam (Kingma and Ba 2015) on the logarithm of the mean error.
@@ -36,8 +36,8 @@ def optimise(
 
     state = {name: value for name, value in checkpoint.state.items() if name != "taught"}
     if not state:
-        first, std = index[: 2 * batch], float(taught[-1].double().square().mean().sqrt())
-        order, y = initial(runs, steps, first, taught[-1])
+        first, std = index[: 2 * batch], float(teacher[-1].double().square().mean().sqrt())
+        order, y = initial(runs, steps, first, teacher[-1])
         start = {"y": y, "theta": y.new_zeros(steps, 2 + HISTORY)}
         moments = {f"{name}.{m}": torch.zeros_like(value) for name, value in start.items() for m in ("m1", "m2")}
         counts = {"done": torch.tensor([0]), "order": torch.tensor([order])}
@@ -50,19 +50,19 @@ def optimise(
         rows = index[batch_of(len(index), batch, i)]
         y, theta = (state[name].clone().requires_grad_() for name in STEP_SIZE)
         states = runs.run(table(y, theta), rows)
-        error = rms(states[-1], taught[-1, rows]).mean()
-        loss = error + runs.deviation(states, taught[:-1, rows], y)
+        error = rms(states[-1], teacher[-1, rows]).mean()
+        loss = error + runs.deviation(states, teacher[:-1, rows], y)
         grads = torch.autograd.grad(loss.log(), (y, theta), allow_unused=True, materialize_grads=True)
         adam(state, dict(zip(STEP_SIZE, grads, strict=True)), i, iterations)
         state["y"] = runs.levels.separate(state["y"])
         state["done"] = torch.tensor([i + 1])
-        checkpoint.save({"taught": taught, **state}, last=i + 1 == iterations)
+        checkpoint.save({"taught": teacher, **state}, last=i + 1 == iterations)
         report(i, f"tuning {steps} steps: error {error.item():.4f}")
     return runs.plan(state["y"], table(state["y"], state["theta"]))
 
 
 def initial(runs: Trajectories, steps: int, index: torch.Tensor, target: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Return the order and y of the plain method with the least error from the noises `index`."""
+    """Return the order and y of the uncorrected method with the least error from the noises `index`."""
     import torch
 
     found = []
@@ -78,7 +78,7 @@ def whiten(runs: Trajectories, y: torch.Tensor, order: int, index: torch.Tensor,
     """Return the basis of corrections, (calls, 2 + HISTORY, 2 + HISTORY); std: the standard deviation of x.
 
     A call's correction adds a weighted sum of features (x, x0, h1, …) to x'. Those are nearly the same image: the basis
-    consists of sums of them that are uncorrelated and of equal size, on the trajectories of the plain method.
+    consists of sums of them that are uncorrelated and of equal size, on the trajectories of the uncorrected method.
     """
     import torch
 

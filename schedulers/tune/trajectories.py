@@ -33,7 +33,7 @@ class Trajectories:
     lean: bool
 
     def table(self, y: torch.Tensor, correction: torch.Tensor | float, order: int) -> torch.Tensor:
-        """Return a plan's table, (calls, len(COLUMNS)): the plain method at levels y, (cx, c0, c1, …) corrected."""
+        """Return a plan's table, (calls, len(COLUMNS)): the multistep method at levels y, (cx, c0, c1, …) corrected."""
         import torch
 
         columns = dict(zip(("t", "alpha", "sigma", "c_in", "px", "pm"), self.levels.columns(y), strict=True))
@@ -105,7 +105,7 @@ class Trajectories:
             raise InputError("model: its solution of many steps has values that are not finite")
         return torch.cat(found, dim=1)
 
-    def deviation(self, states: list[torch.Tensor], taught: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def deviation(self, states: list[torch.Tensor], teacher: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return the mean distance of x at the levels y from the teacher's, relative to the standard deviation of x.
 
         The teacher's levels are even in (sigma / alpha)^(1/RHO); between them its x is the cubic through the next four.
@@ -121,7 +121,7 @@ class Trajectories:
         alpha, sigma = self.levels.columns(y)[1:3, 1:]
         total = y.new_zeros(())
         for i, x in enumerate(states[:-1]):
-            four = taught[first[i] : first[i] + 4].double()
+            four = teacher[first[i] : first[i] + 4].double()
             target = torch.stack([weight[i] * four[j] for j, weight in enumerate(weights)]).sum(0)
             total = total + rms(x, target).mean() / torch.hypot(alpha[i], sigma[i])
         return total / max(len(y), 1)
