@@ -3,15 +3,23 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 # A CPU build of torch suffices here, and pip takes the one that the constraints name.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow test-all lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/genkit generate prompts/demo.txt -o runs/demo --num-images 2 --keep 1
 
+# The quick choice of every grid; `test-slow` runs the rest, `test-all` both.
 test: $(VENV)/.test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.test-installed
+	$(PYTEST) -m slow
+
+test-all: $(VENV)/.test-installed
+	$(PYTEST)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
