@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # a table of command lines
 """Two versions of genkit side by side: commands and snippets, their outputs, exit codes and pictures compared.
 
     python benchmarks/versions.py OLD_TREE NEW_TREE [--only NAME ...]
@@ -16,6 +17,7 @@ import difflib
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -101,7 +103,7 @@ CASES: dict[str, Case] = {
                     "filter run --keep 1 -o best", "filter run -o tar --format webdataset", "filter run -o pq --format parquet"]),
     "score": Case([*RUN, 'score photos --prompt "a cat" --labels "a cat,a dog" --device cpu', "score run --device cpu"]),
     "classify": Case(["classify photos --device cpu", 'classify photos --labels "a cat,a dog" --json --device cpu']),
-    "compare, study": Case([*RUN, f"generate p.txt -o two -n 2 --scheduler euler --steps 3 --device cpu",
+    "compare, study": Case([*RUN, "generate p.txt -o two -n 2 --scheduler euler --steps 3 --device cpu",
                             "compare run two --json", "compare run two", "study run --json"]),
     "calibrate": Case([f"generate p.txt -o run -n 14 {Q}", "import json\nfrom pathlib import Path\nrows = [json.loads(x) for x in open('run/results.jsonl')]\n"
                        "rows.sort(key=lambda r: r['scores']['clip'])\nnames = [Path(r['file']).stem for r in rows]\n"
@@ -166,8 +168,6 @@ def run(case: Case, tree: Path) -> tuple[list[str], float]:
         for name, text in case.files.items():
             (folder / name).write_text(text)
         for step in case.steps:
-            import shlex
-
             command = (
                 ["-c", step] if "\n" in step or step.startswith("import") else ["-m", "genkit", *shlex.split(step)]
             )

@@ -8,6 +8,18 @@ from statistics import NormalDist
 
 Interval = tuple[float, float]
 
+Z95 = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+def wilson(right: int, of: int, z: float = Z95) -> tuple[float, float]:
+    """Return the score interval of a share (Wilson 1927): (0, 1) when nothing was counted."""
+    if of == 0:
+        return 0.0, 1.0
+    share, spread = right / of, z * z / of
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / of + spread / (4 * of))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
 
 def clopper_pearson(good: int, of: int, confidence: float) -> Interval:
     """Return the exact two-sided confidence interval of a share, given `good` out of `of` independent draws.

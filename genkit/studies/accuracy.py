@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from genkit.progress import printable
+from genkit.selection.intervals import wilson
 
-Z95 = 1.959964  # 97.5 % quantile of the normal distribution
 WIDE = 10  # labels; with more columns the table does not fit a terminal
 CUT = 14  # characters of a column's heading
-
-
-def wilson(right: int, of: int, z: float = Z95) -> tuple[float, float]:
-    """Return the score interval of a share (Wilson 1927): (0, 1) when nothing was counted."""
-    if of == 0:
-        return 0.0, 1.0
-    share, spread = right / of, z * z / of
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / of + spread / (4 * of))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class Confusion:

@@ -14,6 +14,7 @@ from genkit.errors import InputError, shown
 from genkit.rows.request import Request
 from genkit.rows.result import value_of
 from genkit.runs.records import read_config, read_results, read_rows
+from genkit.selection.intervals import wilson
 from genkit.studies.early_scores import MARKS, Watched, order_of
 
 DRAWS = (1, 2, 4, 8)
@@ -124,7 +125,7 @@ def pruning(rows: Sequence[Watched], look: float) -> dict[str, Any]:
             {
                 "after": after,
                 "correlation": interval(alike, lambda f: float(f.mean())),
-                "false_kill": wilson(killed, len(rows)),
+                "false_kill": [round(x, 4) for x in (killed / len(rows), *wilson(killed, len(rows)))],
                 "effective": found,
                 "cost": round(cost, 2),
                 "worth": [None if value is None else round(value / cost, 4) for value in found],
@@ -190,14 +191,6 @@ def interval(rows: np.ndarray, figure: Figure) -> Interval:
     resampled = [figure(rows[draw.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])
     return [round(figure(rows), 4), round(float(low), 4), round(float(high), 4)]
-
-
-def wilson(hits: int, of: int) -> list[float]:
-    """Return [share, low, high]: Wilson's score interval of 95 % (Wilson 1927)."""
-    z, share = 1.959964, hits / of
-    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
-    half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
-    return [round(share, 4), round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
 
 
 def described(found: dict[str, Any]) -> str:

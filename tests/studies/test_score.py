@@ -16,8 +16,9 @@ from scipy.stats import binomtest
 
 from genkit import InputError, cli
 from genkit.scoring.panel import Panel
+from genkit.selection.intervals import wilson
 from genkit.studies import score as judge
-from genkit.studies.accuracy import Confusion, wilson
+from genkit.studies.accuracy import Confusion
 
 
 class Brightness:
