@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_runs_with_tiny_networks(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     done = subprocess.run(

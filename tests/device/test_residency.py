@@ -153,7 +153,7 @@ class Sick(torch.nn.Module):
         return (out * (1 if out.dtype == torch.float32 else float("nan")),)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", thinned(LEVELS, 4, keep=[LAYERS]))
 def test_a_nan_is_redone_in_float32_wherever_the_unet_is(level: str) -> None:
     gen, _, residency = generator(level, torch.bfloat16)
     home = addresses(gen.unet)
@@ -169,7 +169,7 @@ def test_a_nan_is_redone_in_float32_wherever_the_unet_is(level: str) -> None:
     assert [r.status for r in gen.stream([request])] == ["done"], "and once more"
 
 
-@pytest.mark.parametrize("level", [TURNS, LAYERS])
+@pytest.mark.parametrize("level", thinned([TURNS, LAYERS], 2))
 def test_float32_outlasts_another_network_s_turn(level: str) -> None:
     gen, _, residency = generator(level, torch.bfloat16)
     x, t, text = torch.randn(1, 8, 8, 8), torch.tensor([500.0]), torch.randn(1, 32, 256)

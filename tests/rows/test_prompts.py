@@ -58,8 +58,8 @@ def test_line_ends_and_marks(tmp_path: Path, name: str, mark: bytes, end: bytes,
 
 def test_40_many_identical_rows(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    rows = read_prompts(write(tmp_path, "a.jsonl", row(prompt="a", image="a.png") * 20_000))
-    assert len(rows) == 20_000 and rows[-1].id == "019999"
+    rows = read_prompts(write(tmp_path, "a.jsonl", row(prompt="a", image="a.png") * 5_000))
+    assert len(rows) == 5_000 and rows[-1].id == "004999"
 
 
 JSONL = r"""

@@ -38,6 +38,7 @@ def wait_for(child: subprocess.Popen[str], word: str) -> None:
     raise AssertionError(f"the child ended before {word!r}")
 
 
+@pytest.mark.slow
 def test_thirty_kills_at_random_moments(tmp_path: Path) -> None:
     draw(tmp_path / "whole", rows_of(ROWS, IMAGES), THREADS)
     wanted, moment = outcome(tmp_path / "whole"), random.Random(20261123)

@@ -120,9 +120,9 @@ def test_killed_it_goes_on_to_the_same_plan(folder: Path, tmp_path: Path) -> Non
     def start(out: Path) -> subprocess.Popen[str]:
         code = (
             "import functools; from genkit.schedulers import tune; import genkit.schedulers.tune as t; "
-            "t.SAVE_EVERY = 0; t.fit = functools.partial(t.fit, iterations=40, batch=4); "
+            "t.SAVE_EVERY = 0; t.fit = functools.partial(t.fit, iterations=10, batch=4); "
             f"from genkit.sampling.tuning import tune_model; from pathlib import Path; "
-            f"print(tune_model({str(folder)!r}, 4, out=Path({str(out)!r}), guidance=2.0, noises=12)['tuned_error'])"
+            f"print(tune_model({str(folder)!r}, 4, out=Path({str(out)!r}), guidance=2.0, noises=8)['tuned_error'])"
         )
         return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 

@@ -22,6 +22,7 @@ from genkit.training.recipe import make_recipe
 from genkit.training.setup import Setup
 from genkit.training.tasks import KINDS, make_task
 from tests.colours import colour_folder
+from tests.grids import thinned
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_sdxl, tiny_stable_diffusion
 
 ELSEWHERE = torch.device("meta")
@@ -95,7 +96,7 @@ HALF = [*(("cpu", "bf16", case) for case in ("with its text encoder", "lora of S
 ON_GPU = [pytest.param("cuda", "fp16", case, marks=[pytest.mark.cuda, needs_gpu]) for case in CASES]
 
 
-@pytest.mark.parametrize(("device", "precision", "case"), [*HALF, *ON_GPU])
+@pytest.mark.parametrize(("device", "precision", "case"), [*thinned(HALF, 3, unpack=True), *ON_GPU])
 def test_half_precision_trains_goes_on_and_is_evaluated(
     places: Path, tmp_path: Path, device: str, precision: str, case: str
 ) -> None:
@@ -111,7 +112,7 @@ def test_half_precision_trains_goes_on_and_is_evaluated(
     assert (tmp_path / "samples" / "000003.png").exists() == (kind not in ("autoencoder", "clip"))
 
 
-@pytest.mark.parametrize("case", ["lora of SDXL", "textual-inversion", "autoencoder", "clip"])
+@pytest.mark.parametrize("case", thinned(["autoencoder", "lora of SDXL", "textual-inversion", "clip"], 3))
 def test_gradient_checkpointing_keeps_less_and_learns_the_same(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:

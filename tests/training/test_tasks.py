@@ -56,7 +56,7 @@ def run(places: Path, out: Path, task: str, **changes: Any) -> tuple[Outcome, li
     values: dict[str, Any] = {
         "task": task, "data": {"path": str(places / "pictures"), "validation": 0.2},
         "train": {"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "ema": 0.9},
-        "evaluate": {"every": 20, "pictures": 8, "num_images": 2, "num_inference_steps": 10, "guidance_scale": 3.0},
+        "evaluate": {"every": 20, "pictures": 8, "num_images": 2, "num_inference_steps": 3, "guidance_scale": 3.0},
         "save": {"every": 1000},
     }  # fmt: skip
     for key, change in changes.items():
@@ -150,6 +150,7 @@ def test_text_to_image_learns_and_loads_in_diffusers(drawn_from_text: tuple[Path
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.slow
 def test_captions_decide_on_the_colour(places: Path, tmp_path: Path) -> None:
     """On the embedded VAE and text encoder, with a small UNet of its own: red and blue as asked."""
     side = {"resolution": 64}
@@ -237,10 +238,11 @@ def test_a_shared_cache_does_not_take_other_words_for_these(places: Path, tmp_pa
     assert counts == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_less_precision_in_training_leaves_the_rest_as_it_was(places: Path, tmp_path: Path) -> None:
     """What does not learn computes in bf16, and is written as it was read; small updates are not rounded away."""
     base, few = places / "tiny_stable_diffusion", {"steps": 2, "mixed_precision": "bf16", "learning_rate": 1e-4}
-    prompts = {"prompts": ["a red picture"], "every": 0}
+    prompts = {"prompts": ["a red picture"], "every": 0, "num_inference_steps": 1}
     run(
         places,
         tmp_path / "lora",
