@@ -18,6 +18,7 @@ from genkit.device.residency import Residency
 from genkit.runs.run import read_config
 from genkit.sampling.codec import Codec
 from genkit.sampling.strips import can_strip, decode_in_strips, encode_in_strips
+from tests.grids import thinned
 
 CPU = torch.device("cpu")
 SMALL: Any = {"width": 64, "height": 64}
