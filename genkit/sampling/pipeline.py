@@ -61,11 +61,7 @@ class Pipeline:
             scheduler if isinstance(scheduler, Scheduler) else Scheduler.from_config(dict(scheduler.config))
         )
         self.geometry = Geometry.of(unet.config, None if vae is None else vae.config)
-        if self.geometry.text != (text_encoder is not None) or (text_encoder is None) != (tokenizer is None):
-            raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
-        given = {part is not None for part in (text_encoder_2, tokenizer_2)}
-        if given != {getattr(unet.config, "addition_embed_type", None) == "text_time"}:
-            raise InputError("text_encoder_2, tokenizer_2: SDXL's UNet needs both, any other takes neither")
+        _check_texts(unet, self.geometry, (text_encoder, tokenizer), (text_encoder_2, tokenizer_2))
         self.defaults, self.folder = defaults or {}, folder
         self.residency = residency or Residency(next(unet.parameters()).device)
         self.budget = budget
@@ -73,15 +69,7 @@ class Pipeline:
         self.codec = Codec(vae, self.residency.add("vae", vae))
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.zero_empty = text_encoder_2 is not None and force_zeros_for_empty_prompt
-        self.text: Any = None  # a TextEncoder, or SDXL's TextEncoderPair
-        hold = self.residency.add("text_encoder", text_encoder)
-        if text_encoder_2 is not None:
-            other = self.residency.add("text_encoder_2", text_encoder_2)
-            first = TextEncoder(tokenizer, Penultimate(text_encoder), hold)
-            second = TextEncoder(tokenizer_2, Penultimate(text_encoder_2, pooled=True), other)
-            self.text = TextEncoderPair(first, second)
-        elif text_encoder is not None:
-            self.text = TextEncoder(tokenizer, text_encoder, hold)
+        self.text = self._encoder()
         self.attention = attention or AttentionChoice()
         self.residency.add("unet", unet)
         steady = self.residency.steady  # a UNet that is moved can be neither captured in a graph nor compiled
@@ -92,6 +80,17 @@ class Pipeline:
             float32=self.residency.float32,
         )
         self._plans: dict[str, Plan] = {}
+
+    def _encoder(self) -> Any:
+        """Return a TextEncoder, SDXL's TextEncoderPair, or None for an unconditional network."""
+        hold = self.residency.add("text_encoder", self.text_encoder)
+        if self.text_encoder_2 is None:
+            return None if self.text_encoder is None else TextEncoder(self.tokenizer, self.text_encoder, hold)
+        other = self.residency.add("text_encoder_2", self.text_encoder_2)
+        first = TextEncoder(self.tokenizer, Penultimate(self.text_encoder), hold)
+        return TextEncoderPair(
+            first, TextEncoder(self.tokenizer_2, Penultimate(self.text_encoder_2, pooled=True), other)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -165,3 +164,11 @@ class Pipeline:
         sizes = with_prompt[1].new_tensor([height, width, 0, 0, height, width])
         added_cond, added_uncond = (torch.cat([vector, sizes]) for _, vector in (with_prompt, without))
         return with_prompt[0], without[0], added_cond, added_uncond
+
+
+def _check_texts(unet: Any, geometry: Geometry, first: tuple[Any, Any], second: tuple[Any, Any]) -> None:
+    """Raise InputError unless the UNet has the text encoders and tokenizers that it needs, and no others."""
+    if {part is not None for part in first} != {geometry.text}:
+        raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
+    if {part is not None for part in second} != {getattr(unet.config, "addition_embed_type", None) == "text_time"}:
+        raise InputError("text_encoder_2, tokenizer_2: SDXL's UNet needs both, any other takes neither")
