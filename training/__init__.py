@@ -1,1 +1,1 @@
-"""Training of diffusion models. Empty so far: the training loop is the next part of the house."""
+"""Training of diffusion models: recipes, tasks, the loop, exact resume, evaluation, and the data doctor."""

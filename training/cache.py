@@ -1,4 +1,4 @@
-"""What the networks are told of each picture, computed once and kept on the disk under a name made of its content."""
+"""Cache of latents and embeddings on disk, in shards named by a hash of what they are computed from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = {"captions", "caption_shuffle", "crop", "flip", "zoom", "background",
 
 
 class Cached:
-    """Pictures whose tensors are read from the disk: variant epoch % `cache` of each; shuffled and dropped anew."""
+    """Pictures with cached tensors: variant epoch % `cache` of each; shuffling and dropout stay random."""
 
     def __init__(self, pictures: Pictures, rows: dict[tuple[int, int], tuple[Path, int]]) -> None:
         self.pictures, self.data, self.seed, self.buckets = pictures, pictures.data, pictures.seed, pictures.buckets
@@ -63,7 +63,7 @@ class _Shard:
 def encoded(
     pictures: Pictures, encode: Callable[[Batch], dict[str, torch.Tensor]], folder: Path, fingerprint: Any, quiet: bool
 ) -> Cached:
-    """Return `pictures` with what `encode` makes of them kept in `folder`; what is not there, or damaged, is computed.
+    """Return `pictures` with the outputs of `encode` cached in `folder`; missing or damaged ones are computed.
 
     fingerprint: what else the tensors depend on, as JSON. Raises HostError when the disk does not do.
     """
@@ -80,15 +80,15 @@ def encoded(
             parts[fold("shard", pictures.examples[index].key) % count].append(index)
         for variant in range(pictures.data.cache):
             for part in parts.values():
-                told = [(e.key, e.caption, e.fields, digests[i]) for i in part for e in (pictures.examples[i],)]
-                name = hashlib.sha256(json.dumps([base, variant, shape, told], default=str).encode()).hexdigest()
+                sources = [(e.key, e.caption, e.fields, digests[i]) for i in part for e in (pictures.examples[i],)]
+                name = hashlib.sha256(json.dumps([base, variant, shape, sources], default=str).encode()).hexdigest()
                 plan.append(_Shard(folder / name[:2] / f"{name}.safetensors", part, variant))
     _fill([shard for shard in plan if not _whole(shard.path)], pictures, encode, quiet)
     return Cached(pictures, {(i, s.variant): (s.path, row) for s in plan for row, i in enumerate(s.members)})
 
 
 def _fill(missing: list[_Shard], pictures: Pictures, encode: Callable[[Batch], Any], quiet: bool) -> None:
-    """Compute and write shards, one after the other: an interruption loses one of them."""
+    """Compute and write shards one by one; an interruption loses at most one."""
     from safetensors.torch import save
 
     total, done, began = sum(len(shard.members) for shard in missing), 0, time.monotonic()
@@ -98,7 +98,7 @@ def _fill(missing: list[_Shard], pictures: Pictures, encode: Callable[[Batch], A
         members = [index + copy * len(pictures) for index in shard.members]
         places += [(epoch, members[i : i + TOGETHER]) for i in range(0, len(members), TOGETHER)]
     feed = batches(pictures, places, pictures.data.workers)
-    with Steps(quiet=quiet) as say:
+    with Steps(quiet=quiet) as progress:
         for shard in missing:
             found = []
             for _ in range(0, len(shard.members), TOGETHER):
@@ -106,15 +106,15 @@ def _fill(missing: list[_Shard], pictures: Pictures, encode: Callable[[Batch], A
                 found.append({name: tensor.cpu() for name, tensor in encode(batch).items()})
                 done += len(batch.keys)
                 rate = done / (time.monotonic() - began)
-                say(done, total, f"encoded {done} of {total} pictures, {rate:.1f} a second")
-            kept = {name: torch.cat([told[name] for told in found]).contiguous() for name in found[0]}
+                progress(done, total, f"encoded {done} of {total} pictures, {rate:.1f} a second")
+            kept = {name: torch.cat([encoded[name] for encoded in found]).contiguous() for name in found[0]}
             with disk(shard.path):
                 shard.path.parent.mkdir(exist_ok=True)
                 write_whole(shard.path, save(kept, {"crc32": str(_sum(kept))}))
 
 
 def _whole(path: Path) -> bool:
-    """Return whether a shard is there and holds what was written, bit for bit."""
+    """Return whether a shard exists and is intact."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -133,7 +133,7 @@ def _sum(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def _digests(pictures: Pictures, path: Path) -> list[str]:
-    """Return the SHA-256 of each picture; of files that are as they were, as it was written down. Raises OSError."""
+    """Return the SHA-256 of each picture; unchanged files are not read again. Raises OSError."""
     try:
         known = dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside the last, read back, renamed into place, and only then is an older one dropped."""
+"""Checkpoints: written to a temporary folder, verified, renamed; only then an older one is deleted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Checkpoints:
         self.sign = 1 if lower_is_better else -1
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints there are, oldest first; unfinished ones are swept away."""
+        """The steps of the existing checkpoints, oldest first; unfinished ones are deleted."""
         if not self.folder.is_dir():
             return []
         for path in self.folder.iterdir():
@@ -43,9 +43,9 @@ class Checkpoints:
         final = self.folder / f"{state.step:06d}"
         if final.exists():
             with contextlib.suppress(InputError), disk(final):
-                told, scores = _read(final)[0], json.loads(json_line(state.scores))
-                if told["scores"] != scores:  # evaluated since, as it was stopped before it could be
-                    write_whole(final / MANIFEST, json_line(told | {"scores": scores}).encode())
+                manifest, scores = _read(final)[0], json.loads(json_line(state.scores))
+                if manifest["scores"] != scores:  # evaluated since, as it was stopped before it could be
+                    write_whole(final / MANIFEST, json_line(manifest | {"scores": scores}).encode())
                 return final
         temporary = self.folder / f"{TEMP_PREFIX}{final.name}{TEMP_SUFFIX}"
         try:
@@ -144,7 +144,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def open_log(path: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Append lines to a log that is cut to what was said up to `step`: a step that is done again is said again."""
+    """Append lines to a log, after truncating it to the lines up to `step`: later steps will be repeated."""
     with disk(path):
         kept = [line for line in read_log(path) if line["step"] <= step]
         write_whole(path, "".join(map(json_line, kept)).encode())

@@ -1,4 +1,4 @@
-"""Examples to batches: every picture and caption a function of (seed, epoch, picture), every order of (seed, epoch)."""
+"""Examples to batches. Augmentation depends only on (seed, epoch, picture), the order only on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from genkit.training.state import fold
 if TYPE_CHECKING:
     from PIL import Image
 
-# What a picture may be turned to, as hues in degrees; and what may be said of a background besides.
+# Colours that pictures are changed to, as hues in degrees; and further names of backgrounds in captions.
 HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 125, "blue": 215, "purple": 275, "pink": 325}
 BACKGROUNDS = {
     "red": "#e53935", "orange": "#fb8c00", "yellow": "#fdd835", "green": "#43a047", "blue": "#1e66d0",
     "purple": "#8e24aa", "pink": "#f06fb0", "black": "#000000", "white": "#ffffff", "gray": "#808080",
 }  # fmt: skip
 SATURATED, LIT = 60, 50  # of 255: what has less of either has no hue to speak of
-COLOURED = 0.15  # the share of a picture that must have a hue for it to be turned
-# What is said of a thing that would not be true of it turned to another hue, or mirrored.
+COLOURED = 0.15  # least share of coloured pixels for a picture's hue to be changed
+# Words in captions that would be wrong after changing the hue, or mirroring.
 COLOURED_WORD = re.compile(
     rf"\b({'|'.join({*HUES, *BACKGROUNDS})}|grey|brown|violet|cyan|magenta|gold|golden|silver|beige)\b", re.IGNORECASE
 )
 SIDED_WORD = re.compile(r"\b(left|right)(ward)?s?\b|clockwise", re.IGNORECASE)
-SEEN = 0.1  # the share of a picture that its background must be of to be spoken of
+SEEN = 0.1  # least share of background for a caption to mention it
 FIELD = re.compile(r"\{(\w+)\}")
 ASPECTS = 2.0  # buckets go from 1:2 to 2:1
 
@@ -45,7 +45,7 @@ class Batch:
     """Pictures as they are trained on: pixels (B, 3, H, W) from -1 to 1, captions, names, and for SDXL sizes (B, 6).
 
     sizes: height and width before resizing, top and left of the crop, height and width now. weights (B,): of their
-    losses. dropped (B,): whose caption is not told. tensors: what the networks are told, where that was kept.
+    losses. dropped (B,): whose caption is dropped. tensors: cached inputs of the networks, if any.
     """
 
     pixels: torch.Tensor
@@ -58,7 +58,7 @@ class Batch:
 
 
 class Source(Protocol):
-    """What a Feed draws from: Pictures, or what was kept of them."""
+    """What a Feed reads: Pictures, or their cached tensors."""
 
     data: Data
     seed: int
@@ -68,7 +68,7 @@ class Source(Protocol):
 
 
 class Pictures:
-    """Examples with what the recipe does to them; resolution: (width, height) without buckets, their area with.
+    """Examples with the recipe's augmentation. resolution: (width, height); with buckets their maximal area.
 
     Raises InputError for a resolution that the networks cannot take, and for a template that names no field.
     """
@@ -126,20 +126,20 @@ class Pictures:
             parts = [part.strip() for part in caption.split(",")]
             lot.shuffle(parts)
             caption = ", ".join(parts)
-        said, picture = self._on_background(picture, "background" in caption.lower(), lot)
-        if said:
-            caption = filled(data.background.caption, {"caption": caption, "background": said})
+        mentioned, picture = self._on_background(picture, "background" in caption.lower(), lot)
+        if mentioned:
+            caption = filled(data.background.caption, {"caption": caption, "background": mentioned})
         flip = 0.0 if SIDED_WORD.search(caption) else data.flip
         pixels, sizes = self._fitted(picture, self._shape[index], flip, lot)
         return pixels, caption, sizes, self.dropped(index, turn)
 
     def dropped(self, index: int, turn: int) -> bool:
-        """Return whether a picture's caption is not told this time."""
+        """Return whether a picture's caption is dropped in this epoch."""
         lot = random.Random(fold(self.seed, "drop", turn, self.examples[index].key))
         return lot.random() < self.data.caption_dropout
 
     def plain(self, examples: Sequence[Example]) -> Pictures:
-        """Return other examples as they are, with the first caption that fits: what a validation set wants."""
+        """Return other examples without augmentation, with the first caption that fits: for validation."""
         still: dict[str, Any] = {"flip": 0.0, "crop": "center", "zoom": 1.0, "recolour": None, "caption_shuffle": False}
         colour = "white" if self.data.background.colour == "random" else self.data.background.colour
         fields = {"caption"}.union(*(e.fields for e in examples))
@@ -149,7 +149,7 @@ class Pictures:
         return Pictures(examples, data, self.resolution, self.multiple, self.seed)
 
     def names(self) -> set[str]:
-        """Return every caption that there is, without what is drawn by lot."""
+        """Return every caption, without random changes."""
         return {worded(self.data, *self._told(example, random.Random(0)), "") for example in self.examples}
 
     def _told(self, example: Example, lot: random.Random) -> tuple[str, dict[str, Any]]:
@@ -158,10 +158,10 @@ class Pictures:
         template = lot.choice(usable(self.data, values))
         return template, {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
 
-    def _on_background(self, picture: Image.Image, told: bool, lot: random.Random) -> tuple[str, Image.Image]:
-        """Return the background's name where it is to be said, and the picture on it, drawn smaller by `zoom`.
+    def _on_background(self, picture: Image.Image, captioned: bool, lot: random.Random) -> tuple[str, Image.Image]:
+        """Return the name of the background if the caption should mention it, and the picture on it, scaled by `zoom`.
 
-        told: whether the caption speaks of a background already.
+        captioned: whether the caption mentions a background already.
         """
         from PIL import Image
 
@@ -172,15 +172,15 @@ class Pictures:
         if not clear and self.data.zoom == 1:
             return "", picture
         covered = scale**2 * float(np.asarray(picture.getchannel("A")).mean()) / 255 if named else 1.0
-        said = "" if told or 1 - covered < SEEN else named
+        mentioned = "" if captioned or 1 - covered < SEEN else named
         drawn = tuple(lot.randrange(256) for _ in range(3)) if plan.colour == "random" else None
-        colour = drawn if drawn is not None and not said else _colour(said or plan.colour)
+        colour = drawn if drawn is not None and not mentioned else _colour(mentioned or plan.colour)
         width, height = (max(1, round(side * scale)) for side in picture.size)
         ground = Image.new("RGB", picture.size, colour)
         at = lot.randint(0, picture.width - width), lot.randint(0, picture.height - height)
         small = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
         ground.paste(small, at, small if clear else None)
-        return said, ground
+        return mentioned, ground
 
     def _fitted(
         self, picture: Image.Image, shape: tuple[int, int], flip: float, lot: random.Random
@@ -227,7 +227,7 @@ def usable(data: Data, values: Mapping[str, Any]) -> list[str]:
 
 
 def worded(data: Data, template: str, values: Mapping[str, Any], colour: str) -> str:
-    """Return a caption; `colour`, where there is one, is said of the thing, however this template names it."""
+    """Return a caption; `colour`, if any, describes the object in whichever field the template uses."""
     names = FIELD.findall(template)
     if colour and data.recolour is not None and names:
         thing = "caption" if "caption" in names else names[-1]
@@ -305,7 +305,7 @@ def turned(data: Data, count: int, places: Sequence[int], epoch: int) -> tuple[l
 
 
 class Feed:
-    """An endless stream of batches that begins anywhere; of several processes each gets its own share of them."""
+    """An endless stream of batches that may start at any step; each process gets its own part."""
 
     def __init__(
         self, source: Source, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1, pin: bool = False
@@ -326,10 +326,10 @@ class Feed:
             yield epoch, own[number % self.steps]
             number += self.world
 
-    def share(self, micro_step: int, passes: int) -> float:
+    def weight_of(self, micro_step: int, passes: int) -> float:
         """Return the share of this process's pictures of a micro-step among all of its step, by the processes.
 
-        So that every picture of a step has the same say, also those of an epoch's or a bucket's short last batch.
+        It gives every picture of a step the same weight, also those of a short last batch of an epoch or bucket.
         """
         first = micro_step // passes * passes * self.world
         every = [self._counts(n // self.steps)[n % self.steps] for n in range(first, first + passes * self.world)]

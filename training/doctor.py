@@ -1,4 +1,4 @@
-"""What is wrong with a data set, said before anything is trained on it: every picture decoded, every caption read."""
+"""The data doctor: checks every picture and caption of a data set before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from genkit.datasets.config import Data
-from genkit.datasets.duplicates import Look, alike, joined, look_at
+from genkit.datasets.duplicates import Fingerprint, alike, fingerprint_all, joined
 from genkit.datasets.report import NAMED, Finding, Report
 from genkit.datasets.sources import TABLES, Example, left_out, read_examples, split
 from genkit.durable import disk, write_whole
@@ -36,7 +36,7 @@ class Case:
     data: Data
     pictures: Sequence[Example]
     train: int
-    looks: Sequence[Look]
+    fingerprints: Sequence[Fingerprint]
     recipe: Recipe | None
     info: ModelInfo | None
     task: Any = None
@@ -52,9 +52,9 @@ def examine(
     data: Data, train: Sequence[Example], held: Sequence[Example] = (), recipe: Recipe | None = None,
     info: ModelInfo | None = None, *, quiet: bool = True,
 ) -> Report:  # fmt: skip
-    """Return what is to be said of a data set; recipe and info (its model): what it is for, where that is known."""
+    """Return the report on a data set. recipe, info: the training run and its model, if known."""
     pictures = [*train, *held]
-    case = Case(data, pictures, len(train), look_at(pictures, quiet), recipe, info)
+    case = Case(data, pictures, len(train), fingerprint_all(pictures, quiet), recipe, info)
     findings = []
     if recipe is not None and info is not None:
         from genkit.training.estimate import task_on_shapes
@@ -67,7 +67,7 @@ def examine(
     findings += [finding for check in CHECKS for finding in check(case)]
     facts = {name: value for name, fact in FACTS.items() if (value := fact(case))}
     findings.sort(key=lambda f: f.level)
-    return Report(pictures, case.looks, case.train, case.buckets, facts, findings)
+    return Report(pictures, case.fingerprints, case.train, case.buckets, facts, findings)
 
 
 def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False) -> Report:
@@ -105,7 +105,7 @@ def check_data(
             try:
                 status = os.stat(path)
                 states[path] = (status.st_size, status.st_mtime_ns)
-            except OSError:  # a link that leads nowhere: it will be named
+            except OSError:  # a broken link, which will be reported
                 states[path] = (-1, 0)
         sums.update(json.dumps([example.key, example.caption, example.place, states[path]]).encode())
     known, fingerprint = folder / ".doctor", sums.hexdigest()
@@ -127,16 +127,18 @@ def _bucketed(case: Case, recipe: Recipe, task: Any) -> dict[tuple[int, int], li
     """Return the pictures of each size that they are trained at, as the loop sorts them. Raises InputError."""
     from genkit.training.data import Pictures
 
-    numbers = [i for i in range(case.train) if not case.looks[i].problem]
+    numbers = [i for i in range(case.train) if not case.fingerprints[i].problem]
     made = Pictures([case.pictures[i] for i in numbers], case.data, task.resolution, task.multiple, recipe.seed)
     return {shape: [numbers[i] for i in members] for shape, members in sorted(made.buckets.items())}
 
 
 def _unreadable(case: Case) -> Iterator[Finding]:
-    bad = [i for i, look in enumerate(case.looks) if look.problem]
+    bad = [i for i, fingerprint in enumerate(case.fingerprints) if fingerprint.problem]
     if bad:
-        told = "; ".join(case.looks[i].problem for i in bad[:NAMED]) + ("; …" if len(bad) > NAMED else "")
-        yield Finding("error", f"{len(bad)} of {len(case.looks)} pictures cannot be read: {told}", [[i] for i in bad])
+        listed = "; ".join(case.fingerprints[i].problem for i in bad[:NAMED]) + ("; …" if len(bad) > NAMED else "")
+        yield Finding(
+            "error", f"{len(bad)} of {len(case.fingerprints)} pictures cannot be read: {listed}", [[i] for i in bad]
+        )
 
 
 def _uncaptioned(case: Case) -> Iterator[Finding]:
@@ -153,13 +155,13 @@ def _uncaptioned(case: Case) -> Iterator[Finding]:
 def _left_out(case: Case) -> Iterator[Finding]:
     files = left_out(case.data)
     if files:
-        told = ", ".join(files[:NAMED]) + (", …" if len(files) > NAMED else "")
+        listed = ", ".join(files[:NAMED]) + (", …" if len(files) > NAMED else "")
         kinds = "linked folders, and pictures that are no PNG, JPEG, WebP or JPEG XL"
-        yield Finding("warning", f"{len(files)} files are left out: {told}: {kinds}, are not read")
+        yield Finding("warning", f"{len(files)} files are left out: {listed}: {kinds}, are not read")
 
 
 def _mistaken(example: Example, data: Data) -> str:
-    """Return where the caption of a picture may be instead: a column of another name, or a file beside it."""
+    """Return a hint where the caption may be: a column of another name, or a file beside the picture."""
     texts = [name for name, value in example.fields.items() if isinstance(value, str) and value]
     if texts:
         return (
@@ -185,13 +187,13 @@ def _mistaken(example: Example, data: Data) -> str:
 
 
 def _twins(case: Case) -> Iterator[Finding]:
-    """Duplicates within what is trained on, and whatever of it is held out as well."""
+    """Duplicates among the training pictures, and between them and the validation set."""
     same: dict[str, list[int]] = defaultdict(list)
-    for i, look in enumerate(case.looks):
-        if not look.problem:
-            same[look.digest].append(i)
+    for i, fingerprint in enumerate(case.fingerprints):
+        if not fingerprint.problem:
+            same[fingerprint.digest].append(i)
     groups = [g for g in same.values() if len(g) > 1]
-    pairs = alike(case.looks)
+    pairs = alike(case.fingerprints)
     inside = [g for g in ([i for i in g if i < case.train] for g in groups) if len(g) > 1]
     if inside:
         extra = sum(len(g) - 1 for g in inside)
@@ -227,29 +229,33 @@ def _small(case: Case) -> Iterator[Finding]:
     most: list[tuple[float, int]] = []
     for (width, height), members in case.buckets.items():
         for i in members:
-            w, h = case.looks[i].size
+            w, h = case.fingerprints[i].size
             most.append((max(width / w, height / h), i))
     small = sorted((pair for pair in most if pair[0] > 1), reverse=True)
     if small:
         numbers = [i for _, i in small]
-        sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.looks[i].size))})" for i in numbers[:NAMED]]
+        sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.fingerprints[i].size))})" for i in numbers[:NAMED]]
         text = f"{len(small)} pictures are smaller than they are trained at, and blown up to {small[0][0]:.1f} times"
         yield Finding("warning", f"{text}: {', '.join(sizes)}", [[i] for i in numbers])
 
 
 def _tiny(case: Case) -> Iterator[Finding]:
-    """Where it is not known what they are for: pictures of less than a tenth of the pixels that half of them have."""
-    areas = {i: look.size[0] * look.size[1] for i, look in enumerate(case.looks) if not look.problem}
+    """Without a recipe: pictures with less than a tenth of the median number of pixels."""
+    areas = {
+        i: fingerprint.size[0] * fingerprint.size[1]
+        for i, fingerprint in enumerate(case.fingerprints)
+        if not fingerprint.problem
+    }
     usual = statistics.median(areas.values()) if areas else 0
     tiny = sorted((i for i, area in areas.items() if area * 10 < usual), key=lambda i: areas[i])
     if tiny:
-        sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.looks[i].size))})" for i in tiny[:NAMED]]
-        told = ", ".join(sizes) + (", …" if len(tiny) > NAMED else "")
-        yield Finding("warning", f"{len(tiny)} pictures are tiny beside the others: {told}", [[i] for i in tiny])
+        sizes = [f"{case.pictures[i].key} ({'x'.join(map(str, case.fingerprints[i].size))})" for i in tiny[:NAMED]]
+        listed = ", ".join(sizes) + (", …" if len(tiny) > NAMED else "")
+        yield Finding("warning", f"{len(tiny)} pictures are tiny beside the others: {listed}", [[i] for i in tiny])
 
 
 def _long(case: Case) -> Iterator[Finding]:
-    """Captions of which the text encoder does not see the end, as any of the templates makes them."""
+    """Captions longer than the text encoder reads, for any of the templates."""
     limit, counts = _tokens(case)
     long = sorted((i for i, count in counts.items() if count > limit), key=lambda i: -counts[i])
     if long:
@@ -258,7 +264,7 @@ def _long(case: Case) -> Iterator[Finding]:
 
 
 def _tokens(case: Case) -> tuple[int, dict[int, int]]:
-    """Return how many tokens are read, and how many each picture's longest caption has, begin and end counted."""
+    """Return the token limit, and the number of tokens of each picture's longest caption, with start and end."""
     if case.task is None or case.task.tokenizer is None:
         return 0, {}
     from genkit.components.text import expand_tokens
@@ -308,13 +314,13 @@ def _held(case: Case) -> Iterator[Finding]:
 
 def _counts(case: Case) -> str:
     held = len(case.pictures) - case.train
-    clear = sum(look.transparent for look in case.looks)
+    clear = sum(fingerprint.transparent for fingerprint in case.fingerprints)
     lies = f"; {clear:,} transparent, on {case.data.background.colour}" if clear else ""
     return f"{len(case.pictures):,}: {case.train:,} to train on, {held:,} held out{lies}"
 
 
 def _sizes(case: Case) -> str:
-    sizes = Counter(look.size for look in case.looks if not look.problem).most_common()
+    sizes = Counter(fingerprint.size for fingerprint in case.fingerprints if not fingerprint.problem).most_common()
     if len(sizes) <= 4:
         return ", ".join(f"{w}x{h} ({n:,})" for (w, h), n in sizes)
     areas = sorted((size for size, n in sizes for _ in range(n)), key=lambda s: s[0] * s[1])
@@ -360,7 +366,7 @@ def _memory(case: Case) -> str:
 
 
 def _time(case: Case) -> str:
-    """Return how long the steps take at least: what torch counts of them at the speed of a matrix product here."""
+    """Return a lower bound of the training time: counted operations at the measured speed of a matrix product."""
     if case.recipe is None or case.info is None or not case.buckets:
         return ""
     from genkit.device.devices import pick_device
@@ -385,7 +391,7 @@ def _time(case: Case) -> str:
 
 
 def _lasting(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Return a time in a suitable unit."""
     for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
         if seconds < most:
             return f"{seconds / length:.0f} {unit}"
@@ -393,7 +399,7 @@ def _lasting(seconds: float) -> str:
 
 
 def write_page(report: Report, path: Path) -> Path:
-    """Write the report with thumbnails, on one page that needs nothing else, and return its path. Raises HostError."""
+    """Write the report as a self-contained page with thumbnails, and return its path. Raises HostError."""
     from genkit.pages.doctor import page
 
     with disk(path):

@@ -1,4 +1,4 @@
-"""What training takes of a device's memory: a step of it is done on shapes alone, which takes no memory itself."""
+"""Estimate memory and operations of training by running a step on fake tensors, which take no memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = torch.device("meta")
 
 
 def task_on_shapes(recipe: Recipe, info: ModelInfo) -> Any:
-    """Return the Task of a recipe with networks that have shapes but no numbers. Raises InputError as `make_task`."""
+    """Return the Task of a recipe with networks of fake tensors. Raises InputError as `make_task`."""
     with SHAPES:
         networks = {name: construct(part).eval().requires_grad_(False) for name, part in info.parts.items()}
     parts = Components(
@@ -86,7 +86,7 @@ def training_work(recipe: Recipe, task: Any, size: tuple[int, int]) -> int:
 
 
 def speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations a second of matrix products on a device: more than networks come to."""
+    """Return the floating-point operations a second of matrix products on a device, an upper bound for networks."""
     side, times = (4096, 10) if device.type == "cuda" else (1024, 3)
     one = torch.ones(side, side, device=device, dtype=dtype)
     one @ one
@@ -99,7 +99,7 @@ def speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _nothing(size: tuple[int, int]) -> Batch:
-    """Return a batch of two pictures that are shapes alone."""
+    """Return a batch of two pictures as fake tensors."""
     pixels = torch.zeros(2, 3, size[1], size[0], device=SHAPES)
     sizes = torch.zeros(2, 6, dtype=torch.long, device=SHAPES)
     return Batch(pixels, [""] * 2, [""] * 2, sizes, torch.ones(2), torch.zeros(2, dtype=torch.bool))
@@ -116,7 +116,7 @@ def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            storages[storage._cdata] = storage  # held, so that no other gets its address
+            storages[storage._cdata] = storage  # kept alive, so that its address is not reused
         return tensor
 
     tensors = task.encode(_nothing(size))

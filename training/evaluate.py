@@ -1,4 +1,4 @@
-"""How good it is by now: loss on held-out pictures with fixed noise, samples with fixed seeds, and their scores."""
+"""Evaluation: loss on validation pictures at fixed noise, samples with fixed seeds, and their metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH = 16
 
 
 class Evaluation:
-    """What is measured, and on what: the same pictures, noise and seeds every time."""
+    """The evaluation of a run: the same pictures, noise and seeds every time."""
 
     def __init__(self, recipe: Recipe, task: Any, validation: Pictures | None, trained: Pictures, out: Path) -> None:
         self.recipe, self.task, self.validation, self.out = recipe, task, validation, out
@@ -77,7 +77,7 @@ class Evaluation:
         return torch.Generator(self.task.device).manual_seed(fold(self.recipe.seed, "evaluate", *what))
 
     def _samples(self, step: int) -> dict[str, Any]:
-        """Draw the prompts of the recipe, or pictures without any, and score them."""
+        """Draw samples of the recipe's prompts, or unconditional ones, and compute their metrics."""
         from genkit.sampling.generators import Generator
 
         parts = self.task.parts
@@ -166,14 +166,14 @@ def _reconstruction(e: Evaluation) -> dict[str, Any]:
 
 
 def _zero_shot(e: Evaluation) -> dict[str, Any]:
-    """The contrastive loss, and how often a held-out picture's own caption is the best of all, or one of five."""
+    """The contrastive loss, and top-1 and top-5 accuracy of matching validation pictures to captions."""
     losses, images, captions = [], [], []
     for batch in e.batches():
         losses += e.task.loss(e.task.encode(batch), e.generator("noise"), plain=True).tolist()
         images.append(e.task.scorer.embed_images(batch.pixels / 2 + 0.5))
         captions += batch.captions
     names = sorted({*captions, *e.trained.names()})
-    e.task.scorer.texts._seen.clear()  # the encoder learns: what it said before is old
+    e.task.scorer.texts._seen.clear()  # the encoder has changed: drop cached embeddings
     cosines = torch.cat(images) @ e.task.scorer.embed_texts(names).T
     own = cosines[torch.arange(len(captions)), [names.index(c) for c in captions]]
     rank = (cosines > own[:, None]).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The one training loop: batches in, a loss, a step of the optimizer, its average; now and then a look and a save."""
+"""The training loop: batch, loss, optimizer step, average; evaluation and checkpoints in between."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from genkit.training.recipe import Recipe
 from genkit.training.setup import Setup
 from genkit.training.state import learning_rate
 
-LOOK_BACK = 10  # steps on a GPU between looks at the loss: each look waits for it
+LOOK_BACK = 10  # steps between reading the loss from a GPU, which synchronises
 
 
 class Diverged(RuntimeError):
-    """The loss is not a number any more. The text names the step, its pictures and the last good checkpoint."""
+    """The loss became NaN or infinite. The message names the step, its pictures and the last good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,13 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                     group["lr"] = rate
                 losses, keys = [], []
                 for part in range(plan.gradient_accumulation_steps):
-                    tensors, names, share = next(feed)
+                    tensors, names, weight = next(feed)
                     generator = s.seeded(state.step, part)
                     last = part == plan.gradient_accumulation_steps - 1
                     with contextlib.nullcontext() if last else s.unsynced(), s.accelerator.autocast():
                         loss = (s.task.loss(tensors, generator) * tensors["weights"]).mean()
-                        s.accelerator.backward(loss * share)
-                    losses.append(loss.detach() * share)
+                        s.accelerator.backward(loss * weight)
+                    losses.append(loss.detach() * weight)
                     keys += names
                 norm = s.step_optimizer(plan.max_grad_norm)
                 state.step += 1
@@ -76,9 +76,12 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                 pending.append((state.step, torch.stack(losses).sum(), rate, norm, keys))
                 ended = _ended(s, code)
                 # What ends by its time is looked at as well: else an earlier step would be the best.
-                save, look = state.step % recipe.save.every == 0, (s.looks(state.step) or bool(ended)) and not code
+                save, look = (
+                    state.step % recipe.save.every == 0,
+                    (s.wants_evaluation(state.step) or bool(ended)) and not code,
+                )
                 if save or look or ended or len(pending) >= pause:
-                    _say(s, pending, log, bar)
+                    _message(s, pending, log, bar)
                 if look:
                     s.evaluate()
                     ended, save = ended or s.enough(), save or s.is_best()
@@ -90,8 +93,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
         return Outcome(code, ended or "all steps are done", step, s.best(), rate, overfit_since(state.scores))
 
 
-def _say(s: Setup, pending: list[Any], log: Any, bar: Any) -> None:
-    """Log the steps since the last look, and stop at the first that is no number: nothing of it was saved yet."""
+def _message(s: Setup, pending: list[Any], log: Any, bar: Any) -> None:
+    """Log the steps since the last call; raise Diverged at the first loss that is not finite, before it is saved."""
     for step, loss, rate, norm, keys in pending:
         value, length = float(s.accelerator.reduce(loss, "mean")), float(norm)
         bad = {"loss": value} if s.accelerator.scaler is not None else {"loss": value, "gradient's norm": length}

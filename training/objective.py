@@ -1,4 +1,4 @@
-"""What a diffusion network is trained to say: pictures with noise, the target, and how much each error weighs."""
+"""Training objective of a diffusion network: noised pictures, targets, and loss weights by noise level."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from genkit.schedulers.diffusers_config import KEYS
 from genkit.schedulers.prediction import PREDICTIONS
 from genkit.training.recipe import Objective
 
-MOST_SNR = 1000.0  # of the debiased weight, which would give the last of the noise all the say
+MOST_SNR = 1000.0  # bound of the debiased weight, which grows without limit towards zero noise
 
 
 class Noised(NamedTuple):
-    """Noised pictures x (B, C, H, W), what the network is told of the level (B,), its target, and weights (B,)."""
+    """Noised pictures x (B, C, H, W), timesteps t for the network (B,), its target, and loss weights (B,)."""
 
     x: torch.Tensor
     t: torch.Tensor
@@ -26,7 +26,7 @@ class Noised(NamedTuple):
 
 
 def objective_scheduler(scheduler: Scheduler, objective: Objective) -> Scheduler:
-    """Return the scheduler of the network that comes of training: with the recipe's prediction and zero_snr.
+    """Return the scheduler of the trained network, with the recipe's prediction and zero_snr.
 
     For the latter one that begins at pure noise, of a class that knows of it in diffusers too.
     """
@@ -61,8 +61,8 @@ class Noising:
         where = generator.device
         if self.objective.density == "logit_normal":  # Esser et al. 2024, equation 19
             normal = torch.randn(batch, generator=generator, device=where)
-            share = torch.sigmoid(self.objective.mean + self.objective.std * normal)
-            return (share * self.count).long().clamp(max=self.count - 1)
+            fraction = torch.sigmoid(self.objective.mean + self.objective.std * normal)
+            return (fraction * self.count).long().clamp(max=self.count - 1)
         return torch.randint(self.count, (batch,), generator=generator, device=where)
 
     def __call__(
@@ -73,7 +73,7 @@ class Noising:
         plain: without offset noise, input perturbation and weights, as a validation loss wants it.
         """
         t = self.draw(len(x0), generator) if timesteps is None else timesteps
-        alpha, sigma, told, scale, weight = (column.view(-1, 1, 1, 1) for column in self.table[:, t])
+        alpha, sigma, timestep, scale, weight = (column.view(-1, 1, 1, 1) for column in self.table[:, t])
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         mixed = eps
         if not plain and self.objective.offset_noise:
@@ -85,7 +85,7 @@ class Noising:
         target = self.prediction.target(x0, eps, alpha, sigma)
         ones = torch.ones_like(weight)
         return Noised(
-            (alpha * x0 + sigma * mixed) * scale, told.flatten(), target, (ones if plain else weight).flatten()
+            (alpha * x0 + sigma * mixed) * scale, timestep.flatten(), target, (ones if plain else weight).flatten()
         )
 
 

@@ -1,4 +1,4 @@
-"""What comes of training: a model folder with its card, LoRA files, new words; loads at once, here and elsewhere."""
+"""The result of training: a model folder with a model card, LoRA files, learned embeddings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def write_model(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
-    """Write the model that the networks of `task` are now into the folder `out`, in place of an earlier one.
+    """Write the current networks of `task` as a model to the folder `out`, replacing an earlier one.
 
     Of parts that did not learn the files are linked or copied. Raises HostError when the disk does not do.
     """
@@ -44,7 +44,7 @@ def write_model(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: d
                 if (old := out / path.name).is_dir():
                     shutil.rmtree(old)
                 os.replace(path, out / path.name)
-    except SafetensorError as error:  # which is how its library says that the disk is full
+    except SafetensorError as error:  # safetensors raises this if the disk is full
         raise HostError(f"{place(out)}: the model was not written: {shown(str(error), 200)}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -61,12 +61,12 @@ def _pipeline(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dic
             tokenizer.save_pretrained(out / name)
     write_index(out, info.parts, task.scheduler.to_config(), info.zero_empty)
     if recipe.lora is not None:
-        told = {
+        metadata = {
             "ss_network_dim": str(recipe.lora.rank), "ss_sd_model_name": str(recipe.model), "ss_seed": str(recipe.seed),
             "ss_learning_rate": str(recipe.train.learning_rate), "ss_steps": str(scores["step"]),
             "modelspec.prediction_type": task.scheduler.prediction.removesuffix("_prediction"),
         }  # fmt: skip
-        write_lora(out / "lora", task.networks, recipe.lora.alpha or recipe.lora.rank, told)
+        write_lora(out / "lora", task.networks, recipe.lora.alpha or recipe.lora.rank, metadata)
     if recipe.token is not None:
         from safetensors.torch import save_file
 
@@ -75,7 +75,7 @@ def _pipeline(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dic
 
 
 def _network(recipe: Recipe, network: Any, part: Part, folder: Path) -> None:
-    """Write a network with its adapters merged, and new words at the end of its table; the rest is as it was read."""
+    """Write a network with merged adapters and new token embeddings; other weights exactly as they were read."""
     dtype, config = DTYPES[recipe.save.dtype], network.config
     stored = {} if recipe.lora is None and recipe.token is None else stored_weights(part)
     weights = merged_weights(network, stored)
@@ -113,10 +113,10 @@ def model_card(recipe: Recipe, scores: dict[str, Any]) -> str:
     figures = "".join(f"- {key}: {value:.5g}\n" for key, value in scores.items() if isinstance(value, int | float))
     how = _USE.get(recipe.task, 'genkit generate --prompt "…" --model FOLDER -o runs/first')
     word = "" if recipe.token is None else f"Its new word is `{' '.join(recipe.token.names)}`.\n\n"
-    told = json.dumps(recipe.plain, indent=1, ensure_ascii=False)
+    metadata = json.dumps(recipe.plain, indent=1, ensure_ascii=False)
     return (
         f"---\nlibrary_name: {library}\ntags: [genkit, {recipe.task}]\n{base}---\n\n# {recipe.task}\n\n{word}"
-        f"    {how}\n\n## Figures\n\n{figures}\n## Recipe\n\n```json\n{told}\n```\n"
+        f"    {how}\n\n## Figures\n\n{figures}\n## Recipe\n\n```json\n{metadata}\n```\n"
     )
 
 

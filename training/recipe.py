@@ -1,4 +1,4 @@
-"""A recipe: everything that a training run is told, checked key by key before anything heavy loads."""
+"""Recipes: all settings of a training run, checked key by key before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Prior(Section):
 
 
 class Objective(Section):
-    """What the network is trained to say, at which noise levels, and how errors weigh.
+    """The training objective: what the network predicts, at which noise levels, and how errors are weighted.
 
     prediction: default that of the scheduler. snr_gamma: min-SNR weighting (Hang et al. 2023), usually 5. debiased:
     weight by the root of the SNR (Yu et al. 2024). density: of the timesteps, "uniform" or "logit_normal" (Esser et al.
@@ -112,7 +112,7 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """What is looked at while training: every so many steps (0: at the end only).
+    """Evaluation during training, every so many steps (0: only at the end).
 
     pictures: of the validation set, for its loss. prompts, num_images, num_inference_steps, guidance_scale: of the
     sample grid, drawn with fixed seeds. metrics: besides the loss, of the samples: "clip", "fid", "kid", "cmmd" with
@@ -201,7 +201,7 @@ class Recipe(Section):
         return self
 
     def _check_unread(self) -> None:
-        """Refuse what would be read by nothing."""
+        """Refuse settings that the task does not use."""
         goal, told = self.objective, f"has no say in task {self.task}"
         for key, tasks in UNREAD.items():
             section, name = key.split(".")
@@ -220,7 +220,7 @@ class Recipe(Section):
 
     @property
     def plain(self) -> dict[str, Any]:
-        """Everything that it says, defaults included, as JSON values."""
+        """All settings, defaults included, as JSON values."""
         return json.loads(self.model_dump_json())
 
 
@@ -263,7 +263,7 @@ def _plain(value: Any) -> Any:
 
 
 def _resolve(values: dict[str, Any], folder: Path) -> None:
-    """Make what may be a path relative to the recipe's folder, where there is such a thing."""
+    """Resolve a value that may be a path relative to the recipe's folder, if that exists."""
 
     def at(value: Any) -> Any:
         if isinstance(value, list):
@@ -294,7 +294,7 @@ def _sections(of: Any = Recipe) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Put an override in its place."""
+    """Apply an override."""
     path = key.strip().split(".")
     if not all(path):
         raise InputError(f"{shown(key)}: is not like train.steps=1000")
@@ -316,7 +316,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _explained(error: ValidationError) -> str:
     """Return the first complaint of pydantic as one line: key, value, what it may be or the nearest known key."""
-    errors = error.errors()  # of a union one for each kind: what a value of the right kind lacks says most
+    errors = error.errors()  # of a union one for each branch: the most specific one is kept
     same = [e for e in errors if e["loc"][:2] == errors[0]["loc"][:2] and not e["type"].endswith("_type")]
     first = (same or errors)[0]
     names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-"))]

@@ -1,4 +1,4 @@
-"""What a training run looks like: a line at its end, and index.html with losses, scores and samples."""
+"""The report of a training run: a summary line, and index.html with losses, scores and samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STYLE = (
 
 
 def described(outcome: Any, folder: Path) -> str:
-    """Return the end of a run for people to read."""
+    """Return the summary of a run as text."""
     lines = [f"step {outcome.step}: {outcome.reason}; {outcome.rate:.1f} images/s"]
     figures = [f"{k} {v:.4g}" for k, v in outcome.scores.items() if isinstance(v, float)]
     lines += [f"best: step {outcome.scores['step']}: {', '.join(figures)}"] if figures else []
@@ -43,10 +43,10 @@ def write_page(
     by_time = f"<h2>Loss by noise level, 100 % is noise</h2>{table(tenths, best)}" if any(tenths.values()) else ""
     since = overfit_since(scores)
     warning = "" if since is None else f"<p>Overfit since step {since}: the loss on held-out pictures rises.</p>"
-    told = " · ".join(prompts)
+    caption = " · ".join(prompts)
     sheets = "".join(
         f'<figure><img src="samples/{path.name}" alt="samples" loading="lazy"><figcaption>step {int(path.stem)}: '
-        f"{html.escape(told)}</figcaption></figure>"
+        f"{html.escape(caption)}</figcaption></figure>"
         for path in sorted((out / "samples").glob("*.png"), reverse=True)
     )
     page = (

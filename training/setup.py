@@ -1,4 +1,4 @@
-"""From a recipe to everything that the loop holds: networks, data, optimizer, checkpoints; checked on the way."""
+"""Set up a training run from a recipe: networks, data, optimizer, checkpoints, evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from genkit.components import ModelInfo, load_components, weight_hashes
 from genkit.components.compose import compose_model
 from genkit.components.weights import sha256
-from genkit.datasets.duplicates import look_at
+from genkit.datasets.duplicates import fingerprint_all
 from genkit.datasets.sources import Example, read_examples, split
 from genkit.device.devices import compute_dtype, peak_memory, pick_device
 from genkit.durable import disk, json_line, lock_folder, write_whole
@@ -44,7 +44,7 @@ FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", 
 
 @dataclasses.dataclass
 class Setup:
-    """What a training run works with."""
+    """Everything that the training loop uses."""
 
     recipe: Recipe
     out: Path
@@ -62,7 +62,7 @@ class Setup:
     @classmethod
     @contextlib.contextmanager
     def prepared(cls, recipe: Recipe, out: Path, device: str, quiet: bool) -> Iterator[Self]:
-        """Check, load and restore; the folder is this process's alone meanwhile."""
+        """Check the recipe and data, load the networks, restore the newest checkpoint; locks the folder."""
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
@@ -85,7 +85,7 @@ class Setup:
             with accelerator.main_process_first():
                 if accelerator.is_main_process:
                     _free_or_own(out)
-                    check_data(recipe, examples, held, info, out, lambda text: _say(text, quiet), quiet=quiet)
+                    check_data(recipe, examples, held, info, out, lambda text: _message(text, quiet), quiet=quiet)
                 _same_run(out, recipe, info, examples, accelerator.num_processes)
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
             components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
@@ -123,12 +123,12 @@ class Setup:
         self.stepper = self.accelerator.prepare(self.state.optimizer)
         if self.recipe.save.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        manifest = self.checkpoints.restore(self.state, self.say)
+        manifest = self.checkpoints.restore(self.state, self.message)
         if manifest is not None:
             if self.accelerator.scaler is not None and manifest["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(manifest["scaler"])
-            self.say(f"going on from step {self.state.step} of {self.recipe.train.steps}")
-            if self.looks(self.state.step) and self.state.step not in self.state.scores:
+            self.message(f"going on from step {self.state.step} of {self.recipe.train.steps}")
+            if self.wants_evaluation(self.state.step) and self.state.step not in self.state.scores:
                 self.evaluate()  # it was stopped before it could
                 if self.accelerator.is_main_process:
                     self.checkpoints.write(self.state, manifest["scaler"])
@@ -142,25 +142,25 @@ class Setup:
 
     @property
     def shared(self) -> bool:
-        """Whether other processes train beside this one."""
+        """Whether several processes train together."""
         return self.accelerator.num_processes > 1
 
     def agreed(self, seconds: float, stop: int) -> tuple[float, int]:
-        """Return the same time and exit code in all processes: the greatest of any."""
+        """Return the maximum time and exit code over all processes."""
         if not self.shared:
             return seconds, stop
         every = self.accelerator.gather(torch.tensor([[seconds, stop]], dtype=torch.float64, device=self.device))
         seconds, stop = every.amax(dim=0).tolist()
         return seconds, int(stop)
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Print one line to standard error, of the main process alone."""
-        _say(text, self.bar.quiet)
+        _message(text, self.bar.quiet)
 
     def feed(self, start: int) -> Iterator[tuple[Tensors, list[str], float]]:
-        """Yield the tensors, names and share of each micro-step's pictures from `start` on, DreamBooth's prior beside.
+        """Yield tensors, names and loss weight of each micro-step from `start` on, with DreamBooth's prior pictures.
 
-        The mean loss of the step is the sum of those of its micro-steps by their share.
+        The loss of a step is the weighted sum of the mean losses of its micro-steps.
         """
         passes = self.recipe.train.gradient_accumulation_steps
         every = zip(*(feed.from_micro_step(start) for feed in self.feeds), strict=True)
@@ -168,32 +168,32 @@ class Setup:
             tensors = [self._tensors(batch) for _, batch in parts]
             count = sum(len(t["weights"]) for t in tensors)
             if (prior := self.recipe.prior) is not None:  # the mean of each, then their sum
-                for told, weight in zip(tensors, (1.0, prior.weight), strict=True):
-                    told["weights"] *= count / len(told["weights"]) * weight
+                for found, weight in zip(tensors, (1.0, prior.weight), strict=True):
+                    found["weights"] *= count / len(found["weights"]) * weight
             joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
-            yield joined, [key for _, batch in parts for key in batch.keys], self.feeds[0].share(number, passes)
+            yield joined, [key for _, batch in parts for key in batch.keys], self.feeds[0].weight_of(number, passes)
 
     def _tensors(self, batch: Any) -> Tensors:
-        told = self.task.encode(batch) if batch.tensors is None else batch.tensors
-        told = {name: tensor.to(self.device, non_blocking=True) for name, tensor in told.items()}
-        return told | {"weights": batch.weights.to(self.device), "dropped": batch.dropped.to(self.device)}
+        found = self.task.encode(batch) if batch.tensors is None else batch.tensors
+        found = {name: tensor.to(self.device, non_blocking=True) for name, tensor in found.items()}
+        return found | {"weights": batch.weights.to(self.device), "dropped": batch.dropped.to(self.device)}
 
     def seeded(self, step: int, part: int) -> torch.Generator:
-        """Return the generator of one micro-step, and seed dropout likewise: the same whatever came before."""
+        """Return the generator of one micro-step and seed dropout, both from the step number only."""
         seed = fold(self.recipe.seed, step, part, self.accelerator.process_index)
         torch.manual_seed(seed)
         return torch.Generator(self.device).manual_seed(seed)
 
     @contextlib.contextmanager
     def unsynced(self) -> Iterator[None]:
-        """Gather gradients without exchanging them yet."""
+        """Accumulate gradients without synchronising processes."""
         with contextlib.ExitStack() as stack:
             for net in self.task.nets.values():
                 stack.enter_context(self.accelerator.no_sync(net))
             yield
 
     def step_optimizer(self, most: float) -> torch.Tensor:
-        """Clip the gradients to norm `most`, take a step, and return the norm that they had."""
+        """Clip the gradients to norm `most`, take a step, and return the norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(list(self.state.params.values()), most)
         self.stepper.step()
         self.state.optimizer.zero_grad(set_to_none=True)
@@ -203,33 +203,33 @@ class Setup:
         """Return the loss scale of fp16."""
         return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
-    def looks(self, step: int) -> bool:
-        """Return whether the recipe wants an evaluation after this step."""
+    def wants_evaluation(self, step: int) -> bool:
+        """Return whether the recipe asks for an evaluation after this step."""
         every = self.recipe.evaluate.every
         return step == self.recipe.train.steps or bool(every and step % every == 0)
 
     def evaluate(self) -> None:
-        """Measure the averaged weights, and show it in index.html; one process measures for all."""
-        told: list[Any] = [None]
+        """Evaluate the averaged weights in one process, share the scores with the others, and update index.html."""
+        shared: list[Any] = [None]
         if self.accelerator.is_main_process:
             nets = self.task.nets
             if self.shared:  # as they are without the wrapping, whose forward waits for the others
                 self.task.nets = dict(self.task.networks)
             with self.state.averaged():
-                told = [self.evaluation(self.state.step)]
+                shared = [self.evaluation(self.state.step)]
             self.task.nets = nets
         if self.shared:
             from accelerate.utils import broadcast_object_list
 
-            broadcast_object_list(told)
-        found = self.state.scores[self.state.step] = told[0]
+            broadcast_object_list(shared)
+        found = self.state.scores[self.state.step] = shared[0]
         self.track({f"validation/{k}": v for k, v in found.items() if isinstance(v, int | float)}, self.state.step)
         if self.accelerator.is_main_process:
             best = self.ranked()[:1] or [self.state.step]
             write_page(self.out, self.out.name, self.state.scores, self.recipe.evaluate.prompts, best[0])
 
     def is_best(self) -> bool:
-        """Return whether this step's checkpoint is one to keep for its score."""
+        """Return whether this step's score is among the best that are kept."""
         return bool(self.recipe.save.keep_best) and self.ranked()[:1] == [self.state.step]
 
     def enough(self) -> str:
@@ -245,26 +245,26 @@ class Setup:
         return self.checkpoints.ranked(self.state, list(self.state.scores))
 
     def finish(self) -> None:
-        """Write the model: of the best checkpoint, or of the last step where none is kept for being best."""
+        """Write the model of the best checkpoint, or of the last step if no best one is kept."""
         if not self.accelerator.is_main_process:
             return
-        self.say("writing the model")
+        self.message("writing the model")
         best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[: min(1, self.recipe.save.keep_best)]
         scores = dict(self.state.scores)
         if best and best[0] != self.state.step:
-            self.checkpoints.restore(self.state, self.say, best[0])
+            self.checkpoints.restore(self.state, self.message, best[0])
             self.state.scores = scores
         with self.state.averaged():
             facts = {"step": self.state.step, **scores.get(self.state.step, {})}
             write_model(self.recipe, self.info, self.task, self.out, facts)
 
     def track(self, values: dict[str, float], step: int) -> None:
-        """Tell TensorBoard, where the recipe asks for it."""
+        """Log to TensorBoard, if the recipe asks for it."""
         if self.recipe.save.tensorboard:
             self.accelerator.log(values, step=step)
 
     def report(self, bar: Steps, step: int, loss: float) -> None:
-        """Say where it stands: loss, pictures a second, memory."""
+        """Show the progress: loss, pictures a second, memory."""
         train = self.recipe.train
         rate, peak = self.rate(step - self.first), peak_memory(self.device) / 2**30
         total = train.steps
@@ -284,17 +284,17 @@ class Setup:
 
 
 def _placed(device: torch.device) -> torch.device:
-    """Return a device as every library takes it: processes that share a CPU get it as cpu:0."""
+    """Return the device; cpu:0, which some processes get, as cpu."""
     return torch.device("cpu") if device.type == "cpu" else device
 
 
-def _say(text: str, quiet: bool) -> None:
+def _message(text: str, quiet: bool) -> None:
     if not quiet:
         print(printable(text), file=sys.stderr, flush=True)
 
 
 def _prior(recipe: Recipe, task: Any, out: Path, device: str, draw: bool) -> Pictures:
-    """Return DreamBooth's pictures of the class: those given, or drawn once by the model as it is."""
+    """Return DreamBooth's prior pictures: those given, or drawn once with the untrained model."""
     from genkit.job import generate
     from genkit.rows.request import Request
 
@@ -310,14 +310,14 @@ def _prior(recipe: Recipe, task: Any, out: Path, device: str, draw: bool) -> Pic
     changes: dict[str, Any] = {"captions": ["{caption}"], "recolour": None, "buckets": False, "limit": None}
     plain = recipe.data.model_copy(update=changes)
     captioned = [dataclasses.replace(e, caption=prior.prompt) for e in read_examples(plain, str(folder), "prior.path")]
-    for look in look_at(captioned):
-        if look.problem:
-            raise InputError(f"prior.path: {look.problem}")
+    for fingerprint in fingerprint_all(captioned):
+        if fingerprint.problem:
+            raise InputError(f"prior.path: {fingerprint.problem}")
     return Pictures(captioned, plain, task.resolution, task.multiple, recipe.seed)
 
 
 def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: Path, accelerator: Any) -> Feed:
-    """Return the stream of batches: of the pictures, or of what is kept on the disk of them."""
+    """Return the stream of batches, of pictures or of their cached latents and embeddings."""
     source: Any = pictures
     if recipe.data.cache:
         frozen = {name: part for name, part in info.parts.items() if name not in task.networks}
@@ -333,7 +333,7 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
 
 
 def _words(folder: Path) -> list[str]:
-    """Return the SHA-256 of the files that a tokenizer is made of."""
+    """Return the SHA-256 of a tokenizer's files."""
     return [sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt", ".model")]
 
 
@@ -364,7 +364,7 @@ def _free_or_own(out: Path) -> None:
 
 
 def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example], processes: int) -> None:
-    """Write run.json, or compare with what is there: another recipe or other data would not be the same training."""
+    """Write run.json, or raise InputError if the recorded recipe or data differ."""
     data = hashlib.sha256()
     for e in examples:
         data.update(json.dumps([e.key, e.caption, e.fields], default=str).encode())

@@ -1,4 +1,4 @@
-"""All that changes in training: weights, their average, the optimizer's moments, and the step, which is the rest.
+"""The state of training: weights, their average, the optimizer's moments, and the step.
 
 Random numbers, the order of the data and the learning rate are functions of (seed, step): there is nothing of them to
 store, and nothing that can be restored wrongly.
@@ -58,14 +58,14 @@ class State:
         self.scores: dict[int, dict[str, Any]] = {}  # step -> metrics
 
     def average(self) -> None:
-        """Draw the average towards the weights, faster in the first steps, as `torch.optim.swa_utils` does not."""
+        """Update the average with a decay that is lower in the first steps, unlike `torch.optim.swa_utils`."""
         if self.ema:
             weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.values()), [p.detach().float() for p in self.params.values()], weight)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Have the networks use the averaged weights for a while: what is evaluated is what is saved."""
+        """Let the networks use the averaged weights within this context, for evaluation and saving."""
         own = {name: self.params[name].data for name in self.ema}
         try:
             for name, shadow in self.ema.items():
@@ -76,7 +76,7 @@ class State:
                 self.params[name].data = data
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return everything as named tensors, by the file that it is kept in."""
+        """Return the state as named tensors, by checkpoint file."""
         moments = {
             f"{name}.{key}": torch.as_tensor(value)
             for name, parameter in self.params.items()
@@ -86,7 +86,7 @@ class State:
         return {file: tensors for file, tensors in found.items() if tensors}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-        """Raise InputError, naming the first weight that differs, where a checkpoint is of another architecture."""
+        """Raise InputError, naming the first weight that differs, for a checkpoint of another architecture."""
         own = {name: tuple(p.shape) for name, p in self.params.items()}
         for name, shape in own.items():
             if name not in shapes:
@@ -97,7 +97,7 @@ class State:
             raise InputError(f"{where}: {name}: has no place here: it is of another network")
 
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Take over what `tensors` returned, bit for bit."""
+        """Restore what `tensors` returned, bit for bit."""
         for name, parameter in self.params.items():
             parameter.data.copy_(tensors["weights"][name])
             kept = {k: v for k, v in tensors.get("optimizer", {}).items() if k.rpartition(".")[0] == name}

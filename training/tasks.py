@@ -1,4 +1,4 @@
-"""What is trained: the networks of a task, what is known of a batch beforehand, and the loss of each picture."""
+"""Training tasks: which networks learn, what is precomputed of a batch, and the loss of each picture."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ MIXED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Task(Protocol):
-    """networks: what has parameters that learn, by name. nets: the same as they are to be called, wrapped or compiled.
+    """networks: networks with trained parameters, by name. nets: the same, wrapped or compiled, for calls.
 
-    encode: what the networks are told of a batch, without gradients: what may be kept on the disk. loss: of each
+    encode: inputs of the networks that need no gradients, which may be cached on disk. loss: of each
     picture, (B,); plain as a validation loss has it, at the timesteps given.
     """
 
@@ -50,13 +50,13 @@ class Task(Protocol):
 
 
 class Diffusion:
-    """A UNet, and whatever of it and of its text encoders learns; conditioned on captions where it reads them."""
+    """A diffusion model: UNet and trained parts of its text encoders; conditioned on captions if it has any."""
 
     def __init__(self, recipe: Recipe, parts: Components, dtype: torch.dtype) -> None:
         assert parts.scheduler is not None
         self.recipe, self.parts, self.device = recipe, parts, parts.device
         self.scheduler = objective_scheduler(parts.scheduler, recipe.objective)
-        self.scheduler.to_config()  # what cannot be written at the end is said now
+        self.scheduler.to_config()  # raises now for what could not be saved at the end
         self.noising = Noising(self.scheduler, recipe.objective, parts.device)
         geometry = Geometry.of(parts.unet.config, None if parts.vae is None else parts.vae.config)
         self.resolution = self.sample_size = (geometry.width, geometry.height)
@@ -141,7 +141,7 @@ class Diffusion:
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     def _told(self, tensors: Tensors) -> dict[str, Any]:
-        """Return what a UNet2DConditionModel is called with besides x and t; dropped captions become the empty one."""
+        """Return the conditioning of a UNet2DConditionModel; dropped captions become the empty caption."""
         empty = self._ids([""]) if self.text is None else self._embedded([""])
         if self.text is not None and self.parts.info.zero_empty:
             empty = {name: torch.zeros_like(t) for name, t in empty.items()}
@@ -163,7 +163,7 @@ class Diffusion:
         return next(self.parts.unet.parameters()).dtype
 
     def _encoded(self, ids: Tensors) -> Tensors:
-        """Run text encoders that learn."""
+        """Run the text encoders that are trained."""
         models = [self.nets.get(name, module) for name, module in self.encoders.items()]
         if len(models) == 1:
             return {"text": models[0](ids["ids"])[0]}
@@ -186,11 +186,11 @@ class Autoencoding(torch.nn.Module):
         self.resolution = (side, side)
 
     def encode(self, batch: Batch) -> Tensors:
-        """Return the pixels, which is all there is."""
+        """Return the pixels."""
         return {"pixels": batch.pixels.to(self.device, non_blocking=True)}
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pictures again, by way of a latent drawn with `noise`, and each latent's divergence from N(0, 1)."""
+        """Return reconstructed pictures, from latents sampled with `noise`, and each latent's KL from N(0, 1)."""
         posterior = self.vae.encode(pixels).latent_dist
         return self.vae.decode(posterior.mean + posterior.std * noise).sample.float(), posterior.kl()
 
@@ -213,7 +213,7 @@ class Autoencoding(torch.nn.Module):
 
 
 class Contrastive:
-    """CLIP: of the captions of a batch, which is this picture's, and the other way round (Radford et al. 2021)."""
+    """CLIP: contrastive loss between the pictures and captions of a batch (Radford et al. 2021)."""
 
     def __init__(self, recipe: Recipe, parts: Components, dtype: torch.dtype) -> None:
         self.device, self.parts = parts.device, parts
@@ -232,7 +232,7 @@ class Contrastive:
     def loss(
         self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
     ) -> torch.Tensor:
-        """Return the mean of both cross-entropies; equal captions of a batch are all right."""
+        """Return the mean of both cross-entropies; equal captions in a batch all count as correct."""
         out = self.nets["clip"](input_ids=tensors["ids"], pixel_values=tensors["pixel_values"])
         images, texts = out.image_embeds.float(), out.text_embeds.float()
         scale = self.parts.clip.logit_scale.float().exp().clamp(max=MOST_SCALE)
@@ -248,7 +248,7 @@ def _tokens(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
 
 
 class NewTokens(torch.nn.Module):
-    """A text encoder's table of tokens with rows that learn at its end; the others stay as they are."""
+    """A text encoder's token embedding with trained rows at its end; the other rows are frozen."""
 
     def __init__(self, table: torch.nn.Embedding, start: torch.Tensor) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ TASKS: dict[str, Callable[[Recipe, Components, torch.dtype], Any]] = {"autoencod
 
 
 def make_task(recipe: Recipe, parts: Components, dtype: torch.dtype) -> Any:
-    """Return the Task of a recipe; dtype: of networks that do not learn."""
+    """Return the Task of a recipe; dtype: of frozen networks."""
     task = TASKS.get(recipe.task, Diffusion)(recipe, parts, dtype)
     if recipe.train.gradient_checkpointing:
         for name in {"unet", *task.networks}:  # gradients of new words pass through a UNet that does not learn

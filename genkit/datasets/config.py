@@ -1,4 +1,4 @@
-"""The `data` section of a recipe: pictures and captions, where they are and what happens to them on the way."""
+"""The `data` section of a recipe: pictures and captions, their sources and augmentation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 class Section(BaseModel):
-    """A mapping of a recipe: unknown keys are errors, numbers are not made of text."""
+    """A section of a recipe: unknown keys are errors, text is not converted to numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Recolour(Section):
-    """Turn a picture's hue to a named colour, and say so: for data whose colours are to be asked for.
+    """Change a picture's hue to a named colour and mention it in the caption, so that colours can be prompted.
 
     share: of the pictures whose caption names no colour. caption: with {colour} and {caption}. where: a field of a
     picture's metadata that must be true for its hue to be turned.
@@ -31,7 +31,7 @@ class Recolour(Section):
 
 
 class Background(Section):
-    """What transparent pictures lie on: `colour`, and for a `share` of them a random named colour that is said.
+    """The background of transparent pictures: `colour`, or for a `share` of them a random colour, named in the caption.
 
     colour: a name, "#rrggbb", or "random" (not said). caption: with {caption} and {background}.
     """
@@ -42,7 +42,7 @@ class Background(Section):
 
 
 class Data(Section):
-    """Pictures and captions: where they are, and what happens to them on the way.
+    """Pictures and captions: their sources and augmentation.
 
     path: folder, .tar shards (WebDataset) or .parquet files; wildcards allowed, relative to the recipe. caption:
     the column or key that holds captions in metadata. captions: templates, one drawn for each picture and epoch,

@@ -1,4 +1,4 @@
-"""Pictures that are the same or look alike: each decoded once, a hash compared with all others, colours confirming."""
+"""Duplicates and near-duplicates: perceptual hashes of all pictures are compared, and confirmed by colours."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 HASH = 8  # rows and columns of the hash: 64 bits (dHash, N. Krawetz 2013)
 PATCHES = 16  # rows and columns of the colours that confirm what the hash says
-# What pictures that look alike may differ in: bits, and levels of 255 in any patch. Of 400 emoji that were halved,
+# What pictures that found alike may differ in: bits, and levels of 255 in any patch. Of 400 emoji that were halved,
 # doubled, saved as JPEG at 50, brightened or cut by a pixel, 95 to 100 % are found again.
 NEAR_BITS, NEAR_COLOUR = 6, 32
 MOST = 40_000  # pictures of which all pairs are compared: 30 s; beyond, those of equal hashes
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """What is kept of a decoded picture: SHA-256, size, hash (64 bits), its 16x16 colours; or why it cannot be read."""
+class Fingerprint:
+    """Fingerprint of a picture: SHA-256, size, perceptual hash (64 bits), 16x16 colours; or why it is unreadable."""
 
     digest: str = ""
     size: tuple[int, int] = (0, 0)
@@ -37,18 +37,18 @@ class Look:
     problem: str = ""
 
 
-def look_at(pictures: Sequence[Example], quiet: bool = True) -> list[Look]:
-    """Decode every picture, on all cores; what cannot be decoded is said in its Look."""
-    looks: list[Look] = []
-    with ThreadPoolExecutor(usable_cores(), "genkit-doctor") as threads, Steps(quiet=quiet) as say:
-        for look in threads.map(_look, pictures):
-            looks.append(look)
-            if len(looks) % 100 == 0 or len(looks) == len(pictures):
-                say(len(looks), len(pictures), f"looked at {len(looks)} of {len(pictures)} pictures")
-    return looks
+def fingerprint_all(pictures: Sequence[Example], quiet: bool = True) -> list[Fingerprint]:
+    """Decode every picture, on all cores; errors are in `Fingerprint.problem`."""
+    fingerprints: list[Fingerprint] = []
+    with ThreadPoolExecutor(usable_cores(), "genkit-doctor") as threads, Steps(quiet=quiet) as progress:
+        for found in threads.map(_fingerprint, pictures):
+            fingerprints.append(found)
+            if len(fingerprints) % 100 == 0 or len(fingerprints) == len(pictures):
+                progress(len(fingerprints), len(pictures), f"looked at {len(fingerprints)} of {len(pictures)} pictures")
+    return fingerprints
 
 
-def _look(example: Example) -> Look:
+def _fingerprint(example: Example) -> Fingerprint:
     from PIL import Image
 
     from genkit.pictures.images import decode_image
@@ -57,17 +57,17 @@ def _look(example: Example) -> Look:
         data = example.data()
         picture = decode_image(data, example.key)
     except InputError as error:
-        return Look(problem=str(error))
+        return Fingerprint(problem=str(error))
     plain = on_grey(picture)
     grey = plain.convert("L").resize((HASH + 1, HASH), Image.Resampling.BOX).tobytes()
     rows = [grey[i : i + HASH + 1] for i in range(0, len(grey), HASH + 1)]
     bits = bytes(row[i] < row[i + 1] for row in rows for i in range(HASH))
     colours = plain.resize((PATCHES, PATCHES), Image.Resampling.BOX).tobytes()
-    return Look(hashlib.sha256(data).hexdigest(), picture.size, picture.mode == "RGBA", bits, colours)
+    return Fingerprint(hashlib.sha256(data).hexdigest(), picture.size, picture.mode == "RGBA", bits, colours)
 
 
 def on_grey(picture: Image.Image) -> Image.Image:
-    """Return a picture as RGB, on grey where it is transparent: white on white would look empty."""
+    """Return a picture as RGB, on grey where it is transparent: white on white would be empty."""
     from PIL import Image
 
     if picture.mode != "RGBA":
@@ -75,16 +75,16 @@ def on_grey(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, (128, 128, 128, 255)), picture).convert("RGB")
 
 
-def alike(looks: Sequence[Look]) -> list[tuple[int, int]]:
-    """Return the pairs of readable pictures, of different bytes, that look alike: see NEAR_BITS and NEAR_COLOUR."""
+def alike(fingerprints: Sequence[Fingerprint]) -> list[tuple[int, int]]:
+    """Return the pairs of readable pictures, of different bytes, that found alike: see NEAR_BITS and NEAR_COLOUR."""
     import numpy as np
 
-    first = {look.digest: i for i, look in reversed(list(enumerate(looks))) if not look.problem}
+    first = {found.digest: i for i, found in reversed(list(enumerate(fingerprints))) if not found.problem}
     numbers = np.array(sorted(first.values()), dtype=np.int64)
     if len(numbers) < 2:
         return []
-    bits = np.frombuffer(b"".join(looks[i].bits for i in numbers), np.uint8).reshape(-1, HASH * HASH)
-    colours = np.frombuffer(b"".join(looks[i].colours for i in numbers), np.uint8).reshape(len(numbers), -1)
+    bits = np.frombuffer(b"".join(fingerprints[i].bits for i in numbers), np.uint8).reshape(-1, HASH * HASH)
+    colours = np.frombuffer(b"".join(fingerprints[i].colours for i in numbers), np.uint8).reshape(len(numbers), -1)
     found = []
     for a, b in _close(bits):
         near = np.abs(colours[a].astype(np.int16) - colours[b]).max(axis=1) <= NEAR_COLOUR

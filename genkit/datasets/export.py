@@ -1,4 +1,4 @@
-"""Kept pictures as a data set of their own: a folder with metadata.jsonl (`datasets`' imagefolder), or shards."""
+"""Export kept pictures as a data set: a folder with metadata.jsonl (imagefolder of `datasets`), or shards."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from genkit.progress import Steps
 from genkit.rows.result import Result
 
 METADATA = "metadata.jsonl"
-PLAN = ".export.jsonl"  # of an export under way: what is there, and what will be
+PLAN = ".export.jsonl"  # of an unfinished export: existing and planned files
 SHARD = 500_000_000  # bytes
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What an export looks like. form: folder, webdataset or parquet; shard_size: bytes of a shard, None: SHARD."""
+    """The form of an export: folder, webdataset or parquet; shard_size: bytes of a shard, None: SHARD."""
 
     form: str = "folder"
     shard_size: int | None = None
@@ -38,7 +38,7 @@ class Target:
         return cls(form, None if found is None else int(found[1]) * _UNITS[found[2].lower()])
 
     def check(self, out: Path | None) -> None:
-        """Raise InputError for what cannot be, before anything is read or written."""
+        """Raise InputError for an invalid combination, before anything is read or written."""
         if self.form not in FORMATS:
             known = ", ".join(FORMATS)
             raise InputError(f"--format: {shown(self.form)} is none of {known}{nearest(self.form, FORMATS)}")
@@ -78,11 +78,11 @@ def _folder(folder: Path, kept: Sequence[Result], out: Path, _size: int) -> int:
         write_whole(out / PLAN, "".join(json_line({"file_name": n, "sha256": d}) for n, d in planned).encode())
         for name in filter(is_temporary, os.listdir(out)):
             (out / name).unlink()
-        with Steps() as tell:
+        with Steps() as progress:
             for n, (name, r) in enumerate(names.items(), 1):
                 if earlier.get(name) != r.sha256:
                     _put(out / name, picture(folder, r))
-                tell(n, len(names), "of the pictures copied")
+                progress(n, len(names), "of the pictures copied")
         write_whole(out / METADATA, (_line(name, r) for name, r in names.items()))
         for name in earlier.keys() - names.keys():
             (out / name).unlink(missing_ok=True)
@@ -124,10 +124,10 @@ def _put(path: Path, data: bytes) -> None:
 
 
 def _line(name: str, r: Result) -> bytes:
-    told = {"file_name": name, **caption(r)}
+    line = {"file_name": name, **caption(r)}
     if r.meta is not None:
-        told["meta"] = json_line(r.meta).strip()
-    return json_line(told).encode("utf-8", "backslashreplace")
+        line["meta"] = json_line(r.meta).strip()
+    return json_line(line).encode("utf-8", "backslashreplace")
 
 
 def _shards(form: str) -> Callable[[Path, Sequence[Result], Path, int], int]:

@@ -1,4 +1,4 @@
-"""What an export takes of a finished image: its bytes, checked by their hash, and its caption."""
+"""The exported data of a finished image: its bytes, checked by their hash, and its caption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def picture(folder: Path, r: Result) -> bytes:
 
 
 def caption(r: Result) -> dict[str, Any]:
-    """Return what goes with a picture into every form of data set."""
+    """Return the metadata of a picture that every form of export contains."""
     line = {
         "text": r.prompt,
         "id": r.id,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from genkit.datasets.duplicates import Look
+from genkit.datasets.duplicates import Fingerprint
 from genkit.datasets.sources import Example
 from genkit.progress import printable
 
@@ -31,7 +31,7 @@ class Report:
     """
 
     pictures: Sequence[Example]
-    looks: Sequence[Look]
+    fingerprints: Sequence[Fingerprint]
     train: int
     buckets: Mapping[tuple[int, int], Sequence[int]]
     facts: dict[str, Any]
@@ -39,11 +39,11 @@ class Report:
 
     @property
     def errors(self) -> list[Finding]:
-        """What has to be put right before training."""
+        """Findings that must be fixed before training."""
         return [f for f in self.findings if f.level == "error"]
 
     def lines(self) -> list[str]:
-        """Return the report for a terminal."""
+        """Return the report as lines of text."""
         width = max(map(len, self.facts))
         told = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
         told += [f"{f.level:<{width}}  {f.text}" for f in self.findings]

@@ -1,4 +1,4 @@
-"""Kept pictures as shards of a size: WebDataset tar files, or Parquet with an image column that `datasets` reads."""
+"""Export kept pictures as shards: WebDataset tar files, or Parquet with an image column for `datasets`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, siz
                 shards[name] = earlier[name]
         manifest = {"format": form, "samples": len(kept), "complete": False, "shards": shards}
         _note(out, manifest)
-        with Steps() as tell:
+        with Steps() as progress:
             for done, (name, part) in zip(accumulate(map(len, plan.values())), plan.items(), strict=True):
                 if not (out / name).exists():
                     with _whole(out / name) as file:
@@ -58,7 +58,7 @@ def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, siz
                 if found != len(part):
                     raise HostError(f"{out / name}: holds {found} of {len(part)} pictures; remove it and try again")
                 shards[name]["bytes"] = (out / name).stat().st_size
-                tell(done, len(kept), "of the pictures are in shards")
+                progress(done, len(kept), "of the pictures are in shards")
         _note(out, {**manifest, "complete": True})
     return len(kept)
 
@@ -78,7 +78,7 @@ def _cut(kept: Sequence[Result], size: int) -> Iterator[list[Result]]:
 
 
 def _rounded(size: int) -> int:
-    """Return what a file of `size` bytes takes in a tar."""
+    """Return the bytes that a file of `size` bytes takes in a tar."""
     return tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
@@ -117,7 +117,7 @@ def _note(out: Path, manifest: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Give a temporary file to be filled; sync it, and give it its name."""
+    """Yield a temporary file, then sync and rename it."""
     temp = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:
         with open(temp, "wb") as file:
@@ -199,8 +199,8 @@ def _schema(columns: Columns) -> Any:
         name: {"_type": "Image"} if kind == "Image" else {"dtype": kind, "_type": "Value"}
         for name, kind in columns.items()
     }
-    told = {"huggingface": json.dumps({"info": {"features": features}})}
-    return pyarrow.schema([(name, types[kind]) for name, kind in columns.items()], metadata=told)
+    line = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pyarrow.schema([(name, types[kind]) for name, kind in columns.items()], metadata=line)
 
 
 def _row(folder: Path, r: Result, columns: Columns) -> dict[str, Any]:

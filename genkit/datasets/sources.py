@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: folders, tables, classes, WebDataset shards, Parquet; nothing is decoded."""
+"""Sources of pictures and captions: folders, tables, class folders, WebDataset, Parquet; without decoding."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Example:
             if not isinstance(cell, bytes):  # null, or only the path of a picture that is elsewhere
                 raise InputError(f"{self.key}: holds no bytes of a picture")
             return cell
-        file_size(Path(path))  # a pipe would be waited for
+        file_size(Path(path))  # raises for a pipe, which would block
         try:
             with open(path, "rb") as file:
                 file.seek(offset)
@@ -116,7 +116,7 @@ def _matching(pattern: str, field: str) -> list[Path]:
 
 
 def left_out(data: Data) -> list[str]:
-    """Return what lies in a data set's folders and is not read: pictures of other kinds, and linked folders."""
+    """Return files of a data set's folders that are not read: other picture formats, and linked folders."""
     found = []
     for pattern in [data.path] if isinstance(data.path, str) else data.path:
         for folder in filter(Path.is_dir, _matching(pattern, "data.path")):
@@ -169,7 +169,7 @@ def _folder(path: Path, pictures: list[Path], files: list[Path]) -> Iterator[Exa
 
 
 def _utf8(data: bytes, where: str) -> str:
-    """Return the text that `data` is; Windows editors put a mark before it."""
+    """Return the text of `data`, without a byte order mark."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -260,7 +260,7 @@ def _caption(row: dict[str, Any], column: str, where: str) -> str | None:
 
 
 def _shard(path: Path, column: str) -> Iterator[Example]:
-    """A WebDataset shard: NAME.webp beside NAME.txt or NAME.json; read where it lies, by offset."""
+    """A WebDataset shard: NAME.webp beside NAME.txt or NAME.json; read by offset, without unpacking."""
     with open(path, "rb") as file:
 
         def content(suffix: str) -> bytes:
@@ -301,7 +301,7 @@ def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """Raise ReadError where tarfile stopped before the end: it takes a damaged header for one, and a cut file whole."""
+    """Raise ReadError if tarfile stopped early: it takes a damaged header for the end of the archive."""
     with open(path, "rb") as file:
         file.seek(offset)
         if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:

@@ -66,8 +66,8 @@ def _card(report: Report, number: int) -> str:
     caption = caption if len(caption) <= LONG else caption[:LONG] + "…"
     small = base64.b64encode(_thumbnail(report, number)).decode()
     shown = f'<img src="data:image/webp;base64,{small}" alt="">' if small else '<i class="broken">unreadable</i>'
-    look = report.looks[number]
-    size = escape(look.problem.removeprefix(f"{example.key}: ")) or "×".join(map(str, look.size))
+    fingerprint = report.fingerprints[number]
+    size = escape(fingerprint.problem.removeprefix(f"{example.key}: ")) or "×".join(map(str, fingerprint.size))
     size += ", held out" if number >= report.train else ""
     return (
         f'<figure>{shown}<figcaption><span dir="auto">{escape(caption) or "<i>no caption</i>"}</span>'
@@ -76,7 +76,7 @@ def _card(report: Report, number: int) -> str:
 
 
 def _thumbnail(report: Report, number: int) -> bytes:
-    if report.looks[number].problem:
+    if report.fingerprints[number].problem:
         return b""
     try:
         picture = report.pictures[number].read()

@@ -207,7 +207,7 @@ def test_copies_and_pictures_that_look_alike(pictures: Path, monkeypatch: pytest
         "copies of a picture, byte for byte: 1, of 1 pictures, 1 of them under different captions: 1.png, copy.png"
     )
     assert near.startswith("2 pictures look alike, in 1 groups, the largest of 2: 4.png, again.png")
-    looks = [likeness.Look(str(n), (8, 8), False, bytes([n > 2] * 64), bytes(768)) for n in range(5)]
+    looks = [likeness.Fingerprint(str(n), (8, 8), False, bytes([n > 2] * 64), bytes(768)) for n in range(5)]
     pairs = likeness.alike(looks)
     assert sorted(pairs) == [(0, 1), (0, 2), (1, 2), (3, 4)]
     monkeypatch.setattr(likeness, "MOST", 1)  # as with many pictures: neighbours alone, which join to the same groups
