@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from genkit.errors import HostError, InputError, shown
+from genkit.durable import disk, write_whole
+from genkit.errors import InputError, shown
 from genkit.files import place, read_json
 from genkit.schedulers.plan import Plan, plan_from_rows
 from genkit.schedulers.scheduler import Scheduler
@@ -66,20 +67,6 @@ def plan_of(rows: list[list[float]], scheduler: Scheduler) -> Plan:
     return plan_from_rows(made, Level(0.0, 1.0, 0.0), scheduler.prediction, start, scheduler.clip)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically. Raises HostError."""
-    temp = path.with_name(f".tmp-{path.name}.{os.getpid()}.part")
-    try:
-        with open(temp, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    except OSError as error:
-        temp.unlink(missing_ok=True)
-        raise HostError(f"{place(path)}: {error.strerror or error}") from error
-
-
 def write_plan(
     path: str | os.PathLike[str], tuned: Tuned, scheduler: Scheduler, *, guidance: float = 1.0, identity: str = ""
 ) -> None:
@@ -98,7 +85,8 @@ def write_plan(
     errors = {"stock": tuned.stock, "tuned": tuned.fitted}
     plans = kept | {str(steps): {"errors": errors, "columns": list(NAMES), "rows": rows}}
     whole = about | {"plans": dict(sorted(plans.items(), key=lambda item: int(item[0])))}
-    write_whole(path, (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode())
+    with disk(path):
+        write_whole(path, (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_plans(
@@ -178,5 +166,7 @@ class Checkpoint:
         if self.path is not None and (last or began >= self.due):
             from safetensors.torch import save
 
-            write_whole(self.path, save({k: v.contiguous() for k, v in state.items()}, {"tuning": self.fingerprint}))
+            with disk(self.path):
+                data = save({k: v.contiguous() for k, v in state.items()}, {"tuning": self.fingerprint})
+                write_whole(self.path, data)
             self.due = time.monotonic() + (max(SAVE_EVERY, 20 * (time.monotonic() - began)) if SAVE_EVERY else 0)
