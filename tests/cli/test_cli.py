@@ -21,6 +21,7 @@ from genkit import cli
 from genkit.progress import Steps
 from tests.check_run import check_run
 from tests.children import start
+from tests.grids import thinned
 
 ROOT = Path(__file__).parents[2]
 
@@ -230,7 +231,7 @@ def test_a_run_from_prompts_to_gallery_and_a_changed_row(prompts: Path) -> None:
     assert len(lines) == 6 and {json.loads(line)["text"] for line in lines} == {"a red fox", "a blue apple", "a pizza"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), thinned([(signal.SIGINT, 130), (signal.SIGTERM, 143)], 2, unpack=True))
 def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals, code: int) -> None:
     run = prompts.parent / "run"
     arguments: list[str | Path] = ["generate", prompts, "-o", run, "-n", "4", "--batch-size", "2", *QUICK]
@@ -264,7 +265,7 @@ def test_a_second_process_on_the_folder_is_refused(prompts: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         while not (run / "results.jsonl").is_file():
             time.sleep(0.05)
-        second = genkit(*command[3:])
+        second = here(*command[3:])
         process.kill()
     assert second.returncode == 3 and "in use by another" in second.stderr
 

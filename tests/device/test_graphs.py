@@ -249,6 +249,7 @@ class Small(torch.nn.Module):
         return (torch.nn.functional.silu(self.conv(x)) + t[:, None, None, None],)
 
 
+@pytest.mark.slow
 def test_torch_compile_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     small = Small().requires_grad_(False)

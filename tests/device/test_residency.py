@@ -216,6 +216,8 @@ def test_strips_of_smaller_vaes(blocks: int) -> None:
         assert (encode_in_strips(vae, picture) - vae.encode(picture).latent_dist.parameters).abs().max() < 1e-5
 
 
+@pytest.mark.timeout(1200)  # half precision is emulated on a CPU
+@pytest.mark.slow
 def test_strips_in_half_precision_stay_within_a_level() -> None:
     vae = embedded_vae()
     torch.manual_seed(0)

@@ -115,6 +115,7 @@ def test_bad_input_is_found_before_anything_loads(folder: Path, tmp_path: Path) 
         tune_model(str(folder), 8, out=tmp_path / "file")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_it_goes_on_to_the_same_plan(folder: Path, tmp_path: Path) -> None:
     def start(out: Path) -> subprocess.Popen[str]:

@@ -92,7 +92,7 @@ def test_a_step_keeps_to_its_device(places: Path, elsewhere: Any, case: str) -> 
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-HALF = [*(("cpu", "bf16", case) for case in ("with its text encoder", "lora of SDXL", "textual-inversion"))]
+HALF = [("cpu", "bf16", case) for case in ("textual-inversion", "with its text encoder", "lora of SDXL")]
 ON_GPU = [pytest.param("cuda", "fp16", case, marks=[pytest.mark.cuda, needs_gpu]) for case in CASES]
 
 

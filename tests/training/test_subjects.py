@@ -45,6 +45,7 @@ def middles(model: str, prompt: str) -> np.ndarray:
     return np.array([np.asarray(i, dtype=float)[20:44, 20:44].mean(axis=(0, 1)) for i in images])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_thing_is_drawn_as_it_was_shown(discs: Path, tmp_path: Path, way: str) -> None:
     word, section, told = WAYS[way]

@@ -330,6 +330,7 @@ def test_clip_learns_to_tell_captions_apart(places: Path, tmp_path: Path) -> Non
     assert [max(p, key=lambda label: p[label]) for p in found] == [f"a {c} picture" for c in COLOURS]
 
 
+@pytest.mark.slow
 def test_sdxl_shapes_train_whole_and_by_adapters(places: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
