@@ -174,7 +174,7 @@ def run(case: Case, tree: Path) -> tuple[list[str], float]:
             done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
             output = done.stdout + done.stderr
             if step.endswith("--help"):
-                names = re.findall(r"^  +(-{1,2}[\w-]+(?:, --[\w-]+)*|[a-z]+(?= {2}[A-Z]))", output, re.MULTILINE)
+                names = re.findall(r"^  +(-{1,2}[\w-]+(?:, --[\w-]+)*|[a-z]+(?= {2,}[A-Z]))", output, re.MULTILINE)
                 output = "\n".join(sorted({n for name in names for n in name.split(", ")}))
             lines += [f"$ {step.splitlines()[0]} -> {done.returncode}", *masked(output, tree, folder).splitlines()]
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"):
