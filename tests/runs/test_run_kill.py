@@ -19,6 +19,7 @@ from PIL import Image
 from genkit.errors import HostError
 from genkit.runs.run import Run
 from tests.check_run import check, grown, outcome
+from tests.grids import thinned
 from tests.null_run import CONFIG, draw, rows_of
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ CALLS = {"mkdir": [1, 2], "fsync": [1, 2, 4, 7], "replace": [1, 2, 3], "write": 
 POINTS = [(function, when) for function in CALLS for when in ("before", "after")] + [("write", "half")]
 
 
-@pytest.mark.parametrize(("function", "when"), POINTS)
+@pytest.mark.parametrize(("function", "when"), thinned(POINTS, 3, unpack=True))
 def test_a_kill_at_an_exact_call(function: str, when: str, tmp_path: Path) -> None:
     draw(tmp_path / "whole", rows_of(2, 2))
     for count in CALLS[function]:
@@ -86,7 +87,7 @@ def test_a_kill_at_an_exact_call(function: str, when: str, tmp_path: Path) -> No
 CHANGING = ("rename:before:1", "rename:after:1", "rename:after:2", "replace:before:1", "replace:after:1")
 
 
-@pytest.mark.parametrize("point", [*CHANGING, "write:before:1", "write:half:1", "write:after:1"])
+@pytest.mark.parametrize("point", thinned([*CHANGING, "write:before:1", "write:half:1", "write:after:1"], 3))
 def test_a_kill_while_changed_rows_are_moved_aside(point: str, tmp_path: Path) -> None:
     draw(tmp_path / "whole", rows_of(2, 2))
     folder = tmp_path / "killed"
@@ -163,7 +164,7 @@ def failing_run(folder: Path) -> HostError | None:
     return None
 
 
-@pytest.mark.parametrize("limit", [0, 40, 100, 150, 400, 800, 1200])
+@pytest.mark.parametrize("limit", thinned([0, 40, 100, 150, 400, 800, 1200], 3))
 def test_files_that_may_not_grow(limit: int, tmp_path: Path) -> None:
     child = start(tmp_path / "run", 2, 2, 1, 0, f"limit:{limit}")
     _, message = child.communicate()

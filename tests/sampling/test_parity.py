@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from genkit import ImageToImage, Request, TextToImage, Unconditional
+from tests.grids import thinned
 from tests.tiny import tiny_ddpm, tiny_latent_unconditional, tiny_stable_diffusion
 
 EMOJI = Path(__file__).parents[2] / "genkit" / "components" / "embedded" / "emoji"
@@ -58,7 +59,9 @@ SOLVERS: list[tuple[str, dict, Any, dict]] = [
 ]
 
 
-@pytest.mark.parametrize(("solver", "options", "theirs", "config"), SOLVERS, ids=[s[0] for s in SOLVERS])
+@pytest.mark.parametrize(
+    ("solver", "options", "theirs", "config"), thinned(SOLVERS, 3, unpack=True), ids=[s[0] for s in SOLVERS]
+)
 def test_text_to_image(gen: TextToImage, pipe: Any, solver: str, options: dict, theirs: Any, config: dict) -> None:
     pipe.scheduler = theirs.from_config(diffusers.DDIMScheduler.load_config(EMOJI / "scheduler"), **config)
     made = pipe(["a red fox"] * 2, negative_prompt=["blurry"] * 2, num_inference_steps=STEPS, guidance_scale=5.0,

@@ -16,6 +16,7 @@ from genkit.schedulers import PREDICTIONS, Scheduler, sample
 from genkit.schedulers.plan import Plan
 from genkit.schedulers.tune import fit
 from genkit.schedulers.tuned import Tuned, read_plans, write_plan
+from tests.grids import thinned
 
 PROCESSES = {
     "epsilon": Scheduler(solver="dpmpp_2m"),
@@ -73,7 +74,9 @@ def quick(model: Mixture, steps: int = 4, **options: Any) -> Tuned:
     return fit(model, model.scheduler, steps, unit(0, 48), **{"iterations": 8, **options})
 
 
-@pytest.mark.parametrize(("name", "smooth"), [*((name, False) for name in PROCESSES), ("flow", True)])
+@pytest.mark.parametrize(
+    ("name", "smooth"), thinned([*((name, False) for name in PROCESSES), ("flow", True)], 2, unpack=True)
+)
 def test_a_fitted_plan_beats_the_stock_plan_on_fresh_noises(name: str, smooth: bool) -> None:
     """smooth: the model has a gradient in t; else it is found by differences."""
     scheduler = PROCESSES[name]
