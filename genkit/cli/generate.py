@@ -25,7 +25,8 @@ class RowOptions:
     negative_prompt: Annotated[str | None, "What guidance leads away from."] = None
     scheduler: Annotated[str | None, "A solver, say unipc or dpmpp_2m_karras, or tuned."] = None
     num_inference_steps: Annotated[
-        int | None, typer.Option("--steps", "--num-inference-steps", help="Steps an image.")
+        int | None,
+        typer.Option("--steps", "--num-inference-steps", help="Steps an image; alone, of the model's scheduler."),
     ] = None
     guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is off.")] = None
     guidance_interval: Annotated[str | None, "Guide only here: 0.1,0.8 of the steps, or '{\"sigma\": [0.3, 5]}'."] = (

@@ -52,7 +52,7 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
             raise InputError(f"{side}: {value}{source} is not a multiple of {g.multiple} (nearest: {fits})")
         sizes.append(value)
     guidance = defaults.get("guidance_scale", GUIDANCE) if request.guidance_scale is None else request.guidance_scale
-    tuned = defaults.get("tuned_steps") if guidance == defaults.get("guidance_scale") and _plain(request) else None
+    tuned = defaults.get("tuned_steps") if _tuned(request, guidance == defaults.get("guidance_scale")) else None
     return Settings(
         steps=request.num_inference_steps or _given(request) or tuned or defaults.get("num_inference_steps", STEPS),
         guidance=float(guidance) if g.text else 1.0,
@@ -63,10 +63,13 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
     )
 
 
-def _plain(request: Request) -> bool:
-    """Whether nothing in the request needs another plan than the model's tuned one, which starts from pure noise."""
-    stated = (request.scheduler, request.num_inference_steps, request.image, request.guidance_interval)
-    return all(value is None for value in stated)
+def _tuned(request: Request, usual: bool) -> bool:
+    """Whether a request without steps takes the model's tuned plan: for its usual guidance, from pure noise."""
+    if request.num_inference_steps is not None:
+        return False
+    if request.scheduler is not None:
+        return request.scheduler == TUNED
+    return usual and request.image is None and request.guidance_interval is None
 
 
 def _given(request: Request) -> int | None:

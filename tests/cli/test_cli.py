@@ -364,6 +364,20 @@ def test_plain_lines_of_progress_say_how_long_it_will_take(
     assert capsys.readouterr().err.splitlines() == [" 75 %  begun", " 82 %  on, 2:20 to go", "100 %  done"]
 
 
+def test_a_run_of_another_default_is_refused_and_goes_on_with_its_settings_stated(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red fox\n")
+    size = ("--width", "64", "--height", "64")
+    command = ("generate", tmp_path / "p.txt", "-o", tmp_path / "run", "--clip", "none", *size)
+    assert here(*command, "--steps", "2").returncode == 0
+    before = (tmp_path / "run/images/000000-00.png").read_bytes()
+    refused = here(*command)
+    assert refused.returncode == 2
+    assert "run: was begun otherwise: tuned.tuned_scheduler.json: none -> " in refused.stderr
+    assert here(*command, "--steps", "2").returncode == 0
+    assert (tmp_path / "run/images/000000-00.png").read_bytes() == before
+    assert not (tmp_path / "run/replaced").exists()
+
+
 def test_help_lists_every_command_in_a_section_with_its_whole_summary() -> None:
     text = genkit("--help").stdout
     assert "…" not in text and "..." not in text.replace("[ARGS]...", "")

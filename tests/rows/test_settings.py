@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from genkit import Request, TextToImage
 from genkit.components import inspect_model
@@ -24,6 +25,8 @@ EMOJI = inspect_model("emoji")
         ({"scheduler": "ddim"}, "ddim", 20),
         ({"scheduler": "ddim", "num_inference_steps": 8}, "ddim", 8),
         ({"scheduler": "tuned", "num_inference_steps": 8}, "tuned", 8),
+        ({"scheduler": "tuned"}, "tuned", 12),
+        ({"image": Image.new("RGB", (128, 128))}, None, 20),
         ({"guidance_interval": [0.1, 0.8]}, None, 20),
     ],
 )
