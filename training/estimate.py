@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genkit.components import Components, ModelInfo
 from genkit.components.footprint import vae_encode
-from genkit.components.loading import construct, load_tokenizer, text_config
+from genkit.components.loading import construct, load_tokenizer
 from genkit.errors import InputError
 from genkit.schedulers import Scheduler
 from genkit.training.data import Batch
@@ -27,7 +27,7 @@ def task_on_shapes(recipe: Recipe, info: ModelInfo) -> Any:
     with SHAPES:
         networks = {name: construct(part).eval().requires_grad_(False) for name, part in info.parts.items()}
     parts = Components(
-        info=info, device=SHAPES, tokenizer=load_tokenizer(info.tokenizer, text_config(info)),
+        info=info, device=SHAPES, tokenizer=load_tokenizer(info.tokenizer, info.text_config),
         tokenizer_2=load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
         scheduler=_scheduler(info), **networks,
     )  # fmt: skip

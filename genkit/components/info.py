@@ -1,4 +1,4 @@
-"""What is known of a model before it is loaded."""
+"""Part and ModelInfo: a checked model, before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,41 +10,52 @@ from typing import Any
 
 from genkit.components.geometry import Geometry
 from genkit.components.weights import Tensor, sha256
+from genkit.files import place
 
 ITEM_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A network of a model: its class, its config with every default filled in, and its weights by today's names."""
+    """A network of a model.
+
+    name: component, such as "unet". kind: class. folder: where config.json lies. config: with all defaults filled in.
+    files, tensors: weight files, and what their headers list under the names that the class uses; empty for a network
+    that is to get fresh weights.
+    """
 
     name: str
     kind: str
     folder: Path
     config: Mapping[str, Any]
-    files: tuple[Path, ...]
-    tensors: Mapping[str, Tensor]
+    files: tuple[Path, ...] = ()
+    tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """Path of its config.json, for messages."""
+        return place(self.folder / "config.json")
 
     @property
     def parameters(self) -> int:
-        """How many numbers its weights are."""
+        """Number of elements of all weights."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def dtype(self) -> str:
-        """What its weights are stored as."""
+        """Names of the dtypes of the stored weights."""
         return ", ".join(sorted({ITEM_NAMES.get(t.dtype, t.dtype) for t in self.tensors.values()}))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """A checked model: kind "text-to-image", "unconditional" or "clip"; its networks, and the configs of the rest.
+    """A checked model of kind "text-to-image", "unconditional" or "clip".
 
-    name: as it was asked for. tokenizer: folder of its tokenizer, or None; tokenizer_2: of SDXL's second. zero_empty:
-    whether the lack of a negative prompt means zeros in place of an embedding. scheduler_config: for
-    Scheduler.from_config (empty for "clip"). preprocessor: how a CLIP model's pictures are prepared (else empty).
-    defaults: num_inference_steps and guidance_scale that suit it, if known; tuned_steps: of the tuned plan that is used
-    when a row sets neither scheduler nor steps. revision: the hub's commit, or None.
+    name: as the user gave it. tokenizer: its folder, or None; tokenizer_2: SDXL's second. zero_empty: use zeros, not
+    the embedding of "", where no negative prompt is given. scheduler_config: for Scheduler.from_config; empty for
+    "clip". preprocessor: from preprocessor_config.json of a CLIP model, else empty. defaults:
+    num_inference_steps and guidance_scale for this model, if known; tuned_steps: of the tuned plan that is used when a
+    row sets neither scheduler nor steps. revision: commit on the hub, or None.
     """
 
     name: str
@@ -66,8 +77,13 @@ class ModelInfo:
         return {name: part.config for name, part in self.parts.items()}
 
     @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The config of the text encoder, or of a CLIP model's text part; empty for others."""
+        return self.configs.get("text_encoder", self.configs.get("clip", {}).get("text_config", {}))
+
+    @property
     def geometry(self) -> Geometry | None:
-        """The picture sizes that it draws; None for "clip"."""
+        """Its picture sizes; None for "clip"."""
         return Geometry.of(self.configs["unet"], self.configs.get("vae")) if "unet" in self.parts else None
 
     def describe(self) -> dict[str, Any]:
@@ -87,7 +103,7 @@ class ModelInfo:
 
 
 def weight_hashes(info: ModelInfo) -> dict[str, str]:
-    """Return the SHA-256 of every weight file, by its path inside the model's folder, or part/name where elsewhere."""
+    """Return the SHA-256 of each weight file by its path in the model's folder, or by part/name if it is outside."""
     found = {}
     for part in info.parts.values():
         for file in part.files:

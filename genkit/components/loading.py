@@ -1,4 +1,4 @@
-"""ModelInfo -> Components: networks built empty, their weights read once, straight to where they will be used."""
+"""ModelInfo to Components: networks are built without weights, which are then read straight to their device."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """The loaded parts of a model, in eval mode and without gradients; None is a part that it does not have.
+    """The loaded components of a model, in eval mode and without gradients; None for those that it does not have.
 
-    device: where they are to work; those that were asked for in RAM are not there yet.
+    device: where the networks run; those that were loaded with `in_ram` are not on it yet.
     """
 
     info: ModelInfo
@@ -45,12 +45,11 @@ class Components:
 def load_components(
     info: ModelInfo, *, device: torch.device | str, dtype: torch.dtype, in_ram: Collection[str] = ()
 ) -> Components:
-    """Load what `inspect_model` found, on `device` and in `dtype`: the same numbers as from_pretrained reads.
+    """Load the model that `inspect_model` checked; weights are equal to those that from_pretrained loads.
 
-    dtype: torch.int8 stores the UNet's weights in 8 bits, and everything computes in the device's usual precision.
-    in_ram: parts that are to wait in RAM, pinned where a GPU will fetch them. Raises InputError, before memory is
-    taken, for a weight that the network lacks, has not, or has in another shape; and afterwards for weights that are
-    all zero, or not finite in `dtype`.
+    dtype: torch.int8 stores the UNet's weights in 8 bits, and computes in the device's usual precision. in_ram: parts
+    to keep in RAM, pinned if there is a GPU. Raises InputError for missing or additional weights and wrong shapes,
+    before memory is allocated, and for weights that are all zero or not finite in `dtype`.
     """
     import torch
 
@@ -58,16 +57,16 @@ def load_components(
     from genkit.schedulers import Scheduler
 
     target, cpu = torch.device(device), torch.device("cpu")
-    # All are checked before any is read.
+    # Every network is checked before any weight is read.
     networks = {name: _build(part) if part.files else construct(part) for name, part in info.parts.items()}
     for name, network in networks.items():
-        if not info.parts[name].files:  # fresh weights, as its constructor draws them
+        if not info.parts[name].files:  # fresh weights, drawn by the constructor
             network.to(target).eval().requires_grad_(False)
             if dtype != torch.float32:
                 network.to(dtype)
             continue
         stored = dtype == torch.int8 and name == "unet"
-        home = cpu if name in in_ram or stored else target  # what is stored in 8 bits need never be there in 16
+        home = cpu if name in in_ram or stored else target  # the device never holds the 16-bit weights
         pinned = name in in_ram and torch.cuda.is_available()
         _fill(network, info.parts[name], home, compute_dtype(target, dtype), pinned=pinned and not stored)
         if stored:
@@ -78,7 +77,7 @@ def load_components(
     return Components(
         info=info,
         device=target,
-        tokenizer=load_tokenizer(info.tokenizer, text_config(info)),
+        tokenizer=load_tokenizer(info.tokenizer, info.text_config),
         tokenizer_2=load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
         scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None,
         **networks,
@@ -86,38 +85,44 @@ def load_components(
 
 
 def _build(part: Part) -> Any:
-    """Return the network on the meta device, having compared every name and shape of its weights with the files."""
+    """Return the network on the meta device, once names and shapes of its weights are those in the files."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         network = construct(part)
     expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    check_shapes(part.tensors, expected, place(part.folder / "config.json"), complete=True)
+    check_shapes(part.tensors, expected, part.where, complete=True)
     return network
 
 
 def construct(part: Part) -> Any:
+    """Return a new network of the part's class and config, with random weights. Raises InputError."""
     library = NETWORKS[part.kind].library
-    cls = getattr(importlib.import_module(library), part.kind)  # both names are the registry's, not the folder's
+    cls = getattr(importlib.import_module(library), part.kind)  # names from the registry, never from a folder
     try:
         return _CONSTRUCT[library](cls, part.config)
-    except Exception as error:  # whatever the library says of keys that the tables let pass
-        where = place(part.folder / "config.json")
-        raise InputError(f"{where}: {part.kind} cannot be built: {shown(str(error), 300)}") from None
+    except Exception as error:  # the library refuses a combination of values that the tables allow
+        raise InputError(f"{part.where}: {part.kind} cannot be built: {shown(str(error), 300)}") from None
 
 
 def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *, pinned: bool) -> None:
-    """Read the weights of `part` into `network`. Raises HostError when there is no memory for them."""
+    """Read the weights of `part` into `network`. Raises HostError when memory runs out."""
+    import torch
     from safetensors import SafetensorError
 
     from genkit.device.outofmemory import attempt
 
-    place_on = _placer(device, dtype, pinned)
+    def convert(weight: torch.Tensor) -> torch.Tensor:
+        kind = dtype if weight.is_floating_point() else weight.dtype
+        if device.type != "cpu":
+            return weight.to(kind)
+        # Always a copy: a view of the mapped file would change, or crash, with the file.
+        return torch.empty(weight.shape, dtype=kind, pin_memory=pinned).copy_(weight)
+
     weights: dict[str, Any] = {}
     for file in part.files:
-        wanted = {n: t for n, t in part.tensors.items() if t.file == file}
         try:
-            found = attempt(lambda f=file, w=wanted: _read(f, w, device, place_on))  # type: ignore[misc]
+            found = attempt(lambda file=file: _read(file, part.tensors, device, convert))  # type: ignore[misc]
         except (SafetensorError, OSError) as error:
             raise InputError(f"{place(file)}: {shown(str(error), 200)}") from None
         if found is None:
@@ -129,52 +134,37 @@ def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *,
 
 
 def stored_weights(part: Part) -> dict[str, torch.Tensor]:
-    """Return the weights of a network as its files hold them, in RAM; none of one with fresh weights."""
+    """Return the weights of a network in RAM, as its files hold them; none for fresh weights."""
     import torch
 
     found: dict[str, Any] = {}
     for file in part.files:
-        wanted = {n: t for n, t in part.tensors.items() if t.file == file}
-        found |= _read(file, wanted, torch.device("cpu"), lambda w: w)
+        found |= _read(file, part.tensors, torch.device("cpu"), lambda weight: weight)
     return found
 
 
 def _read(
-    file: Path, tensors: Mapping[str, Tensor], device: torch.device, place_on: Callable[[torch.Tensor], torch.Tensor]
+    file: Path, tensors: Mapping[str, Tensor], device: torch.device, convert: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, Any]:
-    """Return the weights of one file, a few at a time: on a GPU nothing is there twice.
+    """Return the weights of one file, converted one after another, so that a GPU never holds all of them twice.
 
-    A copy in RAM is mostly the system's work, page by page, and several threads share that.
+    Copies in RAM spend most of their time in page faults, which several threads share.
     """
     from safetensors import safe_open
 
+    wanted = {name: tensor.key for name, tensor in tensors.items() if tensor.file == file}
     threads = ThreadPoolExecutor(min(4, usable_cores()), "genkit-load") if device.type == "cpu" else None
     with safe_open(file, framework="pt", device=str(device)) as weights, threads or contextlib.nullcontext():
-        read = (weights.get_tensor(tensor.key) for tensor in tensors.values())
-        return dict(zip(tensors, map(place_on, read) if threads is None else threads.map(place_on, read), strict=True))
-
-
-def _placer(device: torch.device, dtype: torch.dtype, pinned: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what turns a weight as read into one of `dtype` in memory of its own.
-
-    On the CPU that is a copy, whatever the dtype: a view of the file would change, or crash, with the file.
-    """
-    import torch
-
-    def wanted(weight: torch.Tensor) -> torch.dtype:
-        return dtype if weight.is_floating_point() else weight.dtype
-
-    if pinned:
-        return lambda w: torch.empty(w.shape, dtype=wanted(w), pin_memory=True).copy_(w)
-    return lambda w: w.to(dtype=wanted(w), copy=device.type == "cpu")
+        read = map(weights.get_tensor, wanted.values())
+        return dict(zip(wanted, threads.map(convert, read) if threads else map(convert, read), strict=True))
 
 
 def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Refuse weights that no picture can come of; one pass, and one wait for the device."""
+    """Raise InputError if all weights are zero or one is not finite; a single synchronisation with the device."""
     import torch
 
     names = [name for name, weight in weights.items() if weight.is_floating_point() and weight.numel()]
-    extremes = [torch.stack(torch.aminmax(weights[name])) for name in names]  # NaN goes through aminmax
+    extremes = [torch.stack(torch.aminmax(weights[name])) for name in names]  # aminmax propagates NaN
     peaks = torch.stack(extremes).float().abs().amax(dim=1).cpu()
     if float(peaks.max()) == 0:
         raise InputError(f"{place(tensors[names[0]].file)}: every weight is zero")
@@ -185,13 +175,8 @@ def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dty
             raise InputError(f"{place(tensor.file)}: {tensor.key}: holds a NaN or an infinity as {kind}")
 
 
-def text_config(info: ModelInfo) -> Mapping[str, Any]:
-    clip = info.configs.get("clip", {}).get("text_config", {})
-    return info.configs.get("text_encoder", clip)
-
-
 def load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
-    """Return the CLIPTokenizer, which cuts prompts to what the text encoder reads, whatever its own config says."""
+    """Return the CLIPTokenizer of a folder, which truncates to what the text encoder with config `text` reads."""
     from transformers import CLIPTokenizer
 
     if folder is None:

@@ -5,20 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from genkit.components.rules import (
-    ANYTHING,
-    FLAG,
-    TEXT,
-    Key,
-    Rule,
-    check_config,
-    choice,
-    either,
-    many,
-    optional,
-    real,
-    whole,
-)
+from genkit.components.rules import ANYTHING, FLAG, TEXT, Key, Rule, check_config, choice, either, many, real, whole
 from genkit.errors import InputError, shown
 from genkit.files import place, read_json
 
@@ -48,7 +35,7 @@ _UNUSED = {
     "do_rescale": choice(True),
     "resample": choice(3),
     "rescale_factor": real(1 / 255 - 1e-6, 1 / 255 + 1e-6),
-    "do_convert_rgb": optional(FLAG),
+    "do_convert_rgb": choice(True, False, None),
     **dict.fromkeys(("image_processor_type", "feature_extractor_type", "processor_class"), TEXT),
     **dict.fromkeys(
         ("_valid_processor_keys", "data_format", "device", "input_data_format", "return_tensors"), ANYTHING

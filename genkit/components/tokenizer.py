@@ -6,19 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.components.rules import (
-    ANYTHING,
-    FLAG,
-    TEXT,
-    Key,
-    Rule,
-    check_config,
-    either,
-    many,
-    optional,
-    real,
-    refuse_code,
-)
+from genkit.components.rules import ANYTHING, FLAG, TEXT, Key, Rule, check_config, either, many, optional, real
 from genkit.errors import InputError, shown
 from genkit.files import place, read_json, read_text
 
@@ -47,16 +35,15 @@ _CONFIG_UNUSED = {
 }
 
 
-def check_tokenizer(folder: Path, vocab_size: int, text_config: str) -> dict[str, Any]:
-    """Check a CLIP tokenizer's files, and return `model_max_length` and the special tokens of its config.
+def check_tokenizer(folder: Path, text: Mapping[str, Any], text_config: str) -> int:
+    """Check the files of a CLIP tokenizer; return the number of tokens that it and its text encoder read of a prompt.
 
-    vocab_size: rows of the text encoder's token embedding; every token id must be below it. text_config: the encoder's
-    config, for messages. Raises InputError naming file and entry.
+    text: config of the text encoder, with vocab_size above every token id; text_config: its name for messages. Raises
+    InputError naming file and entry.
     """
-    config: dict[str, Any] = {name: key.default for name, key in CONFIG.items()}
     path = folder / "tokenizer_config.json"
-    if path.exists():
-        config = check_config(read_json(path), CONFIG, place(path), _CONFIG_UNUSED)
+    config = check_config(read_json(path) if path.exists() else {}, CONFIG, place(path), _CONFIG_UNUSED)
+    vocab_size = text["vocab_size"]
     fast, vocab_file = folder / "tokenizer.json", folder / "vocab.json"
     added_file = folder / "added_tokens.json"
     added = _check_vocab(read_json(added_file), place(added_file)) if added_file.exists() else {}
@@ -76,14 +63,13 @@ def check_tokenizer(folder: Path, vocab_size: int, text_config: str) -> dict[str
         token = config[name] if isinstance(config[name], str) else config[name]["content"]
         if token not in known:
             raise InputError(f"{place(path)}: {name}: {shown(token)} is not in the vocabulary")
-    return config
+    return int(min(config["model_max_length"], text["max_position_embeddings"]))
 
 
 def _check_fast(path: Path, vocab_size: int, text_config: str) -> dict[str, int]:
     """Check a tokenizer.json (format of the tokenizers library) and return its {token: id}."""
     content = read_json(path, TOKENIZER_LIMIT)
     where = place(path)
-    refuse_code(content, where)
     model, added = content.get("model"), content.get("added_tokens", [])
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise InputError(f"{where}: model: is not a byte-pair (BPE) model")

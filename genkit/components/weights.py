@@ -1,7 +1,7 @@
-"""Weight files: the safetensors header of every shard, read and checked without reading the weights.
+"""Weight files: safetensors headers and shard indices, read and checked without reading the weights.
 
 Format: 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data, which the offsets
-must tile without gap or overlap (https://github.com/huggingface/safetensors, "Format").
+must cover without gap or overlap (https://github.com/huggingface/safetensors, "Format").
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from genkit.components.shapes import Shapes
 from genkit.errors import InputError, nearest, shown
 from genkit.files import file_size, parse_json, place, read_json
 
-HEADER_LIMIT = 2**24  # bytes; the header of a UNet of 2,600 million parameters has 0.2 million
+HEADER_LIMIT = 2**24  # bytes; the header of SDXL's UNet, 2.6 billion parameters, has 0.2 million
 TENSOR_LIMIT = 2**16
 RANK_LIMIT = 8
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 CONVERT = "weights that unpickle can run code: load them once where you trust them, then save_pretrained(folder)"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One weight as a header describes it: its name in `file`, dtype ("F16") and shape."""
+    """A weight as the header of `file` describes it: key (its name there), dtype ("F16") and shape."""
 
     file: Path
     key: str
@@ -39,12 +38,12 @@ class Tensor:
 
 
 def wanted_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
-    """Return the safetensors files that a component is made of: one, or the shards that its index names.
+    """Return the safetensors files of a network: a single file, or the shards that its index names.
 
-    Raises InputError when both are there, or when the index names anything but files beside it.
+    stem: the name before ".safetensors". The files need not exist. Raises InputError where there are both a single file
+    and an index, and for an index that names anything but files beside it.
     """
-    single = folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
-    index = folder / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
+    single, index = _names(folder, stem, variant)
     if not os.path.lexists(index):
         return (single,)
     if os.path.lexists(single):
@@ -52,23 +51,46 @@ def wanted_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, 
     return tuple(index.parent / name for name in sorted(set(_weight_map(index).values())))
 
 
-def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
-    """Return `wanted_weights`, which are there; shards hold what their index says.
+def read_weights(
+    folder: Path, stem: str, variant: str | None, renames: Iterable[tuple[str, str]]
+) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
+    """Return the weight files of a network, and their tensors under the names that its class uses.
 
-    Raises InputError when they are absent, naming the pickle or the other variant that is there instead.
+    renames: (regular expression, replacement); a name that becomes empty is dropped. Raises InputError for a missing
+    file, naming a pickle or another variant that is there instead, for shards that do not hold what their index says,
+    and for two tensors of one name.
     """
     files = wanted_weights(folder, stem, variant)
     for file in files:
         if not os.path.lexists(file):
             raise InputError(f"{place(file)}: is absent{_instead(folder, stem, variant)}")
-    index = folder / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
+    tensors = [tensor for file in files for tensor in read_header(file)]
+    _, index = _names(folder, stem, variant)
     if os.path.lexists(index):
-        _check_shards(index, files)
-    return files
+        _check_shards(index, {tensor.key: tensor.file.name for tensor in tensors})
+    found: dict[str, Tensor] = {}
+    for tensor in tensors:
+        name = tensor.key
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name in found:
+            raise InputError(
+                f"{place(tensor.file)}: {shown(tensor.key)}: is given twice, also in {found[name].file.name}"
+            )
+        if name:
+            found[name] = tensor
+    return files, found
+
+
+def _names(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
+    """Return the paths of a single weight file and of a shard index, as diffusers and transformers name them."""
+    single = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    index = f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
+    return folder / single, folder / index
 
 
 def _instead(folder: Path, stem: str, variant: str | None) -> str:
-    """Return what else a folder without the wanted weights has, as the end of the message."""
+    """Return the end of the message for a missing file: a pickle or another variant that the folder has instead."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     pickle = next((name for name in names if name.endswith(PICKLES)), None)
     if pickle:
@@ -96,9 +118,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_shards(index: Path, shards: Iterable[Path]) -> None:
+def _check_shards(index: Path, held: Mapping[str, str]) -> None:
+    """Check {weight: file name} of the shards against their index."""
     weight_map = _weight_map(index)
-    held = {tensor.key: tensor.file.name for shard in shards for tensor in read_header(shard)}
     for key, name in weight_map.items():
         if held.get(key) != name:
             raise InputError(f"{place(index)}: {shown(key)}: is not in {name}")
@@ -108,20 +130,17 @@ def _check_shards(index: Path, shards: Iterable[Path]) -> None:
 
 
 def read_header(path: Path) -> list[Tensor]:
-    """Return the tensors of a safetensors file, having read no more than its header.
+    """Return the tensors of a safetensors file; only its header is read.
 
-    Raises InputError for a header that is no such, is too large, or does not describe the file to the last byte.
+    Raises InputError for another kind of file, a header that is too large, and one that does not describe every byte.
     """
     size = file_size(path)
     with open(path, "rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if size < 8 or length > size - 8:
-            what = (
-                "a pickle or archive"
-                if start[:2] in (b"\x80\x02", b"\x80\x04", b"PK")
-                else "cut short or no safetensors"
-            )
+            pickled = start[:2] in (b"\x80\x02", b"\x80\x04", b"PK")
+            what = "a pickle or archive" if pickled else "cut short or no safetensors"
             raise InputError(f"{place(path)}: is {what}: its {size} bytes hold no header of {length} bytes")
         if length > HEADER_LIMIT:
             raise InputError(f"{place(path)}: header has {length} bytes, more than {HEADER_LIMIT}")
@@ -149,18 +168,15 @@ def read_header(path: Path) -> list[Tensor]:
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
-    """Return (first byte, end, name) of a header's entry, which must agree with its dtype and shape."""
+    """Return (first byte, end, name) of a header's entry. Raises InputError where they contradict dtype and shape."""
     where = f"{place(path)}: {shown(name)}"
-    if not isinstance(entry, dict) or set(entry) != _ENTRY:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{where}: {shown(entry)} is not an object of dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise InputError(f"{where}: dtype: {shown(dtype)} is not one of {', '.join(ITEM_BYTES)}")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > RANK_LIMIT
-        or not all(type(n) is int and 0 <= n < 2**31 for n in shape)
-    ):
+    sizes = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**31 for n in shape)
+    if not sizes or len(shape) > RANK_LIMIT:
         raise InputError(f"{where}: shape: {shown(shape)} is not a list of at most {RANK_LIMIT} sizes below 2^31")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise InputError(f"{where}: data_offsets: {shown(offsets)} is not a pair of byte positions")
@@ -171,30 +187,11 @@ def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
     return begin, end, name
 
 
-def canonical_tensors(files: Iterable[Path], renames: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """Return the tensors of some files under the names that today's networks use.
-
-    renames: (pattern, replacement); a name that becomes empty is dropped. Raises InputError for a name given twice.
-    """
-    found: dict[str, Tensor] = {}
-    patterns = [(re.compile(pattern), replacement) for pattern, replacement in renames]
-    for tensor in (tensor for file in files for tensor in read_header(file)):
-        name = tensor.key
-        for pattern, replacement in patterns:
-            name = pattern.sub(replacement, name)
-        if name in found:
-            raise InputError(
-                f"{place(tensor.file)}: {shown(tensor.key)}: is given twice, also in {found[name].file.name}"
-            )
-        if name:
-            found[name] = tensor
-    return found
-
-
 def check_shapes(tensors: Mapping[str, Tensor], expected: Shapes, where: str, complete: bool) -> None:
-    """Raise InputError for a weight that `expected` lacks, has not, or has in another shape.
+    """Raise InputError for a weight that is missing or has another shape than expected.
 
-    where: names the config. complete: whether `expected` lists every weight, so that others are one too many.
+    where: the config that implies the shapes, for messages. complete: `expected` lists every weight of the network, so
+    that any other one is an error too.
     """
     file = next(iter(tensors.values())).file
     if complete:
@@ -221,6 +218,6 @@ def _text(shape: Iterable[int]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex, read in pieces."""
+    """Return the SHA-256 of a file in hex; it is read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
