@@ -1,6 +1,7 @@
 """genkit beside diffusers on one GPU: pictures a second, first picture, peak memory. Random weights, no download.
 
-    python benchmarks/gpu.py [--only sd15 one interval mixed low sdxl] [--minutes 8] [--json FILE]
+    python benchmarks/gpu.py [--only sd15 one interval mixed low sdxl] [--lines N] [--minutes 8] [--profile]
+                             [--json FILE]
     python benchmarks/gpu.py --tiny          # the same code on a CPU, with tiny networks: does it run?
 
 Every line is a process of its own, started from scratch, in the order of the table; what would begin after the minutes
@@ -46,10 +47,10 @@ class Entry:
 
 
 ENTRIES = (
+    Entry("sd15", "genkit", c.genkit_job, 256),
+    Entry("sd15", "diffusers, compiled, channels_last, batch 16", functools.partial(c.diffusers_job, tune=True), 128),
     Entry("sd15", "diffusers, prompt by prompt", c.diffusers_job, 12, 1),
     Entry("sd15", "diffusers, batch 16", c.diffusers_job, 64),
-    Entry("sd15", "diffusers, compiled, channels_last, batch 16", functools.partial(c.diffusers_job, tune=True), 128),
-    Entry("sd15", "genkit", c.genkit_job, 256),
     Entry("sd15", "genkit --compile", functools.partial(c.genkit_job, compile=True), 1024),
     Entry("sd15", "genkit, no CUDA graphs", functools.partial(c.genkit_job, graphs=False), 128),
     Entry("sd15", "genkit, neither files nor scores", c.genkit_pictures, 128),
@@ -71,15 +72,17 @@ ENTRIES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(dict.fromkeys(e.group for e in ENTRIES)))
+    parser.add_argument("--lines", type=int, help="only so many lines of each group")
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true", help="tiny networks, on a CPU unless there is a GPU")
+    parser.add_argument("--profile", action="store_true", help="print where genkit's time goes")
     parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.run is not None:
-        run_entry(ENTRIES[given.run], given.folder, given.tiny, given.started)
+        run_entry(ENTRIES[given.run], given.folder, given.tiny, given.started, given.profile)
         return
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="genkit-benchmark-") as folder:
@@ -92,10 +95,18 @@ def main() -> None:
         for number, entry in enumerate(ENTRIES):
             if given.only and entry.group not in given.only:
                 continue
+            if given.lines is not None and sum(line["group"] == entry.group for line in found) >= given.lines:
+                continue
             if time.time() - began > 60 * given.minutes:
                 left.append(f"{entry.group}: {entry.title}")
                 continue
-            found.append({"group": entry.group, "title": entry.title, **measured(number, Path(folder), given.tiny)})
+            found.append(
+                {
+                    "group": entry.group,
+                    "title": entry.title,
+                    **measured(number, Path(folder), given.tiny, given.profile),
+                }
+            )
             print_line(found, machine)
         if left:
             print(f"left out after {given.minutes:g} minutes: {'; '.join(left)}")
@@ -135,7 +146,13 @@ def write_models(folder: str, groups: list[str], tiny: bool) -> None:
 
 
 def teraflop(name: str, tiny: bool) -> float:
-    """Return the floating-point operations of one picture: 20 guided steps and a decode, convolutions and products."""
+    """Return the floating-point operations of one picture: 20 guided steps and a decode."""
+    once = row_operations(name, tiny)
+    return (2 * c.STEPS * once["unet"] + once["vae"]) / 1e12
+
+
+def row_operations(name: str, tiny: bool) -> dict[str, float]:
+    """Return the floating-point operations of a row of UNet and VAE decoder, in convolutions and products."""
     import shapes
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -158,7 +175,7 @@ def teraflop(name: str, tiny: bool) -> float:
             unet(torch.empty(1, 4, side, side), torch.ones(1), torch.empty(1, 77, width), added_cond_kwargs=added)
         with FlopCounterMode(display=False) as decode:
             decoder.decode(torch.empty(1, 4, side, side))
-    return (2 * c.STEPS * once.get_total_flops() + decode.get_total_flops()) / 1e12
+    return {"unet": once.get_total_flops(), "vae": decode.get_total_flops()}
 
 
 def products(device: str) -> float:
@@ -178,8 +195,8 @@ def products(device: str) -> float:
     return best
 
 
-def measured(number: int, folder: Path, tiny: bool) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--run", str(number), "--folder", str(folder), *(["--tiny"] if tiny else []),
+def measured(number: int, folder: Path, tiny: bool, profile: bool) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--run", str(number), "--folder", str(folder), *(["--tiny"] if tiny else []), *(["--profile"] if profile and "genkit" in ENTRIES[number].title else []),
              "--started", str(time.time())]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
@@ -187,13 +204,17 @@ def measured(number: int, folder: Path, tiny: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_entry(entry: Entry, folder: Path, tiny: bool, started: float) -> None:
+def run_entry(entry: Entry, folder: Path, tiny: bool, started: float, profile: bool) -> None:
     """Run one contestant in this process and print what came of it as JSON."""
     import torch
+
+    from genkit import phases
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = folder / ("sdxl" if entry.group == "sdxl" else "sd15")
     count, batch = (min(entry.count, 6), min(entry.batch, 4)) if tiny else (entry.count, entry.batch)
+    if profile:
+        phases.record()
     with tempfile.TemporaryDirectory() as out:
         setup = c.Setup(model, folder / "clip", Path(out), device, tiny, count, batch)
         found = entry.run(setup, started)
@@ -203,6 +224,7 @@ def run_entry(entry: Entry, folder: Path, tiny: bool, started: float) -> None:
     print(json.dumps({
         "images": len(times), "per_second": len(times) / times[-1], "late_per_second": c.late_rate(times),
         "in_10_s": sum(t <= 10 for t in times), "first_s": found.first, "peak_gib": peak / 2**30, "note": found.note,
+        "phases": phases.report(),
     }))  # fmt: skip
 
 
@@ -221,6 +243,8 @@ def print_line(found: list[dict[str, Any]], machine: dict[str, Any]) -> None:
         roof = f"{100 * line['late_per_second'] * machine['work'][line['group']] / machine['peak']:.0f} %"
     print(f"  {line['title']:44}{line['per_second']:>9.2f}{line['late_per_second']:>7.2f}{roof:>6}{line['in_10_s']:>6}"
           f"{line['first_s']:>9.1f}{line['peak_gib']:>9.2f}  {line['note']}", flush=True)  # fmt: skip
+    for text in line["phases"]:
+        print(f"      {text}")
 
 
 if __name__ == "__main__":

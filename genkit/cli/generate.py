@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from genkit import phases
 from genkit.cli.app import MAKE, Command, app, print_found
 from genkit.cli.options import AsJson, Device, Out, Variant, spread
 from genkit.errors import EXIT_OK, InputError
@@ -65,6 +66,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="One prompt, in place of a file.")] = None,
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time went.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Make the images of a prompt file; the same command again goes on where it stopped."""
@@ -73,17 +75,20 @@ def generate(
     from genkit.rows.request import Request
     from genkit.runs.destination import check_folder, free_name
 
+    if profile:
+        phases.record()
     if prompts is not None and prompt is not None:
         raise InputError("PROMPTS, --prompt: give one of them, not both")
     defaults = row.fields()
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed: {options.seed} is not within 0 to {2**32 - 1}")
-    if prompts is not None:
-        rows = read_prompts(prompts, defaults)
-    else:
-        rows = [Request(seed=options.seed, **({} if prompt is None else {"prompt": prompt}))]
-        rows[0]._source = "command line"
-    job = plan_job(rows, dataclasses.replace(options, quiet=as_json), defaults)
+    with phases.phase("read and check rows and model"):
+        if prompts is not None:
+            rows = read_prompts(prompts, defaults)
+        else:
+            rows = [Request(seed=options.seed, **({} if prompt is None else {"prompt": prompt}))]
+            rows[0]._source = "command line"
+        job = plan_job(rows, dataclasses.replace(options, quiet=as_json), defaults)
     folder = free_name(out) if new_run else out
     check_folder(folder, prompts)
     if dry_run:
@@ -148,4 +153,6 @@ def _run_job(job: Job, folder: Path, as_json: bool) -> int:
     print_found({**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}, as_json)
     if not as_json:
         print(f"gallery: {folder / 'index.html'}", file=sys.stderr)
+    for line in phases.report():
+        print(line, file=sys.stderr)
     return summary.exit_code

@@ -28,8 +28,8 @@ def inspect(
 @app.command(cls=Command, rich_help_panel=LOOK)
 def env(as_json: AsJson = False) -> int:
     """Print versions, devices, which attention backends work here, and what else a bug report needs."""
-    from genkit.device.attention import table_lines
-    from genkit.device.devices import environment
+    from genkit.device.environment import environment
+    from genkit.device.probes import table_lines
 
     found = environment()
     lines = [] if as_json else table_lines(found.pop("attention"))

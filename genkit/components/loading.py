@@ -16,6 +16,7 @@ from genkit.components.weights import Tensor, check_shapes
 from genkit.device.devices import compute_dtype, usable_cores
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place
+from genkit.phases import phase
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +58,10 @@ def load_components(
     from genkit.schedulers import Scheduler
 
     target, cpu = torch.device(device), torch.device("cpu")
-    # Every network is checked before any weight is read.
-    networks = {name: _build(part) if part.files else construct(part) for name, part in info.parts.items()}
+    networks = {}  # every one is checked before any weight is read
+    for name, part in info.parts.items():
+        with phase(f"{name}: import and build"):
+            networks[name] = _build(part) if part.files else construct(part)
     for name, network in networks.items():
         if not info.parts[name].files:  # fresh weights, drawn by the constructor
             network.to(target).eval().requires_grad_(False)
@@ -68,7 +71,8 @@ def load_components(
         stored = dtype == torch.int8 and name == "unet"
         home = cpu if name in in_ram or stored else target  # the device never holds the 16-bit weights
         pinned = name in in_ram and torch.cuda.is_available()
-        _fill(network, info.parts[name], home, compute_dtype(target, dtype), pinned=pinned and not stored)
+        with phase(f"{name}: read weights"):
+            _fill(network, info.parts[name], home, compute_dtype(target, dtype), pinned=pinned and not stored)
         if stored:
             store_in_8_bits(network)
             network.to(cpu if name in in_ram else target)
@@ -182,7 +186,8 @@ def load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
     if folder is None:
         return None
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        with phase("read tokenizer"):
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise InputError(f"{place(folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, text["max_position_embeddings"])

@@ -69,6 +69,14 @@ def _check_unet(config: Config, where: str) -> None:
         )
 
 
+def head_widths(unet: Config) -> set[int]:
+    """Return the widths of the attention heads of a UNet, those that it may not use among them."""
+    channels, heads = unet["block_out_channels"], per_block(unet["attention_head_dim"], unet)
+    if unet.get("cross_attention_dim") is not None:  # where the key is the number of heads
+        return {width // count for width, count in zip(channels, heads, strict=True)}
+    return {head or width for width, head in zip(channels, heads, strict=True)}
+
+
 def check_clip(config: Config, where: str) -> None:
     """Check that the number of heads divides hidden_size, and that a patch is no larger than the picture."""
     heads, width = config["num_attention_heads"], config["hidden_size"]

@@ -7,11 +7,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from genkit.device.devices import cache_folder
 from genkit.device.graphs import Call, Graphs, bucket
 from genkit.errors import reason
 
@@ -20,19 +20,13 @@ TRIALS = 3
 THREAD = "genkit-compile"
 
 
-def cache_folder() -> Path:
-    """Return the folder that caches compiled code between processes; TORCHINDUCTOR_CACHE_DIR overrides it."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(home) / "genkit" / "inductor")
-
-
 def compile_network(network: Any, call: Callable[[Any], Call]) -> Call:
     """Return call(network), compiled for fixed shapes.
 
     On a GPU the compiled code is replayed as a CUDA graph. It runs a copy of the network with channels-last convolution
     weights, which are faster compiled but slower in eager mode; all other weights are shared.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     weights = list(network.parameters())
     if weights[0].is_cuda:
         shared = {id(w): w for w in weights if w.ndim != 4}

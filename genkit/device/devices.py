@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from genkit.errors import InputError, nearest, shown
 
@@ -135,36 +135,11 @@ def reuse_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def cache_folder() -> Path:
+    """Return the folder for what may be found out again: $XDG_CACHE_HOME/genkit, by default ~/.cache/genkit."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genkit"
+
+
 def usable_cores() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def environment() -> dict[str, Any]:
-    """Return what a bug report needs: versions, processor, each device with its memory, attention backends."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from genkit.device.attention import table
-    from genkit.version import __version__
-
-    found: dict[str, Any] = {"genkit": __version__, "python": platform.python_version(), "system": platform.platform()}
-    for package in ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    found["cpu"] = (
-        f"{usable_cores()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = (
-            f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute {p.major}.{p.minor}, CUDA {torch.version.cuda}"
-        )
-    device, dtype = pick_device()
-    found["auto"] = f"{device}, {str(dtype).removeprefix('torch.')}"
-    found["attention"] = table(device, dtype)
-    return found

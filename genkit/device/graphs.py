@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from genkit.errors import reason
+from genkit.phases import phase
 
 Call = Callable[..., torch.Tensor]
 Recorded = tuple[Callable[[], None], torch.Tensor]  # the replay function, and the tensor it writes its output to
@@ -37,7 +38,7 @@ def record_cuda(call: Call, inputs: list[torch.Tensor]) -> Recorded:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(inputs[0].device), RECORDING:
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=_pool(inputs[0].device), capture_error_mode="thread_local"):
             output = call(*inputs)
     return graph.replay, output
 
@@ -73,7 +74,8 @@ class Graphs:
         for place, given in zip(fixed, inputs, strict=True):
             place[:rows].copy_(given, non_blocking=True)
         if large or not known:
-            return self.call(*fixed)[:rows]
+            with phase("network call, not captured"):
+                return self.call(*fixed)[:rows]
         if key not in self._recorded and not self._try(key):
             return self.call(*inputs)
         replay, output = self._recorded[key]
@@ -87,7 +89,8 @@ class Graphs:
     def _try(self, key: Any) -> bool:
         """Capture the call of `key`; if that fails, set `reason` and do not try again."""
         try:
-            self._recorded[key] = self.record(self.call, self._inputs[key])
+            with phase("capture a CUDA graph"):
+                self._recorded[key] = self.record(self.call, self._inputs[key])
         except Exception as error:  # anything a graph cannot capture, or out of memory
             self._forget(0)
             self.reason = f"CUDA graphs are off: {reason(error)}"
@@ -99,10 +102,14 @@ class Graphs:
             self._recorded.pop(key, None)
 
 
-_pools: list[Any] = []
+_pools: dict[torch.device, tuple[Any, Any]] = {}  # a pool for each device, and a graph that keeps it
 
 
-def _pool() -> Any:
-    if not _pools:
-        _pools.append(torch.cuda.graph_pool_handle())
-    return _pools[0]
+def _pool(device: torch.device) -> Any:
+    """Return the pool of a device's graphs. torch frees a pool with its last graph, and it cannot be used again."""
+    if device not in _pools:
+        handle, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(keeper, pool=handle, capture_error_mode="thread_local"):
+            torch.zeros(1, device=device)
+        _pools[device] = handle, keeper
+    return _pools[device][0]

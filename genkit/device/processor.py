@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from genkit.device.attention import BACKENDS, NARROW_TRAINED, Attend, choose, first_line
+from genkit.device.attention import BACKENDS, NARROW_TRAINED, Attend
 from genkit.device.devices import check_attention
+from genkit.device.probes import choose, first_line
 
 EVERY_DTYPE = ("sdpa", "sliced", "math")  # backends that work in every dtype if they work in one
 

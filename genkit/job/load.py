@@ -8,11 +8,13 @@ from typing import Any
 
 from genkit.components import load_components, weight_hashes
 from genkit.components.needs import budget_for
+from genkit.components.shapes import head_widths
 from genkit.components.weights import sha256
-from genkit.device.devices import DTYPES, pick_device
+from genkit.device.devices import DTYPES, compute_dtype, pick_device
 from genkit.device.memory import away
 from genkit.job.plan import Job, plan_job
 from genkit.options import Options
+from genkit.phases import phase
 from genkit.pictures.encoders import encoding
 from genkit.rows.plans import is_tuned, tuned_file
 from genkit.runs.destination import check_binding
@@ -24,15 +26,26 @@ from genkit.version import __version__
 
 def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
     """Return (generator, panel of scorers), on the device and in the dtype recorded by the run's first start."""
-    from genkit.sampling.generators import Generator
-    from genkit.scoring.clip import ClipScorer
-    from genkit.scoring.panel import Panel
+    with phase("import torch"):
+        import torch  # noqa: F401
+    with phase("import diffusers and transformers"):
+        from genkit.sampling.generators import Generator
+        from genkit.scoring.clip import ClipScorer
+        from genkit.scoring.panel import Panel
 
     before = (recorded or {}).get("binding", {})
     asked = {"device": job.options.device, "dtype": job.options.dtype}
-    device, dtype = pick_device(*(before.get(key, "auto") if name == "auto" else name for key, name in asked.items()))
+    with phase("find the device"):
+        device, dtype = pick_device(
+            *(before.get(key, "auto") if name == "auto" else name for key, name in asked.items())
+        )
+        from genkit.device.warm import warm_up
+
+        widths = head_widths(job.info.configs["unet"]) if job.options.attention == "auto" else ()
+        warm_up(device, compute_dtype(device, dtype), widths)
     o = job.options
-    budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest)
+    with phase("plan memory"):
+        budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
     parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)
     generator = Generator.from_components(parts, budget, compile=o.compile, attention=o.attention)
@@ -60,19 +73,27 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
     )  # fmt: skip
     job = plan_job(read_rows(folder), options, {})
     same = {name: binding[name] for name in ("device", "format") if name in binding}
-    check_binding(folder, binding, {**run_config(job, None, recorded)["binding"], **same})
+    check_binding(folder, binding, {**run_config(job, None, recorded, hashes(job))["binding"], **same})
     generator, scorer = load(job, recorded)
     return generator, scorer, generator.budget.slots, options.seed
 
 
-def run_config(job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] | None) -> dict[str, Any]:
-    """Return run.json: "binding" is what every later start must agree with, "info" the rest."""
+def hashes(job: Job) -> dict[str, dict[str, str]]:
+    """Return the SHA-256 of each weight file of "model" and "clip"."""
+    models = {"model": job.info, "clip": job.clip}
+    return {name: weight_hashes(info) for name, info in models.items() if info is not None}
+
+
+def run_config(
+    job: Job, loaded: tuple[Any, Any] | None, recorded: dict[str, Any] | None, weights: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """Return run.json: "binding" is what every later start must agree with, "info" the rest. weights: `hashes`."""
     o = job.options
     models = {"model": job.info, "clip": job.clip}
     used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
     binding: dict[str, Any] = {"seed": o.seed, "variant": o.variant, "format": str(encoding(o.format, o.quality))}
     for name, info in models.items():
-        binding[name] = None if info is None else {"name": info.name, "weights": weight_hashes(info)}
+        binding[name] = None if info is None else {"name": info.name, "weights": weights[name]}
     binding["scheduler"] = job.info.scheduler_config
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
     binding |= {"aesthetic": sha256(Path(o.aesthetic))} if o.aesthetic is not None else {}

@@ -7,13 +7,15 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED
-from genkit.job.load import load, run_config
+from genkit.job.load import hashes, load, run_config
 from genkit.job.plan import Job
 from genkit.pages.gallery import write_gallery
+from genkit.phases import phase
 from genkit.pictures.encoders import encoding
 from genkit.progress import Progress
 from genkit.runs.embeddings import Store
@@ -55,8 +57,11 @@ def run_job(job: Job, out: Path) -> Summary:
     recorded = read_config(out)
     # The first start loads before it writes, so that it leaves nothing behind if the weights do not fit. A later one
     # scans the folder first: another process may hold the lock, or nothing may be left to do.
-    loaded = load(job, recorded) if recorded is None else None
-    config = run_config(job, loaded, recorded)
+    with ThreadPoolExecutor(1, "genkit-hash") as pool:  # reads gigabytes, while the networks are built
+        weights = pool.submit(hashes, job)
+        loaded = load(job, recorded) if recorded is None else None
+        with phase("hash weights"):
+            config = run_config(job, loaded, recorded, weights.result())
     with Run.open(out, config, job.rows) as run:
         until = None if job.options.max_seconds is None else began + job.options.max_seconds
         draws = Draws(job.rows, run.done, job.options.max_total_images, until)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from genkit.phases import first_picture, phase
 from genkit.pictures.encoders import Encoding
 from genkit.pictures.metadata import texts
 from genkit.rows.request import Request
@@ -45,14 +46,16 @@ class Writers:
         while self.waiting and (self._full() or self.waiting[0][0].done()):
             future, size = self.waiting.popleft()
             self.bytes -= size
-            future.result()
+            with phase("wait for writers"):
+                future.result()
 
     def _full(self) -> bool:
         return len(self.waiting) > QUEUE or (self.bytes > QUEUE_BYTES and len(self.waiting) > 1)
 
     def close(self) -> None:
         """Wait for the queued writes."""
-        self.pool.shutdown(wait=True)
+        with phase("wait for writers"):
+            self.pool.shutdown(wait=True)
         try:
             for future, _ in self.waiting:
                 future.result()
@@ -65,8 +68,11 @@ class Writers:
             self.run.fail(result)
             return
         text = texts(self.rows[result.id].to_json(), result.to_json(), self.model, __version__)
-        data = self.encoding.encode(result.pixels, text)
+        with phase("encode pictures"):
+            data = self.encoding.encode(result.pixels, text)
         if self.store is not None and result.embedding is not None:  # before its record
             self.store.add(result.id, result.index, hashlib.sha256(data).hexdigest(), result.embedding)
-        self.run.save(result, data, self.encoding.suffix)
+        with phase("save to disk"):
+            self.run.save(result, data, self.encoding.suffix)
+        first_picture()
         result.pixels = None  # frees the memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 
 from genkit.device.outofmemory import attempt, log
+from genkit.phases import phase
 from genkit.sampling.denoiser import Denoiser
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
+AHEAD = 2  # network calls that are queued on a GPU
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 
 
@@ -127,6 +130,7 @@ class Engine:
         self.calls = 0  # network rows computed so far
         self._used, self._ticks = 0.0, 0  # slots in use, summed over the ticks; ticks
         self._until_last = (0.0, 0)  # the same two when the last trajectory was admitted
+        self._queued: deque[Any] = deque()  # CUDA events at the ends of the last calls
         self._groups: dict[tuple[int, ...], _Group] = {}
         self._waiting: list[Trajectory] = []  # taken, but memory ran out when they were added
 
@@ -146,7 +150,7 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, take: Take) -> Iterator[list[Trajectory]]:
-        """Yield trajectories as they finish, with the clean `latent` (or `error` set), or as they pause.
+        """Yield after each call the trajectories that finished, with the clean `latent` (or `error` set), or that pause.
 
         Whenever slots are free, `take(free, alone)` returns new trajectories of a total cost up to `free`. alone:
         nothing is in flight, and one trajectory may cost more than `free`. The run ends when it then returns none.
@@ -161,8 +165,18 @@ class Engine:
                 # The largest group first, for the most rows a call; smaller groups grow until it is their turn.
                 ended += self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
             self._groups = {shape: g for shape, g in self._groups.items() if g.live}
-            if ended:
-                yield ended
+            self._keep_pace()
+            yield ended
+
+    def _keep_pace(self) -> None:
+        """Wait until a GPU is only AHEAD calls behind: so results are handed on while the next images are drawn."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            self._queued.append(event)
+            if len(self._queued) > AHEAD:
+                with phase("wait for the network"):
+                    self._queued.popleft().synchronize()
 
     def halve(self, held: float) -> None:
         """Limit the slots to half of `held`, at which memory ran out. A single image is always admitted."""
@@ -209,7 +223,8 @@ class Engine:
     def _tick(self, group: _Group) -> list[Trajectory]:
         """Advance every trajectory of `group` by one network call."""
         live = group.live
-        noise = self._noise(live)  # drawn once: a retry must not advance the generators again
+        with phase("draw noise"):
+            noise = self._noise(live)  # drawn once: a retry must not advance the generators again
         if not attempt(lambda: self._advance(group, noise)) and not (
             self.relieve() and attempt(lambda: self._advance(group, noise))
         ):
@@ -225,6 +240,10 @@ class Engine:
 
     def _advance(self, group: _Group, noise: torch.Tensor | float) -> bool:
         """Make one step of every trajectory. Changes nothing if it raises."""
+        with phase("network and solver", self.device):
+            return self._stepped(group, noise)
+
+    def _stepped(self, group: _Group, noise: torch.Tensor | float) -> bool:
         live = group.live
         table = np.stack([t.plan.table[t.step] for t in live], axis=1).astype(np.float32)
         rows = torch.from_numpy(table)[:, :, None, None, None].to(self.device, non_blocking=True)

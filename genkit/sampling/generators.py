@@ -14,9 +14,11 @@ import torch
 from genkit.components.needs import budget_for, budget_of, vae_in_float32
 from genkit.device.cpu import suit_cpu
 from genkit.device.devices import check_attention, pick_device
-from genkit.device.memory import Budget, away, check_memory
+from genkit.device.memory import LAYERS, Budget, away, check_memory
+from genkit.device.norms import fuse_norms
 from genkit.device.processor import AttentionChoice, fuse_projections
 from genkit.device.residency import Residency
+from genkit.phases import phase
 from genkit.rows.plans import scheduler_options
 from genkit.rows.request import Request
 from genkit.rows.result import Result
@@ -76,11 +78,14 @@ class Generator(Pipeline):
         for network in (parts.unet, parts.vae):
             if network is None:
                 continue
-            if network.device.type == "cuda":  # no gain on a CPU
-                fuse_projections(network)
-            choice.apply(network, parts.device)
-            if parts.device.type == "cpu":
-                suit_cpu(network)
+            with phase("choose attention, fuse projections"):
+                if network.device.type == "cuda":  # no gain on a CPU
+                    fuse_projections(network)
+                if parts.device.type == "cuda" and not (network is parts.unet and budget and budget.level == LAYERS):
+                    fuse_norms(network, parts.device)  # which goes around the hooks of single layers
+                choice.apply(network, parts.device)
+                if parts.device.type == "cpu":
+                    suit_cpu(network)
         return cls(
             unet=parts.unet,
             vae=parts.vae,

@@ -16,6 +16,7 @@ from genkit.device.graphs import RECORDING
 from genkit.device.memory import PICTURES
 from genkit.device.outofmemory import attempt
 from genkit.errors import InputError
+from genkit.phases import phase
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.sampling.codec import quantise
@@ -27,7 +28,7 @@ from genkit.sampling.pruning import EARLY, Pruning
 if TYPE_CHECKING:
     from genkit.scoring.panel import Panel
 
-AHEAD = 256  # rows whose prompts are embedded together when the text encoder does not stay on the device
+AHEAD = 256  # rows whose prompts are embedded together on a GPU
 PENDING = 2  # batches of finished latents that may wait for decoding before denoising waits for them
 FLAT = 2  # a picture whose channels each vary by at most so many of 255 levels is constant
 
@@ -63,6 +64,8 @@ class Stream:
         # CPU two torch threads would only compete for the same cores.
         pool = ThreadPoolExecutor(1, "genkit-decode") if cuda and self.generator.residency.steady else None
         self.engine = engine = Engine(self.generator.denoiser, self.generator.device, slots, self._relieve)
+        if pool is not None:
+            pool.submit(self._rehearse)
         try:
             progress = True
             while progress:
@@ -96,11 +99,12 @@ class Stream:
     ) -> Generator[Result, None, bool]:
         progress = False
         for ended in engine.run(lambda free, alone: self._take(draw, free, alone)):
-            progress = True
-            ended = self.pruning.park(ended)
-            self.results += self.pruning.decide()
-            self.to_decode += ended + self._shared_by(ended)
-            self._submit(pool)
+            if ended:
+                progress = True
+                ended = self.pruning.park(ended)
+                self.results += self.pruning.decide()
+                self.to_decode += ended + self._shared_by(ended)
+                self._submit(pool)
             yield from self._completed(PENDING)
         self.to_decode += self.shared
         self.shared = []
@@ -130,7 +134,8 @@ class Stream:
                     self.deferred = drawn
                     break
                 self._embed_ahead(drawn[0])
-                trajectory = attempt(lambda d=drawn: self.generator.begin(*d))  # type: ignore[misc]
+                with phase("embed prompts, draw first noise"):
+                    trajectory = attempt(lambda d=drawn: self.generator.begin(*d))  # type: ignore[misc]
             except InputError as error:  # e.g. an initial picture that was deleted meanwhile
                 self._fail(drawn, str(error))
                 continue
@@ -183,9 +188,9 @@ class Stream:
         return shared
 
     def _embed_ahead(self, request: Request) -> None:
-        """Embed the prompts of many rows at once if the text encoder has to be moved to the device for it."""
+        """Embed the prompts of many rows at once: a GPU has as much work with 32 as with one, and what to move once."""
         text = self.generator.text
-        if text is None or self.generator.residency.resident:
+        if text is None or self.generator.device.type == "cpu":
             return
         if not text.knows((request.prompt, request.negative_prompt)):
             rows = [request, *self.draws.upcoming(AHEAD)]
@@ -218,7 +223,8 @@ class Stream:
     def _completed(self, waiting: int) -> Iterator[Result]:
         """Yield the results of finished batches, in order, until at most `waiting` batches are running."""
         while self.pending and (len(self.pending) > waiting or self.pending[0].done()):
-            self.results += self.pending.popleft().result()
+            with phase("wait for decoding"):
+                self.results += self.pending.popleft().result()
         while self.results:
             result = self.results.popleft()
             self.draws.report(result)
@@ -226,12 +232,25 @@ class Stream:
 
     def _finish_on_gpu(self, ended: list[Trajectory], event: Any) -> list[Result]:
         # One stream for all batches: memory freed on a stream can only be reused on that stream.
-        self.decode_stream = self.decode_stream or torch.cuda.Stream(self.generator.device)
         with torch.cuda.stream(self.decode_stream), torch.inference_mode(), RECORDING:
             torch.cuda.current_stream().wait_event(event)
             for trajectory in ended:
                 trajectory.latent.record_stream(torch.cuda.current_stream())
-            return self._finish(ended)
+            with phase("copy to the host"):
+                return self._finish(ended)
+
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Decode and score a blank picture, so that libraries load their kernels before the first one is waited for."""
+        generator = self.generator
+        self.decode_stream = torch.cuda.Stream(generator.device, priority=-1)
+        with torch.cuda.stream(self.decode_stream), RECORDING, phase("rehearse"):
+            shape = generator.geometry.latent_shape(generator.geometry.width, generator.geometry.height)
+            blank = torch.zeros(1, *shape, device=generator.device)
+            pictures = attempt(lambda: quantise(generator.codec.decode(blank))[0])
+            clip = getattr(self.scorer, "clip", None)
+            if pictures is not None and clip is not None:
+                attempt(lambda: clip.embed_images(pictures))
 
     @torch.inference_mode()
     def _finish(self, ended: list[Trajectory]) -> list[Result]:
@@ -247,8 +266,10 @@ class Stream:
                 results.append(_result(trajectory.tag, "failed", "nan", {"nan": True}, trajectory.began))
         if not whole:
             return results
-        decoded = attempt(lambda: quantise(self.generator.codec.decode(torch.stack([t.latent for t in whole]))))
-        scores = None if decoded is None else attempt(lambda: self._score(whole, decoded[0]))
+        with phase("decode", self.generator.device):
+            decoded = attempt(lambda: quantise(self.generator.codec.decode(torch.stack([t.latent for t in whole]))))
+        with phase("score", self.generator.device):
+            scores = None if decoded is None else attempt(lambda: self._score(whole, decoded[0]))
         if decoded is None or scores is None:
             return results + [_result(t.tag, "failed", "out of memory", since=t.began) for t in whole]
         pictures, bad = decoded

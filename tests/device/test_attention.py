@@ -21,9 +21,10 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from genkit import InputError, Request, TextToImage, generate
-from genkit.device import attention
-from genkit.device.attention import BACKENDS, Probe, choose, probe, sliced, table, table_lines
+from genkit.device import attention, probes
+from genkit.device.attention import BACKENDS, sliced
 from genkit.device.devices import ATTENTION
+from genkit.device.probes import Probe, choose, probe, table, table_lines
 from genkit.device.processor import AttentionChoice, Processor, fuse_projections
 from tests.tiny import tiny_latent_unconditional, tiny_stable_diffusion
 
@@ -262,8 +263,8 @@ def test_the_order_on_a_cpu_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_takes_the_fastest_that_works(
     times: dict[str, float], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = {BACKENDS[name]: Probe(ms=ms) for name, ms in times.items()}
-    monkeypatch.setattr(attention, "probe", lambda attend, *_: known.get(attend, Probe("no kernel")))
+    known = {name: Probe(ms=ms) for name, ms in times.items()}
+    monkeypatch.setattr(probes, "known", lambda name, *_: known.get(name, Probe("no kernel")))
     gpu = torch.device("cuda")
     assert choose("auto", gpu, torch.float16, 40, False) == (expected, None)
     assert choose("xformers", gpu, torch.float16, 40, False) == (expected, "no kernel")
@@ -295,7 +296,7 @@ def test_time_is_taken_between_calls_once_the_first_are_through(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
     for cross, length in ((False, 4096), (True, 77)):
         calls.clear()
-        assert attention._milliseconds(attend, CPU, torch.float32, 40, cross) == 6, "the middle one of calls 3 to 9"
+        assert probes._milliseconds(attend, CPU, torch.float32, 40, cross) == 6, "the middle one of calls 3 to 9"
         assert set(calls) == {(4096, 40, length, 40)}
 
 

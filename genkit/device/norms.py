@@ -1,0 +1,283 @@
+"""Residual blocks on a GPU in channels-last layout, with group norm, SiLU, biases and sums fused by Triton kernels.
+
+Convolutions in half precision are fastest on channels-last data; torch's group norm is slow on it, and loses more than
+they gain. A block here reads its input three times and writes it once where torch's operators read and write it seven
+times: one pass sums channels, one normalises and activates; biases are added to what these passes read anyway.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch.nn.functional import conv2d, gelu, group_norm, linear, silu
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this system: networks stay as they are
+    triton = None
+
+ROWS, COLS = 64, 64  # positions and channels of a tile
+CHUNK = 512  # positions summed by one program
+WIDTH = 128  # channels of a group up to which one compiled kernel does for all
+
+
+def fuse_norms(network: Any, device: torch.device) -> str | None:
+    """Lay a network out channels-last, and let its residual blocks use the kernels; return None, or why not.
+
+    For inference on a GPU only; its weights may still be in RAM, where pinned ones stay pinned. Other modules compute as
+    before, on tensors in the other layout.
+    """
+    found = unusable(device, network.dtype)
+    if found is not None:
+        return found
+    for weight in network.parameters():
+        if weight.ndim == 4:
+            moved = weight.data.contiguous(memory_format=torch.channels_last)
+            weight.data = moved.pin_memory() if weight.is_pinned() and not moved.is_pinned() else moved
+    for module in network.modules():
+        if _is_plain_block(module):
+            module.forward = types.MethodType(_block, module)
+        elif type(module) is torch.nn.Conv2d and module.kernel_size == (1, 1) and module.stride == (1, 1):
+            module.forward = types.MethodType(_pointwise, module)
+        elif type(module).__name__ == "Transformer2DModel" and module.is_input_continuous:
+            module.norm.forward = types.MethodType(_norm, module.norm)
+            module._get_output_for_continuous_inputs = types.MethodType(_as_picture, module)
+        elif type(module).__name__ == "GEGLU":
+            module.forward = types.MethodType(_geglu, module)
+    last = getattr(network, "decoder", network)  # a VAE's decoder, or a UNet
+    if type(getattr(last, "conv_norm_out", None)) is torch.nn.GroupNorm and type(last.conv_act) is torch.nn.SiLU:
+        last.conv_norm_out.forward = types.MethodType(_norm_silu, last.conv_norm_out)
+        last.conv_act = torch.nn.Identity()
+    return None
+
+
+@functools.cache
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot be used on this device, or None; they are compiled and compared with torch."""
+    if triton is None:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        return "no GPU"
+    try:
+        for channels, groups in ((96, 32), (128, 32)):
+            x = torch.randn(2, channels, 24, 24, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            weight, bias = torch.randn(2, channels, device=device, dtype=dtype)
+            added = torch.randn(2, channels, device=device, dtype=dtype)
+            with torch.inference_mode():
+                found = norm(x, groups, weight, bias, 1e-5, True, added).double()
+                wide = x.double() + added.double()[:, :, None, None]
+                expected = silu(group_norm(wide, groups, weight.double(), bias.double(), 1e-5))
+            if not (found - expected).abs().max() < max(1e-4, 32 * torch.finfo(dtype).eps):
+                return "wrong numbers"
+    except Exception as error:  # no compiler on this machine, a driver that Triton does not know, …
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activate: bool,
+    added: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return group_norm(x + added), through SiLU if `activate`; x: (B, C, H, W), added: (B, C) or (C,)."""
+    if torch.compiler.is_compiling():  # which fuses it in its own way
+        if added is not None:
+            x = x + added.view(-1, x.shape[1], 1, 1)
+        x = group_norm(x, groups, weight, bias, eps)
+        return silu(x) if activate else x
+    x = x.contiguous(memory_format=torch.channels_last)
+    rows, channels, positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
+    chunks, columns = triton.cdiv(positions, CHUNK), triton.cdiv(channels, COLS)
+    sums = torch.empty(rows, chunks, 2, channels, device=x.device, dtype=torch.float32)
+    scale = torch.empty(rows, 2, channels, device=x.device, dtype=torch.float32)
+    out = torch.empty_like(x)
+    step = 0 if added is None or added.ndim == 1 else channels  # from one row of `added` to the next
+    width = channels // groups
+    with torch.cuda.device(x.device) if x.is_cuda else _nothing:
+        _sum_up[rows, chunks, columns](x, sums, positions, channels, chunks, CHUNK, ROWS, COLS)
+        _to_scale[rows, groups](
+            sums, weight, bias, x if added is None else added, scale, positions, channels, chunks, eps, width, step,
+            added is not None, max(WIDTH, triton.next_power_of_2(width)),
+        )  # fmt: skip
+        _apply[rows, triton.cdiv(positions, ROWS), columns](x, scale, out, positions, channels, activate, ROWS, COLS)
+    return out
+
+
+def add(x: torch.Tensor, other: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x + other + bias; x and other (B, C, H, W), bias (C,)."""
+    if bias is None:
+        return x + other
+    if torch.compiler.is_compiling():
+        return x + other + bias.view(-1, 1, 1)
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in (x, other))
+    out = torch.empty_like(x)
+    with torch.cuda.device(x.device) if x.is_cuda else _nothing:
+        _add[(triton.cdiv(x.numel(), 4096),)](x, other, bias, out, x.numel(), x.shape[1], 4096)
+    return out
+
+
+def _block(self: Any, input_tensor: torch.Tensor, temb: torch.Tensor | None = None, *_: Any, **__: Any) -> torch.Tensor:
+    """diffusers' ResnetBlock2D.forward."""
+    x = norm(input_tensor, self.norm1.num_groups, self.norm1.weight, self.norm1.bias, self.norm1.eps, True)
+    x = conv2d(x, self.conv1.weight, None, self.conv1.stride, self.conv1.padding)
+    added = self.conv1.bias
+    if self.time_emb_proj is not None:
+        added = self.time_emb_proj(temb if self.skip_time_act else silu(temb)) + added
+    x = norm(x, self.norm2.num_groups, self.norm2.weight, self.norm2.bias, self.norm2.eps, True, added)
+    x = conv2d(x, self.conv2.weight, None, self.conv2.stride, self.conv2.padding)
+    if self.conv_shortcut is not None:
+        input_tensor = self.conv_shortcut(input_tensor)
+    return add(x, input_tensor, self.conv2.bias)
+
+
+def _pointwise(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """A 1 x 1 convolution as a linear layer, which adds its bias on the way."""
+    return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def _as_picture(
+    self: Any, hidden_states: torch.Tensor, residual: torch.Tensor, batch_size: int, height: int, width: int,
+    inner_dim: int,
+) -> torch.Tensor:  # fmt: skip
+    """Transformer2DModel's output, without the copy to the other layout."""
+    if self.use_linear_projection:
+        hidden_states = self.proj_out(hidden_states)
+    x = hidden_states.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+    return (x if self.use_linear_projection else self.proj_out(x)) + residual
+
+
+def _geglu(self: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return gated(self.proj(hidden_states))
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """Return a * gelu(b) of x (..., 2 * width), which holds a and b side by side."""
+    width = x.shape[-1] // 2
+    if torch.compiler.is_compiling():
+        a, b = x.chunk(2, dim=-1)
+        return a * gelu(b)
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], width)
+    with torch.cuda.device(x.device) if x.is_cuda else _nothing:
+        _gate[(out.numel() // width, triton.cdiv(width, 1024))](x, out, width, 1024)
+    return out
+
+
+def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return norm(x, self.num_groups, self.weight, self.bias, self.eps, False)
+
+
+def _norm_silu(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return norm(x, self.num_groups, self.weight, self.bias, self.eps, True)
+
+
+def _is_plain_block(module: Any) -> bool:
+    """Whether a module is a ResnetBlock2D that `_block` computes."""
+    if type(module).__name__ != "ResnetBlock2D":
+        return False
+    convolutions = (module.conv1, module.conv2)
+    return (
+        (module.time_embedding_norm == "default" or module.time_emb_proj is None)
+        and type(module.nonlinearity) is torch.nn.SiLU
+        and module.upsample is None
+        and module.downsample is None
+        and module.output_scale_factor == 1
+        and module.dropout.p == 0
+        and all(type(c) is torch.nn.Conv2d and c.bias is not None for c in convolutions)
+        and all(type(n) is torch.nn.GroupNorm and n.affine for n in (module.norm1, module.norm2))
+    )
+
+
+class _Nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+_nothing = _Nothing()
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["positions", "channels", "chunks"])
+    def _sum_up(x, sums, positions, channels, chunks, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """sums[n, chunk, 0 and 1, c]: of the values, and of their squares, at the positions of a chunk."""
+        n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
+        total = tl.zeros([COLS], tl.float32)
+        squares = tl.zeros([COLS], tl.float32)
+        for first in range(0, CHUNK, ROWS):
+            at = chunk * CHUNK + first + tl.arange(0, ROWS)
+            here = (at < positions)[:, None] & (cols < channels)[None, :]
+            values = tl.load(x + (n * positions + at[:, None]) * channels + cols[None, :], here, 0.0).to(tl.float32)
+            total += tl.sum(values, 0)
+            squares += tl.sum(values * values, 0)
+        out = sums + (n * chunks + chunk) * 2 * channels + cols
+        tl.store(out, total, cols < channels)
+        tl.store(out + channels, squares, cols < channels)
+
+    @triton.jit(do_not_specialize=["positions", "channels", "chunks", "width", "step"])
+    def _to_scale(
+        sums, weight, bias, added, scale, positions, channels, chunks, eps, width, step,
+        ADD: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """scale[n, 0 and 1, c]: what a value is multiplied by, and what is added then."""
+        n, group = tl.program_id(0), tl.program_id(1)
+        cols = group * width + tl.arange(0, WIDTH)
+        here = tl.arange(0, WIDTH) < width
+        total = tl.zeros([WIDTH], tl.float32)
+        squares = tl.zeros([WIDTH], tl.float32)
+        for chunk in range(chunks):
+            at = sums + (n * chunks + chunk) * 2 * channels + cols
+            total += tl.load(at, here, 0.0)
+            squares += tl.load(at + channels, here, 0.0)
+        more = tl.zeros([WIDTH], tl.float32)
+        if ADD:
+            more = tl.load(added + n * step + cols, here, 0.0).to(tl.float32)
+            squares += more * (2 * total + positions * more)
+            total += positions * more
+        count = positions * width
+        mean = tl.sum(total, 0) / count
+        variance = tl.maximum(tl.sum(squares, 0) / count - mean * mean, 0.0)
+        factor = tl.load(weight + cols, here, 0.0).to(tl.float32) / tl.sqrt(variance + eps)
+        tl.store(scale + n * 2 * channels + cols, factor, here)
+        offset = tl.load(bias + cols, here, 0.0).to(tl.float32) + (more - mean) * factor
+        tl.store(scale + n * 2 * channels + channels + cols, offset, here)
+
+    @triton.jit
+    def _apply(x, scale, out, positions, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+        n = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
+        here = (at < positions)[:, None] & (cols < channels)[None, :]
+        place = (n * positions + at[:, None]) * channels + cols[None, :]
+        factor = tl.load(scale + n * 2 * channels + cols, cols < channels, 0.0)
+        offset = tl.load(scale + n * 2 * channels + channels + cols, cols < channels, 0.0)
+        y = tl.load(x + place, here, 0.0).to(tl.float32) * factor[None, :] + offset[None, :]
+        if SILU:
+            y = y / (1 + tl.exp(-y))
+        tl.store(out + place, y.to(out.dtype.element_ty), here)
+
+    @triton.jit
+    def _add(x, other, bias, out, count, channels, SIZE: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        here = at < count
+        total = tl.load(x + at, here, 0.0).to(tl.float32) + tl.load(other + at, here, 0.0).to(tl.float32)
+        total += tl.load(bias + at % channels).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), here)
+
+    @triton.jit
+    def _gate(x, out, width, SIZE: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        cols = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+        here = cols < width
+        a = tl.load(x + row * 2 * width + cols, here, 0.0).to(tl.float32)
+        b = tl.load(x + row * 2 * width + width + cols, here, 0.0).to(tl.float32)
+        y = a * 0.5 * b * (1 + tl.erf(b * 0.7071067811865476))
+        tl.store(out + row * width + cols, y.to(out.dtype.element_ty), here)
