@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-all lint clean
+.PHONY: demo test test-slow test-all gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/genkit generate prompts/demo.txt -o runs/demo --num-images 2 --keep 1
@@ -20,6 +20,10 @@ test-slow: $(VENV)/.test-installed
 
 test-all: $(VENV)/.test-installed
 	$(PYTEST)
+
+# What wants a GPU, tests first, then the tables; with the Python that has torch for it.
+gpu:
+	$(PYTHON) benchmarks/card.py
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy

@@ -179,7 +179,7 @@ def generator(setup: Setup, **options: Any) -> Any:
     return TextToImage.from_pretrained(setup.model, device=setup.device, **options)
 
 
-def genkit_job(setup: Setup, started: float, compile: bool = False, graphs: bool = True) -> Outcome:
+def genkit_job(setup: Setup, started: float, graphs: bool = True) -> Outcome:
     """`genkit generate` of a prompt file: scores, files, gallery."""
     from genkit import generate
     from genkit.device import graphs as recorded
@@ -199,7 +199,7 @@ def genkit_job(setup: Setup, started: float, compile: bool = False, graphs: bool
     file.write_text("\n".join(texts(setup.count)) + "\n")
     fields = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     generate(file, setup.out / "run", model=str(setup.model), clip=str(setup.clip), device=setup.device,
-             defaults=fields, compile=compile)  # fmt: skip
+             defaults=fields)  # fmt: skip
     times = sorted(path.stat().st_mtime for path in (setup.out / "run" / "images").rglob("*.png"))
     return Outcome([t - began[0] for t in times], times[0] - started)
 

@@ -6,7 +6,7 @@
 
 Every line is a process of its own, started from scratch, in the order of the table; what would begin after the minutes
 are over is left out, and said. `images/s` counts from the first network call to the last picture, `late` only the last
-third or so of them (by then compiled code is in use), `10 s` the pictures that were there ten seconds after the first
+third or so of them (by then everything is loaded), `10 s` the pictures that were there ten seconds after the first
 network call, `first` the seconds from process start to the first picture. `roof` is what `late` is of what the GPU
 could do if the matrix products of UNet and VAE, at the speed of its best one, were all there is to do.
 
@@ -51,7 +51,6 @@ ENTRIES = (
     Entry("sd15", "diffusers, compiled, channels_last, batch 16", functools.partial(c.diffusers_job, tune=True), 128),
     Entry("sd15", "diffusers, prompt by prompt", c.diffusers_job, 12, 1),
     Entry("sd15", "diffusers, batch 16", c.diffusers_job, 64),
-    Entry("sd15", "genkit --compile", functools.partial(c.genkit_job, compile=True), 1024),
     Entry("sd15", "genkit, no CUDA graphs", functools.partial(c.genkit_job, graphs=False), 128),
     Entry("sd15", "genkit, neither files nor scores", c.genkit_pictures, 128),
     Entry("one", "diffusers", c.diffusers_one, 5),
@@ -65,7 +64,6 @@ ENTRIES = (
     Entry("sdxl", "diffusers, batch 8", c.diffusers_job, 16, 8),
     Entry("sdxl", "genkit", c.genkit_job, 32, 8),
     Entry("sdxl", "diffusers, compiled, channels_last, batch 8", functools.partial(c.diffusers_job, tune=True), 24, 8),
-    Entry("sdxl", "genkit --compile", functools.partial(c.genkit_job, compile=True), 256, 8),
 )
 
 
@@ -196,8 +194,9 @@ def products(device: str) -> float:
 
 
 def measured(number: int, folder: Path, tiny: bool, profile: bool) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--run", str(number), "--folder", str(folder), *(["--tiny"] if tiny else []), *(["--profile"] if profile and "genkit" in ENTRIES[number].title else []),
-             "--started", str(time.time())]  # fmt: skip
+    words = [sys.executable, __file__, "--run", str(number), "--folder", str(folder), "--started", str(time.time())]
+    words += ["--tiny"] if tiny else []
+    words += ["--profile"] if profile and ENTRIES[number].title.startswith("genkit") else []
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}

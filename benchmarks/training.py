@@ -193,6 +193,7 @@ def main() -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found[name].append(json.loads(out.splitlines()[-1]))
+            print(f"{name:20} {found[name][-1]['rate']:9.2f} images/s", flush=True)
     import torch
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

@@ -26,7 +26,6 @@ class Options:
     attention: Annotated[
         str, "auto (the fastest that works), sdpa, flash, cudnn, efficient, xformers, sliced or math."
     ] = "auto"
-    compile: Annotated[bool, "torch.compile in the background, once cached."] = False
     memory: Annotated[str, "auto (what fits), high (all on the device) or low (least)."] = "auto"
     clip: Annotated[str, "auto, none, emoji-clip, a folder with a CLIPModel, or a hub id."] = "auto"
     format: Annotated[str, "Of the pictures: png, webp, jpeg or jxl."] = "png"

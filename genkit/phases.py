@@ -106,7 +106,7 @@ class phase:
 
 
 def report() -> list[str]:
-    """Return the table as lines; none if nothing was recorded. A thread's share is of the section's wall time."""
+    """Return the table as lines; none if nothing was recorded. A share is of the section's wall time."""
     if _recording is None:
         return []
     now = time.monotonic() - _recording.zero
@@ -120,14 +120,10 @@ def report() -> list[str]:
         main = sum(t.seconds for (who, _), t in totals.items() if who == "main")
         totals["main", "anything else"] = _Total(now, 1, max(0.0, wall - main))
         lines.append(f"{title}: {wall:.2f} s" + ("" if after else " since the process started"))
-        for who in sorted(
-            {who for who, _ in totals}, key=lambda who: ("main", "GPU").index(who) if who in ("main", "GPU") else 2
-        ):
-            for name, t in sorted(((n, t) for (w, n), t in totals.items() if w == who), key=lambda item: item[1].began):
-                times = f"{t.times} times" if t.times > 1 else ""
-                lines.append(
-                    f"  {who:<7}{name:<34}{t.seconds:>9.2f} s {100 * t.seconds / max(wall, 1e-9):>5.1f} %  {times}".rstrip()
-                )
+        order = {"main": 0, "GPU": 1}
+        for (who, name), t in sorted(totals.items(), key=lambda i: (order.get(i[0][0], 2), i[0][0], i[1].began)):
+            times = f"  {t.times} times" if t.times > 1 else ""
+            lines.append(f"  {who:<7}{name:<34}{t.seconds:>9.2f} s {100 * t.seconds / max(wall, 1e-9):>5.1f} %{times}")
     return lines
 
 

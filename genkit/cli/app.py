@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,9 +65,7 @@ def main() -> None:
     except OSError as error:
         print(f"genkit: {error}", file=sys.stderr)
         code = EXIT_HOST
-    # Do not wait for threads that still compile, or write to a disk that hangs
-    busy = any(thread.name == "genkit-compile" for thread in threading.enumerate())
-    os._exit(code) if busy or code == EXIT_HOST else sys.exit(code)
+    os._exit(code) if code == EXIT_HOST else sys.exit(code)  # without waiting for a thread whose disk hangs
 
 
 def run(arguments: list[str]) -> int:

@@ -1,1 +1,1 @@
-"""Where and how networks run: device and dtype, attention, captured graphs, compilation, memory."""
+"""Where and how networks run: device and dtype, attention, captured graphs, kernels, memory."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from genkit.device.devices import pick_device, usable_cores
+from genkit.device.norms import unusable
 from genkit.device.probes import table
 from genkit.version import __version__
 
@@ -31,5 +32,6 @@ def environment() -> dict[str, Any]:
         )
     device, dtype = pick_device()
     found["auto"] = f"{device}, {str(dtype).removeprefix('torch.')}"
+    found["fused blocks"] = unusable(device, dtype) or "yes"
     found["attention"] = table(device, dtype)
     return found

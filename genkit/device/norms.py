@@ -1,8 +1,8 @@
 """Residual blocks on a GPU in channels-last layout, with group norm, SiLU, biases and sums fused by Triton kernels.
 
 Convolutions in half precision are fastest on channels-last data; torch's group norm is slow on it, and loses more than
-they gain. A block here reads its input three times and writes it once where torch's operators read and write it seven
-times: one pass sums channels, one normalises and activates; biases are added to what these passes read anyway.
+they gain. Here one pass sums the channels and a second one normalises and activates: two reads and a write of a norm's
+input, where torch's operators take three and two. Biases are added to what these passes read anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn.functional import conv2d, gelu, group_norm, linear, silu
 
 try:
     import triton
-    import triton.language as tl
+
+    from genkit.device import kernels
 except ImportError:  # no wheel for this system: networks stay as they are
     triton = None
 
@@ -28,8 +29,8 @@ WIDTH = 128  # channels of a group up to which one compiled kernel does for all
 def fuse_norms(network: Any, device: torch.device) -> str | None:
     """Lay a network out channels-last, and let its residual blocks use the kernels; return None, or why not.
 
-    For inference on a GPU only; its weights may still be in RAM, where pinned ones stay pinned. Other modules compute as
-    before, on tensors in the other layout.
+    For inference on a GPU only; its weights may still be in RAM, where pinned ones stay pinned. Other modules compute
+    as before, on tensors in the other layout.
     """
     found = unusable(device, network.dtype)
     if found is not None:
@@ -40,9 +41,9 @@ def fuse_norms(network: Any, device: torch.device) -> str | None:
             weight.data = moved.pin_memory() if weight.is_pinned() and not moved.is_pinned() else moved
     for module in network.modules():
         if _is_plain_block(module):
-            module.forward = types.MethodType(_block, module)
+            vars(module)["forward"] = types.MethodType(_block, module)
         elif type(module) is torch.nn.Conv2d and module.kernel_size == (1, 1) and module.stride == (1, 1):
-            module.forward = types.MethodType(_pointwise, module)
+            vars(module)["forward"] = types.MethodType(_pointwise, module)
         elif type(module).__name__ == "Transformer2DModel" and module.is_input_continuous:
             module.norm.forward = types.MethodType(_norm, module.norm)
             module._get_output_for_continuous_inputs = types.MethodType(_as_picture, module)
@@ -58,10 +59,10 @@ def fuse_norms(network: Any, device: torch.device) -> str | None:
 @functools.cache
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot be used on this device, or None; they are compiled and compared with torch."""
+    if device.type != "cuda":
+        return "for a GPU"
     if triton is None:
         return "Triton is not installed"
-    if device.type != "cuda":
-        return "no GPU"
     try:
         for channels, groups in ((96, 32), (128, 32)):
             x = torch.randn(2, channels, 24, 24, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -102,12 +103,14 @@ def norm(
     step = 0 if added is None or added.ndim == 1 else channels  # from one row of `added` to the next
     width = channels // groups
     with torch.cuda.device(x.device) if x.is_cuda else _nothing:
-        _sum_up[rows, chunks, columns](x, sums, positions, channels, chunks, CHUNK, ROWS, COLS)
-        _to_scale[rows, groups](
+        kernels.sum_up[rows, chunks, columns](x, sums, positions, channels, chunks, CHUNK, ROWS, COLS)
+        kernels.to_scale[rows, groups](
             sums, weight, bias, x if added is None else added, scale, positions, channels, chunks, eps, width, step,
             added is not None, max(WIDTH, triton.next_power_of_2(width)),
         )  # fmt: skip
-        _apply[rows, triton.cdiv(positions, ROWS), columns](x, scale, out, positions, channels, activate, ROWS, COLS)
+        kernels.apply[rows, triton.cdiv(positions, ROWS), columns](
+            x, scale, out, positions, channels, activate, ROWS, COLS
+        )
     return out
 
 
@@ -120,7 +123,7 @@ def add(x: torch.Tensor, other: torch.Tensor, bias: torch.Tensor | None) -> torc
     x, other = (t.contiguous(memory_format=torch.channels_last) for t in (x, other))
     out = torch.empty_like(x)
     with torch.cuda.device(x.device) if x.is_cuda else _nothing:
-        _add[(triton.cdiv(x.numel(), 4096),)](x, other, bias, out, x.numel(), x.shape[1], 4096)
+        kernels.add[(triton.cdiv(x.numel(), 4096),)](x, other, bias, out, x.numel(), x.shape[1], 4096)
     return out
 
 
@@ -130,7 +133,7 @@ def _block(self: Any, input_tensor: torch.Tensor, temb: torch.Tensor | None = No
     x = conv2d(x, self.conv1.weight, None, self.conv1.stride, self.conv1.padding)
     added = self.conv1.bias
     if self.time_emb_proj is not None:
-        added = self.time_emb_proj(temb if self.skip_time_act else silu(temb)) + added
+        added = self.time_emb_proj(temb if self.skip_time_act or temb is None else silu(temb)) + added
     x = norm(x, self.norm2.num_groups, self.norm2.weight, self.norm2.bias, self.norm2.eps, True, added)
     x = conv2d(x, self.conv2.weight, None, self.conv2.stride, self.conv2.padding)
     if self.conv_shortcut is not None:
@@ -167,7 +170,7 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], width)
     with torch.cuda.device(x.device) if x.is_cuda else _nothing:
-        _gate[(out.numel() // width, triton.cdiv(width, 1024))](x, out, width, 1024)
+        kernels.gate[(out.numel() // width, triton.cdiv(width, 1024))](x, out, width, 1024)
     return out
 
 
@@ -202,82 +205,3 @@ class _Nothing:
 
 
 _nothing = _Nothing()
-
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["positions", "channels", "chunks"])
-    def _sum_up(x, sums, positions, channels, chunks, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-        """sums[n, chunk, 0 and 1, c]: of the values, and of their squares, at the positions of a chunk."""
-        n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
-        total = tl.zeros([COLS], tl.float32)
-        squares = tl.zeros([COLS], tl.float32)
-        for first in range(0, CHUNK, ROWS):
-            at = chunk * CHUNK + first + tl.arange(0, ROWS)
-            here = (at < positions)[:, None] & (cols < channels)[None, :]
-            values = tl.load(x + (n * positions + at[:, None]) * channels + cols[None, :], here, 0.0).to(tl.float32)
-            total += tl.sum(values, 0)
-            squares += tl.sum(values * values, 0)
-        out = sums + (n * chunks + chunk) * 2 * channels + cols
-        tl.store(out, total, cols < channels)
-        tl.store(out + channels, squares, cols < channels)
-
-    @triton.jit(do_not_specialize=["positions", "channels", "chunks", "width", "step"])
-    def _to_scale(
-        sums, weight, bias, added, scale, positions, channels, chunks, eps, width, step,
-        ADD: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
-        """scale[n, 0 and 1, c]: what a value is multiplied by, and what is added then."""
-        n, group = tl.program_id(0), tl.program_id(1)
-        cols = group * width + tl.arange(0, WIDTH)
-        here = tl.arange(0, WIDTH) < width
-        total = tl.zeros([WIDTH], tl.float32)
-        squares = tl.zeros([WIDTH], tl.float32)
-        for chunk in range(chunks):
-            at = sums + (n * chunks + chunk) * 2 * channels + cols
-            total += tl.load(at, here, 0.0)
-            squares += tl.load(at + channels, here, 0.0)
-        more = tl.zeros([WIDTH], tl.float32)
-        if ADD:
-            more = tl.load(added + n * step + cols, here, 0.0).to(tl.float32)
-            squares += more * (2 * total + positions * more)
-            total += positions * more
-        count = positions * width
-        mean = tl.sum(total, 0) / count
-        variance = tl.maximum(tl.sum(squares, 0) / count - mean * mean, 0.0)
-        factor = tl.load(weight + cols, here, 0.0).to(tl.float32) / tl.sqrt(variance + eps)
-        tl.store(scale + n * 2 * channels + cols, factor, here)
-        offset = tl.load(bias + cols, here, 0.0).to(tl.float32) + (more - mean) * factor
-        tl.store(scale + n * 2 * channels + channels + cols, offset, here)
-
-    @triton.jit
-    def _apply(x, scale, out, positions, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-        n = tl.program_id(0).to(tl.int64)
-        at = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
-        here = (at < positions)[:, None] & (cols < channels)[None, :]
-        place = (n * positions + at[:, None]) * channels + cols[None, :]
-        factor = tl.load(scale + n * 2 * channels + cols, cols < channels, 0.0)
-        offset = tl.load(scale + n * 2 * channels + channels + cols, cols < channels, 0.0)
-        y = tl.load(x + place, here, 0.0).to(tl.float32) * factor[None, :] + offset[None, :]
-        if SILU:
-            y = y / (1 + tl.exp(-y))
-        tl.store(out + place, y.to(out.dtype.element_ty), here)
-
-    @triton.jit
-    def _add(x, other, bias, out, count, channels, SIZE: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-        here = at < count
-        total = tl.load(x + at, here, 0.0).to(tl.float32) + tl.load(other + at, here, 0.0).to(tl.float32)
-        total += tl.load(bias + at % channels).to(tl.float32)
-        tl.store(out + at, total.to(out.dtype.element_ty), here)
-
-    @triton.jit
-    def _gate(x, out, width, SIZE: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        cols = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-        here = cols < width
-        a = tl.load(x + row * 2 * width + cols, here, 0.0).to(tl.float32)
-        b = tl.load(x + row * 2 * width + width + cols, here, 0.0).to(tl.float32)
-        y = a * 0.5 * b * (1 + tl.erf(b * 0.7071067811865476))
-        tl.store(out + row * width + cols, y.to(out.dtype.element_ty), here)

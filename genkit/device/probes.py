@@ -1,7 +1,7 @@
 """Which attention backends work on this machine, how fast each is, and so which one a network takes.
 
-Answers on a GPU, and those about xformers, whose kernels may bring a process down and are tried in one of their own, are
-kept in the cache folder for each machine, dtype and set of versions: the next start probes nothing.
+Answers on a GPU, and those about xformers, whose kernels may bring a process down and are tried in one of their own,
+are kept in the cache folder for each machine, dtype and set of versions: the next start probes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a GPU needs before its first picture, done in a thread while the networks' code is imported and weights are read."""
+"""What a GPU needs before its first picture, in a thread, while the networks' code is imported and weights are read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from genkit.device.probes import choose
 
 
 def warm_up(device: torch.device, dtype: torch.dtype, widths: Iterable[int] = ()) -> None:
-    """Start to load CUDA's libraries, compile kernels and probe attention for heads of these widths; on a CPU nothing."""
+    """Start to load CUDA's libraries, compile kernels, and probe attention for these widths of heads."""
     if device.type == "cuda":
-        threading.Thread(target=_warm_up, args=(device, dtype, sorted(widths)), name="genkit-warm", daemon=True).start()
+        given = device, dtype, sorted(widths)
+        threading.Thread(target=_warm_up, args=given, name="genkit-warm", daemon=True).start()
 
 
 def _warm_up(device: torch.device, dtype: torch.dtype, widths: list[int]) -> None:

@@ -28,7 +28,6 @@ def generate(
     seed: int = 0,
     defaults: dict[str, Any] | None = None,
     quiet: bool = False,
-    compile: bool = False,
     attention: str = "auto",
     format: str = "png",
     quality: int | None = None,
@@ -48,7 +47,7 @@ def generate(
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
     options = Options(
         model=model, clip=clip, device=device, dtype=dtype, batch_size=batch_size, memory=memory, seed=seed,
-        quiet=quiet, compile=compile, attention=attention, format=format, quality=quality, aesthetic=aesthetic,
+        quiet=quiet, attention=attention, format=format, quality=quality, aesthetic=aesthetic,
         scorers=tuple(scorers), picking=picking, max_total_images=max_total_images, max_seconds=max_seconds,
     )  # fmt: skip
     summary = run_job(plan_job(rows, options, defaults or {}), Path(out))

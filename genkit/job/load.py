@@ -48,7 +48,7 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
         budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
     parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)
-    generator = Generator.from_components(parts, budget, compile=o.compile, attention=o.attention)
+    generator = Generator.from_components(parts, budget, attention=o.attention)
     scorer = head = None
     if job.clip is not None:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype, in_ram=in_ram))

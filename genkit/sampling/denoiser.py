@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from genkit.device.compiled import Compiled, compile_network
-from genkit.device.graphs import Call, Graphs
+from genkit.device.graphs import Graphs
 from genkit.device.outofmemory import in_parts
 from genkit.sampling.guidance import guide
 
@@ -20,7 +19,7 @@ class Denoiser:
     """A UNet with classifier-free guidance, split into smaller calls when memory runs out.
 
     `limit` is the most rows of a call; it is halved when memory runs out, and stays halved. graphs: replay calls as
-    CUDA graphs; the weights must then stay where they are. compiled: compile the UNet in the background.
+    CUDA graphs; the weights must then stay where they are.
     """
 
     def __init__(
@@ -28,27 +27,22 @@ class Denoiser:
         unet: Any,
         *,
         graphs: bool = False,
-        compiled: bool = False,
         float32: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
     ) -> None:
         """float32: context manager in which a UNet computes in float32, for `in_float32` (Residency.float32)."""
         self.unet, self._widened = unet, float32 or contextlib.nullcontext
         self.limit: int | None = None
         self.graphs = Graphs(self._plain) if graphs else None
-        self.compiled = Compiled(lambda: compile_network(self.unet, network_call)) if compiled else None
         self._float32 = False
 
     @property
     def notes(self) -> list[str]:
-        """Messages for the user about graphs and compilation, a line each."""
-        found = (self.graphs and self.graphs.reason, self.compiled and self.compiled.note)
-        return [note for note in found if note]
+        """Messages for the user about graphs."""
+        return [self.graphs.reason] if self.graphs is not None and self.graphs.reason else []
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
         """Run the network in float32 within this context."""
-        if self.compiled is not None:
-            self.compiled.wait()  # the thread that compiles reads the same weights
         self._float32 = True
         try:
             with self._widened(self.unet):
@@ -104,26 +98,17 @@ class Denoiser:
     def _call(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self._float32 or torch.is_grad_enabled():
             return self._plain(*inputs)
-        call = self.graphs or self._plain
-        return call(*inputs) if self.compiled is None else self.compiled(call, *inputs)
+        return (self.graphs or self._plain)(*inputs)
 
-    def _plain(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return network_call(self.unet)(*inputs)
+    def _plain(self, x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
+        """Return the raw prediction of the UNet, (B, C, H, W) float32.
 
-
-def network_call(unet: Any) -> Call:
-    """Return the UNet as a function of tensors: x (B, C, H, W), t (B,) -> raw prediction (B, C, H, W), float32.
-
-    Further arguments: embeddings (B, tokens, width) for a conditional UNet; then for SDXL the pooled embedding and
-    time_ids side by side, (B, projection + 6).
-    """
-    dtype = unet.dtype
-
-    def call(x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
+        x: (B, C, H, W), t: (B,), then for a conditional UNet embeddings (B, tokens, width), and for SDXL the pooled
+        embedding and time_ids side by side, (B, projection + 6).
+        """
+        dtype = self.unet.dtype
         prompts, added_cond = [c.to(dtype) for c in cond[:1]], {}
         for beside in cond[1:]:
             vector, sizes = beside.to(dtype).split([beside.shape[1] - SIZES, SIZES], dim=1)
             added_cond["added_cond_kwargs"] = {"text_embeds": vector, "time_ids": sizes}
-        return unet(x.to(dtype), t, *prompts, **added_cond, return_dict=False)[0].float()
-
-    return call
+        return self.unet(x.to(dtype), t, *prompts, **added_cond, return_dict=False)[0].float()

@@ -150,7 +150,7 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, take: Take) -> Iterator[list[Trajectory]]:
-        """Yield after each call the trajectories that finished, with the clean `latent` (or `error` set), or that pause.
+        """Yield after each call the trajectories that finished, with clean `latent` or `error` set, or that pause.
 
         Whenever slots are free, `take(free, alone)` returns new trajectories of a total cost up to `free`. alone:
         nothing is in flight, and one trajectory may cost more than `free`. The run ends when it then returns none.

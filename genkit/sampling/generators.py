@@ -48,12 +48,11 @@ class Generator(Pipeline):
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None,
-        compile: bool = False, attention: str = "auto", memory: str = "auto",
+        attention: str = "auto", memory: str = "auto",
     ) -> Self:  # fmt: skip
         """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it.
 
-        compile: torch.compile the UNet in the background, and switch to it when it is ready and faster. attention: a
-        backend listed by `genkit env`; if it does not work, `.attention.notes` says why and what is used instead.
+        attention: a backend listed by `genkit env`; if it does not work, `.attention.notes` says why and what is used.
         memory: "high" keeps everything on the device, "low" takes the least memory, "auto" what fits. Raises HostError,
         before anything is loaded, if not even one image fits.
         """
@@ -65,12 +64,10 @@ class Generator(Pipeline):
         target, precision = pick_device(device, dtype)
         budget = budget_for(info, None, target, precision, memory)
         parts = load_components(info, device=target, dtype=precision, in_ram=away(budget.level, info.parts))
-        return cls.from_components(parts, budget, compile=compile, attention=attention)
+        return cls.from_components(parts, budget, attention=attention)
 
     @classmethod
-    def from_components(
-        cls, parts: Components, budget: Budget | None = None, *, compile: bool = False, attention: str = "auto"
-    ) -> Self:
+    def from_components(cls, parts: Components, budget: Budget | None = None, *, attention: str = "auto") -> Self:
         """Build a generator from loaded components. They are modified in place to run faster on their device."""
         choice = AttentionChoice(attention)
         if parts.vae is not None and vae_in_float32(parts.info.configs, str(parts.vae.dtype).removeprefix("torch.")):
@@ -98,7 +95,6 @@ class Generator(Pipeline):
             name=parts.info.name,
             defaults=parts.info.defaults,
             folder=parts.info.folder,
-            compile=compile,
             attention=choice,
             residency=Residency(parts.device, *([] if budget is None else [budget.level])),
             budget=budget,

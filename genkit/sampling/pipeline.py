@@ -51,7 +51,6 @@ class Pipeline:
         name: str = "custom",
         defaults: dict[str, Any] | None = None,
         folder: Path | None = None,
-        compile: bool = False,
         attention: AttentionChoice | None = None,
         residency: Residency | None = None,
         budget: Budget | None = None,
@@ -72,11 +71,9 @@ class Pipeline:
         self.text = self._encoder()
         self.attention = attention or AttentionChoice()
         self.residency.add("unet", unet)
-        steady = self.residency.steady  # a UNet that is moved can be neither captured in a graph nor compiled
         self.denoiser = Denoiser(
             unet,
-            graphs=steady and self.device.type == "cuda",
-            compiled=steady and compile,
+            graphs=self.residency.steady and self.device.type == "cuda",
             float32=self.residency.float32,
         )
         self._plans: dict[str, Plan] = {}

@@ -1,15 +1,11 @@
-"""Recorded and compiled network calls, driven on the CPU: padding, buckets, bounds, failures, and the change-over."""
+"""Recorded network calls, driven on the CPU: padding, buckets, bounds and failures."""
 
 from __future__ import annotations
-
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from genkit import Request, TextToImage
-from genkit.device.compiled import TRIALS, Compiled
 from genkit.device.graphs import MOST_POSITIONS, Call, Graphs, Recorded, bucket
 from genkit.sampling.denoiser import Denoiser
 
@@ -155,111 +151,9 @@ def test_gradients_go_around_recordings() -> None:
     recorder = Recorder()
     denoiser = Denoiser(torch.nn.Linear(1, 1), graphs=True)
     denoiser.graphs = Graphs(network, recorder)
-    denoiser._plain = network  # type: ignore[method-assign, assignment]
+    denoiser._plain = network  # type: ignore[method-assign]
     x, t, cond = inputs(2)
     x.requires_grad_()
     for _ in range(3):
         assert denoiser(x, t, cond, None, torch.ones(2)).requires_grad
     assert not recorder.recorded
-
-
-@torch.inference_mode()
-def test_compiled_code_takes_over_when_it_is_ready_and_fits() -> None:
-    go, ran = threading.Event(), []
-
-    def make() -> Call:
-        def fast(*given: torch.Tensor) -> torch.Tensor:
-            ran.append(len(given[0]))
-            return network(*given)
-
-        assert go.wait(10)
-        return fast
-
-    compiled, slowly = Compiled(make), 0.0
-
-    def slow(*given: torch.Tensor) -> torch.Tensor:
-        threading.Event().wait(slowly)
-        return network(*given)
-
-    assert torch.equal(compiled(slow, *inputs(18)), network(*inputs(18))) and ran == []
-    go.set()
-    compiled.wait()
-    assert ran == [18]
-    slowly = 0.05
-    for n, rows in enumerate([18, 17, 14, 18, 16, 13, 18]):  # 13 is less than three quarters of 18
-        given = inputs(rows, n)
-        assert torch.equal(compiled(slow, *given), network(*given)), rows
-    assert ran == [18] + [18] * 6, "padded up to the compiled size"
-    assert torch.equal(compiled(slow, *inputs(18, side=6)), network(*inputs(18, side=6)))
-    assert len(ran) == 7 and compiled.note is not None and compiled.note.startswith("compiled in 0 s; ")
-
-
-@torch.inference_mode()
-def test_compiled_code_that_is_slower_is_not_used() -> None:
-    ran: list[int] = []
-
-    def sluggish(*given: torch.Tensor) -> torch.Tensor:
-        ran.append(1)
-        threading.Event().wait(0.05)
-        return network(*given)
-
-    compiled = Compiled(lambda: sluggish)
-    compiled(network, *inputs(4))
-    compiled.wait()
-    for _ in range(6):
-        compiled(network, *inputs(4))
-    assert len(ran) == 1 + TRIALS and compiled.note is not None and compiled.note.endswith(": not used")
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("when", ["making", "first call", "later"])
-def test_a_failing_compiler_leaves_the_job_as_it_is(when: str) -> None:
-    ran: list[int] = []
-
-    def broken(*given: torch.Tensor) -> torch.Tensor:
-        ran.append(1)
-        if when == "first call" or len(ran) > 1:
-            raise RuntimeError("InductorError: no C++ compiler\ndetails")
-        return network(*given)
-
-    def make() -> Call:
-        if when == "making":
-            raise RuntimeError("no C++ compiler\ndetails")
-        return broken
-
-    compiled = Compiled(make)
-    for n in range(5):
-        assert torch.equal(compiled(network, *inputs(4, n)), network(*inputs(4, n)))
-        compiled.wait()
-    assert compiled.note is not None and "no C++ compiler" in compiled.note and "\n" not in compiled.note
-
-
-class Small(torch.nn.Module):
-    """A network of one convolution that is called as a UNet is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = torch.nn.Conv2d(2, 2, 3, padding=1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv.weight.dtype
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
-        return (torch.nn.functional.silu(self.conv(x)) + t[:, None, None, None],)
-
-
-@pytest.mark.slow
-def test_torch_compile_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    small = Small().requires_grad_(False)
-    denoiser, plain = Denoiser(small, compiled=True), Denoiser(small)
-    x, t = torch.randn(3, 2, 8, 8), torch.tensor([1.0, 50.0, 900.0])
-    with torch.inference_mode():
-        for _ in range(TRIALS + 2):
-            out = denoiser(x, t, None, None, torch.ones(3))
-            assert denoiser.compiled is not None
-            denoiser.compiled.wait()
-            assert torch.allclose(out, plain(x, t, None, None, torch.ones(3)), atol=1e-4)
-    assert denoiser.notes and denoiser.notes[0].startswith("compiled in"), denoiser.notes
-    assert any(tmp_path.iterdir()), "what was compiled outlives the process"
