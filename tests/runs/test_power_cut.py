@@ -1,4 +1,4 @@
-"""What a power cut leaves: a name is given to a file only once its bytes are on the disk, a line only after the name."""
+"""What a power cut leaves: a file gets its name only once its bytes are on the disk, and a line only after the name."""
 
 from __future__ import annotations
 
