@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import stat
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,18 @@ JSON_LIMIT = 2**20  # bytes of a config; real ones have a few thousand
 def place(path: Path | str) -> str:
     """Return a path for a one-line message, with control characters and surrogates escaped."""
     return repr(str(path))[1:-1].encode("utf-8", "backslashreplace").decode()
+
+
+def user_path(text: str | Path) -> Path:
+    """Return a path as a user gives it, with ~ and $HOME resolved."""
+    return Path(os.path.expanduser(os.path.expandvars(text)))
+
+
+def refuse_pointer(start: bytes, path: Path | str) -> None:
+    """Raise InputError if a file that begins so is a Git LFS pointer: what stands in a clone for a large file."""
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        folder = shlex.quote(os.path.dirname(path) or ".")
+        raise InputError(f"{place(path)}: is a Git LFS pointer, not the file: `git -C {folder} lfs pull` fetches it")
 
 
 def file_size(path: Path) -> int:
@@ -50,6 +63,7 @@ def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
         raise InputError(f"{place(path)}: has {size} bytes, more than the {limit} that such a file may have")
     with open(path, "rb") as file:
         data = file.read(limit + 1)  # the file may have grown
+    refuse_pointer(data[:64], path)
     try:
         return data[:limit].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -111,6 +125,7 @@ def read_utf8(path: Path, limit: int) -> str:
     """
     name = place(path)
     data = _bytes(path, name, limit)
+    refuse_pointer(data[:64], path)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{name}: is UTF-16; save it as UTF-8")
     data = data.removeprefix(b"\xef\xbb\xbf")  # byte order mark of Windows editors

@@ -17,8 +17,9 @@ from genkit.components.registry import COMPONENTS, EXTRAS, INDEX_OPTIONS, NETWOR
 from genkit.components.rules import check_config, refuse_code
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import CONVERT, PICKLES, check_shapes, read_weights, wanted_weights
+from genkit.device.memory import TEXTS
 from genkit.errors import InputError, nearest, shown
-from genkit.files import place, read_json
+from genkit.files import place, read_json, read_text, user_path
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # Steps and guidance of the embedded models; genkit.rows.settings has those of other models.
@@ -37,11 +38,12 @@ def inspect_model(name: str | Path, *, variant: str | None = None) -> ModelInfo:
     """
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant):
         raise InputError(f"variant: {shown(variant)} is not like 'fp16'")
-    folder, on_hub = _locate(name)
+    notes: list[str] = []
+    folder, on_hub = _locate(name, notes)
     if lexists(folder / "model_index.json") or lexists(folder / "unet"):
-        model = _read_pipeline(folder)
+        model = _read_pipeline(folder, notes)
     elif lexists(folder / "config.json"):
-        model = _read_clip(folder)
+        model = _read_clip(folder, notes)
     else:
         raise InputError(f"{place(folder)}: holds no model: neither model_index.json nor config.json is there")
     if on_hub:
@@ -54,6 +56,7 @@ def inspect_model(name: str | Path, *, variant: str | None = None) -> ModelInfo:
         defaults={**model.defaults, **(DEFAULTS.get(name, {}) if isinstance(name, str) else {})},
         variant=variant,
         revision=folder.name if on_hub else None,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -68,18 +71,19 @@ def inspect_network(folder: Path, name: str) -> Part:
     cls = stated.get("_class_name") or (stated.get("architectures") or [classes[0]])[0]
     if cls not in classes:
         raise InputError(f"{place(path)}: class {shown(cls)} is no {name}: {' or '.join(classes)}")
-    return _add_weights(_read_part(name, cls, folder), None)
+    return _add_weights(_read_part(name, cls, folder, []), None)
 
 
-def _locate(name: str | Path) -> tuple[Path, bool]:
+def _locate(name: str | Path, notes: list[str]) -> tuple[Path, bool]:
     """Return the folder of the model called `name`, and whether it came from the hub."""
     text = str(name)
     if isinstance(name, str) and name in DEFAULTS:
         return EMBEDDED / name, False
     if not text or "\0" in text:
         raise InputError(f"model: {shown(text)} is no name: give emoji, a folder, or a hub id")
-    path = Path(name)
+    path = user_path(name)
     if lexists(path):
+        path = _snapshot(path, notes)
         if path.is_dir() and os.access(path, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             return path, False
         if path.suffix in PICKLES:
@@ -92,15 +96,32 @@ def _locate(name: str | Path) -> tuple[Path, bool]:
     raise InputError(f"{place(path)}: there is no such folder, and no model of that name is built in{hint}")
 
 
-def _read_pipeline(folder: Path) -> ModelInfo:
+def _snapshot(path: Path, notes: list[str]) -> Path:
+    """Return the newest snapshot of a model's folder in the hub cache (`models--owner--name`), else the path."""
+    snapshots = path / "snapshots"
+    if not path.name.startswith("models--") or not snapshots.is_dir():
+        return path
+    newest = path / "refs" / "main"
+    names = [read_text(newest).strip()] if newest.is_file() else sorted(p.name for p in snapshots.iterdir())
+    if len(names) != 1 or not re.fullmatch(r"[0-9a-f]{1,64}", names[0]):
+        raise InputError(
+            f"{place(path)}: holds {len(names)} snapshots and no refs/main: name one of those in snapshots/"
+        )
+    notes.append(f"{place(path)}: is a folder of the hub cache: snapshot {names[0][:12]} of it is used")
+    return snapshots / names[0]
+
+
+def _read_pipeline(folder: Path, notes: list[str]) -> ModelInfo:
     """Read a folder in diffusers layout and check that its components fit together; without weights and name."""
-    kind, classes, scheduler, options = _read_index(folder)
+    kind, classes, scheduler, options = _read_index(folder, notes)
     networks = {name: cls for name, cls in classes.items() if cls in NETWORKS}
-    parts = {name: _read_part(name, cls, _part_folder(folder, name, "config.json")) for name, cls in networks.items()}
+    parts = {
+        name: _read_part(name, cls, _part_folder(folder, name, "config.json"), notes) for name, cls in networks.items()
+    }
     check_together(kind, parts)
     scheduler_config = _read_scheduler(folder, scheduler)
     lengths = [
-        check_tokenizer(folder / tokenizer, parts[encoder].config, parts[encoder].where)
+        check_tokenizer(folder / tokenizer, parts[encoder].config, parts[encoder].where, notes)
         for encoder, tokenizer in (("text_encoder", "tokenizer"), SECOND)
         if tokenizer in classes
     ]
@@ -118,16 +139,15 @@ def _read_pipeline(folder: Path) -> ModelInfo:
     )  # fmt: skip
 
 
-def _read_clip(folder: Path) -> ModelInfo:
+def _read_clip(folder: Path, notes: list[str]) -> ModelInfo:
     """Read the folder of a CLIPModel; without weights and name."""
-    part = _read_part("clip", "CLIPModel", folder)
-    check_tokenizer(folder, part.config["text_config"], f"{part.where}: text_config")
-    size = part.config["vision_config"]["image_size"]
-    preprocessor = read_preprocessor(folder / "preprocessor_config.json", size)
+    part = _read_part("clip", "CLIPModel", folder, notes)
+    check_tokenizer(folder, part.config["text_config"], f"{part.where}: text_config", notes)
+    preprocessor = read_preprocessor(folder, part.config["vision_config"]["image_size"], notes)
     return ModelInfo("", folder, "clip", {"clip": part}, tokenizer=folder, preprocessor=preprocessor)
 
 
-def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None, dict[str, Any]]:
+def _read_index(folder: Path, notes: list[str]) -> tuple[str, dict[str, str], str | None, dict[str, Any]]:
     """Return (kind, {component: class}, scheduler class, options) from model_index.json, or guessed without one."""
     path = folder / "model_index.json"
     where = place(path)
@@ -138,20 +158,24 @@ def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None, dict[str
         raise InputError(
             f"{where}: _class_name: class {shown(pipeline)} is not supported; supported: {', '.join(PIPELINES)}"
         )
-    options = {key: value for key, value in index.items() if key in INDEX_OPTIONS or not isinstance(value, list)}
-    known = [*COMPONENTS, "scheduler", *EXTRAS, *INDEX_OPTIONS]
-    for key in index.keys() - options.keys() - set(known):
-        raise InputError(f"{where}: {shown(key)}: unknown component{nearest(key, known)}")
-    checked = check_config(options, INDEX_OPTIONS, where)
+    known = COMPONENTS | EXTRAS
+    pairs = {key: value for key, value in index.items() if key in (*known, "scheduler") and value is not None}
+    pairs |= {key: value for key, value in index.items() if _is_pair(value) and not key.startswith("_")}
+    checked = check_config(
+        {key: value for key, value in index.items() if key not in pairs and key not in (*known, "scheduler")},
+        INDEX_OPTIONS, where, notes=notes,
+    )  # fmt: skip
     parts = {}
-    for key, value in index.items():
-        if key in options or value == [None, None]:
+    for key, value in pairs.items():
+        if value == [None, None]:
             continue
-        if len(value) != 2 or not all(isinstance(word, str) for word in value):
+        if not _is_pair(value) or None in value:
             raise InputError(f"{where}: {key}: {shown(value)} is not a pair of library and class")
         if key == "scheduler":
             continue  # genkit.schedulers checks its class
-        library, classes = (COMPONENTS | EXTRAS)[key]
+        if key not in known:
+            raise InputError(f"{where}: {shown(key)}: unknown component{nearest(key, known)}")
+        library, classes = known[key]
         if value[0] != library or value[1] not in classes:
             names = ", ".join(classes)
             raise InputError(f"{where}: {key}: class {shown('.'.join(value))} is not supported; supported: {names}")
@@ -165,7 +189,12 @@ def _read_index(folder: Path) -> tuple[str, dict[str, str], str | None, dict[str
     for key in parts:
         if key not in (*required, "vae"):
             raise InputError(f"{where}: {key}: does not belong in a {pipeline}")
-    return kind, parts, (index.get("scheduler") or [None, None])[1], checked
+    return kind, parts, (pairs.get("scheduler") or [None, None])[1], checked
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether this is how an index names a component's library and class."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(word, str | None) for word in value)
 
 
 def _guess_index(folder: Path) -> dict[str, Any]:
@@ -192,26 +221,37 @@ def _part_folder(folder: Path, part: str, file: str) -> Path:
     return folder if not lexists(own) and lexists(folder / file) else own
 
 
-def _read_part(name: str, cls: str, folder: Path) -> Part:
+def _read_part(name: str, cls: str, folder: Path, notes: list[str]) -> Part:
     """Return a network of class `cls` with its checked config, without weights."""
     path = folder / "config.json"
     config = read_json(path)
-    stated = config.get("_class_name", cls)
+    stated = config.get("_class_name") or cls
     if stated != cls:
         raise InputError(f"{place(path)}: _class_name: {shown(stated)} is not {cls}, which belongs here")
-    return Part(name, cls, folder, check_network(cls, config, place(path)))
+    if name in TEXTS and any(isinstance(config.get(key), dict) for key in ("text_config", "text_config_dict")):
+        notes.append(f"{place(path)}: is of a whole CLIP: its text half is used")
+        refuse_code(config, place(path))
+        half = config.get("text_config_dict") or config["text_config"]
+        config = {"projection_dim": config.get("projection_dim"), **half}
+    known = NETWORKS[cls].table.keys() | NETWORKS[cls].unused.keys()
+    left_out = {key: value for key, value in config.items() if key not in known and not key.startswith("_")}
+    return Part(name, cls, folder, check_network(cls, config, place(path), notes=notes), left_out=left_out)
 
 
-def check_network(cls: str, config: Mapping[str, Any], where: str, inner: str = ": ") -> dict[str, Any]:
+def check_network(
+    cls: str, config: Mapping[str, Any], where: str, inner: str = ": ", notes: list[str] | None = None
+) -> dict[str, Any]:
     """Return the config of a network of class `cls` with defaults filled in.
 
-    inner: joins `where` and the name of a config inside the config, for messages. Raises InputError as `check_config`.
+    inner: joins `where` and the name of a config inside the config, for messages. notes, and InputError: as with
+    `check_config`.
     """
     network = NETWORKS[cls]
-    checked = check_config(config, network.table, where, network.unused)
+    checked = check_config(config, network.table, where, network.unused, notes)
     for key, (table, unused) in network.nested.items():
         new, old = (
-            check_config(checked[name] or {}, table, f"{where}{inner}{name}", unused) for name in (key, f"{key}_dict")
+            check_config(checked[name] or {}, table, f"{where}{inner}{name}", unused, notes)
+            for name in (key, f"{key}_dict")
         )
         checked[key] = new if checked.pop(f"{key}_dict") is None else old  # transformers prefers the old name
     network.check(checked, where)

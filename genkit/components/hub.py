@@ -12,7 +12,8 @@ from genkit.errors import HostError, InputError, shown
 
 _CONFIGS = [
     *(f"{part}/*.json" for part in (*COMPONENTS, "scheduler")),
-    *("model_index.json", "config.json", "scheduler_config.json", "preprocessor_config.json"),
+    *("model_index.json", "config.json", "scheduler_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"),
     *("tokenizer/merges.txt", "tokenizer_2/merges.txt", "merges.txt", "model.safetensors.index*.json"),
 ]

@@ -21,7 +21,7 @@ class Part:
 
     name: component, such as "unet". kind: class. folder: where config.json lies. config: with all defaults filled in.
     files, tensors: weight files, and what their headers list under the names that the class uses; empty for a network
-    that is to get fresh weights.
+    that is to get fresh weights. left_out: what else its config.json holds.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Part:
     config: Mapping[str, Any]
     files: tuple[Path, ...] = ()
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -55,7 +56,8 @@ class ModelInfo:
     the embedding of "", where no negative prompt is given. scheduler_config: for Scheduler.from_config; empty for
     "clip". preprocessor: from preprocessor_config.json of a CLIP model, else empty. defaults:
     num_inference_steps and guidance_scale for this model, if known; tuned_steps: of the tuned plan that is used when a
-    row sets neither scheduler nor steps. revision: commit on the hub, or None.
+    row sets neither scheduler nor steps. revision: commit on the hub, or None. notes: what of its files was left out,
+    corrected or assumed, a line each.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ModelInfo:
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     variant: str | None = None
     revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def configs(self) -> dict[str, Mapping[str, Any]]:
@@ -99,7 +102,7 @@ class ModelInfo:
             name: {"class": part.kind, "parameters": part.parameters, "dtype": part.dtype}
             for name, part in self.parts.items()
         }
-        return found
+        return {**found, "notes": list(self.notes)} if self.notes else found
 
 
 def weight_hashes(info: ModelInfo) -> dict[str, str]:

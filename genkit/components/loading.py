@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from genkit.components.registry import NETWORKS
 from genkit.components.weights import Tensor, check_shapes
 from genkit.device.devices import compute_dtype, usable_cores
 from genkit.errors import HostError, InputError, shown
-from genkit.files import place
+from genkit.files import place, read_json
 from genkit.phases import phase
 
 if TYPE_CHECKING:
@@ -103,6 +104,10 @@ def construct(part: Part) -> Any:
     """Return a new network of the part's class and config, with random weights. Raises InputError."""
     library = NETWORKS[part.kind].library
     cls = getattr(importlib.import_module(library), part.kind)  # names from the registry, never from a folder
+    taken = inspect.signature(cls.__init__).parameters  # a newer library may know more than the tables of keys.py
+    for key, value in part.left_out.items():
+        if key in taken and value != taken[key].default and library == "diffusers":
+            raise InputError(f"{part.where}: {key}: {shown(value)}: the installed {library} knows it, genkit does not")
     try:
         return _CONSTRUCT[library](cls, part.config)
     except Exception as error:  # the library refuses a combination of values that the tables allow
@@ -187,11 +192,24 @@ def load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
         return None
     try:
         with phase("read tokenizer"):
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **_as_tokens(folder))
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise InputError(f"{place(folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
     tokenizer.model_max_length = min(tokenizer.model_max_length, text["max_position_embeddings"])
     return tokenizer
+
+
+def _as_tokens(folder: Path) -> dict[str, Any]:
+    """Return additional_special_tokens where they are plain objects, which transformers writes but does not read."""
+    from transformers import AddedToken
+
+    path = folder / "tokenizer_config.json"
+    stated = read_json(path).get("additional_special_tokens") if path.exists() else None
+    if not any(isinstance(token, dict) and "__type" not in token for token in stated or ()):
+        return {}
+    fields = ("content", "lstrip", "rstrip", "normalized", "single_word")
+    plain = [t if isinstance(t, str) else AddedToken(**{k: t[k] for k in fields if k in t}) for t in stated or ()]
+    return {"additional_special_tokens": plain}
 
 
 _CONSTRUCT: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {

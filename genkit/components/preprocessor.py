@@ -1,11 +1,24 @@
-"""preprocessor_config.json of a CLIP model: how pictures are resized, cropped and normalised, as far as supported."""
+"""How pictures are resized, cropped and normalised for CLIP, from preprocessor_config.json or processor_config.json."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from genkit.components.rules import ANYTHING, FLAG, TEXT, Key, Rule, check_config, choice, either, many, real, whole
+from genkit.components.rules import (
+    ANYTHING,
+    FLAG,
+    TEXT,
+    Key,
+    Rule,
+    check_config,
+    choice,
+    either,
+    many,
+    optional,
+    real,
+    whole,
+)
 from genkit.errors import InputError, shown
 from genkit.files import place, read_json
 
@@ -25,7 +38,8 @@ _EXACT = _sides("height", "width")
 KEYS = {
     "size": Key(either(_SIDE, _sides("shortest_edge"), _EXACT), {"shortest_edge": 224}),
     "crop_size": Key(either(_SIDE, _EXACT), {"height": 224, "width": 224}),
-    "do_center_crop": Key(FLAG, True),
+    "do_center_crop": Key(optional(FLAG), True),
+    "use_square_size": Key(optional(FLAG), False),
     "image_mean": Key(many(real(-10, 10), 3, 3), [0.48145466, 0.4578275, 0.40821073]),
     "image_std": Key(many(real(0, 10, above=True), 3, 3), [0.26862954, 0.26130258, 0.27577711]),
 }
@@ -43,13 +57,25 @@ _UNUSED = {
 }
 
 
-def read_preprocessor(path: Path, image_size: int) -> dict[str, Any]:
+def read_preprocessor(folder: Path, image_size: int, notes: list[str] | None = None) -> dict[str, Any]:
     """Return size, crop_size, do_center_crop, image_mean and image_std of a CLIP model.
 
-    image_size: pixels a side that its network reads. Raises InputError for a key or value that the scorer does not
-    support, and where the prepared picture has another size.
+    transformers 5 writes them into processor_config.json, under "image_processor". image_size: pixels a side that its
+    network reads. Raises InputError for a key or value that the scorer does not support, and where the prepared picture
+    has another size.
     """
-    config = check_config(read_json(path), KEYS, place(path), _UNUSED)
+    path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    content: Any = None
+    if not path.exists() and whole.exists():
+        path, content = whole, read_json(whole).get("image_processor")
+        if not isinstance(content, dict):
+            raise InputError(f"{place(path)}: image_processor: {shown(content)} is not an object")
+    config = check_config(read_json(path) if content is None else content, KEYS, place(path), _UNUSED, notes)
+    if config["do_center_crop"] is None:  # as in transformers, where a null is the class's default
+        config["do_center_crop"] = True
+    if config.pop("use_square_size"):
+        side = config["size"].get("shortest_edge") if isinstance(config["size"], dict) else config["size"]
+        config["size"] = {"height": side, "width": side} if side else config["size"]
     key = "crop_size" if config["do_center_crop"] else "size"
     side = config[key]
     if side != {"height": image_size, "width": image_size} and not (key == "crop_size" and side == image_size):

@@ -30,7 +30,9 @@ OLD_ATTENTION = (
     (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
 )
 OLD_CLIP = ((r".*\bembeddings\.position_ids$", ""),)
-OLD_CLIP_TEXT = (*OLD_CLIP, (r"^text_model\.", ""))
+# Of a whole CLIP where its text half is wanted
+WHOLE_CLIP = ((r"^(vision_model\..*|visual_projection\.weight|logit_scale)$", ""),)
+OLD_CLIP_TEXT = (*OLD_CLIP, *WHOLE_CLIP, (r"^text_projection\.weight$", ""), (r"^text_model\.", ""))
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
@@ -66,7 +68,8 @@ NETWORKS = {
         "transformers", keys.CLIP_TEXT, shapes.check_clip, shapes.clip_text, OLD_CLIP_TEXT, keys.TEXT_UNUSED
     ),
     "CLIPTextModelWithProjection": Network(
-        "transformers", keys.CLIP_TEXT, shapes.check_clip, shapes.clip_text_projected, OLD_CLIP, keys.TEXT_UNUSED
+        "transformers", keys.CLIP_TEXT, shapes.check_clip, shapes.clip_text_projected, (*OLD_CLIP, *WHOLE_CLIP),
+        keys.TEXT_UNUSED,
     ),
     "CLIPModel": Network(
         "transformers", keys.CLIP, shapes.check_clip_pair, shapes.clip, OLD_CLIP, keys.CLIP_UNUSED,

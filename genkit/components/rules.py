@@ -11,6 +11,7 @@ from genkit.errors import InputError, nearest, shown
 UNUSED = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})
 CODE = frozenset({"auto_map", "custom_pipeline", "trust_remote_code", "custom_pipelines"})
 LIST_LIMIT = 16  # no network has more blocks
+NAMED = 6  # keys named in a note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,33 +80,51 @@ TEXT = Rule("a text of at most 1000 characters", lambda v: isinstance(v, str) an
 
 
 def refuse_code(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for a key that names code to run, such as auto_map, or that is private to a library."""
+    """Raise InputError for a key that names code to run, such as auto_map."""
     for key, value in config.items():
-        if key in CODE:
+        hub_kernel = key.startswith("_attn_implementation") and isinstance(value, str) and "/" in value
+        if hub_kernel or (key in CODE and value is not None and value is not False):
             raise InputError(f"{where}: {key}: {shown(value)}: code that comes with a model is never run")
-        if key.startswith("_") and key not in UNUSED:
-            raise InputError(f"{where}: {shown(key)}: private keys are not read")
 
 
 def check_config(
-    config: Mapping[str, Any], keys: Mapping[str, Key], where: str, unused: Mapping[str, Rule] | None = None
+    config: Mapping[str, Any],
+    keys: Mapping[str, Key],
+    where: str,
+    unused: Mapping[str, Rule] | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, Any]:
     """Return the values of `keys` in `config`, with defaults filled in.
 
-    unused: rules for further keys that are accepted and not returned. Raises InputError with `where`, the key, its
-    value and what it may be, or the nearest known key.
+    unused: rules for further keys that are accepted and not returned. notes: for a file that another tool wrote; keys
+    that are in neither table are left out and noted, null for a flag is false, and other nulls are absent. Without it
+    they are errors. Raises InputError with `where`, the key, its value and what it may be, or the nearest known key.
     """
     unused = unused or {}
     refuse_code({key: value for key, value in config.items() if key not in unused}, where)
     checked = {name: key.default for name, key in keys.items()}
+    left_out = []
     for name, value in config.items():
-        if name in UNUSED:
+        if name in UNUSED or name in CODE:
             continue
         rule = keys[name].rule if name in keys else unused.get(name)
         if rule is None:
-            raise InputError(f"{where}: {shown(name)}: unknown key{nearest(name, keys)}")
+            if notes is None:
+                raise InputError(f"{where}: {shown(name)}: unknown key{nearest(name, keys)}")
+            asks = not (value is None or value is False or value in ([], {}, ""))
+            left_out += [f"{shown(name).strip(chr(39))}{nearest(name, keys)}"] if asks else []
+            continue
+        if value is None and notes is not None and not rule.holds(None):
+            if rule is FLAG:
+                checked |= {name: False} if name in keys else {}
+                continue
+            if name in unused:
+                continue
         if not rule.holds(value):
             raise InputError(f"{where}: {name}: {shown(value)} is not {rule.text}")
         if name in keys:  # transformers' configs refuse the integer 1 for 1.0
             checked[name] = float(value) if type(keys[name].default) is float and type(value) is int else value
+    if left_out and notes is not None:
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        notes.append(f"{where}: not used, as no network here knows it: {', '.join(left_out[:NAMED])}{more}")
     return checked

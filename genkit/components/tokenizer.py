@@ -35,14 +35,14 @@ _CONFIG_UNUSED = {
 }
 
 
-def check_tokenizer(folder: Path, text: Mapping[str, Any], text_config: str) -> int:
+def check_tokenizer(folder: Path, text: Mapping[str, Any], text_config: str, notes: list[str] | None = None) -> int:
     """Check the files of a CLIP tokenizer; return the number of tokens that it and its text encoder read of a prompt.
 
     text: config of the text encoder, with vocab_size above every token id; text_config: its name for messages. Raises
     InputError naming file and entry.
     """
     path = folder / "tokenizer_config.json"
-    config = check_config(read_json(path) if path.exists() else {}, CONFIG, place(path), _CONFIG_UNUSED)
+    config = check_config(read_json(path) if path.exists() else {}, CONFIG, place(path), _CONFIG_UNUSED, notes)
     vocab_size = text["vocab_size"]
     fast, vocab_file = folder / "tokenizer.json", folder / "vocab.json"
     added_file = folder / "added_tokens.json"

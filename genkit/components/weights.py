@@ -17,7 +17,7 @@ from typing import Any
 
 from genkit.components.shapes import Shapes
 from genkit.errors import InputError, nearest, shown
-from genkit.files import file_size, parse_json, place, read_json
+from genkit.files import file_size, parse_json, place, read_json, refuse_pointer
 
 HEADER_LIMIT = 2**24  # bytes; the header of SDXL's UNet, 2.6 billion parameters, has 0.2 million
 TENSOR_LIMIT = 2**16
@@ -136,14 +136,16 @@ def read_header(path: Path) -> list[Tensor]:
     """
     size = file_size(path)
     with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
+        start = file.read(64)
+        refuse_pointer(start, path)
+        length = int.from_bytes(start[:8], "little")
         if size < 8 or length > size - 8:
             pickled = start[:2] in (b"\x80\x02", b"\x80\x04", b"PK")
             what = "a pickle or archive" if pickled else "cut short or no safetensors"
             raise InputError(f"{place(path)}: is {what}: its {size} bytes hold no header of {length} bytes")
         if length > HEADER_LIMIT:
             raise InputError(f"{place(path)}: header has {length} bytes, more than {HEADER_LIMIT}")
+        file.seek(8)
         raw = file.read(length)
     try:
         header = parse_json(raw.decode("utf-8"), f"{place(path)}: header")

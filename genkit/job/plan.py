@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Checked work: rows with every default filled in, the model and scorer, and what they will cost."""
+    """Checked work: rows with every default filled in, the model and scorer, and what they will cost.
+
+    notes: what of the rows' and models' files was left out, corrected or assumed, a line each.
+    """
 
     rows: list[Request]
     options: Options
@@ -39,6 +42,7 @@ class Job:
     clip: ModelInfo | None
     calls: int  # rows that the network computes for the images that will certainly be drawn
     scorers: list[Plugin] = dataclasses.field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
@@ -61,6 +65,7 @@ class Job:
                 slots=self.options.batch_size,
                 largest=self.largest,
             ),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     @property
@@ -108,7 +113,8 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
     options.picking.check_rows(any(row.keep is not None for row in filled))
-    return Job(filled, options, info, clip, calls, scorers)
+    notes = (*getattr(rows, "notes", ()), *info.notes, *(() if clip is None else clip.notes))
+    return Job(filled, options, info, clip, calls, scorers, notes)
 
 
 def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], frozenset[str]]:

@@ -67,7 +67,7 @@ def run_job(job: Job, out: Path) -> Summary:
         draws = Draws(job.rows, run.done, job.options.max_total_images, until)
         stopped = EXIT_OK
         with Progress(draws.total, len(run.done), quiet=job.options.quiet) as progress:
-            for line in run.notes:
+            for line in (*job.notes, *run.notes):
                 progress.message(line)
             if draws.has_next() or (run.stale and job.clip is not None):
                 loaded = loaded or load(job, recorded)
