@@ -83,6 +83,7 @@ def generate(
     if not 0 <= options.seed < 2**32:
         raise InputError(f"--seed: {options.seed} is not within 0 to {2**32 - 1}")
     with phases.phase("read and check rows and model"):
+        rows: list[Request]
         if prompts is not None:
             rows = read_prompts(prompts, defaults)
         else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place
 from genkit.schedulers import SOLVERS, SPACINGS, Plan, Scheduler
+from genkit.schedulers.diffusers_config import CLASSES
 from genkit.schedulers.tuned import FILE, read_plans
 
 TUNED = "tuned"
@@ -19,6 +21,14 @@ ALIASES = {
     "dpm++_3m_sde": "sde-dpmpp_3m", "dpm++_sde": "dpmpp_sde", "dpm++_2s": "dpmpp_2s", "dpm2_a": "dpm2_ancestral",
     "dpm_2": "dpm2", "dpm_2_ancestral": "dpm2_ancestral", "k_dpm_2": "dpm2", "k_dpm_2_a": "dpm2_ancestral",
     "k_lms": "lms", "k_heun": "heun", "uni_pc": "unipc", "sa_solver": "sa", "dpmsolver": "dpmsolver_2m",
+    "dpmpp_2m_sde_gpu": "sde-dpmpp_2m", "dpmpp_3m_sde_gpu": "sde-dpmpp_3m", "dpmpp_sde_gpu": "dpmpp_sde",
+}  # fmt: skip
+# Schedules of noise beside a sampler, in AUTOMATIC1111 ("Schedule type") and ComfyUI ("scheduler"), and their spacings;
+# None is the model's own.
+_SCHEDULED = {
+    "automatic": None, "normal": None, "simple": "trailing", "sgm_uniform": "trailing", "uniform": None,
+    "ddim_uniform": "leading", "karras": "karras", "exponential": "exponential", "beta": "beta",
+    "align_your_steps": "align_your_steps", "align_your_steps_gits": "gits",
 }  # fmt: skip
 # Spacings that may be appended to a solver's name, as in dpmpp_2m_karras
 NAMED = tuple(s for s in SPACINGS if s not in ("timesteps", "sigmas"))
@@ -101,11 +111,42 @@ def scheduler_options(value: str | dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def is_schedule(value: Any) -> bool:
+    """Whether a row's `scheduler` is a schedule of noise alone, as in ComfyUI, where the solver is `sampler_name`."""
+    return isinstance(value, str) and _plain(value) in _SCHEDULED
+
+
+def with_schedule(scheduler: Any, schedule: Any) -> dict[str, Any]:
+    """Return {"scheduler": a row's solver with a schedule of noise as its spacing}, or {} if neither says anything."""
+    if not is_schedule(schedule):
+        raise InputError(f"scheduler: {shown(schedule)}: no schedule of noise{nearest(str(schedule), _SCHEDULED)}")
+    spacing = _SCHEDULED[_plain(schedule)]
+    if spacing is None:
+        return {} if scheduler is None else {"scheduler": scheduler}
+    options = {} if scheduler is None else scheduler_options(scheduler)
+    if options.get("spacing", spacing) != spacing:
+        raise InputError(f"scheduler: {shown(scheduler)} and {shown(schedule)} name two schedules of noise")
+    return {"scheduler": {**options, "spacing": spacing}}
+
+
+def _plain(name: str) -> str:
+    """Return a name in one spelling: "DPM++ 2M Karras" is dpm++_2m_karras."""
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
 def _named(name: object) -> dict[str, Any]:
+    plain = _plain(name) if isinstance(name, str) else ""
     for spacing in ("", *NAMED):
-        solver = str(name).removesuffix(f"_{spacing}") if spacing else str(name)
-        if isinstance(name, str) and (solver != name or not spacing) and (solver in SOLVERS or solver in ALIASES):
-            return {"solver": ALIASES.get(solver, solver), **({"spacing": spacing} if spacing else {})}
+        solver = plain.removesuffix(f"_{spacing}") if spacing else plain
+        if (solver != plain or not spacing) and solver in _SPELT:
+            return {"solver": _SPELT[solver], **({"spacing": spacing} if spacing else {})}
+    cls = next((c for c in _CLASSES if plain in (c.lower(), c.removesuffix("Scheduler").lower())), None)
+    if cls is not None:  # a class of diffusers
+        return {"solver": CLASSES[cls]["solver"]}
     full = [f"{solver}_{spacing}" for solver in SOLVERS for spacing in NAMED]
-    close = nearest(str(name).lower(), [*SOLVERS, *ALIASES, *full])
+    close = nearest(plain or str(name), [*SOLVERS, *ALIASES, *full])
     raise InputError(f"{shown(name)}: no solver{close}; there are {', '.join(SOLVERS)}, also with _karras and the like")
+
+
+_SPELT = {**{_plain(solver): solver for solver in SOLVERS}, **{_plain(k): v for k, v in ALIASES.items()}}
+_CLASSES = [name for name, made in CLASSES.items() if made["style"] not in ("edm", "flow")]

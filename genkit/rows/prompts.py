@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.errors import InputError, shown
-from genkit.files import place
+from genkit.files import place, user_path
 from genkit.rows.request import Request, over, prepared
 from genkit.rows.rowfiles import RowFile, open_rows
 from genkit.rows.typed import typed
@@ -16,7 +16,13 @@ __all__ = ["read_prompts", "typed"]
 MAX_ROWS = 1_000_000
 
 
-def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None) -> list[Request]:
+class Rows(list[Request]):
+    """Rows of a prompt file, and notes of what was assumed as it was read."""
+
+    notes: tuple[str, ...] = ()
+
+
+def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None) -> Rows:
     """Return the rows of a .txt, .jsonl, .csv or .yaml prompt file, in order, each with an id.
 
     A row without an id gets its number, zero padded to 6: the first row of the file is 000000. `image` and `mask_image`
@@ -26,11 +32,11 @@ def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None) -> li
     Raises InputError, one line naming file, line and field. The whole file is checked, pictures included, before this
     returns.
     """
-    path = Path(path)
+    path = user_path(path)
     file, name = open_rows(path), place(path)
     own = _defaults(file, name, path.parent)
     shared = over(defaults or {}, own)
-    rows: list[Request] = []
+    rows, any_seed = Rows(), 0
     taken: dict[str, int] = {}  # line of each id in lower case: some file systems ignore case
     for line, fields in file.rows:
         try:
@@ -47,10 +53,13 @@ def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None) -> li
             origin = f" (line {file.defaults_line}: defaults)" if field in own and field not in fields else ""
             raise InputError(f"{name}:{line}: {error}{origin}") from None
         row._source = f"{name}:{line}"
+        any_seed += fields.get("seed") in (-1, -1.0)
         taken[key] = line
         rows.append(row)
     if not rows:
         raise InputError(f"{name}: holds no rows")
+    drawn = [f"{name}: seed -1 in {any_seed} rows: drawn from --seed for each image, and recorded"] if any_seed else []
+    rows.notes = (*file.notes, *drawn)
     return rows
 
 

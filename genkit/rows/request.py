@@ -13,7 +13,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from genkit.errors import InputError, nearest, shown
+from genkit.files import user_path
 from genkit.pictures.images import check_image
+from genkit.rows.typed import COUNTS, whole
+from genkit.rows.yamltext import Cut
 
 MAX_TEXT = 100_000  # characters, of a prompt as of `meta` written as JSON
 META_DEPTH = 20
@@ -31,8 +34,11 @@ ALIASES = {
     "sampler": "scheduler",
     "denoising_strength": "strength",
     "init_image": "image",
+    "negative": "negative_prompt",
+    "mask": "mask_image",
 }
 
+SCHEDULES = ("schedule_type", "schedule")  # of noise, beside a sampler: fields of AUTOMATIC1111
 Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 Side = Annotated[int, Field(ge=8, le=8192)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
@@ -280,35 +286,77 @@ def over(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
 
 
 def canonical(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return `fields` under genkit's names: aliases resolved, `size: "WxH"` split, unknown keys refused.
+    """Return `fields` under genkit's names and without nulls, which state nothing.
 
+    Aliases, and names in capitals or with spaces, are resolved, `size: "WxH"` is split, 42.0 is 42 where a whole number
+    is meant, and a schedule of noise beside a sampler, as ComfyUI and AUTOMATIC1111 have it, becomes its spacing.
     Raises InputError for an unknown key, or for a field given under two names.
     """
     out: dict[str, Any] = {}
+    schedule = None
     for key, value in fields.items():
-        name = ALIASES.get(key, key)
+        name = field_name(key)
+        if value is None and (name in Request.model_fields or name in (*SCHEDULES, "size")):
+            continue
+        if name in SCHEDULES or (name == "scheduler" and _is_schedule(value)):
+            schedule = value
+            continue
         if name == "size":
             parts = value.lower().split("x") if isinstance(value, str) else []
             if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) < 6 for p in parts):
                 raise InputError(f'size: {shown(value)} is not like "512x512"')
             pairs = {"width": int(parts[0]), "height": int(parts[1])}
         elif name in Request.model_fields:
-            pairs = {name: value}
+            pairs = {name: _plainly(name, value)}
         else:
             raise InputError(f"{shown(key)}: unknown field{nearest(key, [*Request.model_fields, *ALIASES, 'size'])}")
         for field, field_value in pairs.items():
             if field in out:
                 raise InputError(f"{field}: given twice, once as {shown(key)}")
-            out[field] = field_value
+            if field_value is not None:
+                out[field] = field_value
+    if schedule is not None:
+        from genkit.rows.plans import with_schedule
+
+        out |= with_schedule(out.get("scheduler"), schedule)
     return out
+
+
+def _is_schedule(value: Any) -> bool:
+    from genkit.rows.plans import is_schedule
+
+    return is_schedule(value)
+
+
+def field_name(key: Any) -> Any:
+    """Return genkit's name for a field: aliases resolved, "Negative Prompt" and "negative-prompt" alike."""
+    if not isinstance(key, str) or key in Request.model_fields or key in ALIASES:
+        return ALIASES.get(key, key)
+    plain = re.sub(r"[\s_-]+", "_", key.strip().lower())
+    return ALIASES.get(plain, plain)
+
+
+def _plainly(name: str, value: Any) -> Any:
+    """Return the value with whole numbers as such; a seed of -1, which is any in other tools, is None."""
+    if name == "seed":
+        value = [whole(v) for v in value] if isinstance(value, list) else whole(value)
+        return None if type(value) is int and value == -1 else value
+    return whole(value) if name in COUNTS else value
 
 
 def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the fields under genkit's names, after checking what Request does not: the prompt and pictures."""
     found = canonical(fields)
     prompt = found.get("prompt", "-")
-    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+    if isinstance(prompt, str) and not prompt.strip():
         raise InputError(f"prompt: {shown(prompt)} is empty; leave the field out for a model without prompts")
+    for field in ("prompt", "negative_prompt", "labels"):
+        value = found.get(field)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, Cut):
+                raise InputError(
+                    f"{field}: {shown(text)} is cut at ' #', where YAML begins a comment; put it in quotes"
+                )
     for field in ("image", "mask_image"):
         if isinstance(found.get(field), str) and found[field]:
             found[field] = _picture(folder, field, found[field])
@@ -320,7 +368,7 @@ def _picture(folder: Path, field: str, text: str) -> str:
         raise InputError(f"{field}: {shown(text)} is a URL; pictures are read from local files only")
     if len(text) > 4096:
         raise InputError(f"{field}: {shown(text)} is too long for a path")
-    path = Path(os.path.abspath(folder), text)
+    path = Path(os.path.abspath(folder), user_path(text))
     try:
         check_image(path, contained=True)
     except InputError as error:

@@ -12,8 +12,8 @@ from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import file_size, parse_json, place, read_utf8
-from genkit.rows.request import ALIASES, Request, canonical
-from genkit.rows.typed import typed
+from genkit.rows.request import ALIASES, Request, canonical, field_name
+from genkit.rows.typed import COUNTS, NUMBERS, typed
 
 MAX_BYTES = 2**27  # of a prompt file
 
@@ -27,6 +27,7 @@ class RowFile:
     rows: Rows
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults_line: int = 1
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was assumed; whole once the rows are read
 
 
 def open_rows(path: Path) -> RowFile:
@@ -48,6 +49,11 @@ def _txt_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         line = raw.strip(" \t")
         if not line.strip() or line.startswith("#"):
             continue
+        if re.match(r"Negative prompt: |Steps: \d+, Sampler: ", line):
+            raise InputError(
+                f"{name}:{number}: is infotext of AUTOMATIC1111, as pictures hold it; here each line is a prompt: "
+                "write its fields into a .jsonl, .csv or .yaml file"
+            )
         option = re.search(r"(?:^|\s)--([A-Za-z][A-Za-z_-]*)", line)
         if option:
             raise InputError(f"{name}:{number}: {shown('--' + option[1])}: {_option_hint(option[1])}")
@@ -79,38 +85,82 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_csv(text: str, name: str) -> RowFile:
-    rows = _csv_lines(text, name)
+    first, _, rest = text.partition("\n")
+    told = re.fullmatch(r"sep=([,;\t|])\s*", first)  # a line that Excel reads, and writes
+    delimiter = told[1] if told else _delimiter(first)
+    rows = _csv_lines("\n" + rest if told else text, name, delimiter)
     line, header = next(rows, (1, []))
     header = [column.strip() for column in header]
+    while header and not header[-1]:  # empty columns at the end, whose cells must be empty, too
+        header.pop()
+    notes = [] if delimiter == "," else [f"{name}:{line}: columns are separated by {_SEPARATORS[delimiter]}"]
     try:
-        if len(set(header)) < len(header) or "" in header:
-            twice = next((c for i, c in enumerate(header) if c in header[:i]), "")
+        named = [column for column in header if not _is_index(column)]
+        if len(set(named)) < len(named) or "" in header[1:]:
+            twice = next((c for i, c in enumerate(named) if c in named[:i]), "")
             raise InputError(f"header: column {shown(twice)} {'is there twice' if twice else 'has no name'}")
         if len(header) == 1 and re.search("[;\t|]", header[0]):
             raise InputError(f"header: {shown(header[0])}: columns are separated by commas here")
-        canonical(dict.fromkeys(header, "8x8"))  # for unknown names and aliases of the same field
+        canonical(dict.fromkeys(named, "8x8"))  # for unknown names and aliases of the same field
     except InputError as error:
         raise InputError(f"{name}:{line}: {error}") from None
-    return RowFile(_csv_rows(rows, header, name))
+    if len(named) < len(header):
+        notes.append(f"{name}:{line}: a column of row numbers is not used")
+    return RowFile(_csv_rows(rows, header, name, delimiter == ";"), notes=notes)
+
+
+def _delimiter(header: str) -> str:
+    """Return the separator under which most names of the header are fields; a comma where none is."""
+
+    def known(separator: str) -> int:
+        names = (field_name(column.strip(" \"'")) for column in header.split(separator))
+        return sum(name in (*Request.model_fields, "size") for name in names)
+
+    return max((",", ";", "\t", "|"), key=lambda separator: (header.count(separator) > 0) * known(separator))
+
+
+def _is_index(column: str) -> bool:
+    """Whether a column holds the row numbers of pandas, which have no name, or one like "Unnamed: 0"."""
+    return not column or re.fullmatch(r"Unnamed: \d+", column) is not None
 
 
 def _csv_rows(
-    rows: Iterator[tuple[int, list[str]]], header: list[str], name: str
+    rows: Iterator[tuple[int, list[str]]], header: list[str], name: str, decimal_comma: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, cells in rows:
         if not any(cell.strip() for cell in cells):
             continue  # empty rows that spreadsheets write below the table
+        while len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()
         if len(cells) != len(header):
             raise InputError(f"{name}:{line}: has {len(cells)} cells under {len(header)} columns; quote commas in text")
         try:
             stated = {column: cell for column, cell in zip(header, cells, strict=True) if cell.strip()}
-            yield line, {column: typed(ALIASES.get(column, column), cell) for column, cell in stated.items()}
+            numbers = [cell for column, cell in stated.items() if _is_index(column) and not cell.strip().isdigit()]
+            if numbers:
+                raise InputError(f"header: the column of {shown(numbers[0])} has no name")
+            yield (
+                line,
+                {
+                    column: _cell(field_name(column), cell, decimal_comma)
+                    for column, cell in stated.items()
+                    if not _is_index(column)
+                },
+            )
         except InputError as error:
             raise InputError(f"{name}:{line}: {error}") from None
 
 
-def _csv_lines(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _cell(field: str, cell: str, decimal_comma: bool) -> Any:
+    """Return the value of a cell; in a table with semicolons 7,5 is a number, as in the languages that write so."""
+    if field in NUMBERS and cell.strip().lower() in ("nan", "none", "null", "na", "n/a"):
+        return None
+    comma = decimal_comma and field in (*NUMBERS, *COUNTS) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", cell)
+    return typed(field, cell.replace(",", ".") if comma else cell)
+
+
+def _csv_lines(text: str, name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     while True:
         line = reader.line_num + 1
         try:
@@ -148,6 +198,7 @@ def _read_yaml(text: str, name: str) -> RowFile:
     return RowFile(((row.line, dict(row)) for row in requests), dict(defaults), defaults.line or 1)
 
 
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _CSV_ERRORS = {
     "unexpected end of data": "a quote is opened and never closed",
     "field larger than field limit": "a cell is longer than 131072 characters: is a quote not closed?",

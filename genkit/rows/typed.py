@@ -9,6 +9,9 @@ from typing import Any
 from genkit.errors import InputError, shown
 from genkit.files import parse_json
 
+COUNTS = ("num_images", "num_inference_steps", "width", "height", "keep", "max_images")  # whole numbers
+NUMBERS = (*COUNTS, "guidance_scale", "strength", "seed")
+
 
 def typed(field: str, text: str) -> Any:
     """Return the text of a CSV cell or command-line option as the value of `field` (genkit's name for it).
@@ -21,10 +24,17 @@ def typed(field: str, text: str) -> Any:
     return text if convert is None else convert(field, text)
 
 
+def whole(value: Any) -> Any:
+    """Return 42 for 42.0, as tables write whole numbers of a column that has gaps; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
 def _integer(field: str, text: str) -> int:
-    if not re.fullmatch(r"[-+]?[0-9]{1,30}", text.strip(" ")):
+    if re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]{1,3}", text.strip(" ")):
+        raise InputError(f"{field}: {shown(text)} was shortened by a spreadsheet; format its cells as text")
+    if not re.fullmatch(r"[-+]?[0-9]{1,30}(\.0*)?", text.strip(" ")):
         raise InputError(f"{field}: {shown(text)} is not a whole number")
-    return int(text)
+    return int(text.split(".")[0])
 
 
 def _number(field: str, text: str) -> float:
@@ -63,7 +73,7 @@ def _scheduler(field: str, text: str) -> str | dict[str, Any]:
 
 
 _TYPED: dict[str, Callable[[str, str], Any]] = {
-    **dict.fromkeys(("num_images", "num_inference_steps", "width", "height", "keep", "max_images"), _integer),
+    **dict.fromkeys(COUNTS, _integer),
     **dict.fromkeys(("guidance_scale", "strength"), _number),
     "guidance_interval": _interval,
     "seed": _seeds,

@@ -25,6 +25,10 @@ _AMBIGUOUS = re.compile(
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+class Cut(str):
+    """A text without quotes, after which a comment stands on the same line: maybe a part of it."""
+
+
 class Block(dict[Any, Any]):
     """A YAML mapping that knows the line (from 1) where it starts."""
 
@@ -46,7 +50,7 @@ def parse_yaml(text: str, where: str, exponents: bool = False) -> Any:
         raise InputError(
             f"{where}:{line}: {shown(odd[0])} cannot stand in YAML; write it as an escape in double quotes"
         )
-    builder = _Builder(where, exponents)
+    builder = _Builder(where, exponents, text)
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             builder.add(event)
@@ -61,8 +65,8 @@ def parse_yaml(text: str, where: str, exponents: bool = False) -> Any:
 class _Builder:
     """Builds values from the parser's events, with a stack of its own: no file can exhaust Python's."""
 
-    def __init__(self, where: str, exponents: bool) -> None:
-        self.where, self.exponents = where, exponents
+    def __init__(self, where: str, exponents: bool, text: str) -> None:
+        self.where, self.exponents, self.lines = where, exponents, text.split("\n")
         self.document: Any = None
         self._documents = 0
         self._open: list[Block | list[Any]] = []
@@ -89,7 +93,11 @@ class _Builder:
     def scalar(self, event: Any, line: int) -> None:
         """Store a scalar: text when it is a key, quoted or a block, else what it plainly says."""
         plain = event.implicit[0] and not self._expects_key()
-        self._store(self._plain(event.value, line) if plain else event.value, line)
+        value = self._plain(event.value, line) if plain else event.value
+        if plain and isinstance(value, str):
+            rest = self.lines[event.end_mark.line][event.end_mark.column :]
+            value = Cut(value) if rest.lstrip().startswith("#") else value
+        self._store(value, line)
 
     def start(self, event: Any, line: int) -> None:
         """Open a list or a mapping."""

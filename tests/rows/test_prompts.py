@@ -201,7 +201,7 @@ def test_typed(field: str, text: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "text"),
-    [("seed", "1_0"), ("seed", "0x10"), ("seed", ""), ("width", "8.0"), ("strength", "nan"), ("strength", "1_0.5"),
+    [("seed", "1_0"), ("seed", "0x10"), ("seed", ""), ("width", "8.5"), ("strength", "nan"), ("strength", "1_0.5"),
      ("meta", "{"), ("meta", "[]"), ("labels", '["a", "b"'), ("labels", '["a"], "x": [1]'), ("guidance_scale", "7,5")],
 )  # fmt: skip
 def test_typed_refuses(field: str, text: str) -> None:

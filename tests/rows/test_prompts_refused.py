@@ -52,7 +52,6 @@ BAD: list[tuple[str, str, str | bytes, str, str]] = [
     ("16-header-alias", "a.csv", "prompt,steps,num_inference_steps\na,,\n", ":1:", "num_inference_steps: given twice"),
     ("16-header-blank", "a.csv", "prompt,,seed\na,1,2\n", ":1:", "has no name"),
     ("16-header-unknown", "a.csv", "promt,seed\na,1\n", ":1:", "'promt': unknown field (did you mean 'prompt'?)"),
-    ("16-semicolons", "a.csv", "prompt;seed\na;1\n", ":1:", "separated by commas"),
     ("17-short", "a.csv", "prompt,seed\na,1\nb\n", ":3:", "1 cells under 2 columns"),
     ("17-long", "a.csv", "prompt,seed\na,1\nb, c,3\n", ":3:", "3 cells under 2 columns"),
     ("18-json", "a.jsonl", '{"seed": 1, "prompt": "a", "seed": 2}', ":1:", "'seed': key is given twice"),
@@ -62,7 +61,6 @@ BAD: list[tuple[str, str, str | bytes, str, str]] = [
     ("18-yaml-top", "a.yaml", "requests: [{seed: 1}]\nrequests: []\n", ":2:", "'requests': key is given twice"),
     *[(f"19-{v}", "a.jsonl", GOOD + f'{{"guidance_scale": {v}}}', ":2:", "") for v in
       ("NaN", "Infinity", "-Infinity", "1e400", "-1e400")],
-    ("19-csv-nan", "a.csv", "prompt,guidance_scale\na,nan\n", ":2:", "guidance_scale: 'nan' is not a number"),
     ("19-csv-large", "a.csv", "prompt,guidance_scale\na,1e400\n", ":2:", "guidance_scale: inf must be finite"),
     ("19-yaml-nan", "a.yaml", "requests:\n- guidance_scale: .nan\n", ":2:", "'.nan': YAML readers disagree"),
     ("20-json", "a.jsonl", '{"seed": ' + "9" * 5000 + "}", ":1:", "digits"),
@@ -87,12 +85,10 @@ BAD: list[tuple[str, str, str | bytes, str, str]] = [
     ("24-yaml-defaults", "a.yaml", "requests: [{prompt: a}]\ndefaults:\n  stesp: 3\n", ":3:", "defaults: 'stesp'"),
     ("24-yaml-top", "a.yaml", "default:\n  steps: 3\nrequests: [{prompt: a}]\n", ":1:", "did you mean 'defaults'?"),
     ("24-yaml-number", "a.yaml", "requests:\n- 7: a\n", ":2:", "'7': unknown field"),
-    ("25-null", "a.jsonl", GOOD + row(prompt=None), ":2:", "prompt: None is empty"),
     ("25-list", "a.jsonl", row(prompt=["a"]), ":1:", "prompt: ['a'] must be text"),
     ("25-number", "a.jsonl", row(prompt=7), ":1:", "prompt: 7 must be text"),
     ("25-empty", "a.jsonl", row(prompt=""), ":1:", "prompt: '' is empty"),
     ("25-blank", "a.jsonl", row(prompt=" \n\u2003"), ":1:", "is empty"),
-    ("25-yaml-null", "a.yaml", "requests:\n- prompt:\n", ":2:", "prompt: None is empty"),
     ("25-yaml-number", "a.yaml", "requests:\n- prompt: 1984\n", ":2:", "prompt: 1984 must be text"),
     ("25-yaml-defaults", "a.yaml", "defaults: {prompt: ''}\nrequests: [{seed: 1}]\n", ":1:", "defaults: prompt: ''"),
     ("26-twice", "a.jsonl", row(id="x") + row(id="y") + row(id="x"), ":3:", "id: 'x' is the id of line 1 too"),
@@ -106,11 +102,11 @@ BAD: list[tuple[str, str, str | bytes, str, str]] = [
     ("28-nfc", "a.jsonl", row(id="caf\u00e9"), ":1:", "id: 'caf\\xe9'"),
     ("28-nfd", "a.jsonl", row(id="cafe\u0301"), ":1:", "id: 'cafe\\u0301'"),
     *[(f"29-{v}", "a.jsonl", GOOD + f'{{"seed": {v}}}', ":2:", "seed: ") for v in
-      ("-1", "1.5", '"7"', "true", str(2**32), str(2**53 + 1), str(2**64))],
+      ("-2", "1.5", '"7"', "true", str(2**32), str(2**53 + 1), str(2**64))],
     *[(f"29-csv-{v}", "a.csv", f"prompt,seed\na,{v}\n", ":2:", "seed") for v in
-      ("-1", "1.5", "0x10", "1_000", "true", str(2**32), "١", "1e3", '"1,,2"', '"[1,-2]"')],
+      ("-2", "1.5", "0x10", "1_000", "true", str(2**32), "١", "1e3", '"1,,2"', '"[1,-2]"')],
     *[(f"29-yaml-{v}", "a.yaml", f"requests:\n- seed: {v}\n", ":2:", "") for v in
-      ("-1", "1.5", "'7'", "true", "010", "1e3")],
+      ("-2", "1.5", "'7'", "true", "010", "1e3")],
     *[(f"30-{v}", "a.jsonl", GOOD + f'{{"steps": {v}}}', ":2:", "num_inference_steps: ") for v in (0, -1, 1001, 1e9)],
     *[(f"31-{v}", "a.jsonl", GOOD + f'{{"cfg_scale": {v}}}', ":2:", "guidance_scale: ") for v in
       (-1, 1e30, '"7"', "true")],

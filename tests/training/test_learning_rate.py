@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from genkit.training.recipe import Train
@@ -14,7 +16,7 @@ def test_it_rises_from_the_first_step_to_the_whole_rate() -> None:
 
 
 @pytest.mark.parametrize("curve", ["cosine", "linear"])
-def test_it_falls_to_nothing(curve: str) -> None:
+def test_it_falls_to_nothing(curve: Literal["cosine", "linear"]) -> None:
     train = Train(steps=10, learning_rate=2.0, lr_warmup_steps=0, lr_scheduler=curve)
     rates = [learning_rate(train, step) for step in range(10)]
     assert rates[0] == 2.0 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.25
