@@ -16,6 +16,11 @@ from genkit.schedulers.solvers import SOLVERS, Level, SolverOptions, Trajectory
 from genkit.schedulers.spacing import IN_T, Grid, levels
 
 
+def least_strength(steps: int) -> float:
+    """Return the least strength that leaves one of `steps`, rounded up to 4 digits."""
+    return math.ceil(1e4 / steps) / 1e4
+
+
 def make_plan(options: Options, num_inference_steps: int | None, strength: float, tokens: int | None) -> Plan:
     """Return the plan of `Scheduler.plan`."""
     given = options.timesteps or options.sigmas
@@ -27,7 +32,7 @@ def make_plan(options: Options, num_inference_steps: int | None, strength: float
         raise InputError(f"strength: {strength} is not above 0 and at most 1")
     skip = n - int(n * strength)
     if skip == n:
-        raise InputError(f"strength: {strength} of {n} steps leaves none; the least is {1 / n:.3g}")
+        raise InputError(f"strength: {strength} of {n} steps leaves none; the least is {least_strength(n):g}")
     trajectory = _trajectory(options, n, skip, tokens)
     first = trajectory.levels[0]
     if options.prediction == "epsilon" and first.alpha == 0:

@@ -13,7 +13,17 @@ from typing import Any
 from genkit.components.hub import fetch_configs, fetch_weights, is_hub_id
 from genkit.components.info import ModelInfo, Part
 from genkit.components.preprocessor import read_preprocessor
-from genkit.components.registry import COMPONENTS, EXTRAS, INDEX_OPTIONS, NETWORKS, PIPELINES, REQUIRED, SECOND
+from genkit.components.registry import (
+    COMPONENTS,
+    CORRECTED,
+    EXTRAS,
+    INDEX_OPTIONS,
+    NETWORKS,
+    OLD_SIZES,
+    PIPELINES,
+    REQUIRED,
+    SECOND,
+)
 from genkit.components.rules import check_config, refuse_code
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import CONVERT, PICKLES, check_shapes, read_weights, wanted_weights
@@ -113,13 +123,15 @@ def _snapshot(path: Path, notes: list[str]) -> Path:
 
 def _read_pipeline(folder: Path, notes: list[str]) -> ModelInfo:
     """Read a folder in diffusers layout and check that its components fit together; without weights and name."""
-    kind, classes, scheduler, options = _read_index(folder, notes)
+    pipeline, classes, scheduler, options = _read_index(folder, notes)
+    kind = PIPELINES[pipeline]
     networks = {name: cls for name, cls in classes.items() if cls in NETWORKS}
     parts = {
         name: _read_part(name, cls, _part_folder(folder, name, "config.json"), notes) for name, cls in networks.items()
     }
+    parts["unet"] = _corrected_size(pipeline, parts["unet"], notes)
     check_together(kind, parts)
-    scheduler_config = _read_scheduler(folder, scheduler)
+    scheduler_config = _read_scheduler(folder, scheduler, pipeline, notes)
     lengths = [
         check_tokenizer(folder / tokenizer, parts[encoder].config, parts[encoder].where, notes)
         for encoder, tokenizer in (("text_encoder", "tokenizer"), SECOND)
@@ -148,7 +160,7 @@ def _read_clip(folder: Path, notes: list[str]) -> ModelInfo:
 
 
 def _read_index(folder: Path, notes: list[str]) -> tuple[str, dict[str, str], str | None, dict[str, Any]]:
-    """Return (kind, {component: class}, scheduler class, options) from model_index.json, or guessed without one."""
+    """Return (pipeline, {component: class}, scheduler class, options) of model_index.json, or guessed without one."""
     path = folder / "model_index.json"
     where = place(path)
     index = read_json(path) if lexists(path) else _guess_index(folder)
@@ -189,7 +201,7 @@ def _read_index(folder: Path, notes: list[str]) -> tuple[str, dict[str, str], st
     for key in parts:
         if key not in (*required, "vae"):
             raise InputError(f"{where}: {key}: does not belong in a {pipeline}")
-    return kind, parts, (pairs.get("scheduler") or [None, None])[1], checked
+    return pipeline, parts, (pairs.get("scheduler") or [None, None])[1], checked
 
 
 def _is_pair(value: Any) -> bool:
@@ -258,20 +270,46 @@ def check_network(
     return checked
 
 
-def _read_scheduler(folder: Path, cls: str | None) -> dict[str, Any]:
-    """Return the scheduler's config, which genkit.schedulers can read, with its class in `_class_name`."""
+def _read_scheduler(folder: Path, cls: str | None, pipeline: str, notes: list[str]) -> dict[str, Any]:
+    """Return the scheduler's config, which genkit.schedulers can read, with its class in `_class_name`.
+
+    Corrected as by the constructor of diffusers' pipeline: the pictures of old folders depend on it.
+    """
     from genkit.schedulers import Scheduler
+    from genkit.schedulers.diffusers_config import CLASSES, FOREIGN, META
 
     path = _part_folder(folder, "scheduler", "scheduler_config.json") / "scheduler_config.json"
     config = read_json(path, infinite=True)  # diffusers writes lambda_min_clipped as -Infinity
-    stated = config.setdefault("_class_name", cls)
-    if cls is not None and stated != cls:
-        raise InputError(f"{place(path)}: _class_name: {shown(stated)}, but model_index.json says {shown(cls)}")
+    refuse_code(config, place(path))
+    cls = cls or config.get("_class_name")
+    corrected = {"_class_name": cls, **CORRECTED.get(pipeline, {})}
+    known = CLASSES[corrected["_class_name"]]["keys"] if corrected["_class_name"] in CLASSES else {}
+    for key, value in corrected.items():
+        before = config.get(key, known.get(key, value))
+        if before == value or (key == "skip_prk_steps" and before is not False):
+            config.setdefault(key, value) if key == "_class_name" else None
+            continue
+        notes.append(f"{place(path)}: {key}: {before} is taken as {value}, as diffusers' {pipeline} does")
+        config[key] = value
+    unknown = {key: value for key, value in config.items() if not (key in (*known, *FOREIGN, *META) or key[0] == "_")}
+    if known:
+        check_config(unknown, {}, place(path), notes=notes)
+        config = {key: value for key, value in config.items() if key not in unknown}
     try:
         Scheduler.from_config(config)
     except InputError as error:
         raise InputError(f"{place(path)}: {error}") from None
     return config
+
+
+def _corrected_size(pipeline: str, unet: Part, notes: list[str]) -> Part:
+    """Return the UNet with the picture size of Stable Diffusion, which its first converter wrote as half of it."""
+    version = re.match(r"0\.(\d+)\.", str(read_json(unet.folder / "config.json").get("_diffusers_version")))
+    side = unet.config["sample_size"]
+    if pipeline not in OLD_SIZES or version is None or int(version[1]) >= 9 or type(side) is not int or side >= 64:
+        return unet
+    notes.append(f"{unet.where}: sample_size: {side} is taken as 64, as diffusers' {pipeline} does")
+    return dataclasses.replace(unet, config={**unet.config, "sample_size": 64})
 
 
 def check_together(kind: str, parts: Mapping[str, Part]) -> None:

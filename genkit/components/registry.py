@@ -88,7 +88,7 @@ COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # Components of Stable Diffusion folders that are never loaded.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "safety_checker": ("stable_diffusion", ("StableDiffusionSafetyChecker",)),
+    "safety_checker": ("stable_diffusion", ("StableDiffusionSafetyChecker", "FlaxStableDiffusionSafetyChecker")),
     "feature_extractor": (
         "transformers",
         ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
@@ -108,6 +108,16 @@ PIPELINES = {
     "PNDMPipeline": "unconditional",
     "LDMPipeline": "unconditional",
 }
+# What the constructors of diffusers' pipelines change in a scheduler's config, or its class.
+_OLD = {"steps_offset": 1, "clip_sample": False}
+CORRECTED: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": _OLD,
+    "StableDiffusionImg2ImgPipeline": _OLD,
+    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+    "DDIMPipeline": {"_class_name": "DDIMScheduler"},
+    "PNDMPipeline": {"_class_name": "PNDMScheduler"},
+}
+OLD_SIZES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 REQUIRED = {"text-to-image": ("unet", "vae", "text_encoder", "tokenizer"), "unconditional": ("unet",)}
 SECOND = ("text_encoder_2", "tokenizer_2")  # required by the SDXL pipelines only
 INDEX_OPTIONS = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components import load_components, weight_hashes
+from genkit.components.folder import DEFAULTS
 from genkit.components.needs import budget_for
 from genkit.components.shapes import head_widths
 from genkit.components.weights import sha256
@@ -18,7 +19,7 @@ from genkit.phases import phase
 from genkit.pictures.encoders import encoding
 from genkit.rows.plans import is_tuned, tuned_file
 from genkit.runs.destination import check_binding
-from genkit.runs.records import read_rows
+from genkit.runs.records import found_at, read_rows
 from genkit.runs.run import read_config
 from genkit.scoring.aesthetic import Head
 from genkit.version import __version__
@@ -66,7 +67,7 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
     recorded = read_config(folder)
     assert recorded is not None
     binding = recorded["binding"]
-    model, clip = ((binding.get(part) or {}).get("name", "none") for part in ("model", "clip"))
+    model, clip = (found_at(binding.get(part) or {"name": "none"}) for part in ("model", "clip"))
     options = Options(
         model=model, clip=clip, variant=binding.get("variant"), device=device, seed=binding["seed"],
         aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
@@ -93,7 +94,12 @@ def run_config(
     used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
     binding: dict[str, Any] = {"seed": o.seed, "variant": o.variant, "format": str(encoding(o.format, o.quality))}
     for name, info in models.items():
-        binding[name] = None if info is None else {"name": info.name, "weights": weights[name]}
+        if info is None:
+            binding[name] = None
+            continue
+        built_in = info.name in DEFAULTS or info.revision is not None  # or of the hub
+        local = {} if built_in else {"folder": str(info.folder.absolute())}
+        binding[name] = {"name": info.name, **local, "weights": weights[name]}
     binding["scheduler"] = job.info.scheduler_config
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
     binding |= {"aesthetic": sha256(Path(o.aesthetic))} if o.aesthetic is not None else {}

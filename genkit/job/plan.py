@@ -17,7 +17,7 @@ from genkit.options import Options
 from genkit.pictures.encoders import encoding
 from genkit.rows.plans import plan_for
 from genkit.rows.request import Request
-from genkit.rows.settings import settings
+from genkit.rows.settings import STRENGTH, settings
 from genkit.sampling.guidance import network_rows
 from genkit.schedulers import Plan, Scheduler
 from genkit.scoring.aesthetic import check_head
@@ -96,12 +96,17 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     scheduler = Scheduler.from_config(info.scheduler_config)
     plans: dict[str, Plan] = {}
     filled: list[Request] = []
+    notes = list(getattr(rows, "notes", ()))
     calls = 0
     for number, given in enumerate(rows):
         where = given.source or f"request {number}"
         try:
             row = given.filled({"id": f"{number:06d}", **defaults})
+            unstated = row.image is not None and row.strength is None
             row = _complete(row, geometry, info.defaults)
+            if unstated and row.strength != STRENGTH:
+                steps = row.num_inference_steps
+                notes.append(f"{where}: strength {STRENGTH} of {steps} steps leaves none: {row.strength:g} is used")
             given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
             calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder))
             check_row(row.gate, row.rank_by, row.labels, computed)
@@ -113,8 +118,8 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
     options.picking.check_rows(any(row.keep is not None for row in filled))
-    notes = (*getattr(rows, "notes", ()), *info.notes, *(() if clip is None else clip.notes))
-    return Job(filled, options, info, clip, calls, scorers, notes)
+    notes += [*info.notes, *(() if clip is None else clip.notes)]
+    return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)))
 
 
 def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], frozenset[str]]:

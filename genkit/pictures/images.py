@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError
 from genkit.files import file_size, place
@@ -24,8 +26,8 @@ _JXL = b"\0\0\0\x0cJXL \r\n\x87\n"  # in boxes; else the two bytes FF 0A
 UNKNOWN = "is not a PNG, JPEG, WebP or JPEG XL picture"
 
 
-def check_image(path: str | Path, contained: bool = False) -> tuple[int, int]:
-    """Return (width, height) in pixels of a picture that decodes without error, as by `read_image`.
+def check_image(path: str | Path, contained: bool = False, mask: bool = False) -> tuple[int, int]:
+    """Return (width, height) in pixels of a picture that decodes without error, as by `read_image` or `read_mask`.
 
     contained: refuse a symbolic link that points outside its folder. Cached until the file changes. Raises InputError
     naming the file and what is wrong with it.
@@ -35,29 +37,51 @@ def check_image(path: str | Path, contained: bool = False) -> tuple[int, int]:
     if contained and path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
         raise InputError(f"{place(path)}: is a link that leads out of its folder")
     status = os.stat(path)
-    return _size(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+    return _size(path, (status.st_ino, status.st_size, status.st_mtime_ns), mask)
 
 
 @functools.lru_cache(maxsize=4096)
-def _size(path: Path, _state: tuple[int, int, int]) -> tuple[int, int]:
-    return read_image(path).size
+def _size(path: Path, _state: tuple[int, int, int], mask: bool) -> tuple[int, int]:
+    return (read_mask if mask else read_image)(path).size
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Return a PNG, JPEG, WebP or JPEG XL file as an RGB picture, rotated by its EXIF, transparency on white.
+def read_image(source: Any) -> Image.Image:
+    """Return a picture as RGB, rotated by its EXIF, transparency on white, from wherever it comes.
 
-    16 bits a channel are scaled to 8. Raises InputError for other formats, animations, files larger than MAX_BYTES or
-    MAX_PIXELS, and truncated or damaged ones as far as the format allows (PNG: all checksums; JPEG: its end marker;
-    WebP, JPEG XL: its length).
+    source: a path or the bytes of a PNG, JPEG, WebP or JPEG XL file, a PIL image, or a numpy array (H, W) or (H, W, 1,
+    3 or 4) of uint8, of uint16, or of floats from 0 to 1. 16 bits a channel are scaled to 8. Raises InputError for
+    other formats, animations, files larger than MAX_BYTES or MAX_PIXELS, and truncated or damaged ones as far as the
+    format allows (PNG: all checksums; JPEG: its end marker; WebP, JPEG XL: its length).
     """
-    path = Path(path)
+    return _read(source, _rgb)
+
+
+def read_mask(source: Any) -> Image.Image:
+    """Return a mask as grey, as `read_image` takes it: what is transparent is not painted, and so black.
+
+    Raises InputError for one that is painted in black on transparency: nothing of it would be drawn anew.
+    """
+    return _read(source, _painted)
+
+
+def as_pil(source: Any) -> Image.Image:
+    """Return the bytes of a file, or an array, as a PIL image with what it has of transparency."""
+    return _read(source, lambda picture: picture.convert("RGBA") if picture.has_transparency_data else _rgb(picture))
+
+
+def _read(source: Any, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    where = place(source) if isinstance(source, str | Path) else "the picture"
     try:
-        return _decoded(_bytes(path))
+        if hasattr(source, "getbands"):
+            return _converted(source, convert)
+        if hasattr(source, "__array_interface__"):
+            return convert(_from_array(source))
+        return _decoded(source if isinstance(source, bytes) else _bytes(Path(source)), convert)
     except InputError as error:
         message = str(error)
-        raise InputError(message if message.startswith(place(path)) else f"{place(path)}: {message}") from None
+        raise InputError(message if message.startswith(where) else f"{where}: {message}") from None
     except Exception as error:  # Pillow's parsers raise anything from struct.error to KeyError for a bad file
-        raise InputError(f"{place(path)}: cannot be decoded: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{where}: cannot be decoded: {' '.join(str(error).split())[:200]}") from None
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -65,7 +89,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     if not 0 < len(data) <= MAX_BYTES:
         raise InputError(f"{where}: has {len(data)} bytes; a picture has 1 to {MAX_BYTES}")
     try:
-        return _decoded(data, transparent=True)
+        return _decoded(data, lambda picture: _rgb(picture, transparent=True))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except Exception as error:
@@ -78,7 +102,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def list_files(folder: str | Path) -> list[Path]:
-    """Return the files in `folder` and below, sorted.
+    """Return the files in `folder` and below, sorted as people count: 2.png before 10.png.
 
     Without hidden files and folders; linked folders are not entered, since they may form loops. Raises InputError if
     the folder, or one below, cannot be read.
@@ -91,7 +115,13 @@ def list_files(folder: str | Path) -> list[Path]:
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(found)
+    return sorted(found, key=natural)
+
+
+def natural(path: Path) -> list[Any]:
+    """Return a key that sorts paths as people count: numbers in names by their value."""
+    parts = [re.split(r"(\d+)", part) for part in path.parts]
+    return [[(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in part] for part in parts]
 
 
 def _bytes(path: Path) -> bytes:
@@ -104,8 +134,8 @@ def _bytes(path: Path) -> bytes:
         return file.read(MAX_BYTES + 1)
 
 
-def _decoded(data: bytes, transparent: bool = False) -> Image.Image:
-    from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     # Not Image.open: it prints warnings, and identifies a phone's two-picture JPEG as another format.
     formats = (
@@ -125,9 +155,37 @@ def _decoded(data: bytes, transparent: bool = False) -> Image.Image:
     if getattr(picture, "n_frames", 1) > 1:
         raise InputError("is animated; give one frame")
     picture.load()
+    return _converted(picture, convert)
+
+
+def _converted(picture: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    from PIL import Image
+
     turn = _TURNS.get(picture.getexif().get(0x0112, 1))
-    picture = _rgb(picture, transparent)
-    return picture if turn is None else picture.transpose(Image.Transpose[turn])
+    if turn is None:
+        return convert(picture)
+    turned = convert(picture).transpose(Image.Transpose[turn])
+    turned.info = {}  # not to be turned again
+    return turned
+
+
+def _from_array(array: Any) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(array)
+    values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
+    if values.dtype == np.uint16:
+        values = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    elif values.dtype.kind == "f" and values.size and values.min() >= 0 and values.max() <= 1:
+        values = (values * 255).round().astype(np.uint8)
+    if values.dtype != np.uint8 or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+        raise InputError(
+            f"is an array {'x'.join(map(str, values.shape))} of {values.dtype}; a picture has rows, columns and 1, 3 "
+            "or 4 channels of uint8, uint16, or floats from 0 to 1"
+        )
+    _check_size(values.shape[1], values.shape[0])
+    return Image.fromarray(values)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -150,6 +208,20 @@ def _rgb(picture: Image.Image, transparent: bool = False) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+def _painted(picture: Image.Image) -> Image.Image:
+    """Return the lightness of what is painted; a brush leaves the rest transparent."""
+    from PIL import ImageChops
+
+    if not picture.has_transparency_data:
+        return _rgb(picture).convert("L")
+    layers = picture.convert("RGBA")
+    light, alpha = layers.convert("RGB").convert("L"), layers.getchannel("A")
+    painted = ImageChops.multiply(light, alpha)
+    if not painted.getbbox() and alpha.getbbox():
+        raise InputError("is painted in black on transparency: paint in white what is to be drawn anew")
+    return painted
 
 
 def _check_png(data: bytes) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import user_path
-from genkit.pictures.images import check_image
+from genkit.pictures.images import as_pil, check_image
 from genkit.rows.typed import COUNTS, whole
 from genkit.rows.yamltext import Cut
 
@@ -58,7 +58,8 @@ class Request(BaseModel):
     """One row: what to draw, how many images, and which of them to keep.
 
     Fields left at None are filled from the command line or the model (`filled`). `image` and `mask_image` are a path,
-    or in Python a PIL image. Raises InputError, in one line, for an unknown field or a value out of range.
+    or in Python a PIL image, a numpy array, or the bytes of a file. Raises InputError, in one line, for an unknown
+    field or a value out of range.
     """
 
     model_config = ConfigDict(
@@ -154,7 +155,9 @@ class Request(BaseModel):
     def _check_image(cls, value: Any) -> Any:
         if value is None or hasattr(value, "getbands") or (isinstance(value, str | Path) and str(value)):
             return value
-        raise ValueError("must be a path or a PIL image")
+        if isinstance(value, bytes) or hasattr(value, "__array_interface__"):
+            return as_pil(value)
+        raise ValueError("must be a path, a PIL image, an array, or the bytes of a file")
 
     @field_validator("guidance_interval")
     @classmethod
@@ -370,7 +373,7 @@ def _picture(folder: Path, field: str, text: str) -> str:
         raise InputError(f"{field}: {shown(text)} is too long for a path")
     path = Path(os.path.abspath(folder), user_path(text))
     try:
-        check_image(path, contained=True)
+        check_image(path, contained=True, mask=field == "mask_image")
     except InputError as error:
         raise InputError(f"{field}: {error}") from None
     return str(path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from genkit.components.geometry import Geometry
 from genkit.errors import InputError
 from genkit.rows.plans import TUNED
 from genkit.rows.request import Request
+from genkit.schedulers.planning import least_strength
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
 
@@ -53,14 +55,20 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         sizes.append(value)
     guidance = defaults.get("guidance_scale", GUIDANCE) if request.guidance_scale is None else request.guidance_scale
     tuned = defaults.get("tuned_steps") if _tuned(request, guidance == defaults.get("guidance_scale")) else None
+    steps = request.num_inference_steps or _given(request) or tuned or defaults.get("num_inference_steps", STEPS)
     return Settings(
-        steps=request.num_inference_steps or _given(request) or tuned or defaults.get("num_inference_steps", STEPS),
+        steps=steps,
         guidance=float(guidance) if g.text else 1.0,
         width=sizes[0],
         height=sizes[1],
-        strength=1.0 if request.image is None else request.strength or STRENGTH,
+        strength=1.0 if request.image is None else request.strength or usual_strength(steps),
         scheduler=TUNED if tuned else request.scheduler,
     )
+
+
+def usual_strength(steps: int) -> float:
+    """Return the strength of a row that states none: of so few steps that it leaves none, what leaves one."""
+    return STRENGTH if int(steps * STRENGTH) else least_strength(steps)
 
 
 def _tuned(request: Request, usual: bool) -> bool:
@@ -87,11 +95,11 @@ def _image_size(request: Request) -> tuple[int, int] | tuple[None, None]:
 
 def _size_of(request: Request, field: str) -> tuple[int, int]:
     picture = getattr(request, field)
-    if hasattr(picture, "size"):
-        return picture.size
-    from genkit.pictures.images import check_image
+    from genkit.pictures.images import check_image, read_image, read_mask
 
     try:
-        return check_image(picture)
+        if isinstance(picture, str | Path):
+            return check_image(picture, mask=field == "mask_image")
+        return (read_mask if field == "mask_image" else read_image)(picture).size
     except InputError as error:
         raise InputError(f"{field}: {error}") from None

@@ -15,6 +15,7 @@ from genkit.runs.records import CONFIG, read_config
 
 LONGEST = 3800  # bytes of a path; leaves room for names of images within the usual limit of 4,096
 SHOWN = 10  # differences named in a refusal
+PLACES = ("model.name", "model.folder", "clip.name", "clip.folder")
 
 
 def check_folder(folder: Path, prompts: Path | None = None) -> None:
@@ -57,11 +58,14 @@ def free_name(folder: Path) -> Path:
 
 
 def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise InputError naming every key in which the request differs from the run's recorded binding."""
+    """Raise InputError naming every key in which the request differs from the run's recorded binding.
+
+    Names and folders of models do not bind: their weights do, wherever they lie now.
+    """
     # Older runs, without a format, are of PNGs
     before, after = {"format": "png", **_flat(recorded)}, {"format": "png", **_flat(json.loads(json.dumps(asked)))}
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    if keys:
+    if any(not key.endswith(PLACES) for key in keys):
         parts = [f"{key}: {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in keys[:SHOWN]]
         more = f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
         raise InputError(f"{folder}: was begun otherwise: {'; '.join(parts)}{more}; use --new-run or another folder")

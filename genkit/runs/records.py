@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +102,9 @@ def _result(line: Any) -> Result | None:
         and (result.status != "done" or PICTURE.fullmatch(str(result.file)) is not None)
     )
     return result if sound else None
+
+
+def found_at(model: Mapping[str, Any]) -> str:
+    """Return where the model of a binding lies: its folder as it was at the last start, else its name."""
+    folder = model.get("folder")
+    return folder if folder is not None and Path(folder).is_dir() else model["name"]

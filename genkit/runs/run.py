@@ -58,10 +58,11 @@ class Run:
                 recorded = read_config(folder)
                 if recorded is not None:
                     check_binding(folder, recorded["binding"], config["binding"])
-                else:
+                    config = {**recorded, "binding": {**recorded["binding"], **_places(config["binding"])}}
+                if config != recorded:  # a new run, or one whose models have moved
                     write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
                     sync_folder(folder.absolute().parent)
-                run = cls(folder, recorded or config, rows, lock)
+                run = cls(folder, config, rows, lock)
                 run._begin()
                 return run
             except BaseException:
@@ -219,3 +220,8 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield from _files(Path(entry.path))
             else:
                 yield Path(entry.path)
+
+
+def _places(binding: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of the models, which say where they lie now."""
+    return {part: binding[part] for part in ("model", "clip") if part in binding}

@@ -16,7 +16,7 @@ from PIL import Image
 from genkit.device.memory import PICTURES
 from genkit.device.outofmemory import attempt
 from genkit.device.residency import Hold
-from genkit.pictures.images import read_image
+from genkit.pictures.images import read_image, read_mask
 from genkit.rows.request import Request
 from genkit.sampling.strips import can_strip, decode_in_strips, encode_in_strips
 
@@ -135,21 +135,17 @@ def condition(request: Request, width: int, height: int, latent: tuple[int, int,
 
     White in the mask is redrawn, black is kept. Both are resized as diffusers' image processor does (Lanczos).
     """
-    picture = _opened(request.image).convert("RGB")
+    picture = read_image(request.image)
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     tensor = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1) * 2 - 1
     if request.mask_image is None:
         return tensor, None
-    mask = _opened(request.mask_image).convert("L")
+    mask = read_mask(request.mask_image)
     if mask.size != (width, height):
         mask = mask.resize((width, height), Image.Resampling.LANCZOS)
     weight = torch.from_numpy(np.asarray(mask, dtype=np.float32) >= 127.5).float()[None, None]
     return tensor, torch.nn.functional.interpolate(weight, size=latent[1:])[0]
-
-
-def _opened(image: Any) -> Image.Image:
-    return image if isinstance(image, Image.Image) else read_image(image)
 
 
 # Calls of the VAE, whole and in strips.

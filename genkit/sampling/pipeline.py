@@ -128,8 +128,11 @@ class Pipeline:
             picture, mask = condition(request, s.width, s.height, shape)
             x0 = self.codec.encode(picture.to(self.device), generator)
         noise = torch.randn((1, *shape), generator=generator)[0]
-        # Also at strength 1: the schedule's first level may have alpha > 0
-        latent = plan.start[1] * noise if x0 is None else plan.alphas[0] * x0 + plan.sigmas[0] * noise
+        if mask is not None:  # diffusers' pipeline encodes the masked picture, too, and does not use it here
+            torch.randn((1, *shape), generator=generator)
+        from_noise = x0 is None or (mask is not None and s.strength == 1)
+        # Without a mask also at strength 1: the schedule's first level may have alpha > 0
+        latent = plan.start[1] * noise if from_noise else plan.alphas[0] * x0 + plan.sigmas[0] * noise
         return Trajectory(
             tag=(request, index, seed),
             latent=latent,

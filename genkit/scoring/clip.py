@@ -14,10 +14,9 @@ from genkit.components.text import TextEncoder
 from genkit.device.devices import pick_device
 from genkit.device.outofmemory import in_parts
 from genkit.errors import InputError
+from genkit.pictures.images import read_image
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from genkit.components import Components
 
 LABEL_SETS = 64  # label lists whose directions are cached
@@ -160,6 +159,6 @@ class _TextHead:
         return (self.model.text_projection(pooled),)
 
 
-def as_tensor(image: Image.Image) -> torch.Tensor:
-    """Return a picture as a uint8 tensor (1, 3, H, W)."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
+def as_tensor(image: Any) -> torch.Tensor:
+    """Return a picture, as `read_image` takes it, as a uint8 tensor (1, 3, H, W)."""
+    return torch.from_numpy(np.array(read_image(image))).permute(2, 0, 1)[None].contiguous()

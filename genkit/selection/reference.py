@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from genkit.components import inspect_model, weight_hashes
+from genkit.device.devices import cache_folder
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError
 from genkit.pictures.images import list_images, read_image
 from genkit.progress import Steps
-from genkit.runs.records import Key
+from genkit.runs.records import Key, found_at
 from genkit.selection.diversity import nearest
 
 BATCH = 32
@@ -77,12 +77,12 @@ def _embedded(folder: Path, files: Sequence[Path], digests: Sequence[str], clip:
 
 def _embed(files: Mapping[str, Path], clip: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (SHA-256, vector) of each file."""
-    info = inspect_model(clip["name"])
+    info = inspect_model(found_at(clip))
     if weight_hashes(info) != clip["weights"]:
         raise InputError(f"--reference: {clip['name']} is no longer the CLIP model that scored this run")
     from genkit.scoring.clip import ClipScorer
 
-    scorer = ClipScorer.from_pretrained(clip["name"])
+    scorer = ClipScorer.from_pretrained(found_at(clip))
     digests = list(files)
     with Steps() as progress:
         for start in range(0, len(digests), BATCH):
@@ -94,9 +94,8 @@ def _embed(files: Mapping[str, Path], clip: Mapping[str, Any]) -> Iterator[tuple
 
 def _cache_file(folder: Path, clip: Mapping[str, Any]) -> Path:
     """Return the cache file of this folder's embeddings by this model."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = repr((str(folder.resolve()), sorted(clip["weights"].items())))
-    return home / "genkit" / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+    return cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
 
 
 def _packed(known: Mapping[str, np.ndarray]) -> bytes:

@@ -288,13 +288,6 @@ CASES = [
     case("classes", "ddpm", change(CONFIG, num_class_embeds=1000), CONFIG, "num_class_embeds", "1000"),
     # The scheduler's own checks surface under its file's name.
     case(
-        "unknown scheduler key",
-        "sd",
-        change("scheduler/scheduler_config.json", beta_stat=1),
-        "scheduler_config.json",
-        "beta_stat",
-    ),
-    case(
         "betas reversed",
         "sd",
         change("scheduler/scheduler_config.json", beta_start=0.5),

@@ -77,7 +77,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("strength", {"strength": 1.5, "image": "a"}, "strength: 1.5 must be at most 1"),
     ("strength-zero", {"strength": 0.0, "image": "a"}, "strength: 0.0 must be more than 0"),
     ("mask-alone", {"mask_image": "a"}, "mask_image: needs `image`"),
-    ("image", {"image": 3}, "image: 3 must be a path or a PIL image"),
+    ("image", {"image": 3}, "image: 3 must be a path, a PIL image"),
     ("labels-text", {"labels": "a"}, "labels: 'a' must be a list"),
     ("labels-empty", {"labels": []}, "labels: [] must not be empty"),
     ("labels-twice", {"labels": ["a", "a"]}, "different, non-empty"),
