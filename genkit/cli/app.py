@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -15,6 +16,9 @@ from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, HostError
 MAKE, CHOOSE, SCORE, TRAIN, LOOK = (
     "Make pictures", "Look back at runs and choose", "Score pictures", "Train models", "Models and this machine",
 )  # fmt: skip
+
+
+PATHS = ("image", "mask_image", "aesthetic")  # options of paths whose values are texts
 
 
 def _write_sections(formatter: Any, rows: list[tuple[str, tuple[str, str]]]) -> None:
@@ -43,6 +47,15 @@ class Command(TyperCommand):
         kinds = {"argument": "Arguments", "option": "Options"}
         titles = [getattr(p, "rich_help_panel", None) or kinds[p.param_type_name] for p, _ in records]
         _write_sections(formatter, list(zip(titles, (record for _, record in records), strict=True)))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, with ~ and $HOME resolved in every path."""
+        from genkit.files import user_path
+
+        for name, value in ctx.params.items():
+            if isinstance(value, Path) or (name in PATHS and isinstance(value, str)):
+                ctx.params[name] = type(value)(user_path(value))
+        return super().invoke(ctx)
 
 
 app = typer.Typer(

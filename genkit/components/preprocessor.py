@@ -37,7 +37,7 @@ _EXACT = _sides("height", "width")
 
 KEYS = {
     "size": Key(either(_SIDE, _sides("shortest_edge"), _EXACT), {"shortest_edge": 224}),
-    "crop_size": Key(either(_SIDE, _EXACT), {"height": 224, "width": 224}),
+    "crop_size": Key(either(_SIDE, _EXACT, choice(None)), {"height": 224, "width": 224}),
     "do_center_crop": Key(optional(FLAG), True),
     "use_square_size": Key(optional(FLAG), False),
     "image_mean": Key(many(real(-10, 10), 3, 3), [0.48145466, 0.4578275, 0.40821073]),
@@ -73,6 +73,7 @@ def read_preprocessor(folder: Path, image_size: int, notes: list[str] | None = N
     config = check_config(read_json(path) if content is None else content, KEYS, place(path), _UNUSED, notes)
     if config["do_center_crop"] is None:  # as in transformers, where a null is the class's default
         config["do_center_crop"] = True
+    config["crop_size"] = config["crop_size"] or KEYS["crop_size"].default
     if config.pop("use_square_size"):
         side = config["size"].get("shortest_edge") if isinstance(config["size"], dict) else config["size"]
         config["size"] = {"height": side, "width": side} if side else config["size"]

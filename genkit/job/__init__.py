@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM
+from genkit.files import user_path
 from genkit.job.plan import plan_job
 from genkit.job.run import Summary, run_job
 from genkit.options import Options
@@ -45,12 +46,13 @@ def generate(
     anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
+    aesthetic = None if aesthetic is None else str(user_path(aesthetic))
     options = Options(
         model=model, clip=clip, device=device, dtype=dtype, batch_size=batch_size, memory=memory, seed=seed,
         quiet=quiet, attention=attention, format=format, quality=quality, aesthetic=aesthetic,
         scorers=tuple(scorers), picking=picking, max_total_images=max_total_images, max_seconds=max_seconds,
     )  # fmt: skip
-    summary = run_job(plan_job(rows, options, defaults or {}), Path(out))
+    summary = run_job(plan_job(rows, options, defaults or {}), user_path(out))
     if summary.exit_code == EXIT_SIGINT:
         raise KeyboardInterrupt  # what is finished is saved: the same call goes on
     if summary.exit_code == EXIT_SIGTERM:

@@ -17,7 +17,7 @@ from genkit.options import Options
 from genkit.pictures.encoders import encoding
 from genkit.rows.plans import plan_for
 from genkit.rows.request import Request
-from genkit.rows.settings import STRENGTH, settings
+from genkit.rows.settings import assumed, settings
 from genkit.sampling.guidance import network_rows
 from genkit.schedulers import Plan, Scheduler
 from genkit.scoring.aesthetic import check_head
@@ -102,11 +102,8 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
         where = given.source or f"request {number}"
         try:
             row = given.filled({"id": f"{number:06d}", **defaults})
-            unstated = row.image is not None and row.strength is None
-            row = _complete(row, geometry, info.defaults)
-            if unstated and row.strength != STRENGTH:
-                steps = row.num_inference_steps
-                notes.append(f"{where}: strength {STRENGTH} of {steps} steps leaves none: {row.strength:g} is used")
+            stated, row = row, _complete(row, geometry, info.defaults)
+            notes += [f"{where}: {line}" for line in assumed(stated, row)]
             given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
             calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder))
             check_row(row.gate, row.rank_by, row.labels, computed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from genkit.rows.request import Request
 from genkit.schedulers.planning import least_strength
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
+LARGE = 4.0  # times the model's own pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
     """Return the settings of `request`; raises InputError for a row that the model cannot draw.
 
     defaults: the model's num_inference_steps, guidance_scale and tuned_steps. Without width and height the size is that
-    of the initial picture, rounded down to what the networks allow, or the model's own.
+    of the initial picture, rounded down to what the networks allow and at most LARGE times the model's own, or that.
     """
     g = geometry
     if g.text and not request.prompt:
@@ -45,7 +47,7 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
     if request.image is not None and g.scale == 1:
         raise InputError("image: this model works on pixels without a VAE and starts from noise only")
     sizes = []
-    for side, number, own in zip(("width", "height"), _image_size(request), (g.width, g.height), strict=True):
+    for side, number, own in zip(("width", "height"), _drawn_at(request, g), (g.width, g.height), strict=True):
         asked = getattr(request, side)
         value = asked or (own if number is None else number - number % g.multiple)
         if value % g.multiple or value < g.multiple:
@@ -64,6 +66,22 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         strength=1.0 if request.image is None else request.strength or usual_strength(steps),
         scheduler=TUNED if tuned else request.scheduler,
     )
+
+
+def assumed(stated: Request, filled: Request) -> list[str]:
+    """Return what was assumed for a row with an initial picture, a line each, that a user may not expect."""
+    if stated.image is None:
+        return []
+    found = []
+    if stated.strength is None and filled.strength != STRENGTH:
+        steps = filled.num_inference_steps
+        found.append(f"strength: {STRENGTH} of {steps} steps leaves none: {filled.strength:g} is used")
+    width, height = _image_size(stated)
+    drawn = filled.width or 1, filled.height or 1
+    if not (stated.width or stated.height) and width * height > 1.2 * drawn[0] * drawn[1]:
+        at = f"{drawn[0]}x{drawn[1]}"
+        found.append(f"image: {width}x{height} is drawn at {at}; state width and height for another size")
+    return found
 
 
 def usual_strength(steps: int) -> float:
@@ -87,10 +105,18 @@ def _given(request: Request) -> int | None:
     return len(levels) if isinstance(levels, list | tuple) else None
 
 
-def _image_size(request: Request) -> tuple[int, int] | tuple[None, None]:
+def _drawn_at(request: Request, g: Geometry) -> tuple[int, int] | tuple[None, None]:
+    """Return the size of the initial picture; one much larger than the model's own, as of a phone, is made smaller."""
+    if request.image is None:
+        return None, None
+    width, height = _image_size(request)
+    factor = min(1.0, math.sqrt(LARGE * g.width * g.height / (width * height)))
+    return (width, height) if request.width or request.height else (int(width * factor), int(height * factor))
+
+
+def _image_size(request: Request) -> tuple[int, int]:
     """Return the size of the initial picture. Opens every picture that the row names."""
-    sizes = [_size_of(request, field) for field in ("image", "mask_image") if getattr(request, field) is not None]
-    return sizes[0] if sizes else (None, None)
+    return next(iter([_size_of(request, f) for f in ("image", "mask_image") if getattr(request, f) is not None]))
 
 
 def _size_of(request: Request, field: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
-from genkit.scoring.names import CLIP_SCORES, SCORES, check_computed
+from genkit.scoring.names import CLIP_SCORES, SCORES, check_computed, check_labels
 
 MAX_LENGTH = 2000
 MAX_DEPTH = 100
@@ -67,7 +67,9 @@ class Expression:
 
 
 def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str]) -> None:
-    """Raise InputError if gate or rank_by uses a score that is unknown or not among the `computed` ones."""
+    """Raise InputError for labels that are no choice, and for a score that is unknown or not among `computed` ones."""
+    if labels is not None:
+        check_labels(labels)
     for field, text, there in (
         ("gate", gate, computed),
         ("rank_by", rank_by, {*computed, "sim"}),

@@ -36,6 +36,23 @@ SCORES = {
 CLIP_SCORES = frozenset(name for name, score in SCORES.items() if score.needs == "clip")
 
 
+def check_labels(labels: Collection[str]) -> None:
+    """Raise InputError for labels that are no choice: a single one, empty ones, and two that read the same to CLIP."""
+    if len(labels) < 2:
+        alone = shown(next(iter(labels))) if labels else "none"
+        raise InputError(
+            f"labels: {alone} is a single label, whose probability is 1 for any picture; give what else it could be"
+        )
+    seen: dict[str, str] = {}
+    for label in labels:
+        plain = " ".join(label.replace("_", " ").lower().split())
+        if not plain:
+            raise InputError("labels: must be different, non-empty texts")
+        if plain in seen:
+            raise InputError(f"labels: {shown(seen[plain])} and {shown(label)} are the same to CLIP: give one of them")
+        seen[plain] = label
+
+
 def known_scores(clip: bool, aesthetic: bool = False, others: Collection[str] = ()) -> frozenset[str]:
     """Return the names of the scores that a run computes with a CLIP model, an aesthetic head, and plugins."""
     given = {"": True, "clip": clip, "aesthetic": clip and aesthetic, "selection": False}

@@ -18,6 +18,7 @@ from genkit.rows.prompts import read_prompts, typed
 from genkit.runs.records import RESULTS, read_results, read_rows
 from genkit.runs.rescore import Stored
 from genkit.scoring.aesthetic import Head, check_head
+from genkit.scoring.names import check_labels
 from genkit.scoring.plugins import find_scorers
 from genkit.studies.accuracy import Confusion
 
@@ -44,7 +45,7 @@ def score_images(
     if prompts is not None and prompt is not None:
         raise InputError("--prompts, --prompt: give one of them, not both")
     files = _pictures(images)
-    names = None if labels is None else typed("labels", labels)
+    names = None if labels is None else _labels(typed("labels", labels))
     texts = _texts(images, files, prompts, prompt)
     if names is None and not any(texts):
         raise InputError("--prompt: nothing to score against; give --prompt, --prompts or --labels")
@@ -78,11 +79,7 @@ def classify_images(
             f"--labels: missing, and {shown(str(images))} has {len(names)} subfolders with pictures to take them from; "
             f"give --labels, or a folder for each of 2 to {MAX_LABELS} labels"
         )
-    if len(names) < 2:
-        raise InputError(f"--labels: {labels!r} is a single label; a choice needs two")
-    by_name = {_text(name): name for name in names}  # as text for CLIP
-    if len(by_name) < len(names):
-        raise InputError("--labels: two of them differ in nothing but _ and space")
+    by_name = {_text(name): name for name in _labels(names)}  # as text for CLIP
     check_device(device, dtype)
     _check_out(out)
     panel = _panel(_clip_model(clip), device, dtype, (), None, ())
@@ -226,6 +223,14 @@ def _folder(images: Path, file: Path) -> str | None:
         return None
     parts = file.relative_to(images).parts
     return parts[0] if len(parts) > 1 else None
+
+
+def _labels(names: list[str]) -> list[str]:
+    try:
+        check_labels(names)
+    except InputError as error:
+        raise InputError(f"--{error}") from None
+    return names
 
 
 def _text(label: str) -> str:

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from genkit import Request, TextToImage
+from genkit import InputError, Request, TextToImage
 from genkit.components import inspect_model
-from genkit.rows.settings import settings
+from genkit.rows.settings import STRENGTH, assumed, settings
+from genkit.schedulers.planning import least_strength
+from genkit.scoring.gates import check_row
+from genkit.scoring.names import SCORES
 
 EMOJI = inspect_model("emoji")
 
@@ -45,3 +48,48 @@ def test_a_generator_follows_it_until_another_scheduler_is_chosen() -> None:
     assert gen.plan(Request(prompt="a red fox", scheduler="tuned", num_inference_steps=12)) is gen.plan(plain)
     other = gen.with_scheduler("dpmpp_2m", spacing="karras")
     assert other.plan(plain).nfe == 20 and gen.plan(plain).nfe == 12
+
+
+@pytest.mark.parametrize(
+    ("picture", "drawn"),
+    [
+        ((128, 96), "128x96"),
+        ((256, 256), "256x256"),
+        ((4032, 3024), "288x216"),
+        ((3024, 4032), "216x288"),
+        ((260, 250), "256x248"),
+    ],
+)
+def test_a_picture_of_a_phone_is_drawn_smaller(picture: tuple[int, int], drawn: str) -> None:
+    assert EMOJI.geometry is not None
+    row = Request(prompt="a", image=Image.new("RGB", picture))
+    s = settings(row, EMOJI.geometry, EMOJI.defaults)
+    assert f"{s.width}x{s.height}" == drawn
+    lines = assumed(row, row.filled({"width": s.width, "height": s.height, "strength": STRENGTH}))
+    assert len(lines) == (picture[0] > 1000)
+    asked = settings(Request(prompt="a", image=row.image, width=512, height=384), EMOJI.geometry, EMOJI.defaults)
+    assert (asked.width, asked.height) == (512, 384)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(1, 1.0), (2, STRENGTH), (4, STRENGTH)])
+def test_few_steps_leave_one_at_least(steps: int, strength: float) -> None:
+    assert EMOJI.geometry is not None
+    row = Request(prompt="a", image=Image.new("RGB", (128, 128)), num_inference_steps=steps)
+    s = settings(row, EMOJI.geometry, EMOJI.defaults)
+    assert s.strength == strength and int(steps * s.strength) >= 1
+    lines = assumed(row, row.filled({"width": s.width, "height": s.height, "strength": s.strength}))
+    assert len(lines) == (strength != STRENGTH)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 30, 49, 999, 1000])
+def test_the_least_strength_leaves_one(steps: int) -> None:
+    assert int(steps * least_strength(steps)) >= 1
+
+
+NO_CHOICE: tuple[list[str], ...] = (["a cat"], ["Cat", "cat"], ["a cat", " a  cat "], ["a_cat", "a cat"], ["a", ""], [])
+
+
+@pytest.mark.parametrize("labels", NO_CHOICE)
+def test_labels_that_are_no_choice(labels: list[str]) -> None:
+    with pytest.raises(InputError, match=r"^labels: "):
+        check_row(None, None, labels, SCORES.keys())

@@ -208,5 +208,5 @@ def test_the_interval_is_wilsons() -> None:
 
 
 def test_labels_that_read_the_same_are_refused(folders: Path) -> None:
-    with pytest.raises(InputError, match="differ in nothing but _ and space"):
+    with pytest.raises(InputError, match="are the same to CLIP: give one of them"):
         judge.classify_images(folders, "a_b,a b", None, "emoji-clip", "cpu", "auto", False)
