@@ -80,7 +80,9 @@ def encoded(
             parts[fold("shard", pictures.examples[index].key) % count].append(index)
         for variant in range(pictures.data.cache):
             for part in parts.values():
-                sources = [(e.key, e.caption, e.fields, digests[i]) for i in part for e in (pictures.examples[i],)]
+                sources = [
+                    (e.key, e.caption, e.fields, digests[i], *e.captions) for i in part for e in (pictures.examples[i],)
+                ]
                 name = hashlib.sha256(json.dumps([base, variant, shape, sources], default=str).encode()).hexdigest()
                 plan.append(_Shard(folder / name[:2] / f"{name}.safetensors", part, variant))
     _fill([shard for shard in plan if not _whole(shard.path)], pictures, encode, quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import random
 import re
@@ -15,13 +16,14 @@ import numpy as np
 import torch
 
 from genkit.datasets.config import Background, Data
-from genkit.datasets.sources import Example
+from genkit.datasets.example import Example
 from genkit.errors import InputError, nearest, shown
 from genkit.training.state import fold
 
 if TYPE_CHECKING:
     from PIL import Image
 
+log = logging.getLogger("genkit")
 # Colours that pictures are changed to, as hues in degrees; and further names of backgrounds in captions.
 HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 125, "blue": 215, "purple": 275, "pink": 325}
 BACKGROUNDS = {
@@ -90,6 +92,7 @@ class Pictures:
         for index, example in enumerate(self.examples):
             width, height = example.size() if data.buckets else (1, 1)
             self.buckets[min(shapes, key=lambda s: abs(math.log(s[0] * height / (s[1] * width))))].append(index)
+        self.broken: set[int] = set()  # pictures that could not be read
         self._shape = {index: shape for shape, members in self.buckets.items() for index in members}
 
     def __len__(self) -> int:
@@ -98,12 +101,30 @@ class Pictures:
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
         """Return the pictures of `indices`, of one bucket and as `order` has them, as epoch `epoch` has them."""
         indices, turns = turned(self.data, len(self), indices, epoch)
-        made = [self.make(index, turn) for index, turn in zip(indices, turns, strict=True)]
+        taken = [self._whole(index, turn) for index, turn in zip(indices, turns, strict=True)]
+        indices, made = [index for index, _ in taken], [one for _, one in taken]
         pixels, captions, sizes, dropped = zip(*made, strict=True)
         return Batch(
             torch.from_numpy(np.stack(pixels)), list(captions), [self.examples[i].key for i in indices],
             torch.tensor(sizes), torch.ones(len(made)), torch.tensor(dropped),
         )  # fmt: skip
+
+    def _whole(self, index: int, turn: int) -> tuple[int, Any]:
+        """Return a picture as `make` does, with its index; the next one of its size for one that cannot be read.
+
+        Raises InputError once more pictures than data.broken allows cannot be read: a torn one must not end a night.
+        """
+        members = self.buckets[self._shape[index]]
+        while True:
+            if index not in self.broken:
+                try:
+                    return index, self.make(index, turn)
+                except InputError as error:
+                    if (len(self.broken) + 1) > self.data.broken * len(self):
+                        raise
+                    self.broken.add(index)
+                    log.warning("left out: %s", error)
+            index = members[(members.index(index) + 1) % len(members)]
 
     def make(self, index: int, turn: int) -> tuple[np.ndarray, str, tuple[int, ...], bool]:
         """Return pixels (3, H, W), caption, sizes and whether the caption is dropped. Raises InputError, naming it.
@@ -154,7 +175,7 @@ class Pictures:
 
     def _told(self, example: Example, lot: random.Random) -> tuple[str, dict[str, Any]]:
         """Return a template, and one value of each field."""
-        values = {**example.fields, "caption": example.caption or ""}
+        values = {**example.fields, "caption": list(example.captions) or example.caption or ""}
         template = lot.choice(usable(self.data, values))
         return template, {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
 

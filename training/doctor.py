@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.datasets.config import Data
 from genkit.datasets.duplicates import Fingerprint, alike, fingerprint_all, joined
+from genkit.datasets.example import Example, Examples
 from genkit.datasets.report import NAMED, Finding, Report
-from genkit.datasets.sources import TABLES, Example, left_out, read_examples, split
+from genkit.datasets.sources import TABLES, left_out, read_examples, split
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError, nearest, shown
 from genkit.pictures.images import SUFFIXES
@@ -26,12 +27,16 @@ from genkit.training.recipe import Recipe, read_recipe
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
 
+SAMPLES = 20  # without a picture that a line names
 UNTOLD = ("unconditional", "autoencoder")  # tasks that read no captions
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A data set as it is examined: pictures to train on, then those held out; the recipe and its model, if known."""
+    """A data set as it is examined: pictures to train on, then those held out; the recipe and its model, if known.
+
+    notes, lacking: as of Examples.
+    """
 
     data: Data
     pictures: Sequence[Example]
@@ -40,6 +45,8 @@ class Case:
     recipe: Recipe | None
     info: ModelInfo | None
     task: Any = None
+    notes: Sequence[str] = ()
+    lacking: Sequence[str] = ()
     buckets: dict[tuple[int, int], list[int]] = dataclasses.field(default_factory=dict)
 
     def named(self, numbers: Sequence[int]) -> str:
@@ -50,11 +57,12 @@ class Case:
 
 def examine(
     data: Data, train: Sequence[Example], held: Sequence[Example] = (), recipe: Recipe | None = None,
-    info: ModelInfo | None = None, *, quiet: bool = True,
+    info: ModelInfo | None = None, *, read: Examples | None = None, quiet: bool = True,
 ) -> Report:  # fmt: skip
-    """Return the report on a data set. recipe, info: the training run and its model, if known."""
-    pictures = [*train, *held]
+    """Return the report on a data set. recipe, info: the training run and its model, if known. read: as it was read."""
+    pictures, read = [*train, *held], Examples() if read is None else read
     case = Case(data, pictures, len(train), fingerprint_all(pictures, quiet), recipe, info)
+    case = dataclasses.replace(case, notes=read.notes, lacking=read.lacking)
     findings = []
     if recipe is not None and info is not None:
         from genkit.training.estimate import task_on_shapes
@@ -78,20 +86,22 @@ def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False)
         if not path:
             raise InputError("DATA: is empty")
         data = Data.model_validate({"path": path, "validation": 0.0})
-        return examine(data, read_examples(data), quiet=quiet)
+        found = read_examples(data)
+        return examine(data, found, read=found, quiet=quiet)
     recipe = read_recipe(recipe_path, () if path is None else [f"data.path={json.dumps(path)}"])
-    train, held = split(read_examples(recipe.data), recipe.data)
+    found = read_examples(recipe.data)
+    train, held = split(found, recipe.data)
     from genkit.components.compose import compose_model
     from genkit.training.tasks import KINDS
 
     kind = KINDS.get(recipe.task, "text-to-image")
     info = compose_model(kind, recipe.model, recipe.networks, recipe.scheduler)
-    return examine(recipe.data, train, held, recipe, info, quiet=quiet)
+    return examine(recipe.data, train, held, recipe, info, read=found, quiet=quiet)
 
 
 def check_data(
     recipe: Recipe, train: Sequence[Example], held: Sequence[Example], info: ModelInfo, folder: Path,
-    say: Callable[[str], None], *, quiet: bool = False,
+    say: Callable[[str], None], *, read: Examples | None = None, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Examine a data set before it is trained on, once for as long as neither it nor the recipe's `data` changes.
 
@@ -111,8 +121,10 @@ def check_data(
     known, fingerprint = folder / ".doctor", sums.hexdigest()
     if known.exists() and known.read_text("utf-8") == fingerprint:
         return
-    report = examine(recipe.data, train, held, recipe, info, quiet=quiet)
+    report = examine(recipe.data, train, held, recipe, info, read=read, quiet=quiet)
     page = write_page(report, folder / "doctor.html")
+    for note in () if read is None else read.notes:
+        say(note)
     for finding in report.findings:
         say(f"{finding.level}: {finding.text}")
     if report.errors:
@@ -133,12 +145,33 @@ def _bucketed(case: Case, recipe: Recipe, task: Any) -> dict[tuple[int, int], li
 
 
 def _unreadable(case: Case) -> Iterator[Finding]:
+    """Pictures that cannot be read, and samples without any: left out of training up to data.broken of them."""
     bad = [i for i, fingerprint in enumerate(case.fingerprints) if fingerprint.problem]
+    count = len(case.fingerprints) + len(case.lacking)
+    few = len(bad) + len(case.lacking) <= case.data.broken * count
+    level, end = ("warning", ": they are left out") if few else ("error", "")
     if bad:
         listed = "; ".join(case.fingerprints[i].problem for i in bad[:NAMED]) + ("; …" if len(bad) > NAMED else "")
-        yield Finding(
-            "error", f"{len(bad)} of {len(case.fingerprints)} pictures cannot be read: {listed}", [[i] for i in bad]
-        )
+        text = f"{len(bad)} of {len(case.fingerprints)} pictures cannot be read: {listed}"
+        yield Finding(level, text + end, [[i] for i in bad])
+    if case.lacking:
+        listed = ", ".join(case.lacking[:SAMPLES]) + (", …" if len(case.lacking) > SAMPLES else "")
+        advice = "" if few else f"; data.broken, {case.data.broken:g}, says how many may"
+        yield Finding(level, f"{len(case.lacking)} of {count} samples have no picture: {listed}{end}{advice}")
+
+
+def _apart(case: Case) -> Iterator[Finding]:
+    """Folders or archives beside those to train on: val, test."""
+    for note in case.notes:
+        if "trained on" in note:
+            yield Finding("warning", note)
+
+
+def _lines(case: Case) -> Iterator[Finding]:
+    long = [i for i, example in enumerate(case.pictures) if "\n" in (example.caption or "")]
+    if long:
+        text = f"{len(long)} captions have several lines, which are read as one caption: {case.named(long)}"
+        yield Finding("warning", text, [[i] for i in long])
 
 
 def _uncaptioned(case: Case) -> Iterator[Finding]:
@@ -275,6 +308,7 @@ def _tokens(case: Case) -> tuple[int, dict[int, int]]:
     colour = max(HUES, key=len) if data.recolour is not None and data.recolour.share else ""
     for i, example in enumerate(case.pictures):
         values = {**example.fields, "caption": example.caption or ""}
+        values |= {"caption": list(example.captions)} if example.captions else {}
         longest = {k: max(map(str, v), key=len) if isinstance(v, list) and v else v for k, v in values.items()}
         texts = {worded(data, template, longest, colour) for template in usable(data, values)}
         if data.background.share:
@@ -316,7 +350,13 @@ def _counts(case: Case) -> str:
     held = len(case.pictures) - case.train
     clear = sum(fingerprint.transparent for fingerprint in case.fingerprints)
     lies = f"; {clear:,} transparent, on {case.data.background.colour}" if clear else ""
-    return f"{len(case.pictures):,}: {case.train:,} to train on, {held:,} held out{lies}"
+    times = sum(e.repeat for e in case.pictures[: case.train])
+    often = f" in {times:,} visits an epoch" if times > case.train else ""
+    return f"{len(case.pictures):,}: {case.train:,} to train on{often}, {held:,} held out{lies}"
+
+
+def _assumed(case: Case) -> str:
+    return "; ".join(case.notes)
 
 
 def _sizes(case: Case) -> str:
@@ -370,7 +410,7 @@ def _time(case: Case) -> str:
     if case.recipe is None or case.info is None or not case.buckets:
         return ""
     from genkit.device.devices import pick_device
-    from genkit.training.estimate import speed, training_work
+    from genkit.training.estimate import lasting, speed, training_work
     from genkit.training.tasks import MIXED
 
     train = case.recipe.train
@@ -384,18 +424,10 @@ def _time(case: Case) -> str:
     seconds = train.steps * pictures * work / rate
     if train.max_seconds is not None and train.max_seconds < seconds:
         return (
-            f"{_lasting(train.max_seconds)}, which train.max_seconds allows; all steps take {_lasting(seconds)} or more"
+            f"{lasting(train.max_seconds)}, which train.max_seconds allows; all steps take {lasting(seconds)} or more"
         )
     per = f"{pictures * work / 1e9:,.0f} GFLOP a step, at the {rate / 1e9:,.0f} GFLOP/s of a matrix product"
-    return f"{_lasting(seconds)} or more on {device.type}: {per}; looks and saves come on top"
-
-
-def _lasting(seconds: float) -> str:
-    """Return a time in a suitable unit."""
-    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
-        if seconds < most:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86_400:,.0f} days"
+    return f"{lasting(seconds)} or more on {device.type}: {per}; looks and saves come on top"
 
 
 def write_page(report: Report, path: Path) -> Path:
@@ -408,8 +440,8 @@ def write_page(report: Report, path: Path) -> Path:
     return path
 
 
-CHECKS = (_unreadable, _left_out, _uncaptioned, _twins, _small, _long, _uneven, _held)
+CHECKS = (_unreadable, _left_out, _apart, _uncaptioned, _lines, _twins, _small, _long, _uneven, _held)
 FACTS: dict[str, Callable[[Case], str]] = {
-    "pictures": _counts, "sizes": _sizes, "captions": _captions, "buckets": _table, "steps": _steps, "memory": _memory,
-    "time": _time,
+    "pictures": _counts, "assumed": _assumed, "sizes": _sizes, "captions": _captions, "buckets": _table,
+    "steps": _steps, "memory": _memory, "time": _time,
 }  # fmt: skip

@@ -144,3 +144,11 @@ class _Attention(torch.autograd.Function):
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out)
         return out
+
+
+def lasting(seconds: float) -> str:
+    """Return a time in a suitable unit."""
+    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86_400:,.0f} days"

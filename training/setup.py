@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,9 +21,11 @@ import torch
 
 from genkit.components import ModelInfo, load_components, weight_hashes
 from genkit.components.compose import compose_model
+from genkit.components.text import as_word
 from genkit.components.weights import sha256
 from genkit.datasets.duplicates import fingerprint_all
-from genkit.datasets.sources import Example, read_examples, split
+from genkit.datasets.example import Example
+from genkit.datasets.sources import read_examples, repeated, split
 from genkit.device.devices import compute_dtype, peak_memory, pick_device
 from genkit.durable import disk, json_line, lock_folder, write_whole
 from genkit.errors import HostError, InputError, shown
@@ -39,7 +43,9 @@ from genkit.training.state import State, fold
 from genkit.training.tasks import KINDS, MIXED, Tensors, make_task
 
 # What may change between the starts of a run; the rest decides on what comes of it.
-FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", "data.cache_folder")
+FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", "data.cache_folder", "data.broken")
+# Where data and model lie: what they hold decides, by hashes.
+PLACES = ("data.path", "model", "prior.path", "data.validation")
 
 
 @dataclasses.dataclass
@@ -68,7 +74,9 @@ class Setup:
 
         kind = KINDS.get(recipe.task, "text-to-image")
         info = compose_model(kind, recipe.model, recipe.networks, recipe.scheduler)
-        examples, held = split(read_examples(recipe.data), recipe.data)
+        _check_channels(info)
+        read = read_examples(recipe.data)
+        examples, held = split(read, recipe.data)
         target, _ = pick_device(device, "float32")
         with disk(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -85,13 +93,14 @@ class Setup:
             with accelerator.main_process_first():
                 if accelerator.is_main_process:
                     _free_or_own(out)
-                    check_data(recipe, examples, held, info, out, lambda text: _message(text, quiet), quiet=quiet)
+                    say = functools.partial(_message, quiet=quiet)
+                    check_data(recipe, examples, held, info, out, say, read=read, quiet=quiet)
                 _same_run(out, recipe, info, examples, accelerator.num_processes)
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
             components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
-            pictures = Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
-            if recipe.token and not any(recipe.token.placeholder in text for text in pictures.names()):
+            pictures = Pictures(repeated(examples), recipe.data, task.resolution, task.multiple, recipe.seed)
+            if recipe.token and not any(re.search(as_word(recipe.token.placeholder), t) for t in pictures.names()):
                 raise InputError(f"data.captions: none has the new word {shown(recipe.token.placeholder)} in it")
             validation = pictures.plain(held) if held else None
             state = State(task.networks, recipe.train)
@@ -293,6 +302,13 @@ def _message(text: str, quiet: bool) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def _check_channels(info: ModelInfo) -> None:
+    """Raise InputError for a network on pixels that does not read what pictures have."""
+    unet = info.configs.get("unet")
+    if unet is not None and "vae" not in info.parts and unet["in_channels"] != 3:
+        raise InputError(f"networks.unet.in_channels: {unet['in_channels']}, but pictures are trained on in 3 (RGB)")
+
+
 def _prior(recipe: Recipe, task: Any, out: Path, device: str, draw: bool) -> Pictures:
     """Return DreamBooth's prior pictures: those given, or drawn once with the untrained model."""
     from genkit.job import generate
@@ -367,7 +383,8 @@ def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example
     """Write run.json, or raise InputError if the recorded recipe or data differ."""
     data = hashlib.sha256()
     for e in examples:
-        data.update(json.dumps([e.key, e.caption, e.fields], default=str).encode())
+        more = [list(e.captions), e.repeat] if e.captions or e.repeat > 1 else []
+        data.update(json.dumps([e.key, e.caption, e.fields, *more], default=str).encode())
     now = {
         "recipe": recipe.plain, "weights": weight_hashes(info), "pictures": len(examples), "data": data.hexdigest(),
         "processes": processes,
@@ -386,7 +403,9 @@ def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example
 
 
 def _difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    if key.removeprefix("recipe.") in FREE and key.startswith("recipe."):
+    field = key.removeprefix("recipe.") if key.startswith("recipe.") else ""
+    moved = field in PLACES and not isinstance(old, int | float) and not isinstance(new, int | float)
+    if field in FREE or moved:
         return None
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(n for n in new if n not in old)]:

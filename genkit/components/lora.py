@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,29 +40,81 @@ def write_lora(folder: Path, networks: Mapping[str, Any], alpha: float, told: Ma
     from safetensors.torch import save_file
 
     found: dict[str, torch.Tensor] = {}
+    scaled: dict[str, torch.Tensor] = {}  # by alpha / rank, and so for readers that know nothing of alpha
     configs: dict[str, Any] = {}
     for name, network in networks.items():
-        for key, value in get_peft_model_state_dict(network).items():
-            found[f"{name}.{key}"] = value.detach().float().cpu().contiguous()
         plain = network.peft_config["default"].to_dict()
+        for key, value in get_peft_model_state_dict(network).items():
+            weight = found[f"{name}.{key}"] = value.detach().float().cpu().contiguous()
+            scaled[f"{name}.{key}"] = weight * (alpha / plain["r"]) if ".lora_B." in key else weight
+        plain["lora_alpha"] = plain["r"]
         configs |= {f"{name}.{k}": sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
     folder.mkdir()
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(configs, default=str, sort_keys=True)}
-    save_file(found, folder / "pytorch_lora_weights.safetensors", metadata=metadata)
+    save_file(scaled, folder / "pytorch_lora_weights.safetensors", metadata=metadata)
+    config = networks["unet"].config if "unet" in networks else None
     metadata = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_alpha": str(alpha), **told}
-    save_file(kohya_names(found, alpha), folder / "kohya.safetensors", metadata=metadata)
+    metadata |= base_version(config, told.get("modelspec.prediction_type") == "v")
+    save_file(kohya_names(found, alpha, config), folder / "kohya.safetensors", metadata=metadata)
 
 
-def kohya_names(adapters: Mapping[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    """Return adapters named lora_unet_down_blocks_0_…_to_q.lora_down.weight, .lora_up.weight and .alpha."""
-    two = any(key.startswith("text_encoder_2.") for key in adapters)
+def base_version(unet: Any, velocity: bool) -> dict[str, str]:
+    """Return what kohya's scripts write of the base model; nothing for one that they do not know."""
+    if unet is None:
+        return {}
+    if getattr(unet, "addition_embed_type", None) == "text_time":
+        names = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    elif unet.cross_attention_dim == 768:
+        names = "sd_v1", "stable-diffusion-v1"
+    elif unet.cross_attention_dim == 1024:
+        names = ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", "stable-diffusion-v2-512")
+    else:
+        return {}
+    return {"ss_base_model_version": names[0], "modelspec.architecture": f"{names[1]}/lora"}
+
+
+def kohya_names(adapters: Mapping[str, torch.Tensor], alpha: float, unet: Any = None) -> dict[str, torch.Tensor]:
+    """Return adapters named lora_unet_down_blocks_0_…_to_q.lora_down.weight, .lora_up.weight and .alpha.
+
+    unet: its config; SDXL's blocks have the names of its first code there: lora_unet_input_blocks_4_1_….
+    """
+    two = getattr(unet, "addition_embed_type", None) == "text_time"  # SDXL
     prefixes = PREFIXES | ({"text_encoder": "lora_te1"} if two else {})
     found = {}
     for key, value in adapters.items():
         part, _, rest = key.partition(".")
         module, _, kind = rest.removesuffix(".weight").rpartition(".")
         inner = module if part == "unet" or module.startswith("text_model.") else f"text_model.{module}"
+        inner = sgm_name(inner, unet.layers_per_block) if part == "unet" and two else inner
         name = f"{prefixes[part]}_{inner.replace('.', '_')}"
         found[f"{name}.{KOHYA[kind]}.weight"] = value
         found[f"{name}.alpha"] = torch.tensor(float(alpha))
     return found
+
+
+def sgm_name(module: str, layers: int) -> str:
+    """Return a module of SDXL's UNet as its first code (sgm) calls it: down_blocks.1.attentions.0 is input_blocks.4.1.
+
+    layers: of each block, before what halves or doubles the size.
+    """
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module)
+    if match is None:
+        middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", module)
+        if middle is None:
+            return module
+        layer = 1 if middle[1] == "attentions" else 2 * int(middle[2])
+        return f"middle_block.{layer}.{_SGM.get(middle[3], middle[3])}"
+    way, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    if way == "down":
+        number = 1 + block * (layers + 1) + (layers if kind == "downsamplers" else index)
+        place = {"resnets": "0", "attentions": "1", "downsamplers": "0"}[kind]
+        return f"input_blocks.{number}.{place}.{'op' if kind == 'downsamplers' else _SGM.get(rest, rest)}"
+    number = block * (layers + 1) + (layers if kind == "upsamplers" else index)
+    place = {"resnets": "0", "attentions": "1", "upsamplers": "2"}[kind]
+    return f"output_blocks.{number}.{place}.{_SGM.get(rest, rest)}"
+
+
+_SGM = {
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip

@@ -29,9 +29,15 @@ def expand_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
         if f"{word}_1" in added:
             others = (f"{word}_{i}" for i in itertools.count(1))
             whole = " ".join([word, *itertools.takewhile(added.__contains__, others)])
-            alone = re.compile(re.escape(word) + rf"(?!_\d|\s+{re.escape(word)}_1)")
+            alone = re.compile(as_word(word) + rf"(?!_\d|\s+{re.escape(word)}_1)")
             texts = [alone.sub(lambda _, whole=whole: whole, text) for text in texts]  # type: ignore[misc]
     return texts
+
+
+def as_word(word: str) -> str:
+    """Return a regular expression for a learned word that stands alone: not the sks of "asks"."""
+    before, after = (r"\b" if re.match(r"\w", character) else "" for character in (word[0], word[-1]))
+    return f"{before}{re.escape(word)}{after}"
 
 
 class TextEncoder:

@@ -54,8 +54,9 @@ class Data(Section):
     drawn at a random scale down to this, on their background. validation: share of the pictures held out, by
     `validation_by` (a field of the metadata, or the picture itself), or a path of its own. cache: keep latents and
     embeddings of so many variants of each picture on the disk; 0 computes them every time. cache_folder: where;
-    default RUN/cache. repeat: times a picture comes in an epoch, anew each time. limit: take the first so many
-    alone. workers: processes that read.
+    default RUN/cache. broken: the share of samples that may lack their picture, or hold one that cannot be read:
+    they are named and left out; more of them are an error. repeat: times a picture comes in an epoch, anew each
+    time. limit: take the first so many alone. workers: processes that read.
     """
 
     path: Text | Annotated[list[Text], Field(min_length=1)]
@@ -76,6 +77,7 @@ class Data(Section):
     validation_by: str | None = None
     cache: Annotated[int, Field(ge=0, le=1000)] = 0
     cache_folder: str | None = None
+    broken: Share = 0.01
     repeat: Some = 1
     limit: Some | None = None
     workers: Annotated[int, Field(ge=0, le=64)] = 0

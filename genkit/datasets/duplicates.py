@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from genkit.datasets.sources import Example
+from genkit.datasets.example import Example
 from genkit.device.devices import usable_cores
 from genkit.errors import InputError
 from genkit.progress import Steps

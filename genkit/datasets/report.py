@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from genkit.datasets.duplicates import Fingerprint
-from genkit.datasets.sources import Example
+from genkit.datasets.example import Example
 from genkit.progress import printable
 
 NAMED = 3  # pictures that a line names

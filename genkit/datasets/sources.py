@@ -1,4 +1,4 @@
-"""Sources of pictures and captions: folders, tables, class folders, WebDataset, Parquet; without decoding."""
+"""Sources of pictures and captions: folders, tables, class folders, kohya's folders, archives; without decoding."""
 
 from __future__ import annotations
 
@@ -8,78 +8,26 @@ import glob
 import hashlib
 import io
 import itertools
-import json
 import os
-import tarfile
-import threading
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from genkit.datasets.archives import is_listing, read_parquet, read_tar
 from genkit.datasets.config import Data
+from genkit.datasets.example import Example, Examples, captions_of, json_object, text_of, told
 from genkit.errors import InputError, nearest, shown
-from genkit.files import file_size, place
-from genkit.pictures.images import SUFFIXES, UNKNOWN, list_files
+from genkit.files import place, user_path
+from genkit.pictures.images import SUFFIXES, list_files
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-COLUMNS = ("text", "caption", "prompt")  # where captions are looked for besides the column that the recipe names
 TABLES = ("metadata.jsonl", "metadata.csv")
-OTHERS = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".ppm", ".tif", ".tiff"}  # pictures not read
+HELD = {"val", "valid", "validation", "test", "eval", "dev"}  # folders and archives beside `train`
+KOHYA = re.compile(r"(\d+)_(.+)")  # 10_ohwx man: repeats and caption, as kohya's scripts have it
+OTHERS = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".ppm", ".tif", ".tiff"}  # pictures not read
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A picture of the data set: its name in messages, its caption and metadata, and where its bytes are.
-
-    place: file, offset and length (length -1: the whole file; offset -1: row `length` of a Parquet file).
-    """
-
-    key: str
-    caption: str | None
-    fields: dict[str, Any]
-    place: tuple[str, int, int]
-
-    def data(self) -> bytes:
-        """Return the bytes of the picture. Raises InputError when they cannot be read."""
-        path, offset, length = self.place
-        if offset < 0:
-            cell = _parquet_cell(path, length)
-            if not isinstance(cell, bytes):  # null, or only the path of a picture that is elsewhere
-                raise InputError(f"{self.key}: holds no bytes of a picture")
-            return cell
-        file_size(Path(path))  # raises for a pipe, which would block
-        try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                return file.read(length)
-        except OSError as error:
-            raise InputError(f"{self.key}: cannot be read: {error.strerror}") from None
-
-    def read(self) -> Image.Image:
-        """Return the picture, RGBA where it is transparent, else RGB. Raises InputError, naming it, for a bad one."""
-        from genkit.pictures.images import decode_image
-
-        return decode_image(self.data(), self.key)
-
-    def size(self) -> tuple[int, int]:
-        """Return (width, height) in pixels, by the header alone. Raises InputError for what is no picture."""
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(self.data())) as picture:
-                turned = picture.getexif().get(0x0112, 1) >= 5
-                return picture.size[::-1] if turned else picture.size
-        except Exception:  # whatever Pillow's parsers stumble over
-            raise InputError(f"{self.key}: {UNKNOWN}") from None
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the bytes, in hex."""
-        return hashlib.sha256(self.data()).hexdigest()
-
-
-def read_examples(data: Data, path: str | list[str] | None = None, field: str = "data.path") -> list[Example]:
+def read_examples(data: Data, path: str | list[str] | None = None, field: str = "data.path") -> Examples:
     """Return the pictures of a data set, in the order of their names.
 
     path: another than the recipe's, which `field` of the recipe names. Raises InputError naming the file and what is
@@ -89,24 +37,30 @@ def read_examples(data: Data, path: str | list[str] | None = None, field: str = 
     patterns = [named] if isinstance(named, str) else named
     paths = [one for pattern in patterns for one in _matching(pattern, field)]
     base = os.path.commonpath([os.path.abspath(one.parent) for one in paths])
-    found: list[Example] = []
+    found, notes, lacking = Examples(), list[str](), list[str]()
     for one in paths:
-        read = _read(one, data.caption, field)
+        read = _Reading(data.caption, field, notes, lacking).source(one)
         inside = os.path.relpath(one if one.is_dir() else one.parent, base)
         several = len(paths) > 1 and inside != "."
         found += (dataclasses.replace(e, key=f"{inside}/{e.key}") for e in read) if several else read
+    if not found and lacking:
+        raise InputError(f"{field}: {shown(named)}: no sample has a picture: {', '.join(lacking[:3])}")
     if not found:
         raise InputError(f"{field}: {shown(named)}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
     found.sort(key=lambda e: e.key)
     for a, b in itertools.pairwise(found):
         if a.key == b.key:
             raise InputError(f"{field}: {place(b.place[0])}: {shown(b.key)} is there twice")
-    return found[: data.limit]
+    many = sum(bool(e.captions) for e in found)
+    notes += [f"{many} pictures have several captions: one is drawn at each visit"] if many else []
+    whole = Examples(found[: data.limit])
+    whole.notes, whole.lacking = tuple(notes), tuple(lacking)
+    return whole
 
 
 def _matching(pattern: str, field: str) -> list[Path]:
     """Return what a path names: itself where it exists, else what its wildcards match."""
-    path = os.path.expanduser(pattern)
+    path = str(user_path(pattern))
     if os.path.exists(path):
         return [Path(path)]
     found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
@@ -128,53 +82,83 @@ def left_out(data: Data) -> list[str]:
     return sorted(found)
 
 
-def _read(path: Path, column: str, field: str) -> Iterable[Example]:
-    if path.is_dir():
+class _Reading:
+    """Reads one source. notes, lacking: as of Examples, added to."""
+
+    def __init__(self, column: str, field: str, notes: list[str], lacking: list[str]) -> None:
+        self.column, self.field, self.notes, self.lacking = column, field, notes, lacking
+
+    def source(self, path: Path) -> Iterable[Example]:
+        """Return the pictures of a folder or an archive."""
+        if path.is_dir():
+            return self._directory(path)
+        reader = _FORMATS.get(path.suffix.lower())
+        if reader is None:
+            raise InputError(f"{self.field}: {place(path)}: is neither a folder nor one of {', '.join(_FORMATS)}")
+        return reader(path, self.column, self.lacking)
+
+    def _directory(self, path: Path) -> Iterable[Example]:
         files = list_files(path)
         pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
+        splits = sorted({p.relative_to(path).parts[0] for p in files if p.parent != path})
+        if not any(p.parent == path for p in pictures) and "train" in splits and set(splits) & HELD:
+            others = ", ".join(name for name in splits if name in HELD)
+            where = f"{place(path / 'train')} is trained on, and not {others} beside it"
+            self.notes.append(f"{where}: data.validation may name one")
+            return [dataclasses.replace(e, key=f"train/{e.key}") for e in self.source(path / "train")]
         tables = [p for p in files if p.name in TABLES]
-        shards = [p for p in files if p.parent == path and p.suffix in _FORMATS]
-        if shards and pictures:
-            several = f"holds pictures, {shown(pictures[0].name)}, and shards, {shown(shards[0].name)}"
-            raise InputError(f"{field}: {place(path)}: {several}: name the one or the other")
+        packed = [p for p in files if p.parent == path and p.suffix.lower() in _FORMATS]
+        archives = self._archives(path, packed, pictures)
         if tables:
-            return _tables(path, tables, pictures, column)
-        return [e for s in shards for e in _FORMATS[s.suffix](s, column)] if shards else _folder(path, pictures, files)
-    reader = _FORMATS.get(path.suffix)
-    if reader is None:
-        raise InputError(f"{field}: {place(path)}: is neither a folder nor one of {', '.join(_FORMATS)}")
-    return reader(path, column)
+            return _tables(path, tables, pictures, self.column)
+        return [e for a in archives for e in self.source(a)] if archives else self._folder(path, pictures, files)
 
+    def _archives(self, path: Path, found: list[Path], pictures: list[Path]) -> list[Path]:
+        """Return the archives of a folder that hold pictures to train on."""
+        listings = [p for p in found if is_listing(p)] if pictures or len(found) > 1 else []
+        archives = [p for p in found if p not in listings]
+        if listings and (archives or pictures):
+            self.notes.append(f"{place(path)}: {len(listings)} Parquet files without pictures are not read")
+        else:
+            archives = found
+        if archives and pictures:
+            several = f"holds pictures, {shown(pictures[0].name)}, and shards, {shown(archives[0].name)}"
+            raise InputError(f"{self.field}: {place(path)}: {several}: name the one or the other")
+        parts = {p: re.split(r"[-_.]", p.name)[0].lower() for p in archives}
+        held = [p for p, split in parts.items() if split in HELD]
+        if held and any(split == "train" for split in parts.values()):
+            self.notes.append(f"{place(path)}: {shown(held[0].name)} and the like are not trained on")
+            archives = [p for p in archives if p not in held]
+        return archives
 
-def _folder(path: Path, pictures: list[Path], files: list[Path]) -> Iterator[Example]:
-    """Pictures with captions in files of the same name, or in a folder for each class.
+    def _folder(self, path: Path, pictures: list[Path], files: list[Path]) -> Iterator[Example]:
+        """Pictures with captions in files of the same name, in a folder for each class, or in kohya's folders.
 
-    Classes are two folders or more, and nothing lies there that may have been meant as a caption.
-    """
-    stems = {p.name.partition(".")[0] for p in pictures}
-    folders = {p.parent for p in pictures}
-    told = {p for p in files if p.suffix == ".txt"}
-    meant = any(p.name.partition(".")[0] in stems for p in files if p.suffix.lower() not in SUFFIXES)
-    meant = meant or any(p.parent in folders for p in told)
-    classes = not meant and path not in folders and len(folders) > 1
-    for picture in pictures:
-        where, key = (str(picture), 0, -1), picture.relative_to(path).as_posix()
-        beside = picture.with_suffix(".txt")
-        label = picture.parent.name.replace("_", " ")
-        if classes:
-            yield Example(key, label, {"label": label}, where)
-            continue
-        text = _utf8(beside.read_bytes(), place(beside)).strip() if beside in told else ""
-        yield Example(key, text or None, {}, where)
-
-
-def _utf8(data: bytes, where: str) -> str:
-    """Return the text of `data`, without a byte order mark."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{where}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save it as UTF-8") from None
+        Classes are two folders or more, and nothing lies there that may have been meant as a caption.
+        """
+        stems = {p.name.partition(".")[0] for p in pictures}
+        folders = {p.parent for p in pictures}
+        texts = {p.with_suffix(".txt"): p for p in files if p.suffix.lower() == ".txt"}
+        meant = any(p.name.partition(".")[0] in stems for p in files if p.suffix.lower() not in SUFFIXES)
+        meant = meant or any(p.parent in folders for p in texts)
+        repeats = {p: KOHYA.fullmatch(p.relative_to(path).parts[0]) for p in folders if p != path}
+        kohya = path not in folders and bool(repeats) and all(repeats.values())
+        classes = not kohya and not meant and path not in folders and len(folders) > 1
+        if kohya:
+            named = ", ".join(sorted({f"{m[0]}: {m[1]} repeats of {shown(m[2])}" for m in repeats.values() if m}))
+            self.notes.append(f"{place(path)}: read as folders of kohya's scripts: {named}")
+        for picture in pictures:
+            where, key = (str(picture), 0, -1), picture.relative_to(path).as_posix()
+            beside = texts.get(picture.with_suffix(".txt"))
+            label = picture.parent.name.replace("_", " ")
+            text = "" if beside is None else text_of(beside.read_bytes(), place(beside)).strip()
+            match = repeats.get(picture.parent)
+            if classes:
+                yield Example(key, label, {"label": label}, where)
+            elif kohya and match:
+                yield Example(key, text or match[2].strip(), {}, where, repeat=max(1, int(match[1])))
+            else:
+                yield Example(key, text or None, {}, where)
 
 
 def _tables(path: Path, tables: list[Path], pictures: list[Path], column: str) -> Iterator[Example]:
@@ -189,16 +173,18 @@ def _tables(path: Path, tables: list[Path], pictures: list[Path], column: str) -
             name = row.pop("file_name", None)
             if not isinstance(name, str) or not name:
                 raise InputError(f"{where}: file_name: is missing{nearest('file_name', row)}")
-            inside = PurePosixPath(name)
-            if inside.is_absolute() or ".." in inside.parts:
+            if "\\" in name and not os.path.isfile(table.parent / name):
+                name = name.replace("\\", "/")  # written on Windows
+            file = Path(os.path.normpath(table.parent / name))
+            if PurePosixPath(name).is_absolute() or not file.is_relative_to(os.path.normpath(path)):
                 raise InputError(f"{where}: file_name: {shown(name)} leads out of the folder")
-            if not os.path.isfile(table.parent / name):
+            if not os.path.isfile(file):
                 raise InputError(f"{where}: file_name: {shown(name)}: there is no such file")
-            key = (table.parent.relative_to(path) / inside).as_posix()
+            key = file.relative_to(os.path.normpath(path)).as_posix()
             if key in seen:
                 raise InputError(f"{where}: file_name: {shown(name)} is there twice: see {seen[key]}")
             seen[key] = where
-            yield Example(key, _caption(row, column, where), row, (str(table.parent / name), 0, -1))
+            yield Example(key, fields=row, place=(str(file), 0, -1), **told(captions_of(row, column, where)))
     for picture in pictures:
         key = picture.relative_to(path).as_posix()
         if key not in seen:
@@ -207,13 +193,13 @@ def _tables(path: Path, tables: list[Path], pictures: list[Path], column: str) -
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line (from 1) and the fields of each row."""
-    text = _utf8(table.read_bytes(), place(table))
+    text = text_of(table.read_bytes(), place(table))
     if table.suffix == ".csv":
         yield from _csv_rows(text, place(table))
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, _object(line, f"{place(table)}:{number}")
+            yield number, json_object(line, f"{place(table)}:{number}")
 
 
 def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -229,143 +215,11 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in reader:
             if None in row:
                 raise InputError(f"{name}:{line}: has more cells than the {len(header)} columns of the header")
-            yield line, dict(row)
+            if any(cell is not None and cell.strip() for cell in row.values()):
+                yield line, dict(row)
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{name}:{line}: is not CSV: {error}") from None
-
-
-def _object(text: str | bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: is not a JSON object")
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: holds half a character (\\ud800 to \\udfff)") from None
-    return value
-
-
-def _caption(row: dict[str, Any], column: str, where: str) -> str | None:
-    name = next((n for n in (column, *COLUMNS) if n in row), None)
-    if name is None:
-        return None
-    value = row.pop(name)
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"{where}: {name}: {shown(value)} is not a text")
-    return (value or "").strip() or None
-
-
-def _shard(path: Path, column: str) -> Iterator[Example]:
-    """A WebDataset shard: NAME.webp beside NAME.txt or NAME.json; read by offset, without unpacking."""
-    with open(path, "rb") as file:
-
-        def content(suffix: str) -> bytes:
-            file.seek(group[suffix][0])
-            return file.read(group[suffix][1])
-
-        for stem, group in _members(path).items():
-            pictures = [suffix for suffix in group if f".{suffix}" in SUFFIXES]
-            if len(pictures) != 1:
-                has = "several pictures" if pictures else "no picture"
-                raise InputError(f"{place(path)}: {shown(stem)}: has {has}, but {', '.join(sorted(group))}")
-            key = f"{path.name}!{stem}.{pictures[0]}"
-            fields = _object(content("json"), f"{key}: json") if "json" in group else {}
-            caption = _caption(fields, column, key)
-            if "txt" in group:
-                caption = _utf8(content("txt"), f"{key}: txt").strip() or None
-            yield Example(key, caption, fields, (str(path), *group[pictures[0]]))
-
-
-def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return offset and length of a tar's files by name up to the first dot, and what follows it."""
-    groups: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                if not member.isfile() or any(part.startswith(".") for part in name.parts if part != ".."):
-                    continue  # hidden: what a Mac packs beside the files
-                first, _, suffix = name.name.partition(".")
-                group = groups.setdefault(str(name.with_name(first)), {})
-                if suffix.lower() in group:
-                    raise InputError(f"{place(path)}: {shown(member.name)}: is there twice")
-                group[suffix.lower()] = (member.offset_data, member.size)
-            _check_end(path, tar.offset)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"{place(path)}: is not an uncompressed, whole tar file: {shown(str(error), 100)}") from None
-    return groups
-
-
-def _check_end(path: Path, offset: int) -> None:
-    """Raise ReadError if tarfile stopped early: it takes a damaged header for the end of the archive."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("has no end")
-        file.seek(offset)
-        while block := file.read(2**20):
-            if block.count(0) < len(block):
-                raise tarfile.ReadError(f"is damaged, or another begins, at byte {offset}")
-
-
-def _parquet(path: Path, column: str) -> Iterator[Example]:
-    """A Parquet file with a column `image` of bytes, or of {bytes, path} as `datasets` writes it.
-
-    Without captions the names of `datasets`' class labels, in a column `label`, are them.
-    """
-    schema = _parquet_read(path, "read_schema")
-    image = _image_column(path, schema)
-    rest = _parquet_read(path, "read_table", columns=[name for name in schema.names if name != image]).to_pylist()
-    try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        labels = features["label"]["names"]
-    except (KeyError, TypeError, ValueError):
-        labels = None
-    for number, row in enumerate(rest):
-        key = f"{path.name}!{number:06d}"
-        caption = _caption(row, column, key)
-        if isinstance(labels, list) and isinstance(row.get("label"), int) and 0 <= row["label"] < len(labels):
-            row["label"] = str(labels[row["label"]]).replace("_", " ")
-            caption = row["label"] if not {column, *COLUMNS} & {*schema.names} else caption
-        yield Example(key, caption, row, (str(path), -1, number))
-
-
-def _image_column(path: Path, schema: Any) -> str:
-    """Return the column of pictures: `image`, or else the only one that is {bytes, path}."""
-    cells = [f.name for f in schema if str(f.type).startswith("struct<bytes: ")]
-    if "image" not in schema.names and len(cells) != 1:
-        raise InputError(f"{place(path)}: has no column image{nearest('image', schema.names)}")
-    return "image" if "image" in schema.names else cells[0]
-
-
-def _parquet_read(path: Path, what: str, **options: Any) -> Any:
-    """Return what pyarrow's function `what` reads. Raises InputError for a file that is none."""
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError(f"{place(path)}: Parquet needs pyarrow: pip install 'genkit-diffusion[parquet]'") from None
-    try:
-        return getattr(parquet, what)(path, memory_map=True, **options)
-    except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"{place(path)}: is no Parquet file: {shown(str(error), 100)}") from None
-
-
-_OPEN: dict[str, Any] = {}  # of this process: a Parquet file has no offsets to read a row by
-_OPENING = threading.Lock()
-
-
-def _parquet_cell(path: str, row: int) -> Any:
-    with _OPENING:
-        if path not in _OPEN:
-            image = _image_column(Path(path), _parquet_read(Path(path), "read_schema"))
-            _OPEN[path] = _parquet_read(Path(path), "read_table", columns=[image]).column(image)
-        cell = _OPEN[path][row].as_py()
-    return cell.get("bytes") if isinstance(cell, dict) else cell
 
 
 def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Example]]:
@@ -375,6 +229,8 @@ def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Exam
     """
     if isinstance(data.validation, str):
         return examples, read_examples(data, data.validation, "data.validation")
+    if len(examples) == 1:  # which is trained on
+        return examples, []
 
     def lot(e: Example) -> float:
         by = data.validation_by
@@ -395,4 +251,9 @@ def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Exam
     return rest, held
 
 
-_FORMATS: dict[str, Callable[[Path, str], Iterable[Example]]] = {".tar": _shard, ".parquet": _parquet}
+def repeated(examples: Iterable[Example]) -> list[Example]:
+    """Return each picture as often as it comes in an epoch, under names of its own, so that no two visits are alike."""
+    return [e if k == 0 else dataclasses.replace(e, key=f"{e.key}#{k + 1}") for e in examples for k in range(e.repeat)]
+
+
+_FORMATS: dict[str, Callable[[Path, str, list[str]], Iterable[Example]]] = {".tar": read_tar, ".parquet": read_parquet}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**26  # of a file
 MAX_PIXELS = 2**26  # 8192 x 8192: 200 MB decoded
 MAX_CHUNKS = 50_000  # of a PNG; 64 MiB in the usual chunks of 8 KiB are 8,192
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".jxl"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".jxl"}
 _JXL = b"\0\0\0\x0cJXL \r\n\x87\n"  # in boxes; else the two bytes FF 0A
 UNKNOWN = "is not a PNG, JPEG, WebP or JPEG XL picture"
 
@@ -240,9 +240,7 @@ def _check_png(data: bytes) -> None:
         if count > MAX_CHUNKS:
             raise InputError(f"has more than {MAX_CHUNKS} chunks")
         if kind == b"IEND":
-            if at < len(data):
-                raise InputError(f"has {len(data) - at} bytes after its end")
-            return
+            return  # what some tools add behind it is no part of it
     raise InputError("is truncated")
 
 

@@ -230,7 +230,7 @@ def test_shards_say_what_is_wrong_with_them(tmp_path: Path) -> None:
     for members, message in [
         ([("0.png", png()), ("0.jpg", b"x")], "'0': has several pictures"),
         ([("0.png", png()), ("0.txt", b"caf\xe9")], r"0\.png: txt:1: byte 0xe9 is not UTF-8"),
-        ([("a.b.png", png())], r"'a': has no picture, but b\.png"),
+        ([("a.b.png", png())], r"no sample has a picture: a\.tar!a \(has b\.png\)"),
     ]:
         with pytest.raises(InputError, match=message):
             read_examples(data_of(packed(path, *members)))
