@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from genkit.training.data import Batch, Pictures
 from genkit.training.recipe import Recipe
 from genkit.training.state import fold
 
+log = logging.getLogger("genkit")
 LOWER_IS_BETTER = {"loss", *DISTANCES}
 TIMES = 10  # buckets of the noise levels that the validation loss is given for
 COLUMNS = 8  # of the sheet of samples
@@ -32,6 +34,7 @@ class Evaluation:
         self.plan = recipe.evaluate
         self.trained = trained
         self.scorer: Any = None
+        self.warned = False  # of a FID of few pictures
         if self.plan.metrics and recipe.task in ("autoencoder", "clip"):
             raise InputError(f"evaluate.metrics: task {recipe.task} draws no pictures to measure")
         if set(self.plan.metrics) & {"clip"} and not self.plan.prompts:
@@ -119,6 +122,11 @@ class Evaluation:
             drawn = torch.cat([read(part.to(self.task.device)).cpu() for part in pictures.split(BATCH)])
             held = ((batch.pixels * 127.5 + 127.5).round().byte() for batch in self.batches())
             real = torch.cat([read(part.to(self.task.device)).cpu() for part in held])
+            fewest = min(len(drawn), len(real))
+            if "fid" in wanted and fewest <= drawn.shape[1] and not self.warned:
+                self.warned = True
+                more = f"more than {drawn.shape[1]} are needed, as many as there are features"
+                log.warning("fid of %d pictures means nothing: %s; kid and cmmd do with fewer", fewest, more)
             for name in wanted:
                 value, error = DISTANCES[name](drawn, real), halved(DISTANCES[name], drawn, real)
                 found |= {name: value, f"{name}_interval": (value - 1.96 * error, value + 1.96 * error)}

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -42,6 +43,7 @@ from genkit.training.report import write_page
 from genkit.training.state import State, fold
 from genkit.training.tasks import KINDS, MIXED, Tensors, make_task
 
+log = logging.getLogger("genkit")
 # What may change between the starts of a run; the rest decides on what comes of it.
 FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", "data.cache_folder", "data.broken")
 # Where data and model lie: what they hold decides, by hashes.
@@ -391,12 +393,17 @@ def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example
     }  # fmt: skip
     path = out / "run.json"
     if path.exists():
-        differs = _difference(read_json(path), now)
+        before = read_json(path)
+        differs = _difference(before, now)
         if differs is not None:
             key, old, new = differs
             raise InputError(
                 f"{place(path)}: {key}: was {shown(old)}, is now {shown(new)}: take another folder, or change it back"
             )
+        first, train = before["recipe"]["train"]["steps"], recipe.train
+        if train.steps != first and train.lr_scheduler != "constant":
+            falls = f"lr_scheduler {train.lr_scheduler} falls over all of them, so the learning rate changes at once"
+            log.warning("train.steps: was %d at first, is now %d: %s", first, train.steps, falls)
         return
     with disk(path):
         write_whole(path, json_line(now).encode())
