@@ -203,7 +203,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(2**24)
+    before = csv.field_size_limit(2**24)  # of the whole process
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -220,6 +220,8 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{name}:{line}: is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Example]]:

@@ -166,7 +166,7 @@ def test_names_that_users_type() -> None:
 
 
 @pytest.mark.parametrize(("value", "words"), [
-    ("banana", "'banana': no solver; there are ddim"), ("EULER", "did you mean 'euler'"),
+    ("banana", "'banana': no solver; there are ddim"), ("EULLER", "did you mean 'euler'"),
     ("eular", "did you mean 'euler'"), ("", "no solver"), ({"solver": ["ddim"]}, "no solver"),
     ({"solver": "ddim", "etta": 1}, "did you mean 'eta'"), ({"eta": 2}, "eta: 2 is not"),
     ({"solver": "ddim_karras", "spacing": "leading"}, "spacing: 'leading' and the solver's name says karras"),
