@@ -15,7 +15,8 @@ from genkit.rows.request import Request
 from genkit.schedulers.planning import least_strength
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
-LARGE = 4.0  # times the model's own pixels
+# Pixels of an initial picture that are drawn as they are: so many times the model's own, or so many
+LARGE, LEAST_LARGE = 4.0, 1024 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
     """Return the settings of `request`; raises InputError for a row that the model cannot draw.
 
     defaults: the model's num_inference_steps, guidance_scale and tuned_steps. Without width and height the size is that
-    of the initial picture, rounded down to what the networks allow and at most LARGE times the model's own, or that.
+    of the initial picture, rounded down to what the networks allow and made smaller if it is LARGE, or the model's own.
     """
     g = geometry
     if g.text and not request.prompt:
@@ -110,7 +111,8 @@ def _drawn_at(request: Request, g: Geometry) -> tuple[int, int] | tuple[None, No
     if request.image is None:
         return None, None
     width, height = _image_size(request)
-    factor = min(1.0, math.sqrt(LARGE * g.width * g.height / (width * height)))
+    most = max(LARGE * g.width * g.height, LEAST_LARGE)
+    factor = min(1.0, math.sqrt(most / (width * height)))
     return (width, height) if request.width or request.height else (int(width * factor), int(height * factor))
 
 

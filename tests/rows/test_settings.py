@@ -66,7 +66,7 @@ def test_a_picture_of_a_phone_is_drawn_smaller(picture: tuple[int, int], drawn: 
     s = settings(row, EMOJI.geometry, EMOJI.defaults)
     assert f"{s.width}x{s.height}" == drawn
     lines = assumed(row, row.filled({"width": s.width, "height": s.height, "strength": STRENGTH}))
-    assert len(lines) == (picture[0] > 1000)
+    assert len(lines) == (picture[0] > 2000)
     asked = settings(Request(prompt="a", image=row.image, width=512, height=384), EMOJI.geometry, EMOJI.defaults)
     assert (asked.width, asked.height) == (512, 384)
 
