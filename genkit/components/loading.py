@@ -195,7 +195,8 @@ def load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **_as_tokens(folder))
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise InputError(f"{place(folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text["max_position_embeddings"])
+    most = text["max_position_embeddings"]
+    tokenizer.model_max_length = min(tokenizer.model_max_length or most, most)
     return tokenizer
 
 

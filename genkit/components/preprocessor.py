@@ -15,7 +15,6 @@ from genkit.components.rules import (
     choice,
     either,
     many,
-    optional,
     real,
     whole,
 )
@@ -37,9 +36,9 @@ _EXACT = _sides("height", "width")
 
 KEYS = {
     "size": Key(either(_SIDE, _sides("shortest_edge"), _EXACT), {"shortest_edge": 224}),
-    "crop_size": Key(either(_SIDE, _EXACT, choice(None)), {"height": 224, "width": 224}),
-    "do_center_crop": Key(optional(FLAG), True),
-    "use_square_size": Key(optional(FLAG), False),
+    "crop_size": Key(either(_SIDE, _EXACT), {"height": 224, "width": 224}),
+    "do_center_crop": Key(FLAG, True),
+    "use_square_size": Key(FLAG, False),
     "image_mean": Key(many(real(-10, 10), 3, 3), [0.48145466, 0.4578275, 0.40821073]),
     "image_std": Key(many(real(0, 10, above=True), 3, 3), [0.26862954, 0.26130258, 0.27577711]),
 }
@@ -70,10 +69,9 @@ def read_preprocessor(folder: Path, image_size: int, notes: list[str] | None = N
         path, content = whole, read_json(whole).get("image_processor")
         if not isinstance(content, dict):
             raise InputError(f"{place(path)}: image_processor: {shown(content)} is not an object")
-    config = check_config(read_json(path) if content is None else content, KEYS, place(path), _UNUSED, notes)
-    if config["do_center_crop"] is None:  # as in transformers, where a null is the class's default
-        config["do_center_crop"] = True
-    config["crop_size"] = config["crop_size"] or KEYS["crop_size"].default
+    # As in transformers a null is the class's default
+    stated = {k: v for k, v in (read_json(path) if content is None else content).items() if v is not None}
+    config = check_config(stated, KEYS, place(path), _UNUSED, notes)
     if config.pop("use_square_size"):
         side = config["size"].get("shortest_edge") if isinstance(config["size"], dict) else config["size"]
         config["size"] = {"height": side, "width": side} if side else config["size"]

@@ -17,7 +17,7 @@ _SPECIAL = {"bos_token": "<|startoftext|>", **dict.fromkeys(("eos_token", "unk_t
 
 CONFIG = {
     **{name: Key(_TOKEN, default) for name, default in _SPECIAL.items()},
-    "model_max_length": Key(real(3, 1e31), 77),
+    "model_max_length": Key(optional(real(3, 1e31)), 77),
 }
 _CONFIG_UNUSED = {
     "tokenizer_class": optional(Rule("'CLIPTokenizer'", lambda v: v in ("CLIPTokenizer", "CLIPTokenizerFast"))),
@@ -63,7 +63,7 @@ def check_tokenizer(folder: Path, text: Mapping[str, Any], text_config: str, not
         token = config[name] if isinstance(config[name], str) else config[name]["content"]
         if token not in known:
             raise InputError(f"{place(path)}: {name}: {shown(token)} is not in the vocabulary")
-    return int(min(config["model_max_length"], text["max_position_embeddings"]))
+    return int(min(config["model_max_length"] or CONFIG["model_max_length"].default, text["max_position_embeddings"]))
 
 
 def _check_fast(path: Path, vocab_size: int, text_config: str) -> dict[str, int]:

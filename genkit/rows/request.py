@@ -372,6 +372,8 @@ def _picture(folder: Path, field: str, text: str) -> str:
     if len(text) > 4096:
         raise InputError(f"{field}: {shown(text)} is too long for a path")
     path = Path(os.path.abspath(folder), user_path(text))
+    if "\\" in text and not path.exists():  # written on Windows
+        path = Path(os.path.abspath(folder), user_path(text.replace("\\", "/")))
     try:
         check_image(path, contained=True, mask=field == "mask_image")
     except InputError as error:

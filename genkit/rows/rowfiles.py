@@ -213,6 +213,7 @@ _FORMATS: dict[str, Callable[[str, str], RowFile]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".yaml": _read_yaml,
     ".yml": _read_yaml,
 }

@@ -57,6 +57,8 @@ ASKS_NOTHING: dict[str, tuple[str, Change]] = {
         "sd", change(TOKENIZER, additional_special_tokens=[{"content": "<|endoftext|>", "lstrip": False}]),
     ),
     "no square": ("clip", change(PREPROCESSOR, use_square_size=False)),
+    "no length": ("sd", change(TOKENIZER, model_max_length=None)),
+    "null sizes": ("clip", change(PREPROCESSOR, crop_size=None, image_mean=None)),
     "class as null": ("sd", change(TOKENIZER, tokenizer_class=None)),
 }  # fmt: skip
 

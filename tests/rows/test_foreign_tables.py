@@ -236,3 +236,18 @@ def test_home_variables_and_blanks_in_a_path(place: str, tmp_path: Path, monkeyp
         folder.mkdir(exist_ok=True)
         (folder / "rows.txt").write_text("a fox\n")
     assert len(read_prompts(place)) == 1
+
+
+def test_a_file_of_tabs_by_its_suffix(tmp_path: Path) -> None:
+    assert stated(read(tmp_path, "prompt\tseed\na, b\t7\n", "a.tsv")) == [{"prompt": "a, b", "seed": 7}]
+
+
+@pytest.mark.parametrize("name", ["in put/a.png", "in put\\\\a.png", "./in put/a.png", "$PICTURES/a.png"])
+def test_pictures_of_rows_by_any_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    monkeypatch.setenv("PICTURES", str(tmp_path / "in put"))
+    (tmp_path / "in put").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in put" / "a.png")
+    (row,) = read(tmp_path, f'{{"prompt": "a", "image": "{name}"}}\n', "a.jsonl")
+    assert Path(row.image) == tmp_path / "in put" / "a.png"
