@@ -181,6 +181,9 @@ def _read_index(folder: Path, notes: list[str]) -> tuple[str, dict[str, str], st
     for key, value in pairs.items():
         if value == [None, None]:
             continue
+        if key in EXTRAS and not _is_pair(value):  # which is never loaded
+            notes.append(f"{where}: {key}: {shown(value)} is not a pair of library and class, and not used")
+            continue
         if not _is_pair(value) or None in value:
             raise InputError(f"{where}: {key}: {shown(value)} is not a pair of library and class")
         if key == "scheduler":

@@ -389,3 +389,28 @@ def test_help_lists_every_command_in_a_section_with_its_whole_summary() -> None:
     options = genkit("generate", "--help").stdout
     for title in ("Arguments:", "What is drawn:", "Which pictures are kept:", "How it runs:"):
         assert f"\n{title}\n" in options
+
+
+def test_home_and_variables_in_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path / "a place é"))
+    (tmp_path / "a place é").mkdir()
+    Image.new("RGB", (128, 128), "orange").save(tmp_path / "a place é" / "in.png")
+    (tmp_path / "rows.txt").write_text("a fox\n")
+    plan = [
+        "generate",
+        "~/rows.txt",
+        "-o",
+        "${PLACE}/run",
+        "--image=$PLACE/in.png",
+        "--strength=0.5",
+        "--dry-run",
+        "--json",
+    ]
+    assert cli.run(plan) == 0 and json.loads(capfd.readouterr().out)["rows"] == 1
+    asked = ["score", "$PLACE", "--prompt", "~/a fox", "--out", "~/scores.jsonl", "--device", "cpu"]
+    assert cli.run(asked) == 0
+    (line,) = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == "~/a fox", "a prompt is no path"

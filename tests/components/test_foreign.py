@@ -15,6 +15,7 @@ from transformers import CLIPModel
 from genkit import ClipScorer, InputError, TextToImage
 from genkit.components import inspect_model, load_components
 from genkit.components.folder import EMBEDDED
+from genkit.components.text import expand_tokens
 from tests.tiny import tiny_clip, tiny_sdxl, tiny_stable_diffusion
 
 Change = Callable[[Path], Any]
@@ -68,6 +69,11 @@ NOTED: dict[str, tuple[str, Change, str]] = {
     "a tool's mark": ("sd", change("unet/config.json", converted_by="a tool"), "converted_by"),
     "mistyped": ("sd", change("vae/config.json", scaling_facter=1), "(did you mean 'scaling_factor'?)"),
     "mistyped in the text encoder": ("sd", change("text_encoder/config.json", hiden_size=16), "'hidden_size'"),
+    "half a pair": (
+        "sd",
+        change(INDEX, feature_extractor=["StableDiffusionSafetyChecker"]),
+        "is not a pair of library",
+    ),
     "unknown option": ("sd", change(INDEX, is_safe=True), "is_safe"),
     "fast tokenizer": ("sd", change(TOKENIZER, use_fast=True), "use_fast"),
     "unknown in CLIP's half": ("clip", change("config.json", "text_config", hidden=1), "text_config: not used"),
@@ -223,3 +229,17 @@ def test_the_text_half_of_a_whole_clip(whole: dict[str, Path], tmp_path: Path) -
     ours = TextToImage.from_pretrained(folder, device="cpu")
     assert plain.text is not None and ours.text is not None
     assert torch.equal(ours.text(["a red fox"])[0], plain.text(["a red fox"])[0])
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "alone"),
+    [("sks", "a sks dog", True), ("sks", "he asks", False), ("sks", "sks", True), ("<cat>", "a<cat>b", True),
+     ("my-cat", "my-cats", False), ("my-cat", "a my-cat, sitting", True)],
+)  # fmt: skip
+def test_a_learned_word_is_not_a_part_of_another(word: str, text: str, alone: bool) -> None:
+    class Tokenizer:
+        def get_added_vocab(self) -> dict[str, int]:
+            return {word: 1, f"{word}_1": 2}
+
+    (found,) = expand_tokens(Tokenizer(), [text])
+    assert (found != text) == alone and (f"{word} {word}_1" in found) == alone
