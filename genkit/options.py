@@ -17,7 +17,7 @@ class Options:
 
     model: Annotated[str, "emoji (embedded), a diffusers-layout folder, or a hub id."] = "emoji"
     variant: Annotated[str | None, "Weight files to take, say fp16."] = None
-    seed: Annotated[int, "With --prompt the image's seed; with a file, what rows derive theirs from."] = 0
+    seed: Annotated[int, "With --prompt the image's seed; with a file, what rows derive theirs from; -1 is any."] = 0
     batch_size: Annotated[int | None, "Images in flight: auto, or a number."] = None
     device: Annotated[str, "auto, cpu, mps, cuda or cuda:N."] = "auto"
     dtype: Annotated[str, "auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16, int8 (weights)."] = (

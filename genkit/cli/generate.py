@@ -73,15 +73,15 @@ def generate(
     from genkit.job.plan import plan_job
     from genkit.rows.prompts import read_prompts
     from genkit.rows.request import Request
-    from genkit.runs.destination import check_folder, free_name
+    from genkit.runs.destination import check_folder, free_name, run_seed
 
     if profile:
         phases.record()
     if prompts is not None and prompt is not None:
         raise InputError("PROMPTS, --prompt: give one of them, not both")
     defaults = row.fields()
-    if not 0 <= options.seed < 2**32:
-        raise InputError(f"--seed: {options.seed} is not within 0 to {2**32 - 1}")
+    folder = free_name(out) if new_run else out
+    options = dataclasses.replace(options, seed=run_seed(options.seed, folder))
     with phases.phase("read and check rows and model"):
         rows: list[Request]
         if prompts is not None:
@@ -90,7 +90,6 @@ def generate(
             rows = [Request(seed=options.seed, **({} if prompt is None else {"prompt": prompt}))]
             rows[0]._source = "command line"
         job = plan_job(rows, dataclasses.replace(options, quiet=as_json), defaults)
-    folder = free_name(out) if new_run else out
     check_folder(folder, prompts)
     if dry_run:
         print_found(job.describe(), as_json)

@@ -13,6 +13,7 @@ from genkit.job.run import Summary, run_job
 from genkit.options import Options
 from genkit.rows.prompts import read_prompts
 from genkit.rows.request import Request
+from genkit.runs.destination import run_seed
 from genkit.selection.picking import NONE, Picking
 
 
@@ -47,6 +48,7 @@ def generate(
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))
+    seed = run_seed(seed, user_path(out))
     options = Options(
         model=model, clip=clip, device=device, dtype=dtype, batch_size=batch_size, memory=memory, seed=seed,
         quiet=quiet, attention=attention, format=format, quality=quality, aesthetic=aesthetic,

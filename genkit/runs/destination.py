@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 from genkit.durable import is_temporary
 from genkit.errors import HostError, InputError, shown
+from genkit.rows.request import SEED_LIMIT
 from genkit.runs.records import CONFIG, read_config
 
 LONGEST = 3800  # bytes of a path; leaves room for names of images within the usual limit of 4,096
@@ -55,6 +57,19 @@ def free_name(folder: Path) -> Path:
         n += 1
         name = folder.with_name(f"{folder.name}-{n}")
     return name
+
+
+def run_seed(seed: int, folder: Path) -> int:
+    """Return the seed of a run; for -1, which is any in other tools, its own if there is one, else a random one.
+
+    Raises InputError for a number that is no seed.
+    """
+    if seed == -1:
+        recorded = read_config(folder)
+        return secrets.randbits(32) if recorded is None else recorded["binding"]["seed"]
+    if not 0 <= seed < SEED_LIMIT:
+        raise InputError(f"--seed: {seed} is not within 0 to {SEED_LIMIT - 1}, nor -1 for any")
+    return seed
 
 
 def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -414,3 +414,14 @@ def test_home_and_variables_in_options(
     assert cli.run(asked) == 0
     (line,) = (tmp_path / "scores.jsonl").read_text().splitlines()
     assert json.loads(line)["prompt"] == "~/a fox", "a prompt is no path"
+
+
+def test_seed_minus_1_is_any_and_the_run_keeps_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ["generate", "--prompt", "a fox", "--seed", "-1", *QUICK, "--json", "-o"]
+    assert cli.run([*asked, str(tmp_path / "a")]) == cli.run([*asked, str(tmp_path / "b")]) == 0
+    seeds = [json.loads((tmp_path / name / "run.json").read_text())["binding"]["seed"] for name in "ab"]
+    assert seeds[0] != seeds[1] and min(seeds) >= 0
+    (line,) = (tmp_path / "a" / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["seed"] == seeds[0]
+    capfd.readouterr()
+    assert cli.run([*asked, str(tmp_path / "a")]) == 0 and json.loads(capfd.readouterr().out)["new"] == 0
