@@ -181,7 +181,7 @@ def _zero_shot(e: Evaluation) -> dict[str, Any]:
         images.append(e.task.scorer.embed_images(batch.pixels / 2 + 0.5))
         captions += batch.captions
     names = sorted({*captions, *e.trained.names()})
-    e.task.scorer.texts._seen.clear()  # the encoder has changed: drop cached embeddings
+    e.task.scorer.texts.forget()  # the encoder has changed
     cosines = torch.cat(images) @ e.task.scorer.embed_texts(names).T
     own = cosines[torch.arange(len(captions)), [names.index(c) for c in captions]]
     rank = (cosines > own[:, None]).sum(dim=1)

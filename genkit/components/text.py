@@ -71,6 +71,10 @@ class TextEncoder:
             self._seen.popitem(last=False)
         return [found[p] for p in prompts]
 
+    def forget(self) -> None:
+        """Drop the cached embeddings."""
+        self._seen.clear()
+
     def knows(self, prompts: Iterable[str]) -> bool:
         """Whether the embeddings of all these prompts are cached."""
         return all(p in self._seen for p in prompts)
