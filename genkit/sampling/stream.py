@@ -64,7 +64,7 @@ class Stream:
         # CPU two torch threads would only compete for the same cores.
         pool = ThreadPoolExecutor(1, "genkit-decode") if cuda and self.generator.residency.steady else None
         self.engine = engine = Engine(self.generator.denoiser, self.generator.device, slots, self._relieve)
-        if pool is not None:
+        if pool is not None and self.generator.residency.resident:
             pool.submit(self._rehearse)
         try:
             progress = True
