@@ -87,6 +87,15 @@ def refuse_code(config: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where}: {key}: {shown(value)}: code that comes with a model is never run")
 
 
+def _plain(value: Any, rule: Rule) -> Any:
+    """Return what a value that another tool wrote comes to: 4.0 is 4, null for a flag false, and false or [] null."""
+    if isinstance(value, float) and value.is_integer() and rule.holds(int(value)):
+        return int(value)
+    if value is None and rule is FLAG:
+        return False
+    return None if value in (False, [], {}, "") and rule.holds(None) else value
+
+
 def check_config(
     config: Mapping[str, Any],
     keys: Mapping[str, Key],
@@ -97,8 +106,8 @@ def check_config(
     """Return the values of `keys` in `config`, with defaults filled in.
 
     unused: rules for further keys that are accepted and not returned. notes: for a file that another tool wrote; keys
-    that are in neither table are left out and noted, null for a flag is false, and other nulls are absent. Without it
-    they are errors. Raises InputError with `where`, the key, its value and what it may be, or the nearest known key.
+    that are in neither table are left out and noted, and values are read as `_plain` says. Without it they are errors.
+    Raises InputError with `where`, the key, its value and what it may be, or the nearest known key.
     """
     unused = unused or {}
     refuse_code({key: value for key, value in config.items() if key not in unused}, where)
@@ -114,11 +123,9 @@ def check_config(
             asks = not (value is None or value is False or value in ([], {}, ""))
             left_out += [f"{shown(name).strip(chr(39))}{nearest(name, keys)}"] if asks else []
             continue
-        if value is None and notes is not None and not rule.holds(None):
-            if rule is FLAG:
-                checked |= {name: False} if name in keys else {}
-                continue
-            if name in unused:
+        if notes is not None and not rule.holds(value):
+            value = _plain(value, rule)
+            if value is None and name in unused:
                 continue
         if not rule.holds(value):
             raise InputError(f"{where}: {name}: {shown(value)} is not {rule.text}")

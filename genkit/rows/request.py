@@ -299,7 +299,8 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
     schedule = None
     for key, value in fields.items():
         name = field_name(key)
-        if value is None and (name in Request.model_fields or name in (*SCHEDULES, "size")):
+        empty = value is None or (value == "" and name not in ("prompt", "negative_prompt"))
+        if empty and (name in Request.model_fields or name in (*SCHEDULES, "size")):
             continue
         if name in SCHEDULES or (name == "scheduler" and _is_schedule(value)):
             schedule = value

@@ -47,6 +47,12 @@ def test_null_states_nothing(field: str, name: str, tmp_path: Path) -> None:
     assert stated(rows) == [{"prompt": "a fox"}] and rows[0].num_images == 3 and rows[0].id == "000000"
 
 
+@pytest.mark.parametrize("field", ["seed", "steps", "cfg_scale", "scheduler", "image", "size", "labels", "id", "gate"])
+def test_an_empty_text_states_nothing(field: str, tmp_path: Path) -> None:
+    rows = read(tmp_path, json.dumps({"prompt": "a fox", "negative_prompt": "", field: ""}) + "\n", "a.jsonl")
+    assert stated(rows) == [{"negative_prompt": "", "prompt": "a fox"}]
+
+
 def test_gaps_of_a_table_with_numbers(tmp_path: Path) -> None:
     table = ",prompt,seed,steps,cfg_scale,width\n0,a fox,42.0,20.0,7,nan\n1,an owl,,,,512.0\n"
     rows = read(tmp_path, table)

@@ -96,7 +96,7 @@ BAD: list[tuple[str, str, str | bytes, str, str]] = [
     ("26-one-line", "a.yaml", "requests: [{id: a}, {id: a}]\n", ":1:", "id: 'a' is the id of line 1 too"),
     ("26-defaults", "a.yaml", "defaults: {id: a}\nrequests: [{seed: 1}]\n", ":1:", "defaults: id: "),
     *[(f"27-{v[:9]}", "a.jsonl", GOOD + row(id=v), ":2:", "id: ") for v in
-      ("../../x", "/abs", "CON", "a/b", "x" * 300, ".", "", "..", "a b", "nul.png")],
+      ("../../x", "/abs", "CON", "a/b", "x" * 300, ".", "..", "a b", "nul.png")],
     ("28-case", "a.jsonl", row(id="Fox") + row(id="fox"), ":2:", "id: 'fox' is the id of line 1 too"),
     ("28-case-up", "a.jsonl", row(id="fox") + row(id="FOX"), ":2:", "id: 'FOX' is the id of line 1 too"),
     ("28-nfc", "a.jsonl", row(id="caf\u00e9"), ":1:", "id: 'caf\\xe9'"),
