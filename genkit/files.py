@@ -65,7 +65,7 @@ def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
         data = file.read(limit + 1)  # the file may have grown
     refuse_pointer(data[:64], path)
     try:
-        return data[:limit].decode("utf-8")
+        return data[:limit].removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # a mark of Windows editors
     except UnicodeDecodeError as error:
         raise InputError(f"{place(path)}: byte {error.start} is not UTF-8") from None
 

@@ -61,6 +61,7 @@ ASKS_NOTHING: dict[str, tuple[str, Change]] = {
     "false for null": ("sd", change("unet/config.json", class_embed_type=False, encoder_hid_dim=[])),
     "empty for null": ("sd", change("unet/config.json", num_class_embeds="", time_cond_proj_dim={})),
     "whole floats": ("sd", change("unet/config.json", in_channels=4.0, cross_attention_dim=16.0)),
+    "a byte order mark": ("sd", lambda f: (f / INDEX).write_bytes(b"\xef\xbb\xbf" + (f / INDEX).read_bytes())),
     "no length": ("sd", change(TOKENIZER, model_max_length=None)),
     "null sizes": ("clip", change(PREPROCESSOR, crop_size=None, image_mean=None)),
     "class as null": ("sd", change(TOKENIZER, tokenizer_class=None)),
