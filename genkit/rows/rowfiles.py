@@ -17,14 +17,14 @@ from genkit.rows.typed import COUNTS, NUMBERS, typed
 
 MAX_BYTES = 2**27  # of a prompt file
 
-Rows = Iterable[tuple[int, dict[str, Any]]]  # line number from 1, fields as written
+Numbered = Iterable[tuple[int, dict[str, Any]]]  # line number from 1, fields as written
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFile:
     """The contents of a prompt file: rows, parsed lazily, and YAML's `defaults:` with their line."""
 
-    rows: Rows
+    rows: Numbered
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults_line: int = 1
     notes: list[str] = dataclasses.field(default_factory=list)  # what was assumed; whole once the rows are read
