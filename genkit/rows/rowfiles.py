@@ -12,7 +12,7 @@ from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import file_size, parse_json, place, read_utf8
-from genkit.rows.request import ALIASES, Request, canonical, field_name
+from genkit.rows.request import ALIASES, SCHEDULES, Request, canonical, field_name
 from genkit.rows.typed import COUNTS, NUMBERS, typed
 
 MAX_BYTES = 2**27  # of a prompt file
@@ -101,7 +101,9 @@ def _read_csv(text: str, name: str) -> RowFile:
             raise InputError(f"header: column {shown(twice)} {'is there twice' if twice else 'has no name'}")
         if len(header) == 1 and re.search("[;\t|]", header[0]):
             raise InputError(f"header: {shown(header[0])}: columns are separated by commas here")
-        canonical(dict.fromkeys(named, "8x8"))  # for unknown names and aliases of the same field
+        canonical(
+            {column: _SOME.get(field_name(column), "8x8") for column in named}
+        )  # unknown names, fields given twice
     except InputError as error:
         raise InputError(f"{name}:{line}: {error}") from None
     if len(named) < len(header):
@@ -198,6 +200,7 @@ def _read_yaml(text: str, name: str) -> RowFile:
     return RowFile(((row.line, dict(row)) for row in requests), dict(defaults), defaults.line or 1)
 
 
+_SOME = {"scheduler": "ddim", **dict.fromkeys(SCHEDULES, "karras")}  # values that pass where any text does not
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _CSV_ERRORS = {
     "unexpected end of data": "a quote is opened and never closed",
