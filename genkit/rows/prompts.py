@@ -7,7 +7,7 @@ from typing import Any
 
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
-from genkit.rows.request import Request, over, prepared
+from genkit.rows.request import Request, field_name, over, prepared
 from genkit.rows.rowfiles import RowFile, open_rows
 from genkit.rows.typed import typed
 
@@ -53,7 +53,7 @@ def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None) -> Ro
             origin = f" (line {file.defaults_line}: defaults)" if field in own and field not in fields else ""
             raise InputError(f"{name}:{line}: {error}{origin}") from None
         row._source = f"{name}:{line}"
-        any_seed += fields.get("seed") in (-1, -1.0)
+        any_seed += any(field_name(name) == "seed" and value in (-1, -1.0) for name, value in fields.items())
         taken[key] = line
         rows.append(row)
     if not rows:

@@ -262,6 +262,7 @@ def test_pictures_of_rows_by_any_path(name: str, tmp_path: Path, monkeypatch: py
 def test_a_table_of_a_spreadsheet_for_another_interface(tmp_path: Path) -> None:
     head = "Prompt;Sampler;Schedule type;CFG scale;Steps;Seed;"
     rows = read(tmp_path, f"{head}\na fox;DPM++ 2M;Karras;7,5;20.0;-1;\nan owl;;;;;;\n")
+    assert [note.split(": ")[1] for note in rows.notes] == ["columns are separated by semicolons", "seed -1 in 1 rows"]
     assert stated(rows) == [
         {"prompt": "a fox", "scheduler": {"solver": "dpmpp_2m", "spacing": "karras"}, "guidance_scale": 7.5,
          "num_inference_steps": 20},
