@@ -75,11 +75,12 @@ def read_json(path: Path, limit: int = JSON_LIMIT, infinite: bool = False) -> di
     return parse_json(read_text(path, limit), place(path), infinite)
 
 
-def parse_json(text: str, where: str, infinite: bool = False) -> dict[str, Any]:
+def parse_json(text: str, where: str, infinite: bool = False, gaps: bool = False) -> dict[str, Any]:
     """Return the object that strict JSON `text` holds.
 
     Raises InputError, naming `where`, for comments, repeated keys, NaN and infinities, too deep nesting, and
-    anything but an object at the top. infinite: allow Infinity and -Infinity, as Python's json writes them.
+    anything but an object at the top. infinite: allow Infinity and -Infinity, as Python's json writes them. gaps: allow
+    NaN, which it writes for what a table lacks.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def parse_json(text: str, where: str, infinite: bool = False) -> dict[str, Any]:
         return int(digits)
 
     def constant(word: str) -> float:
-        if infinite and word != "NaN":
+        if gaps if word == "NaN" else infinite:
             return float(word)
         raise InputError(f"{where}: {word} is not JSON")
 

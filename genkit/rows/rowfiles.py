@@ -81,7 +81,8 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
             raise InputError(f"{name}:{number}: a JSON array; .jsonl has one object {{…}} a line, no [ ] around them")
         if line == "{":
             raise InputError(f"{name}:{number}: an object over several lines; .jsonl has one whole object {{…}} a line")
-        yield number, parse_json(line, f"{name}:{number}")
+        row = parse_json(line, f"{name}:{number}", gaps=True)
+        yield number, {key: None if value != value else value for key, value in row.items()}  # NaN: a gap of pandas
 
 
 def _read_csv(text: str, name: str) -> RowFile:

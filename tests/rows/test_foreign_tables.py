@@ -53,6 +53,14 @@ def test_an_empty_text_states_nothing(field: str, tmp_path: Path) -> None:
     assert stated(rows) == [{"negative_prompt": "", "prompt": "a fox"}]
 
 
+def test_nan_is_a_gap_of_pandas_and_nothing_else(tmp_path: Path) -> None:
+    rows = read(tmp_path, '{"prompt": "a", "seed": NaN, "negative_prompt": NaN, "steps": 20.0}\n', "a.jsonl")
+    assert stated(rows) == [{"num_inference_steps": 20, "prompt": "a"}]
+    for inside in ('"meta": {"x": NaN}', '"labels": ["a", NaN]', '"seed": [NaN]'):
+        with pytest.raises(InputError):
+            read(tmp_path, f'{{"prompt": "a", {inside}}}\n', "a.jsonl")
+
+
 def test_gaps_of_a_table_with_numbers(tmp_path: Path) -> None:
     table = ",prompt,seed,steps,cfg_scale,width\n0,a fox,42.0,20.0,7,nan\n1,an owl,,,,512.0\n"
     rows = read(tmp_path, table)

@@ -60,7 +60,7 @@ BAD: list[tuple[str, str, str | bytes, str, str]] = [
     ("18-yaml", "a.yaml", "requests:\n- prompt: a\n  seed: 1\n  seed: 2\n", ":4:", "'seed': key is given twice"),
     ("18-yaml-top", "a.yaml", "requests: [{seed: 1}]\nrequests: []\n", ":2:", "'requests': key is given twice"),
     *[(f"19-{v}", "a.jsonl", GOOD + f'{{"guidance_scale": {v}}}', ":2:", "") for v in
-      ("NaN", "Infinity", "-Infinity", "1e400", "-1e400")],
+      ("Infinity", "-Infinity", "1e400", "-1e400")],
     ("19-csv-large", "a.csv", "prompt,guidance_scale\na,1e400\n", ":2:", "guidance_scale: inf must be finite"),
     ("19-yaml-nan", "a.yaml", "requests:\n- guidance_scale: .nan\n", ":2:", "'.nan': YAML readers disagree"),
     ("20-json", "a.jsonl", '{"seed": ' + "9" * 5000 + "}", ":1:", "digits"),
