@@ -1,27 +1,55 @@
-"""Models and this machine: inspect, env."""
+"""Models and this machine: inspect, convert, env."""
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from genkit.cli.app import LOOK, Command, app, print_found
-from genkit.cli.options import AsJson, Variant
+from genkit.cli.options import AsJson, Prediction, TextEncoder, Vae, Variant
 from genkit.errors import EXIT_OK
 
 
 @app.command(cls=Command, rich_help_panel=LOOK)
 def inspect(
-    model: Annotated[str, typer.Argument(help="emoji, emoji-clip, a model folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="emoji, emoji-clip, a model folder, a hub id, or a .safetensors file.")],
     variant: Variant = None,
+    vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    prediction: Prediction = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Check a model without loading it, and say what it is."""
+    """Check a model without loading it, and say what it is; of a file also its hashes and metadata."""
     from genkit.components import inspect_model
+    from genkit.components.info import file_facts
 
-    print_found(inspect_model(model, variant=variant).describe(), as_json)
+    info = inspect_model(model, variant=variant, vae=vae, text_encoder=text_encoder, prediction=prediction)
+    print_found({**info.describe(), **file_facts(info)}, as_json)
+    return EXIT_OK
+
+
+@app.command(cls=Command, rich_help_panel=LOOK)
+def convert(
+    model: Annotated[str, typer.Argument(help="A .safetensors file, a model folder, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, or a new file that ends in .safetensors.")],
+    variant: Variant = None,
+    vae: Vae = None,
+    text_encoder: TextEncoder = None,
+    prediction: Prediction = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Write a model in the other layout: a single file as a diffusers folder, a folder as a single file."""
+    from genkit.components import inspect_model
+    from genkit.components.convert import convert as write
+
+    info = inspect_model(model, variant=variant, vae=vae, text_encoder=text_encoder, prediction=prediction)
+    for note in info.notes:
+        print(note, file=sys.stderr)
+    print_found(write(info, out), as_json)
     return EXIT_OK
 
 

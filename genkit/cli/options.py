@@ -27,6 +27,9 @@ Labels = Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot cla
 Device = Annotated[str, typer.Option(help=_help("device"))]
 Dtype = Annotated[str, typer.Option(help=_help("dtype"))]
 Variant = Annotated[str | None, typer.Option(help=_help("variant"))]
+Vae = Annotated[str | None, typer.Option(help=_help("vae"))]
+TextEncoder = Annotated[str | None, typer.Option(help=_help("text_encoder"))]
+Prediction = Annotated[str, typer.Option(help=_help("prediction"))]
 Aesthetic = Annotated[str | None, typer.Option(help=_help("aesthetic"))]
 Scorers = Annotated[list[str] | None, typer.Option("--scorer", help=_help("scorers"))]
 
@@ -42,8 +45,8 @@ def _slots(text: str) -> int | None:
 # Sections of the help; options that are not listed are in the last one.
 _SECTIONS = {
     "What is drawn": (
-        "model variant negative_prompt scheduler num_inference_steps guidance_scale guidance_interval width height"
-        " image strength mask_image num_images seed"
+        "model vae text_encoder prediction variant negative_prompt scheduler num_inference_steps guidance_scale"
+        " guidance_interval width height image strength mask_image num_images seed"
     ),
     "Which pictures are kept": "keep gate rank_by max_images labels clip aesthetic scorers diverse dedupe reference",
     "How it runs": "",

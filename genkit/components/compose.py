@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.components.folder import check_network, check_together, inspect_model, inspect_network
+from genkit.components.checks import check_network, check_together
+from genkit.components.folder import inspect_model, inspect_network
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import COMPONENTS, REQUIRED
 from genkit.components.tokenizer import check_tokenizer

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
 from os.path import lexists
 from pathlib import Path
 from typing import Any
 
+from genkit.components.checks import check_network, check_together
 from genkit.components.hub import fetch_configs, fetch_weights, is_hub_id
 from genkit.components.info import ModelInfo, Part
 from genkit.components.preprocessor import read_preprocessor
@@ -25,12 +25,14 @@ from genkit.components.registry import (
     SECOND,
 )
 from genkit.components.rules import check_config, refuse_code
+from genkit.components.single import read_single, read_vae
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import CONVERT, PICKLES, check_shapes, read_weights, wanted_weights
 from genkit.device.memory import TEXTS
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json, read_text, user_path
 
+PREDICTIONS = ("auto", "epsilon", "v_prediction")
 EMBEDDED = Path(__file__).parent / "embedded"
 # Steps and guidance of the embedded models; genkit.rows.settings has those of other models.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -39,13 +41,59 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def inspect_model(name: str | Path, *, variant: str | None = None) -> ModelInfo:
-    """Check a model without loading it: "emoji", "emoji-clip", a folder, or a hub id "owner/name".
+def inspect_model(
+    name: str | Path, *, variant: str | None = None, vae: str | None = None, text_encoder: str | None = None,
+    prediction: str = "auto",
+) -> ModelInfo:  # fmt: skip
+    """Check a model without loading it: "emoji", "emoji-clip", a folder, a hub id "owner/name", or a single file.
 
-    A folder has the layout of a diffusers pipeline, or is a CLIPModel as transformers saves it. Of weights, only
-    headers are read. variant: "fp16" takes `*.fp16.safetensors`. Raises InputError, naming file, key and value, for
+    A folder has the layout of a diffusers pipeline, or is a CLIPModel as transformers saves it; a file is a checkpoint
+    in the original layout of Stable Diffusion. Of weights, only headers are read. variant: "fp16" takes
+    `*.fp16.safetensors`. vae, text_encoder: models to take these networks from. prediction: what the UNet predicts,
+    where its scheduler's config or file says otherwise or nothing. Raises InputError, naming file, key and value, for
     anything that is missing, malformed or not supported; HostError where the hub cannot be read.
     """
+    if prediction not in PREDICTIONS:
+        raise InputError(
+            f"prediction: {shown(prediction)} is not {', '.join(PREDICTIONS)}{nearest(prediction, PREDICTIONS)}"
+        )
+    others = _others(vae, text_encoder, variant)
+    path = user_path(name) if name and "\0" not in str(name) and name not in DEFAULTS else None
+    if path is not None and path.is_file() and path.suffix not in PICKLES:
+        notes: list[str] = []
+        model = read_single(path, prediction, notes, others)
+        return dataclasses.replace(model, name=str(name), variant=variant, notes=tuple(notes))
+    model = _inspect_folder(name, variant)
+    if prediction != "auto" and model.scheduler_config:
+        config = {**model.scheduler_config, "prediction_type": prediction}
+        model = dataclasses.replace(model, scheduler_config=config)
+    if others:
+        model = dataclasses.replace(model, parts={**model.parts, **others})
+        check_together(model.kind, model.parts)
+    return model
+
+
+def _others(vae: str | None, text_encoder: str | None, variant: str | None) -> dict[str, Part]:
+    """Return the networks to use in place of a model's own: its VAE, and its text encoders."""
+    found = {}
+    for option, value, names in (("vae", vae, ("vae",)), ("text_encoder", text_encoder, TEXTS)):
+        if value is None:
+            continue
+        path = user_path(value)
+        if option == "vae" and path.is_file():
+            found["vae"] = read_vae(path)
+            continue
+        if (path / "config.json").is_file() and not lexists(path / "unet"):
+            found[option] = inspect_network(path, option)
+            continue
+        parts = inspect_model(value, variant=variant).parts
+        if option not in parts:
+            raise InputError(f"--{option.replace('_', '-')}: {shown(value)} has no {option}; it has {', '.join(parts)}")
+        found |= {name: parts[name] for name in names if name in parts}
+    return found
+
+
+def _inspect_folder(name: str | Path, variant: str | None) -> ModelInfo:
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant):
         raise InputError(f"variant: {shown(variant)} is not like 'fp16'")
     notes: list[str] = []
@@ -99,7 +147,7 @@ def _locate(name: str | Path, notes: list[str]) -> tuple[Path, bool]:
         if path.suffix in PICKLES:
             raise InputError(f"{place(path)}: is refused: {CONVERT}")
         what = "cannot be read" if path.is_dir() else "is a broken link" if not os.path.exists(path) else "is a file"
-        raise InputError(f"{place(path)}: {what}: a model is a folder in diffusers layout")
+        raise InputError(f"{place(path)}: {what}: a model is a folder in diffusers layout, or a .safetensors file")
     if isinstance(name, str) and is_hub_id(name):
         return fetch_configs(name), True
     hint = nearest(text, DEFAULTS)
@@ -253,26 +301,6 @@ def _read_part(name: str, cls: str, folder: Path, notes: list[str]) -> Part:
     return Part(name, cls, folder, check_network(cls, config, place(path), notes=notes), left_out=left_out)
 
 
-def check_network(
-    cls: str, config: Mapping[str, Any], where: str, inner: str = ": ", notes: list[str] | None = None
-) -> dict[str, Any]:
-    """Return the config of a network of class `cls` with defaults filled in.
-
-    inner: joins `where` and the name of a config inside the config, for messages. notes, and InputError: as with
-    `check_config`.
-    """
-    network = NETWORKS[cls]
-    checked = check_config(config, network.table, where, network.unused, notes)
-    for key, (table, unused) in network.nested.items():
-        new, old = (
-            check_config(checked[name] or {}, table, f"{where}{inner}{name}", unused, notes)
-            for name in (key, f"{key}_dict")
-        )
-        checked[key] = new if checked.pop(f"{key}_dict") is None else old  # transformers prefers the old name
-    network.check(checked, where)
-    return checked
-
-
 def _read_scheduler(folder: Path, cls: str | None, pipeline: str, notes: list[str]) -> dict[str, Any]:
     """Return the scheduler's config, which genkit.schedulers can read, with its class in `_class_name`.
 
@@ -313,53 +341,6 @@ def _corrected_size(pipeline: str, unet: Part, notes: list[str]) -> Part:
         return unet
     notes.append(f"{unet.where}: sample_size: {side} is taken as 64, as diffusers' {pipeline} does")
     return dataclasses.replace(unet, config={**unet.config, "sample_size": 64})
-
-
-def check_together(kind: str, parts: Mapping[str, Part]) -> None:
-    """Raise InputError for networks of which one does not read what the other writes."""
-    unet = parts["unet"]
-    if (unet.kind == "UNet2DConditionModel") != (kind == "text-to-image"):
-        raise InputError(f"{unet.where}: _class_name: {unet.kind} does not belong in a model that is {kind}")
-    if kind == "text-to-image":
-        _check_conditioning(parts)
-    channels = unet.config["in_channels"]
-    if "vae" in parts:
-        _check_equal(unet, "in_channels", parts["vae"], "latent_channels")
-    elif channels not in (1, 3):
-        raise InputError(f"{unet.where}: in_channels: {channels} is not 1 or 3, and there is no vae to decode it")
-
-
-def _check_conditioning(parts: Mapping[str, Part]) -> None:
-    """Check that the UNet reads the embeddings of its text encoder, or of both of SDXL's (Podell et al. 2023)."""
-    unet, text, second = parts["unet"], parts["text_encoder"], parts.get("text_encoder_2")
-    added = unet.config["addition_embed_type"]
-    if (added is None) != (second is None):
-        verb = "has no use for" if added is None else "needs"
-        raise InputError(f"{unet.where}: addition_embed_type: {added!r} {verb} a text_encoder_2")
-    if second is None:
-        _check_equal(unet, "cross_attention_dim", text, "hidden_size")
-        return
-    width, widths = unet.config["cross_attention_dim"], [part.config["hidden_size"] for part in (text, second)]
-    if width != sum(widths):
-        raise InputError(
-            f"{unet.where}: cross_attention_dim: {width}, but {text.where} and {second.where} have hidden_size "
-            f"{widths[0]} and {widths[1]}"
-        )
-    projection = second.config["projection_dim"]
-    if projection is None:
-        raise InputError(f"{second.where}: projection_dim: None is no width, which SDXL needs")
-    inputs = unet.config["projection_class_embeddings_input_dim"]  # of six sizes and the pooled embedding
-    if inputs != 6 * unet.config["addition_time_embed_dim"] + projection:
-        raise InputError(
-            f"{unet.where}: projection_class_embeddings_input_dim: {inputs}, but 6 times addition_time_embed_dim and "
-            f"projection_dim of {second.where} are {6 * unet.config['addition_time_embed_dim'] + projection}"
-        )
-
-
-def _check_equal(one: Part, key: str, other: Part, other_key: str) -> None:
-    value, needed = one.config[key], other.config[other_key]
-    if value != needed:
-        raise InputError(f"{one.where}: {key}: {value}, but {other.where} has {other_key} {needed}")
 
 
 def _add_weights(part: Part, variant: str | None) -> Part:

@@ -10,8 +10,10 @@ from typing import Any
 
 from genkit.components.geometry import Geometry
 from genkit.components.weights import Tensor, sha256
+from genkit.errors import shown
 from genkit.files import place
 
+SINGLE = "checkpoint"
 ITEM_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -31,11 +33,12 @@ class Part:
     files: tuple[Path, ...] = ()
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origin: str | None = None
 
     @property
     def where(self) -> str:
         """Path of its config.json, for messages."""
-        return place(self.folder / "config.json")
+        return self.origin or place(self.folder / "config.json")
 
     @property
     def parameters(self) -> int:
@@ -57,7 +60,8 @@ class ModelInfo:
     "clip". preprocessor: from preprocessor_config.json of a CLIP model, else empty. defaults:
     num_inference_steps and guidance_scale for this model, if known; tuned_steps: of the tuned plan that is used when a
     row sets neither scheduler nor steps. revision: commit on the hub, or None. notes: what of its files was left out,
-    corrected or assumed, a line each.
+    corrected or assumed, a line each. padding: the token that each tokenizer pads with, if not its own. family: of a
+    single file, whose path `folder` is then: "SD 1", "SDXL", …; metadata: of that file.
     """
 
     name: str
@@ -73,6 +77,9 @@ class ModelInfo:
     variant: str | None = None
     revision: str | None = None
     notes: tuple[str, ...] = ()
+    padding: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    family: str | None = None
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def configs(self) -> dict[str, Mapping[str, Any]]:
@@ -92,7 +99,7 @@ class ModelInfo:
     def describe(self) -> dict[str, Any]:
         """Return what `genkit inspect` prints, as JSON values."""
         found: dict[str, Any] = {"model": self.name, "kind": self.kind, "folder": str(self.folder)}
-        found |= {key: value for key in ("variant", "revision") if (value := getattr(self, key)) is not None}
+        found |= {key: value for key in ("family", "variant", "revision") if (value := getattr(self, key)) is not None}
         if self.geometry is not None:
             g = self.geometry
             found |= {"size": f"{g.width}x{g.height}", "size_multiple": g.multiple, "latent_channels": g.channels}
@@ -106,10 +113,26 @@ class ModelInfo:
 
 
 def weight_hashes(info: ModelInfo) -> dict[str, str]:
-    """Return the SHA-256 of each weight file by its path in the model's folder, or by part/name if it is outside."""
-    found = {}
+    """Return the SHA-256 of each weight file by its path in the model's folder, or by part/name if it is outside.
+
+    A single file is SINGLE, whatever its name.
+    """
+    found: dict[str, str] = {}
     for part in info.parts.values():
         for file in part.files:
             inside = file.is_relative_to(info.folder)
-            found[file.relative_to(info.folder).as_posix() if inside else f"{part.name}/{file.name}"] = sha256(file)
+            name = file.relative_to(info.folder).as_posix() if inside else f"{part.name}/{file.name}"
+            name = SINGLE if file == info.folder else name
+            found[name] = found.get(name) or sha256(file)
     return found
+
+
+def file_facts(info: ModelInfo) -> dict[str, Any]:
+    """Return the hashes of a single file, as model sites print them, and its metadata; nothing for a folder."""
+    if info.family is None:
+        return {}
+    whole = sha256(info.folder)
+    hashes = {"SHA256": whole, "AutoV2": whole[:10], "AutoV3": sha256(info.folder, weights_only=True)[:12]}
+    found = {"prediction_type": info.scheduler_config["prediction_type"], "hashes": hashes}
+    told = {key: shown(value, 200).strip("'") for key, value in info.metadata.items()}
+    return {**found, "metadata": told} if told else found

@@ -82,8 +82,10 @@ def load_components(
     return Components(
         info=info,
         device=target,
-        tokenizer=load_tokenizer(info.tokenizer, info.text_config),
-        tokenizer_2=load_tokenizer(info.tokenizer_2, info.configs.get("text_encoder_2", {})),
+        tokenizer=load_tokenizer(info.tokenizer, info.text_config, info.padding.get("tokenizer")),
+        tokenizer_2=load_tokenizer(
+            info.tokenizer_2, info.configs.get("text_encoder_2", {}), info.padding.get("tokenizer_2")
+        ),
         scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None,
         **networks,
     )
@@ -161,10 +163,10 @@ def _read(
     """
     from safetensors import safe_open
 
-    wanted = {name: tensor.key for name, tensor in tensors.items() if tensor.file == file}
+    wanted = {name: tensor for name, tensor in tensors.items() if tensor.file == file}
     threads = ThreadPoolExecutor(min(4, usable_cores()), "genkit-load") if device.type == "cpu" else None
     with safe_open(file, framework="pt", device=str(device)) as weights, threads or contextlib.nullcontext():
-        read = map(weights.get_tensor, wanted.values())
+        read = (tensor.taken(weights.get_tensor(tensor.key)) for tensor in wanted.values())
         return dict(zip(wanted, threads.map(convert, read) if threads else map(convert, read), strict=True))
 
 
@@ -184,8 +186,11 @@ def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dty
             raise InputError(f"{place(tensor.file)}: {tensor.key}: holds a NaN or an infinity as {kind}")
 
 
-def load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
-    """Return the CLIPTokenizer of a folder, which truncates to what the text encoder with config `text` reads."""
+def load_tokenizer(folder: Path | None, text: Mapping[str, Any], padding: str | None = None) -> Any:
+    """Return the CLIPTokenizer of a folder, which truncates to what the text encoder with config `text` reads.
+
+    padding: the token to pad with, if not its own.
+    """
     from transformers import CLIPTokenizer
 
     if folder is None:
@@ -196,6 +201,8 @@ def load_tokenizer(folder: Path | None, text: Mapping[str, Any]) -> Any:
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise InputError(f"{place(folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
     most = text["max_position_embeddings"]
+    if padding is not None:
+        tokenizer.pad_token = padding
     tokenizer.model_max_length = min(tokenizer.model_max_length or most, most)
     return tokenizer
 

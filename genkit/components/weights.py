@@ -29,12 +29,43 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A weight as the header of `file` describes it: key (its name there), dtype ("F16") and shape."""
+    """A weight of `file`: key (its name there), dtype ("F16"), and the shape that the network takes it in.
+
+    stored: how the file has it where that differs: "turned" (transposed), "flat" (a linear layer as a 1x1 convolution),
+    or "0/3" (the first third of its rows).
+    """
 
     file: Path
     key: str
     dtype: str
     shape: tuple[int, ...]
+    stored: str = ""
+
+    def taken(self, weight: Any) -> Any:
+        """Return the weight that the network takes, given the one in the file."""
+        if self.stored == "turned":
+            return weight.T
+        if self.stored == "flat":
+            return weight.reshape(self.shape)
+        if self.stored:
+            index, count = map(int, self.stored.split("/"))
+            return weight.chunk(count)[index]
+        return weight
+
+    def as_taken(self, stored: str) -> Tensor:
+        """Return this weight of a file as one that is `stored` in such a way. Raises InputError if it cannot be."""
+        shape = self.shape
+        if stored == "turned" and len(shape) == 2:
+            shape = shape[::-1]
+        elif stored == "flat" and len(shape) == 4 and shape[2:] == (1, 1):
+            shape = shape[:2]
+        elif "/" in stored and shape and shape[0] % int(stored[2:]) == 0:
+            shape = (shape[0] // int(stored[2:]), *shape[1:])
+        else:
+            raise InputError(
+                f"{place(self.file)}: {shown(self.key)}: has shape {_text(shape)}, which cannot be {stored}"
+            )
+        return dataclasses.replace(self, shape=shape, stored=stored)
 
 
 def wanted_weights(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
@@ -130,7 +161,12 @@ def _check_shards(index: Path, held: Mapping[str, str]) -> None:
 
 
 def read_header(path: Path) -> list[Tensor]:
-    """Return the tensors of a safetensors file; only its header is read.
+    """Return the tensors of a safetensors file; only its header is read. Raises InputError as `read_file` does."""
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[list[Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, by its header, and its metadata.
 
     Raises InputError for another kind of file, a header that is too large, and one that does not describe every byte.
     """
@@ -166,7 +202,7 @@ def read_header(path: Path) -> list[Tensor]:
         end = stop
     if end != size - 8 - length:
         raise InputError(f"{place(path)}: has {size - 8 - length} bytes of weights, but its header describes {end}")
-    return [Tensor(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()]
+    return [Tensor(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()], metadata
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
@@ -219,7 +255,9 @@ def _text(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex; it is read in pieces."""
+def sha256(path: Path, weights_only: bool = False) -> str:
+    """Return the SHA-256 of a file in hex, or of what follows a safetensors file's header; it is read in pieces."""
     with open(path, "rb") as file:
+        if weights_only:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
         return hashlib.file_digest(file, "sha256").hexdigest()

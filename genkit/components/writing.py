@@ -23,6 +23,7 @@ def write_network(kind: str, config: Any, weights: Mapping[str, torch.Tensor], f
     library, stem = NETWORKS[kind].library, NETWORKS[kind].stem
     told = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
     told.pop("_name_or_path", None)
+    folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     told |= {"_class_name": kind} if library == "diffusers" else {"architectures": [kind], "dtype": dtype}
     write_json(folder / "config.json", told)
@@ -31,7 +32,13 @@ def write_network(kind: str, config: Any, weights: Mapping[str, torch.Tensor], f
 
 def link_network(part: Part, folder: Path) -> None:
     """Have a network's own files in another folder too: as links to the same data, or as copies elsewhere."""
-    link_files(part.folder, {"config.json", *(path.name for path in part.files)}, folder)
+    if part.origin is None:
+        link_files(part.folder, {"config.json", *(path.name for path in part.files)}, folder)
+        return
+    from genkit.components.loading import stored_weights  # of a file that holds other networks too
+
+    weights = {name: weight.contiguous() for name, weight in stored_weights(part).items()}
+    write_network(part.kind, part.config, weights, folder)
 
 
 def link_files(source: Path, names: Iterable[str], folder: Path) -> None:

@@ -13,6 +13,7 @@ from genkit.components.shapes import head_widths
 from genkit.components.weights import sha256
 from genkit.device.devices import DTYPES, compute_dtype, pick_device
 from genkit.device.memory import away
+from genkit.files import user_path
 from genkit.job.plan import Job, plan_job
 from genkit.options import Options
 from genkit.phases import phase
@@ -71,6 +72,7 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
     options = Options(
         model=model, clip=clip, variant=binding.get("variant"), device=device, seed=binding["seed"],
         aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
+        **recorded["info"].get("parts", {}),
     )  # fmt: skip
     job = plan_job(read_rows(folder), options, {})
     same = {name: binding[name] for name in ("device", "format") if name in binding}
@@ -115,7 +117,11 @@ def run_config(
     generator = loaded[0]
     binding["device"] = generator.device.type
     binding["dtype"] = "int8" if is_8_bit(generator.unet) else str(generator.unet.dtype).removeprefix("torch.")
-    head = {} if o.aesthetic is None else {"aesthetic": str(Path(o.aesthetic).absolute())}  # for `reopen`
+    # For `reopen`
+    head: dict[str, Any] = {} if o.aesthetic is None else {"aesthetic": str(Path(o.aesthetic).absolute())}
+    parts = {name: value for name in ("vae", "text_encoder", "prediction") if (value := getattr(o, name))}
+    parts = {name: str(user_path(v).absolute()) if user_path(v).exists() else v for name, v in parts.items()}
+    head |= {} if parts == {"prediction": "auto"} else {"parts": parts}
     return {"binding": binding, "info": {**_versions(), "attention": generator.attention.text, **head}}
 
 

@@ -81,7 +81,10 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     encoding(options.format, options.quality)
     check_memory(options.memory)
     _check_budget(options)
-    info = inspect_model(options.model, variant=options.variant)
+    info = inspect_model(
+        options.model, variant=options.variant, vae=options.vae, text_encoder=options.text_encoder,
+        prediction=options.prediction,
+    )  # fmt: skip
     if info.kind == "clip":
         raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
     clip_name = options.clip if options.clip != "auto" else "emoji-clip" if info.name == "emoji" else "none"

@@ -107,4 +107,4 @@ def _result(line: Any) -> Result | None:
 def found_at(model: Mapping[str, Any]) -> str:
     """Return where the model of a binding lies: its folder as it was at the last start, else its name."""
     folder = model.get("folder")
-    return folder if folder is not None and Path(folder).is_dir() else model["name"]
+    return folder if folder is not None and Path(folder).exists() else model["name"]

@@ -48,10 +48,13 @@ class Generator(Pipeline):
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None,
-        attention: str = "auto", memory: str = "auto",
+        attention: str = "auto", memory: str = "auto", vae: str | None = None, text_encoder: str | None = None,
+        prediction: str = "auto",
     ) -> Self:  # fmt: skip
-        """Load `emoji`, a diffusers-layout folder or a hub id. Raises InputError naming what is wrong with it.
+        """Load `emoji`, a diffusers-layout folder, a hub id, or a single file. Raises InputError naming what is wrong.
 
+        vae, text_encoder: models to take these networks from. prediction: "epsilon" or "v_prediction", of a file that
+        does not show it.
         attention: a backend listed by `genkit env`; if it does not work, `.attention.notes` says why and what is used.
         memory: "high" keeps everything on the device, "low" takes the least memory, "auto" what fits. Raises HostError,
         before anything is loaded, if not even one image fits.
@@ -60,7 +63,7 @@ class Generator(Pipeline):
 
         check_attention(attention)
         check_memory(memory)
-        info = inspect_model(name, variant=variant)
+        info = inspect_model(name, variant=variant, vae=vae, text_encoder=text_encoder, prediction=prediction)
         target, precision = pick_device(device, dtype)
         budget = budget_for(info, None, target, precision, memory)
         parts = load_components(info, device=target, dtype=precision, in_ram=away(budget.level, info.parts))

@@ -174,7 +174,7 @@ def case(name: str, model: str, harm: Harm, *words: str) -> Case:
 CASES = [
     # The folder itself.
     case("empty folder", "sd", both(remove("."), Path.mkdir), "holds no model", "model_index.json"),
-    case("a file", "sd", both(remove("."), Path.touch), "is a file"),
+    case("a file", "sd", both(remove("."), Path.touch), "no safetensors"),
     case("folder is a link to itself", "sd", both(remove("."), lambda f: f.symlink_to(f)), "broken link"),
     case("no scheduler", "sd", remove("scheduler/scheduler_config.json"), "scheduler_config.json", "absent"),
     case("no index, foreign class", "sd", both(remove(INDEX), change(CONFIG, _class_name="Flux")), CONFIG, "'Flux'"),
