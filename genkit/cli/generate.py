@@ -38,6 +38,9 @@ class RowOptions:
     image: Annotated[str | None, "The picture to start from."] = None
     strength: Annotated[float | None, "How much of --image to give up, 0 to 1."] = None
     mask_image: Annotated[str | None, "Draw anew only where this is white."] = None
+    loras: Annotated[list[str] | None, typer.Option("--lora", help="A LoRA, as FILE or FILE:WEIGHT; repeatable.")] = (
+        None
+    )
     num_images: Annotated[int | None, typer.Option("-n", "--num-images", help="Images a row.")] = None
     keep: Annotated[int | None, "Keep the best so many of a row."] = None
     gate: Annotated[str | None, "What an image must pass, say 'clip > 0.5'."] = None
@@ -47,10 +50,14 @@ class RowOptions:
 
     def fields(self) -> dict[str, Any]:
         """Return what is given, as fields of a Request. Raises InputError, naming the option, for a bad value."""
-        from genkit.rows.typed import typed
+        from genkit.files import user_path
+        from genkit.rows.typed import lora, typed
 
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         given |= {name: typed(name, given[name]) for name in ("guidance_interval", "labels") if name in given}
+        if "loras" in given:
+            given["loras"] = [lora("loras", text) for text in given["loras"]]
+            given["loras"] = [{**one, "file": str(user_path(one["file"]).absolute())} for one in given["loras"]]
         given |= {name: str(Path(given[name]).absolute()) for name in ("image", "mask_image") if name in given}
         _check(given)
         return given

@@ -46,7 +46,7 @@ def _slots(text: str) -> int | None:
 _SECTIONS = {
     "What is drawn": (
         "model vae text_encoder prediction variant negative_prompt scheduler num_inference_steps guidance_scale"
-        " guidance_interval width height image strength mask_image num_images seed"
+        " guidance_interval width height image strength mask_image loras num_images seed"
     ),
     "Which pictures are kept": "keep gate rank_by max_images labels clip aesthetic scorers diverse dedupe reference",
     "How it runs": "",

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from genkit.device.outofmemory import in_parts
 from genkit.device.residency import Hold
 from genkit.errors import InputError
 
+Weights = tuple[float, ...]
+Adapted = Callable[[Weights], contextlib.AbstractContextManager[Any]]
 CACHED_PROMPTS = 4096  # 77 x 768 in half precision is 118 kB: half a gigabyte at most
 
 
@@ -40,28 +42,41 @@ def as_word(word: str) -> str:
     return f"{before}{re.escape(word)}{after}"
 
 
+def _plain(weights: Weights) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
 class TextEncoder:
     """A tokenizer and a CLIP text model, with the embeddings of the prompts it has seen.
 
     truncated: the prompts that had more tokens than the model reads. hold: context manager that keeps the model on the
-    device (device/residency.py). batch: prompts a call; halved when memory runs out.
+    device (device/residency.py). batch: prompts a call; halved when memory runs out. adapted: context manager in which
+    LoRAs of such weights are applied.
     """
 
     def __init__(self, tokenizer: Any, model: Any, hold: Hold = contextlib.nullcontext) -> None:
         self.tokenizer, self.model, self.hold = tokenizer, model, hold
         self.batch = CLIP_BATCH
         self.truncated: set[str] = set()
-        self._seen: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.adapted: Adapted = _plain
+        self._seen: OrderedDict[tuple[str, Weights], torch.Tensor] = OrderedDict()
 
     @torch.inference_mode()
-    def __call__(self, prompts: Iterable[str]) -> list[torch.Tensor]:
-        """Return an embedding (tokens, width) for each prompt; in RAM if the model does not stay on the device."""
-        prompts = list(prompts)
+    def __call__(self, texts: Iterable[str], adapters: Weights = ()) -> list[torch.Tensor]:
+        """Return an embedding (tokens, width) for each prompt; in RAM if the model does not stay on the device.
+
+        adapters: the weight of each LoRA; zeros at the end say nothing.
+        """
+        while adapters and not adapters[-1]:
+            adapters = adapters[:-1]
+        prompts = [(text, adapters) for text in texts]
         new = [p for p in dict.fromkeys(prompts) if p not in self._seen]
         found = {p: self._seen[p] for p in prompts if p in self._seen}
         if new:
-            with self.hold():
-                parts, self.batch = in_parts(len(new), self.batch, lambda part: self._encode(new[part]), "prompts")
+            with self.hold(), self.adapted(adapters):
+                parts, self.batch = in_parts(
+                    len(new), self.batch, lambda part: self._encode([p for p, _ in new[part]]), "prompts"
+                )
             guest = self.hold is not contextlib.nullcontext  # not resident: its output makes room, too
             found |= dict(zip(new, (row for part in parts for row in (part.cpu() if guest else part)), strict=True))
         for prompt in found:
@@ -76,8 +91,8 @@ class TextEncoder:
         self._seen.clear()
 
     def knows(self, prompts: Iterable[str]) -> bool:
-        """Whether the embeddings of all these prompts are cached."""
-        return all(p in self._seen for p in prompts)
+        """Whether the embeddings of all these prompts, without LoRAs, are cached."""
+        return all((p, ()) in self._seen for p in prompts)
 
     def _encode(self, prompts: list[str]) -> torch.Tensor:
         length = self.tokenizer.model_max_length
@@ -101,13 +116,13 @@ class TextEncoderPair:
     """
 
     def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
-        self.first, self.second = first, second
+        self.first, self.second = self.both = first, second
         lengths = [encoder.tokenizer.model_max_length for encoder in (first, second)]
         if lengths[0] != lengths[1]:
             raise InputError(f"tokenizer_2: reads {lengths[1]} tokens, but tokenizer reads {lengths[0]}")
 
     def knows(self, prompts: Iterable[str]) -> bool:
-        """Whether the embeddings of all these prompts are cached."""
+        """Whether the embeddings of all these prompts, without LoRAs, are cached."""
         return self.first.knows(prompts) and self.second.knows(prompts)
 
     @property
@@ -115,12 +130,12 @@ class TextEncoderPair:
         """The prompts that had more tokens than the models read."""
         return self.first.truncated | self.second.truncated
 
-    def __call__(self, prompts: Iterable[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def __call__(self, prompts: Iterable[str], adapters: Weights = ()) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return for each prompt an embedding (tokens, width) and the pooled embedding (projection,)."""
         prompts = list(prompts)
         width = self.second.model.config.hidden_size
         found = []
-        for one, packed in zip(self.first(prompts), self.second(prompts), strict=True):
+        for one, packed in zip(self.first(prompts, adapters), self.second(prompts, adapters), strict=True):
             tokens = len(one)
             other, vector = packed[: tokens * width].view(tokens, width), packed[tokens * width :]
             found.append((torch.cat([one, other], dim=-1), vector))

@@ -118,8 +118,29 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
     options.picking.check_rows(any(row.keep is not None for row in filled))
-    notes += [*info.notes, *(() if clip is None else clip.notes)]
+    notes += [*_check_loras(filled, info), *info.notes, *(() if clip is None else clip.notes)]
     return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)))
+
+
+def _check_loras(rows: Sequence[Request], info: ModelInfo) -> list[str]:
+    """Return what each LoRA of the rows adapts, a line each. Raises InputError naming the row and the file at fault."""
+    from genkit.components.lorafile import module_shapes, read_lora
+
+    lines: dict[str, str] = {}
+    parts = {name: part for name, part in info.parts.items() if name in ("unet", "text_encoder", "text_encoder_2")}
+    for row in rows:
+        for lora in row.loras or ():
+            if lora["file"] not in lines:
+                shapes = {
+                    name: module_shapes({key: tensor.shape for key, tensor in part.tensors.items()})
+                    for name, part in parts.items()
+                }
+                try:
+                    found = read_lora(Path(lora["file"]), shapes, parts["unet"].config)
+                except InputError as error:
+                    raise InputError(f"{row.source or f'row {row.id}'}: loras: {error}") from None
+                lines[lora["file"]] = found.line()
+    return list(lines.values())
 
 
 def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], frozenset[str]]:

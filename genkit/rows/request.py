@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ MAX_TEXT = 100_000  # characters, of a prompt as of `meta` written as JSON
 META_DEPTH = 20
 SEED_LIMIT = 2**32  # torch's CPU generator uses 32 bits: a larger seed would silently equal a smaller one
 
+LORA = {"file": "style.safetensors", "weight": 0.8, "text_weight": 0.8}
 PRUNE = {"after": 0.5, "keep": 0.5}  # defaults: share of the steps, share of the images
 # Names of fields in other tools.
 ALIASES = {
@@ -50,7 +52,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for
 # Fields that determine the pixels; the others only affect scoring and selection.
 _PIXEL_FIELDS = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
-    "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval",
+    "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval", "loras",
 )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ class Request(BaseModel):
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     image: Any = None
     mask_image: Any = None
+    loras: Annotated[list[dict[str, Any]], Field(max_length=64)] | None = None
     keep: Count | None = None
     gate: Annotated[str, Field(max_length=2000)] | None = None
     rank_by: Annotated[str, Field(max_length=2000)] | None = None
@@ -181,6 +184,26 @@ class Request(BaseModel):
                 raise ValueError(f"{key} must be a fraction, more than 0 and less than 1")
         return None if value is None else {**PRUNE, **value}
 
+    @field_validator("loras")
+    @classmethod
+    def _check_loras(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """Return the LoRAs with both weights filled in; text_weight is as weight unless it is given."""
+        found = []
+        for lora in value or ():
+            unknown = next((key for key in lora if key not in LORA), None)
+            if unknown is not None:
+                raise ValueError(f"has no {shown(unknown)}{nearest(unknown, LORA)}; each is like {json.dumps(LORA)}")
+            file = lora.get("file")
+            if not isinstance(file, str | Path) or not str(file):
+                raise ValueError(f"must each have a file, as in {json.dumps(LORA)}")
+            weight = 1.0 if lora.get("weight") is None else lora["weight"]
+            on_text = weight if lora.get("text_weight") is None else lora["text_weight"]
+            for number in (weight, on_text):
+                if type(number) not in (int, float) or not -100 <= number <= 100:
+                    raise ValueError(f"weight must be a number from -100 to 100, not {shown(number)}")
+            found.append({"file": str(file), "weight": float(weight), "text_weight": float(on_text)})
+        return found or None
+
     @field_validator("scheduler")
     @classmethod
     def _check_scheduler(cls, value: Any) -> Any:
@@ -265,9 +288,27 @@ class Request(BaseModel):
     def fingerprint(self) -> str:
         """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
-        if self.guidance_interval is None:
-            del fields["guidance_interval"]  # older rows, without this field, keep their fingerprint
+        for later in ("guidance_interval", "loras"):  # older rows, without these fields, keep their fingerprint
+            if fields[later] is None:
+                del fields[later]
+        if self.loras:
+            fields["loras"] = [{**lora, "file": file_hash(lora["file"])} for lora in self.loras]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_hash(file: str) -> str:
+    """Return the SHA-256 of a file, computed once as long as it does not change; its name if it is gone."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return file
+    return _hash_of(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(1024)
+def _hash_of(file: str, size: int, changed: int) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _plain(value: Any, read: bool = False) -> Any:
@@ -364,7 +405,17 @@ def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     for field in ("image", "mask_image"):
         if isinstance(found.get(field), str) and found[field]:
             found[field] = _picture(folder, field, found[field])
+    if isinstance(found.get("loras"), list):
+        found["loras"] = [_beside(folder, lora) for lora in found["loras"]]
     return found
+
+
+def _beside(folder: Path, lora: Any) -> Any:
+    """Return a row's LoRA, which may be a file's name alone, with its path, which is relative to the prompt file."""
+    lora = {"file": lora} if isinstance(lora, str) else lora
+    if isinstance(lora, dict) and isinstance(lora.get("file"), str) and lora["file"]:
+        return {**lora, "file": os.path.join(os.path.abspath(folder), user_path(lora["file"]))}
+    return lora
 
 
 def _picture(folder: Path, field: str, text: str) -> str:

@@ -72,12 +72,28 @@ def _scheduler(field: str, text: str) -> str | dict[str, Any]:
     return _json(field, text) if text.lstrip().startswith("{") else text.strip()
 
 
+def _loras(field: str, text: str) -> list[dict[str, Any]]:
+    """Return LoRAs written as FILE or FILE:WEIGHT, separated by commas, or as a JSON list."""
+    if text.lstrip().startswith("["):
+        return _json(field, f'{{"{field}": {text}}}')[field]
+    return [lora(field, part.strip()) for part in text.split(",")]
+
+
+def lora(field: str, text: str) -> dict[str, Any]:
+    """Return {"file", "weight"} of FILE or FILE:WEIGHT."""
+    file, colon, weight = text.rpartition(":")
+    if not colon or "/" in weight or "\\" in weight or weight.endswith(".safetensors"):
+        return {"file": text, "weight": 1.0}
+    return {"file": file, "weight": _number(field, weight)}
+
+
 _TYPED: dict[str, Callable[[str, str], Any]] = {
     **dict.fromkeys(COUNTS, _integer),
     **dict.fromkeys(("guidance_scale", "strength"), _number),
     "guidance_interval": _interval,
     "seed": _seeds,
     "labels": _labels,
+    "loras": _loras,
     "meta": _json,
     "prune": _json,
     "scheduler": _scheduler,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from genkit.device.graphs import Graphs
 from genkit.device.outofmemory import in_parts
 from genkit.sampling.guidance import guide
+
+if TYPE_CHECKING:
+    from genkit.sampling.adapters import Adapters
 
 SIZES = 6  # SDXL's time_ids: original height and width, crop top and left, target height and width
 
@@ -32,6 +35,7 @@ class Denoiser:
         """float32: context manager in which a UNet computes in float32, for `in_float32` (Residency.float32)."""
         self.unet, self._widened = unet, float32 or contextlib.nullcontext
         self.limit: int | None = None
+        self.adapters: Adapters | None = None
         self.graphs = Graphs(self._plain) if graphs else None
         self._float32 = False
 
@@ -61,16 +65,18 @@ class Denoiser:
         scale: torch.Tensor,
         added_cond: torch.Tensor | None = None,
         added_uncond: torch.Tensor | None = None,
+        adapters: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the guided raw prediction, float32, of shape (B, C, H, W).
 
         x: (B, C, H, W); t: (B,); cond, uncond: (B, tokens, width), None for an unconditional network; scale: (B,) on
-        the CPU; added_cond, added_uncond: SDXL's added conditioning, (B, projection + 6), or None. Only rows with
-        scale > 1 are computed a second time, with uncond. Raises torch.OutOfMemoryError if not even one row fits.
+        the CPU; added_cond, added_uncond: SDXL's added conditioning, (B, projection + 6), or None; adapters: the weight
+        of each LoRA in each row, (B, adapters), or None. Only rows with scale > 1 are computed a second time, with
+        uncond. Raises torch.OutOfMemoryError if not even one row fits.
         """
         guided = (scale > 1).nonzero().flatten().to(x.device) if cond is not None else None
         if guided is None or not len(guided):
-            return self._rows(x, t, cond, added_cond)
+            return self._rows(x, t, cond, added_cond, adapters)
         assert cond is not None and uncond is not None
         every = len(guided) == len(x)  # the usual case, which needs no gather
         xs, ts = (torch.cat([a, a if every else a[guided]]) for a in (x, t))
@@ -78,17 +84,18 @@ class Denoiser:
         beside = None
         if added_cond is not None and added_uncond is not None:
             beside = torch.cat([added_cond, added_uncond if every else added_uncond[guided]])
-        both = self._rows(xs, ts, conds, beside)
+        if adapters is not None:
+            adapters = torch.cat([adapters, adapters if every else adapters[guided]])
+        both = self._rows(xs, ts, conds, beside, adapters)
         out, without = both[: len(x)], both[len(x) :]
         weight = scale.to(x.device)[:, None, None, None]
         if every:
             return guide(out, without, weight)
         return out.index_copy(0, guided, guide(out[guided], without, weight[guided]))
 
-    def _rows(
-        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None, added_cond: torch.Tensor | None
-    ) -> torch.Tensor:
-        inputs = [i for i in (x, t, cond, added_cond) if i is not None]
+    def _rows(self, x: torch.Tensor, t: torch.Tensor, *given: torch.Tensor | None) -> torch.Tensor:
+        absent = x.new_empty(len(x), 0)  # keeps the places of the others
+        inputs = [x, t, *(absent if i is None else i for i in given)]
         most = min(self.limit or len(x), len(x))
         out, fitting = in_parts(len(x), most, lambda part: self._call(*(i[part] for i in inputs)), "rows")
         if fitting < most:
@@ -100,15 +107,20 @@ class Denoiser:
             return self._plain(*inputs)
         return (self.graphs or self._plain)(*inputs)
 
-    def _plain(self, x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
+    def _plain(
+        self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, added: torch.Tensor, adapters: torch.Tensor
+    ) -> torch.Tensor:
         """Return the raw prediction of the UNet, (B, C, H, W) float32.
 
-        x: (B, C, H, W), t: (B,), then for a conditional UNet embeddings (B, tokens, width), and for SDXL the pooled
-        embedding and time_ids side by side, (B, projection + 6).
+        x: (B, C, H, W), t: (B,). The others are (B, 0) where there is none: embeddings (B, tokens, width); for SDXL the
+        pooled embedding and time_ids side by side, (B, projection + 6); weights of LoRAs, (B, adapters).
         """
         dtype = self.unet.dtype
-        prompts, added_cond = [c.to(dtype) for c in cond[:1]], {}
-        for beside in cond[1:]:
-            vector, sizes = beside.to(dtype).split([beside.shape[1] - SIZES, SIZES], dim=1)
+        prompts = [cond.to(dtype)] if cond.shape[1] else []
+        added_cond = {}
+        if added.shape[1]:
+            vector, sizes = added.to(dtype).split([added.shape[1] - SIZES, SIZES], dim=1)
             added_cond["added_cond_kwargs"] = {"text_embeds": vector, "time_ids": sizes}
-        return self.unet(x.to(dtype), t, *prompts, **added_cond, return_dict=False)[0].float()
+        beside = contextlib.nullcontext() if self.adapters is None else self.adapters.using(adapters)
+        with beside:
+            return self.unet(x.to(dtype), t, *prompts, **added_cond, return_dict=False)[0].float()

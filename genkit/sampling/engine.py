@@ -28,10 +28,11 @@ class Trajectory:
     latent: (C, H, W) float32 at the plan's first noise level, on any device. cond, uncond: embeddings of the prompt and
     of the negative prompt, (tokens, width), or None. added_cond, added_uncond: SDXL's added conditioning for each,
     (projection + 6,), or None. scales: guidance scale of each call of the plan, (nfe,), 1 where the call needs no
-    `uncond`; None is 1 throughout. keep_mask, known: where keep_mask (1, H, W) is 0 the latent is replaced after each
-    step by `known` = (x0, noise), each (C, H, W), at the level reached. cost: slots that it takes (1 at the model's own
-    picture size, 4 at twice the sides). began: time.monotonic(). pause: after this many calls it leaves its slot
-    unfinished, with the x0 predicted there and its solver history, and may be added again; 0 is never.
+    `uncond`; None is 1 throughout. adapters: weight of each LoRA, zeros at the end left out. keep_mask, known: where
+    keep_mask (1, H, W) is 0 the latent is replaced after each step by `known` = (x0, noise), each (C, H, W), at the
+    level reached. cost: slots that it takes (1 at the model's own picture size, 4 at twice the sides). began:
+    time.monotonic(). pause: after this many calls it leaves its slot unfinished, with the x0 predicted there and its
+    solver history, and may be added again; 0 is never.
     """
 
     tag: Any
@@ -43,6 +44,7 @@ class Trajectory:
     added_cond: torch.Tensor | None = None
     added_uncond: torch.Tensor | None = None
     scales: np.ndarray | None = None
+    adapters: tuple[float, ...] = ()
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
     cost: float = 1.0
@@ -255,6 +257,7 @@ class Engine:
             torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
             group.added_cond,
             group.added_uncond,
+            _adapters(live, self.device),
         )
         if any(t.step + 1 == t.pause for t in live):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output
@@ -277,6 +280,15 @@ class Engine:
             for t, draws in zip(live, drawing, strict=True)
         ]
         return torch.cat(drawn)
+
+
+def _adapters(live: list[Trajectory], device: torch.device) -> torch.Tensor | None:
+    """Return the weights of the LoRAs in each row, (rows, adapters), or None without any."""
+    most = max(len(t.adapters) for t in live)
+    if not most:
+        return None
+    weights = [[*t.adapters, *[0.0] * (most - len(t.adapters))] for t in live]
+    return torch.tensor(weights).to(device, non_blocking=True)
 
 
 def _blend(x: torch.Tensor, trajectory: Trajectory) -> torch.Tensor:

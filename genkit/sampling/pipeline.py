@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from genkit.components.geometry import Geometry
-from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair
+from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, Weights
 from genkit.device.memory import Budget
 from genkit.device.processor import AttentionChoice
 from genkit.device.residency import Residency
@@ -17,15 +17,12 @@ from genkit.errors import InputError
 from genkit.rows.plans import plan_for
 from genkit.rows.request import Request
 from genkit.rows.settings import Settings, settings
+from genkit.sampling.adapters import Adapters
 from genkit.sampling.codec import Codec, condition
 from genkit.sampling.denoiser import Denoiser
 from genkit.sampling.engine import Trajectory
 from genkit.sampling.guidance import guidance_scales
 from genkit.schedulers import Plan, Scheduler
-
-if TYPE_CHECKING:
-    pass
-
 
 Conditioning = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -77,6 +74,10 @@ class Pipeline:
             float32=self.residency.float32,
         )
         self._plans: dict[str, Plan] = {}
+        self.adapters = Adapters({"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2})
+        self.denoiser.adapters = self.adapters
+        for encoder in () if self.text is None else getattr(self.text, "both", (self.text,)):
+            encoder.adapted = self.adapters.alike
 
     def _encoder(self) -> Any:
         """Return a TextEncoder, SDXL's TextEncoderPair, or None for an unconditional network."""
@@ -120,7 +121,13 @@ class Pipeline:
         of one: the VAE's posterior sample of the initial picture, the starting noise, one draw a stochastic step.
         """
         s, plan = self.settings(request), self.plan(request)
-        cond, uncond, added_cond, added_uncond = self.embed(request.prompt, request.negative_prompt, s.width, s.height)
+        cond, uncond, added_cond, added_uncond = self.embed(
+            request.prompt,
+            request.negative_prompt,
+            s.width,
+            s.height,
+            self.adapters.weights(request.loras, "text_weight"),
+        )
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = self.geometry.latent_shape(s.width, s.height)
         x0 = mask = None
@@ -142,21 +149,22 @@ class Pipeline:
             uncond=uncond,
             added_cond=added_cond,
             added_uncond=added_uncond,
+            adapters=self.adapters.weights(request.loras),
             scales=guidance_scales(plan, s.guidance, request.guidance_interval),
             keep_mask=mask,
             known=None if mask is None or x0 is None else (x0, noise),
             cost=self.cost(request),
         )
 
-    def embed(self, prompt: str, negative_prompt: str, width: int, height: int) -> Conditioning:
-        """Return cond, uncond, added_cond and added_uncond of a Trajectory.
+    def embed(self, prompt: str, negative_prompt: str, width: int, height: int, adapters: Weights = ()) -> Conditioning:
+        """Return cond, uncond, added_cond and added_uncond of a Trajectory. adapters: the weight of each LoRA.
 
         SDXL's unconditional embeddings are zeros when there is no negative prompt, as in training, unless its
         model_index.json turns this off (force_zeros_for_empty_prompt).
         """
         if self.text is None:
             return None, None, None, None
-        with_prompt, without = self.text([prompt, negative_prompt])
+        with_prompt, without = self.text([prompt, negative_prompt], adapters)
         if not isinstance(with_prompt, tuple):
             return with_prompt, without, None, None
         if self.zero_empty and not negative_prompt:

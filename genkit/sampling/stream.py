@@ -192,8 +192,8 @@ class Stream:
         text = self.generator.text
         if text is None or self.generator.device.type == "cpu":
             return
-        if not text.knows((request.prompt, request.negative_prompt)):
-            rows = [request, *self.draws.upcoming(AHEAD)]
+        if not request.loras and not text.knows((request.prompt, request.negative_prompt)):
+            rows = [request, *(row for row in self.draws.upcoming(AHEAD) if not row.loras)]
             attempt(lambda: text([prompt for row in rows for prompt in (row.prompt, row.negative_prompt)]))
 
     def _submit(self, pool: ThreadPoolExecutor | None, everything: bool = False) -> None:

@@ -32,7 +32,11 @@ class Recorder:
 
 
 def network(x: torch.Tensor, t: torch.Tensor, *cond: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(x) + t[:, None, None, None] + sum(c.mean(dim=(1, 2))[:, None, None, None] for c in cond)
+    return (
+        torch.tanh(x)
+        + t[:, None, None, None]
+        + sum(c.mean(dim=(1, 2))[:, None, None, None] for c in cond if c.ndim == 3)
+    )
 
 
 def inputs(rows: int, seed: int = 0, side: int = 4) -> tuple[torch.Tensor, ...]:
@@ -151,7 +155,7 @@ def test_gradients_go_around_recordings() -> None:
     recorder = Recorder()
     denoiser = Denoiser(torch.nn.Linear(1, 1), graphs=True)
     denoiser.graphs = Graphs(network, recorder)
-    denoiser._plain = network  # type: ignore[method-assign]
+    denoiser._plain = network  # type: ignore[method-assign, assignment]
     x, t, cond = inputs(2)
     x.requires_grad_()
     for _ in range(3):
