@@ -131,11 +131,14 @@ def tiny_sdxl(folder: Path, **index: Any) -> Path:
     return _index(folder, "StableDiffusionXLPipeline", {**parts, **index})
 
 
-def random_sd15(folder: Path) -> Path:
-    """Write a folder of Stable Diffusion 1.5's shapes with random half-precision weights (2.1 GB), emoji tokenizer."""
+def random_sd15(folder: Path, clip: bool = False) -> Path:
+    """Write a folder of Stable Diffusion 1.5's shapes with random half-precision weights (2.1 GB), emoji tokenizer.
+
+    clip: with CLIP's vocabulary and tokenizer, as the model has them.
+    """
     blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     text: dict[str, Any] = {
-        **TOKENS,
+        **({} if clip else TOKENS),
         "hidden_size": 768,
         "intermediate_size": 3072,
         "num_hidden_layers": 12,
@@ -170,7 +173,10 @@ def random_sd15(folder: Path) -> Path:
         }
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
         save_file(weights, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
-    _copy_tokenizer(folder / "tokenizer")
+    if clip:
+        shutil.copytree(EMBEDDED / "clip-tokenizer", folder / "tokenizer")
+    else:
+        _copy_tokenizer(folder / "tokenizer")
     _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     parts = {
         "scheduler": ["diffusers", SCHEDULER["_class_name"]],

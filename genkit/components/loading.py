@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import inspect
+import math
+import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
-from genkit.components.weights import Tensor, check_shapes
+from genkit.components.weights import ITEM_BYTES, Tensor, check_shapes
 from genkit.device.devices import compute_dtype, usable_cores
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place, read_json
@@ -125,9 +126,8 @@ def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *,
 
     def convert(weight: torch.Tensor) -> torch.Tensor:
         kind = dtype if weight.is_floating_point() else weight.dtype
-        if device.type != "cpu":
+        if device.type != "cpu" or not (pinned or weight.dtype != kind):
             return weight.to(kind)
-        # Always a copy: a view of the mapped file would change, or crash, with the file.
         return torch.empty(weight.shape, dtype=kind, pin_memory=pinned).copy_(weight)
 
     weights: dict[str, Any] = {}
@@ -159,15 +159,40 @@ def _read(
 ) -> dict[str, Any]:
     """Return the weights of one file, converted one after another, so that a GPU never holds all of them twice.
 
-    Copies in RAM spend most of their time in page faults, which several threads share.
+    Into RAM they are read by several threads, which share the time of page faults, and never mapped: mapped pages count
+    as memory of the process too, and what is a view of a file changes, or crashes, with it.
     """
     from safetensors import safe_open
 
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.file == file}
-    threads = ThreadPoolExecutor(min(4, usable_cores()), "genkit-load") if device.type == "cpu" else None
-    with safe_open(file, framework="pt", device=str(device)) as weights, threads or contextlib.nullcontext():
+    if device.type == "cpu":
+        with open(file, "rb", buffering=0) as opened, ThreadPoolExecutor(min(4, usable_cores())) as threads:
+            number = opened.fileno()
+            found = threads.map(lambda tensor: convert(tensor.taken(_read_one(number, tensor))), wanted.values())
+            return dict(zip(wanted, found, strict=True))
+    with safe_open(file, framework="pt", device=str(device)) as weights:
         read = (tensor.taken(weights.get_tensor(tensor.key)) for tensor in wanted.values())
-        return dict(zip(wanted, threads.map(convert, read) if threads else map(convert, read), strict=True))
+        return dict(zip(wanted, map(convert, read), strict=True))
+
+
+def _read_one(file: int, tensor: Tensor) -> torch.Tensor:
+    """Return a tensor as an open file has it, flat but for its first dimension. Raises OSError where the file ends."""
+    import torch
+
+    size = ITEM_BYTES[tensor.dtype] * math.prod(tensor.shape)
+    size *= int(tensor.stored[2:]) if "/" in tensor.stored else 1
+    found = torch.empty(size, dtype=torch.uint8)
+    view, done = memoryview(found.numpy().data), 0
+    while done < size:
+        count = os.preadv(file, [view[done:]], tensor.start + done)
+        if not count:
+            raise OSError(f"{shown(tensor.key)}: the file ends within it")
+        done += count
+    weight = found.view(getattr(torch, DTYPES[tensor.dtype]))
+    if tensor.stored == "turned":
+        return weight.view(tensor.shape[::-1])
+    rows = int(tensor.stored[2:]) if "/" in tensor.stored else 1
+    return weight.view(rows * tensor.shape[0], *tensor.shape[1:]) if tensor.shape else weight.view(())
 
 
 def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -220,6 +245,10 @@ def _as_tokens(folder: Path) -> dict[str, Any]:
     return {"additional_special_tokens": plain}
 
 
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 _CONSTRUCT: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "diffusers": lambda cls, config: cls(**config),
     "transformers": lambda cls, config: cls(cls.config_class(**config)),

@@ -17,6 +17,7 @@ from genkit.errors import InputError, shown
 from genkit.files import place, read_text
 
 TOKENIZER = Path(__file__).parent / "embedded" / "clip-tokenizer"
+VOCABULARY = 49408
 VIT_H = 24  # layers of the text model of SD 2, whose last it does not use
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Text models by the prefix of their keys: (component, layout)
@@ -232,6 +233,12 @@ def _check_missing(parts: Mapping[str, Part], family: str, where: str) -> None:
     for name, option in wanted.items():
         if name not in parts:
             raise InputError(f"{where}: is of {family}, without a {name}: give {option} FILE or FOLDER to take it from")
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in parts and parts[name].config["vocab_size"] != VOCABULARY:
+            size = parts[name].config["vocab_size"]
+            raise InputError(
+                f"{where}: its {name} has {size} tokens, and CLIP's tokenizer, the only one here, {VOCABULARY}"
+            )
     check_together("text-to-image", parts)
 
 

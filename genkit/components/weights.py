@@ -31,26 +31,25 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 class Tensor:
     """A weight of `file`: key (its name there), dtype ("F16"), and the shape that the network takes it in.
 
-    stored: how the file has it where that differs: "turned" (transposed), "flat" (a linear layer as a 1x1 convolution),
-    or "0/3" (the first third of its rows).
+    start: its first byte in the file. stored: how the file has it where that differs: "turned" (transposed), "flat" (a
+    linear layer as a 1x1 convolution), or "0/3" (the first third of its rows).
     """
 
     file: Path
     key: str
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
     stored: str = ""
 
     def taken(self, weight: Any) -> Any:
         """Return the weight that the network takes, given the one in the file."""
         if self.stored == "turned":
-            return weight.T
-        if self.stored == "flat":
-            return weight.reshape(self.shape)
-        if self.stored:
+            return weight.T.contiguous()
+        if "/" in self.stored:
             index, count = map(int, self.stored.split("/"))
             return weight.chunk(count)[index]
-        return weight
+        return weight.reshape(self.shape)
 
     def as_taken(self, stored: str) -> Tensor:
         """Return this weight of a file as one that is `stored` in such a way. Raises InputError if it cannot be."""
@@ -202,7 +201,11 @@ def read_file(path: Path) -> tuple[list[Tensor], dict[str, str]]:
         end = stop
     if end != size - 8 - length:
         raise InputError(f"{place(path)}: has {size - 8 - length} bytes of weights, but its header describes {end}")
-    return [Tensor(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()], metadata
+    first = 8 + length
+    return [
+        Tensor(path, name, entry["dtype"], tuple(entry["shape"]), first + entry["data_offsets"][0])
+        for name, entry in header.items()
+    ], metadata
 
 
 def _span(path: Path, name: str, entry: Any) -> tuple[int, int, str]:
