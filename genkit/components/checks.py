@@ -39,6 +39,8 @@ def check_together(kind: str, parts: Mapping[str, Part]) -> None:
     if kind == "text-to-image":
         _check_conditioning(parts)
     channels = unet.config["in_channels"]
+    if "vae" in parts and kind == "text-to-image" and channels == 2 * parts["vae"].config["latent_channels"] + 1:
+        return  # made for inpainting: latent, mask, and latent of the masked picture
     if "vae" in parts:
         _check_equal(unet, "in_channels", parts["vae"], "latent_channels")
     elif channels not in (1, 3):

@@ -9,6 +9,7 @@ from typing import Any
 
 from genkit.components.checks import check_network, check_together
 from genkit.components.folder import inspect_model, inspect_network
+from genkit.components.geometry import Geometry
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import COMPONENTS, REQUIRED
 from genkit.components.tokenizer import check_tokenizer
@@ -47,6 +48,8 @@ def compose_model(
             raise InputError(f"networks.{name}: is missing, which a model of kind {kind} needs")
     if kind in REQUIRED:
         check_together(kind, parts)
+        if Geometry.of(parts["unet"].config, parts["vae"].config if "vae" in parts else None).inpaints:
+            raise InputError(f"{parts['unet'].where}: is made for inpainting, which cannot be trained")
         if scheduler is None and start is None:
             raise InputError("scheduler: is missing: a new model has none to go by")
     if kind == "autoencoder":

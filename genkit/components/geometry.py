@@ -11,8 +11,9 @@ from typing import Any
 class Geometry:
     """The picture sizes that a model's networks allow.
 
-    channels: of the UNet's input; scale: pixels a side of one latent; multiple: width and height must be multiples of
-    it; width, height: the size it was trained at, in pixels; text: whether it takes a prompt.
+    channels: of a latent; scale: pixels a side of one latent; multiple: width and height must be multiples of
+    it; width, height: the size it was trained at, in pixels; text: whether it takes a prompt; inpaints:
+    whether its UNet reads beside the latent a mask and the latent of the picture without what it masks.
     """
 
     channels: int
@@ -21,6 +22,7 @@ class Geometry:
     width: int
     height: int
     text: bool
+    inpaints: bool = False
 
     @classmethod
     def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> Geometry:
@@ -31,7 +33,10 @@ class Geometry:
         halvings = 0 if text else len(unet["block_out_channels"]) - 1
         side = unet.get("sample_size") or (64 if text else 32)
         height, width = side if isinstance(side, list | tuple) else (side, side)
-        return cls(int(unet["in_channels"]), scale, scale * 2**halvings, width * scale, height * scale, text)
+        channels = int(unet["in_channels"])
+        inpaints = text and vae is not None and channels == 2 * vae["latent_channels"] + 1
+        channels = int(vae["latent_channels"]) if vae is not None and inpaints else channels
+        return cls(channels, scale, scale * 2**halvings, width * scale, height * scale, text, inpaints)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, rows, columns) of the latent of a width x height picture."""

@@ -62,10 +62,11 @@ def check_unet2d(config: Config, where: str) -> None:
 
 def _check_unet(config: Config, where: str) -> None:
     check_blocks(config, where)
-    if config["out_channels"] != config["in_channels"]:
+    inpaints = "cross_attention_dim" in config and config["in_channels"] == 2 * config["out_channels"] + 1
+    if config["out_channels"] != config["in_channels"] and not inpaints:
         raise InputError(
             f"{where}: out_channels: {config['out_channels']}, but in_channels is {config['in_channels']}: networks "
-            "that take a mask or a picture as well, or that predict a variance, are not supported"
+            "that take a picture as well (but for inpainting), or that predict a variance, are not supported"
         )
 
 

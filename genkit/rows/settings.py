@@ -57,6 +57,10 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
             raise InputError(f"{side}: {value}{source} is not a multiple of {g.multiple} (nearest: {fits})")
         sizes.append(value)
     guidance = defaults.get("guidance_scale", GUIDANCE) if request.guidance_scale is None else request.guidance_scale
+    if g.inpaints and request.mask_image is None:
+        raise InputError(
+            "mask_image: is missing: this model is made for inpainting, and needs `image` and `mask_image`"
+        )
     tuned = defaults.get("tuned_steps") if _tuned(request, guidance == defaults.get("guidance_scale")) else None
     steps = request.num_inference_steps or _given(request) or tuned or defaults.get("num_inference_steps", STEPS)
     return Settings(
@@ -64,7 +68,7 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         guidance=float(guidance) if g.text else 1.0,
         width=sizes[0],
         height=sizes[1],
-        strength=1.0 if request.image is None else request.strength or usual_strength(steps),
+        strength=1.0 if request.image is None else request.strength or _usual(steps, g),
         scheduler=TUNED if tuned else request.scheduler,
     )
 
@@ -74,7 +78,7 @@ def assumed(stated: Request, filled: Request) -> list[str]:
     if stated.image is None:
         return []
     found = []
-    if stated.strength is None and filled.strength != STRENGTH:
+    if stated.strength is None and filled.strength not in (STRENGTH, 1.0):
         steps = filled.num_inference_steps
         found.append(f"strength: {STRENGTH} of {steps} steps leaves none: {filled.strength:g} is used")
     width, height = _image_size(stated)
@@ -83,6 +87,10 @@ def assumed(stated: Request, filled: Request) -> list[str]:
         at = f"{drawn[0]}x{drawn[1]}"
         found.append(f"image: {width}x{height} is drawn at {at}; state width and height for another size")
     return found
+
+
+def _usual(steps: int, g: Geometry) -> float:
+    return 1.0 if g.inpaints else usual_strength(steps)  # what is masked is drawn from noise, as in diffusers' pipeline
 
 
 def usual_strength(steps: int) -> float:

@@ -130,8 +130,11 @@ def quantise(pictures: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
     return scaled, bad
 
 
-def condition(request: Request, width: int, height: int, latent: tuple[int, int, int]) -> tuple[torch.Tensor, Any]:
-    """Return the row's initial picture, (3, height, width) in -1 to 1, and its mask, (1, rows, columns), or None.
+def condition(
+    request: Request, width: int, height: int, latent: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the row's initial picture, (3, height, width) in -1 to 1, its mask, (1, rows, columns), and the picture
+    with zeros where it is masked; the last two are None without a mask.
 
     White in the mask is redrawn, black is kept. Both are resized as diffusers' image processor does (Lanczos).
     """
@@ -140,12 +143,12 @@ def condition(request: Request, width: int, height: int, latent: tuple[int, int,
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     tensor = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1) * 2 - 1
     if request.mask_image is None:
-        return tensor, None
+        return tensor, None, None
     mask = read_mask(request.mask_image)
     if mask.size != (width, height):
         mask = mask.resize((width, height), Image.Resampling.LANCZOS)
     weight = torch.from_numpy(np.asarray(mask, dtype=np.float32) >= 127.5).float()[None, None]
-    return tensor, torch.nn.functional.interpolate(weight, size=latent[1:])[0]
+    return tensor, torch.nn.functional.interpolate(weight, size=latent[1:])[0], tensor * (1 - weight[0])
 
 
 # Calls of the VAE, whole and in strips.

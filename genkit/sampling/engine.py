@@ -28,11 +28,12 @@ class Trajectory:
     latent: (C, H, W) float32 at the plan's first noise level, on any device. cond, uncond: embeddings of the prompt and
     of the negative prompt, (tokens, width), or None. added_cond, added_uncond: SDXL's added conditioning for each,
     (projection + 6,), or None. scales: guidance scale of each call of the plan, (nfe,), 1 where the call needs no
-    `uncond`; None is 1 throughout. adapters: weight of each LoRA, zeros at the end left out. keep_mask, known: where
-    keep_mask (1, H, W) is 0 the latent is replaced after each step by `known` = (x0, noise), each (C, H, W), at the
-    level reached. cost: slots that it takes (1 at the model's own picture size, 4 at twice the sides). began:
-    time.monotonic(). pause: after this many calls it leaves its slot unfinished, with the x0 predicted there and its
-    solver history, and may be added again; 0 is never.
+    `uncond`; None is 1 throughout. beside: what an inpainting UNet reads beside the latent, (1 + C, H, W), or None.
+    adapters: weight of each LoRA, zeros at the end left out. keep_mask, known: where keep_mask (1, H, W) is 0 the
+    latent is replaced after each step by `known` = (x0, noise), each (C, H, W), at the level reached. cost: slots that
+    it takes (1 at the model's own picture size, 4 at twice the sides). began: time.monotonic(). pause: after this many
+    calls it leaves its slot unfinished, with the x0 predicted there and its solver history, and may be added again; 0
+    is never.
     """
 
     tag: Any
@@ -44,6 +45,7 @@ class Trajectory:
     added_cond: torch.Tensor | None = None
     added_uncond: torch.Tensor | None = None
     scales: np.ndarray | None = None
+    beside: torch.Tensor | None = None
     adapters: tuple[float, ...] = ()
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -68,6 +70,7 @@ class _Group:
         self.uncond: torch.Tensor | None = None
         self.added_cond: torch.Tensor | None = None
         self.added_uncond: torch.Tensor | None = None
+        self.beside: torch.Tensor | None = None
 
     def add(self, new: list[Trajectory]) -> bool:
         """Add trajectories: all of them, or none if it raises."""
@@ -81,8 +84,9 @@ class _Group:
         uncond = self._extend(self.uncond, [t.uncond for t in new])
         added_cond = self._extend(self.added_cond, [t.added_cond for t in new])
         added_uncond = self._extend(self.added_uncond, [t.added_uncond for t in new])
+        beside = self._extend(self.beside, [t.beside for t in new])
         self.x, self.history, self.cond, self.uncond = torch.cat([self.x, x]), history, cond, uncond
-        self.added_cond, self.added_uncond = added_cond, added_uncond
+        self.added_cond, self.added_uncond, self.beside = added_cond, added_uncond, beside
         self.live += new
         for trajectory in new:
             trajectory.history = None
@@ -113,6 +117,7 @@ class _Group:
         self.uncond = None if self.uncond is None else self.uncond[index]
         self.added_cond = None if self.added_cond is None else self.added_cond[index]
         self.added_uncond = None if self.added_uncond is None else self.added_uncond[index]
+        self.beside = None if self.beside is None else self.beside[index]
         return ended
 
 
@@ -258,6 +263,7 @@ class Engine:
             group.added_cond,
             group.added_uncond,
             _adapters(live, self.device),
+            group.beside,
         )
         if any(t.step + 1 == t.pause for t in live):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output

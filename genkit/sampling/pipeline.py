@@ -130,12 +130,16 @@ class Pipeline:
         )
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = self.geometry.latent_shape(s.width, s.height)
-        x0 = mask = None
+        x0 = mask = masked = beside = None
         if request.image is not None:
-            picture, mask = condition(request, s.width, s.height, shape)
-            x0 = self.codec.encode(picture.to(self.device), generator)
+            picture, mask, masked = condition(request, s.width, s.height, shape)
+            if not (self.geometry.inpaints and s.strength == 1):
+                x0 = self.codec.encode(picture.to(self.device), generator)
         noise = torch.randn((1, *shape), generator=generator)[0]
-        if mask is not None:  # diffusers' pipeline encodes the masked picture, too, and does not use it here
+        if self.geometry.inpaints and mask is not None and masked is not None:
+            known = self.codec.encode(masked.to(self.device), generator)
+            beside, mask = torch.cat([mask.to(known), known]), None
+        elif mask is not None:  # diffusers' pipeline encodes the masked picture, too, and does not use it here
             torch.randn((1, *shape), generator=generator)
         from_noise = x0 is None or (mask is not None and s.strength == 1)
         # Without a mask also at strength 1: the schedule's first level may have alpha > 0
@@ -149,6 +153,7 @@ class Pipeline:
             uncond=uncond,
             added_cond=added_cond,
             added_uncond=added_uncond,
+            beside=beside,
             adapters=self.adapters.weights(request.loras),
             scales=guidance_scales(plan, s.guidance, request.guidance_interval),
             keep_mask=mask,

@@ -60,6 +60,8 @@ def tune_model(
     if info.kind == "clip":
         raise InputError(f"{model}: is a CLIP model: it draws nothing that could be tuned")
     geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
+    if geometry.inpaints:
+        raise InputError(f"{model}: is made for inpainting, and plans are tuned from noise alone")
     if not geometry.text and (prompts is not None or guidance is not None):
         raise InputError("--prompts, --guidance-scale: this model is unconditional and reads none")
     texts = [r.prompt for r in read_prompts(prompts)] if prompts is not None else list(PROMPTS)

@@ -62,7 +62,7 @@ def folder_of(family: str, out: Path, **unet: Any) -> Path:
         }
     else:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    scheduler = dict(SCHEDULERS[family])
+    scheduler = {"_diffusers_version": "0.42.1", **SCHEDULERS[family]}
     if family == "SD 2":
         scheduler["prediction_type"] = "v_prediction"
     (out / "scheduler").mkdir()
