@@ -78,8 +78,8 @@ def assumed(stated: Request, filled: Request) -> list[str]:
     if stated.image is None:
         return []
     found = []
-    if stated.strength is None and filled.strength not in (STRENGTH, 1.0):
-        steps = filled.num_inference_steps
+    steps = filled.num_inference_steps or 1
+    if stated.strength is None and filled.strength == usual_strength(steps) != STRENGTH:
         found.append(f"strength: {STRENGTH} of {steps} steps leaves none: {filled.strength:g} is used")
     width, height = _image_size(stated)
     drawn = filled.width or 1, filled.height or 1
