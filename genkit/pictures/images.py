@@ -134,7 +134,23 @@ def _bytes(path: Path) -> bytes:
         return file.read(MAX_BYTES + 1)
 
 
-def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def picture_bytes(path: str | Path) -> bytes:
+    """Return the bytes of a picture file that is whole as far as its format's own checks tell; no pixel is decoded.
+
+    Raises InputError as `read_image` does for a file that is too large, damaged, or of another format.
+    """
+    path = Path(path)
+    try:
+        data = _bytes(path)
+        _plugin(data)
+    except (InputError, OSError) as error:
+        message = str(error)
+        raise InputError(message if message.startswith(place(path)) else f"{place(path)}: {message}") from None
+    return data
+
+
+def _plugin(data: bytes) -> Callable[[io.BytesIO], Any]:
+    """Return what opens a file of this format, after the checks that Pillow lacks."""
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     # Not Image.open: it prints warnings, and identifies a phone's two-picture JPEG as another format.
@@ -147,10 +163,12 @@ def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Imag
     for magic, check, plugin in formats:
         if data.startswith(magic):
             check(data)
-            picture: Image.Image = plugin(io.BytesIO(data))
-            break
-    else:
-        raise InputError(UNKNOWN)
+            return plugin
+    raise InputError(UNKNOWN)
+
+
+def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    picture: Image.Image = _plugin(data)(io.BytesIO(data))
     _check_size(*picture.size)
     if getattr(picture, "n_frames", 1) > 1:
         raise InputError("is animated; give one frame")

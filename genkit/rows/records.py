@@ -1,0 +1,72 @@
+"""Settings of a picture as JSON: genkit's own record, and plain objects of fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from genkit.errors import InputError, shown
+from genkit.files import parse_json
+from genkit.rows.found import Draft, Found, base_name
+from genkit.rows.request import Request, field_name
+
+_PICTURES = ("image", "mask_image")
+
+
+def read_record(text: str) -> Found:
+    """Return the row of genkit's record of a picture; `about` has the id, index and seed of the picture.
+
+    A record that was cut has `cut` there. Raises InputError for damaged JSON and for a record without a row.
+    """
+    record = parse_json(text, "record")
+    request = record.get("request")
+    if not isinstance(request, dict):
+        raise InputError(f"request: {shown(request)} is not a row")
+    draft = Draft("genkit")
+    draft.fields = dict(request)
+    for name in ("model", "version", "id", "index", "seed", "steps", "width", "height", "fingerprint"):
+        draft.tell(name, record.get(name))
+    for name in _PICTURES:
+        value = request.get(name)
+        if value is not None:
+            _picture(draft, name, value)
+    if record.get("cut"):
+        draft.about["cut"] = True
+        draft.notes.append(
+            "the record was cut to fit into the picture: fields of 1000 characters or more are not in it"
+        )
+    return draft.done()
+
+
+def read_fields(text: str) -> Found:
+    """Return an object of fields, as scripts around diffusers write it.
+
+    Raises InputError for damaged JSON and where no key is a field.
+    """
+    draft = Draft("json")
+    for key, value in parse_json(text, "JSON").items():
+        name = field_name(key)
+        if value is None:
+            continue
+        if name == "scheduler" and isinstance(value, str):
+            draft.scheduler(value)
+        elif name in _PICTURES:
+            _picture(draft, name, value)
+        elif name == "seed" and not isinstance(value, list):
+            draft.seed(value)
+        elif name in Request.model_fields:
+            draft.fields[name] = value
+        elif name in ("model", "model_hash", "vae", "version"):
+            draft.tell(name, value)
+        else:
+            draft.notes.append(f"not used: {shown(f'{key}: {value}')}")
+    if not draft.fields:
+        raise InputError(f"{shown(text)}: JSON without a field that genkit knows")
+    return draft.done()
+
+
+def _picture(draft: Draft, field: str, value: Any) -> None:
+    """Set the name of a picture that the settings start from: they hold no more of it."""
+    draft.fields.pop(field, None)
+    if not str(value).startswith("sha256:"):  # of one that was no file
+        draft.fields[field] = base_name(field, value)
+    draft.lack(field, f"{field}: the settings have no more of it than {shown(value)}; give the picture")
