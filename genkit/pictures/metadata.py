@@ -23,6 +23,9 @@ def texts(request: dict[str, Any], record: dict[str, Any], model: str, version: 
     request = {
         name: os.path.basename(value) if name in ("image", "mask_image") else value for name, value in request.items()
     }
+    if request.get("loras"):
+        loras = [{**lora, "file": os.path.basename(lora["file"])} for lora in request["loras"]]
+        request = {**request, "loras": loras}
     parameters = _clipped(_infotext(request, record, model, version), METADATA_BYTES // 3)
     found = {"version": version, "model": model, "request": request, **{name: record[name] for name in RECORDED}}
     room = METADATA_BYTES - len(parameters.encode())

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from genkit import Request, TextToImage, generate
@@ -308,6 +309,9 @@ def test_a_run_says_what_matched_and_a_changed_file_is_drawn_again(
     assert "modules of unet, rank 3; 1 keys have no place and are left out: 'unet.nowhere.lora_A.weight'" in told
     assert generate(prompts, out=tmp_path / "run", **options).new == 0
     recorded = [json.loads(line) for line in (tmp_path / "run" / "requests.jsonl").read_text().splitlines()]
+    with Image.open(tmp_path / "run" / "images" / "c-00.png") as picture:  # folders are private, and pictures travel
+        told = json.loads(picture.info["genkit"])["request"]["loras"]
+    assert told == [{"file": "style.safetensors", "weight": 0.5, "text_weight": 0.5}]
     assert recorded[2]["loras"][0]["weight"] == recorded[2]["loras"][0]["text_weight"] == 0.5
     peft(sd, pairs(sd, seed=9, text=False), tmp_path / "style.safetensors")
     assert generate(prompts, out=tmp_path / "run", **options).new == 2
