@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from os.path import lexists
@@ -57,7 +58,9 @@ def inspect_model(
         raise InputError(
             f"prediction: {shown(prediction)} is not {', '.join(PREDICTIONS)}{nearest(prediction, PREDICTIONS)}"
         )
-    others = _others(vae, text_encoder, variant)
+    if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant):
+        raise InputError(f"variant: {shown(variant)} is not like 'fp16'")
+    others = functools.partial(_others, vae, text_encoder, variant)
     path = user_path(name) if name and "\0" not in str(name) and name not in DEFAULTS else None
     if path is not None and path.is_file() and path.suffix not in PICKLES:
         notes: list[str] = []
@@ -67,21 +70,25 @@ def inspect_model(
     if prediction != "auto" and model.scheduler_config:
         config = {**model.scheduler_config, "prediction_type": prediction}
         model = dataclasses.replace(model, scheduler_config=config)
-    if others:
-        model = dataclasses.replace(model, parts={**model.parts, **others})
+    replaced = others("SDXL" if "text_encoder_2" in model.parts else "SD 1")
+    if replaced:
+        model = dataclasses.replace(model, parts={**model.parts, **replaced})
         check_together(model.kind, model.parts)
     return model
 
 
-def _others(vae: str | None, text_encoder: str | None, variant: str | None) -> dict[str, Part]:
-    """Return the networks to use in place of a model's own: its VAE, and its text encoders."""
+def _others(vae: str | None, text_encoder: str | None, variant: str | None, family: str) -> dict[str, Part]:
+    """Return the networks to use in place of a model's own: its VAE, and its text encoders.
+
+    family: of the model; a VAE's file does not show the scale of its latents.
+    """
     found = {}
     for option, value, names in (("vae", vae, ("vae",)), ("text_encoder", text_encoder, TEXTS)):
         if value is None:
             continue
         path = user_path(value)
         if option == "vae" and path.is_file():
-            found["vae"] = read_vae(path)
+            found["vae"] = read_vae(path, family)
             continue
         if (path / "config.json").is_file() and not lexists(path / "unet"):
             found[option] = inspect_network(path, option)
@@ -94,8 +101,7 @@ def _others(vae: str | None, text_encoder: str | None, variant: str | None) -> d
 
 
 def _inspect_folder(name: str | Path, variant: str | None) -> ModelInfo:
-    if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant):
-        raise InputError(f"variant: {shown(variant)} is not like 'fp16'")
+    """Return the model of a folder or of the hub, or one that is built in."""
     notes: list[str] = []
     folder, on_hub = _locate(name, notes)
     if lexists(folder / "model_index.json") or lexists(folder / "unet"):

@@ -134,8 +134,12 @@ def read_lora(path: Path, shapes: Mapping[str, Mapping[str, Shape]], unet: Mappi
 
 
 def module_shapes(tensors: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Return {module: shape of its weight} for the weights that adapters may change, given all weights' shapes."""
-    return {n.removesuffix(".weight"): s for n, s in tensors.items() if n.endswith(".weight") and len(s) in (2, 4)}
+    """Return {module: shape of its weight} of linear layers and convolutions, given all weights' shapes."""
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in tensors.items()
+        if name.endswith(".weight") and not name.endswith("embedding.weight") and len(shape) in (2, 4)
+    }
 
 
 def _split(key: str) -> tuple[str, str, str] | None:

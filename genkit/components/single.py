@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,16 @@ OTHERS = {
     r"(down_blocks\.|conv_in\.|text_model\.)": "one network in diffusers' layout: give its folder, with config.json",
     r"input_blocks\.|diffusion_model\.": "a UNet without VAE and text encoder: genkit takes whole checkpoints",
 }
-Found = tuple[ModelInfo, list[Tensor]]
 
 
-def read_single(path: Path, prediction: str, notes: list[str], others: Mapping[str, Part] | None = None) -> ModelInfo:
+def read_single(
+    path: Path, prediction: str, notes: list[str], others: Callable[[str], Mapping[str, Part]]
+) -> ModelInfo:
     """Return the model in a safetensors file; its header alone is read.
 
-    prediction: "auto" goes by the file's marks and metadata, the .yaml beside it, or the family. others: parts to use
-    in place of the file's, and that it may lack. Raises InputError for a file of another kind, naming what it is.
+    prediction: "auto" goes by the file's marks and metadata, the .yaml beside it, or the family. others: for a family,
+    the parts to use in place of the file's, which it may then lack. Raises InputError for a file of another kind,
+    naming what it is.
     """
     tensors, metadata = read_file(path)
     by_key = {tensor.key: tensor for tensor in tensors}
@@ -70,7 +72,7 @@ def read_single(path: Path, prediction: str, notes: list[str], others: Mapping[s
     if unknown:
         names = ", ".join(map(shown, unknown[:3]))
         raise InputError(f"{where}: {len(unknown)} of its keys have no place in a model of {family}: {names}")
-    parts = _parts(groups, config, family, where) | dict(others or {})
+    parts = _parts(groups, config, family, where) | dict(others(family))
     _complete(parts["unet"].config, parts)
     _check_missing(parts, family, where)
     leftover = sum(LEFTOVER.fullmatch(key) is not None for key in by_key)
@@ -93,8 +95,8 @@ def read_single(path: Path, prediction: str, notes: list[str], others: Mapping[s
     )  # fmt: skip
 
 
-def read_vae(path: Path, family: str = "SD 1") -> Part:
-    """Return the VAE of a file: a VAE alone or a whole checkpoint, in the original layout."""
+def read_vae(path: Path, family: str) -> Part:
+    """Return the VAE of a file, a VAE alone or a whole checkpoint in the original layout, for a model of `family`."""
     groups, _ = _grouped({tensor.key: tensor for tensor in read_file(path)[0]})
     found = groups.get(VAE) or groups.get("", {})
     return _vae(found, family, place(path))

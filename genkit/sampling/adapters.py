@@ -9,6 +9,7 @@ al. 2023, but without gathering: a weight of 0 takes an adapter out of a row). W
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import conv2d, linear
 
-from genkit.components.lorafile import Adapter, LoraFile, module_shapes, read_lora
+from genkit.components.lorafile import Adapter, LoraFile, read_lora
 from genkit.errors import InputError
 from genkit.files import place
 
@@ -53,11 +54,7 @@ class Adapters:
         """Load a LoRA beside the weights of the networks. Raises InputError as `read_lora` does, and for NaN."""
         if file in self.files:
             return
-        shapes = {
-            name: module_shapes({key: tuple(weight.shape) for key, weight in network.state_dict().items()})
-            for name, network in self.networks.items()
-        }
-        found = read_lora(Path(file), shapes, self.networks["unet"].config)
+        found = read_lora(Path(file), self._shapes, self.networks["unet"].config)
         deltas = _loaded(found, self.networks)
         for module in self.networks["unet"].modules():  # the halves of a guided batch may differ from here on
             if hasattr(getattr(module, "processor", None), "share"):
@@ -71,6 +68,14 @@ class Adapters:
                 self._layers[key] = _Layer(target, self)
                 _attach(self.networks[component], module, self._layers[key])
             self._layers[key].add(number, *parts)
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes of the weights that adapters may change; of the modules, since 8-bit ones store no `weight`."""
+        return {
+            component: {name: shape for name, module in network.named_modules() if (shape := _shape(module))}
+            for component, network in self.networks.items()
+        }
 
     @contextlib.contextmanager
     def using(self, rows: torch.Tensor | None) -> Iterator[None]:
@@ -86,6 +91,13 @@ class Adapters:
     def alike(self, weights: Sequence[float]) -> contextlib.AbstractContextManager[None]:
         """Apply the adapters with the same weights in every row within this context."""
         return self.using(torch.tensor([weights]).expand(1024, -1) if any(weights) else None)
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    """Return the shape of the weight of a linear layer, also a part of a fused one, or of a convolution, else ()."""
+    if isinstance(module, torch.nn.Conv2d):
+        return (module.out_channels, module.in_channels, *module.kernel_size)
+    return (module.out_features, module.in_features) if hasattr(module, "in_features") else ()
 
 
 class _Layer:

@@ -183,7 +183,9 @@ class Stream:
                 continue
             self.shared += [dataclasses.replace(trajectory, tag=draw) for draw in self.duplicates.pop(key)]
             if self.repeated[key] > 0:
-                self.finished[key] = dataclasses.replace(trajectory, cond=None, uncond=None, keep_mask=None, known=None)
+                self.finished[key] = dataclasses.replace(
+                    trajectory, cond=None, uncond=None, keep_mask=None, known=None, beside=None
+                )
         shared, self.shared = self.shared, []
         return shared
 

@@ -127,6 +127,18 @@ def test_missing_networks_are_named_and_taken_from_others(file: Path, tmp_path: 
         inspect_model(tmp_path / "vae.safetensors")
 
 
+@pytest.mark.parametrize(("family", "scale"), [("SD 1", 0.18215), ("SDXL", 0.13025)])
+def test_a_vae_in_a_file_has_the_scale_of_the_model_that_takes_it(
+    file: Path, tmp_path: Path, family: str, scale: float
+) -> None:
+    """The file does not show it: the same VAE serves both here, as a folder's and as a file's."""
+    folder = folder_of(family, tmp_path / "folder")
+    convert(inspect_model(folder), tmp_path / "model.safetensors")
+    for model in (folder, tmp_path / "model.safetensors"):
+        config = inspect_model(model, vae=str(file)).parts["vae"].config
+        assert (config["scaling_factor"], config["force_upcast"]) == (scale, family == "SDXL")
+
+
 def test_prediction_type_by_mark_metadata_yaml_family_and_wish(file: Path, tmp_path: Path) -> None:
     def kind(path: Path, **options: str) -> tuple[str, tuple[str, ...]]:
         info = inspect_model(path, **options)

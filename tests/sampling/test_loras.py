@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from genkit import Request, TextToImage, generate
 from genkit.components.lora import kohya_names, sgm_name
 from genkit.errors import InputError
+from tests.components.checkpoints import folder_of
 from tests.tiny import tiny_sdxl, tiny_stable_diffusion
 
 Weights = dict[str, torch.Tensor]
@@ -236,6 +237,29 @@ def test_every_kind_equals_the_fused_weight(sd: Path, tmp_path: Path, name: str,
         found = beside.denoiser(x, t, cond, None, torch.ones(2), adapters=adapters)
         plain = beside.denoiser(x, t, cond, None, torch.ones(2))
     assert float((found - expected).abs().max()) < min(1e-4, 0.1 * float((plain - expected).abs().max()))
+
+
+def test_networks_of_8_bits_take_loras(tmp_path: Path) -> None:
+    model = folder_of("SD 1", tmp_path / "model")
+    file = peft(model, pairs(model), tmp_path / "x.safetensors")
+    generator = TextToImage.from_pretrained(model, dtype="int8")
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert "weight" not in module_of(generator, name).state_dict()
+    size = {"width": 64, "height": 64}
+    assert np.abs(drawn(generator, [{"file": str(file)}], **size) - drawn(generator, **size)).max() > 5
+    assert "modules of unet" in generator.adapters.lines[0]
+
+
+def test_tables_of_embeddings_are_not_adapted(sd: Path, tmp_path: Path) -> None:
+    weights = pairs(sd)
+    weights |= {
+        "text_encoder.text_model.embeddings.token_embedding.lora_A.weight": torch.ones(RANK, 16),
+        "text_encoder.text_model.embeddings.token_embedding.lora_B.weight": torch.ones(4096, RANK),
+    }
+    file = peft(sd, weights, tmp_path / "x.safetensors")
+    generator = TextToImage.from_pretrained(sd)
+    drawn(generator, [{"file": str(file)}])
+    assert "2 keys have no place and are left out: 'text_encoder.text_model.embeddings" in generator.adapters.lines[0]
 
 
 def broken(change: Callable[[Weights], Weights]) -> Callable[[Path, Path], Path]:
