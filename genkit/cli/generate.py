@@ -50,14 +50,13 @@ class RowOptions:
 
     def fields(self) -> dict[str, Any]:
         """Return what is given, as fields of a Request. Raises InputError, naming the option, for a bad value."""
-        from genkit.files import user_path
+        from genkit.rows.loras import beside
         from genkit.rows.typed import lora, typed
 
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         given |= {name: typed(name, given[name]) for name in ("guidance_interval", "labels") if name in given}
         if "loras" in given:
-            given["loras"] = [lora("loras", text) for text in given["loras"]]
-            given["loras"] = [{**one, "file": str(user_path(one["file"]).absolute())} for one in given["loras"]]
+            given["loras"] = [beside(Path(), lora("loras", text)) for text in given["loras"]]
         given |= {name: str(Path(given[name]).absolute()) for name in ("image", "mask_image") if name in given}
         _check(given)
         return given

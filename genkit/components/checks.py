@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from genkit.components.geometry import Geometry
 from genkit.components.info import Part
 from genkit.components.registry import NETWORKS
 from genkit.components.rules import check_config
@@ -39,10 +40,9 @@ def check_together(kind: str, parts: Mapping[str, Part]) -> None:
     if kind == "text-to-image":
         _check_conditioning(parts)
     channels = unet.config["in_channels"]
-    if "vae" in parts and kind == "text-to-image" and channels == 2 * parts["vae"].config["latent_channels"] + 1:
-        return  # made for inpainting: latent, mask, and latent of the masked picture
     if "vae" in parts:
-        _check_equal(unet, "in_channels", parts["vae"], "latent_channels")
+        if not Geometry.of(unet.config, parts["vae"].config).inpaints:
+            _check_equal(unet, "in_channels", parts["vae"], "latent_channels")
     elif channels not in (1, 3):
         raise InputError(f"{unet.where}: in_channels: {channels} is not 1 or 3, and there is no vae to decode it")
 

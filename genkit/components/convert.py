@@ -37,20 +37,26 @@ def convert(info: ModelInfo, out: Path) -> dict[str, Any]:
     single = out.suffix == ".safetensors"
     partial = out.with_name(f".{out.name}.partial")
     with disk(out):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        _remove(partial)  # of an earlier start that was killed
         try:
-            _write_single(info, partial) if single else _write_folder(info, partial)
+            (_write_single if single else _write_folder)(info, partial)
             os.replace(partial, out)
         finally:
-            shutil.rmtree(partial, ignore_errors=True) if not single else partial.unlink(missing_ok=True)
+            _remove(partial)
     bytes_ = out.stat().st_size if single else sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {"from": info.name, "to": str(out), "layout": "single file" if single else "diffusers", "bytes": bytes_}
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _write_folder(info: ModelInfo, out: Path) -> None:
     for name, part in info.parts.items():
-        config = dict(part.config)
-        write_network(part.kind, config, _contiguous(stored_weights(part)), out / name)
+        write_network(part.kind, part.config, _contiguous(stored_weights(part)), out / name)
     texts = {"tokenizer": info.text_config, "tokenizer_2": info.configs.get("text_encoder_2", {})}
     for name, text in texts.items():
         tokenizer = load_tokenizer(getattr(info, name), text, info.padding.get(name))
@@ -64,8 +70,7 @@ def _write_single(info: ModelInfo, out: Path) -> None:
 
     weights: dict[str, torch.Tensor] = {}
     for name, part in info.parts.items():
-        names = _original_names(info, name, part)
-        weights |= names
+        weights |= _original_names(info, name, part)
     velocity = info.scheduler_config.get("prediction_type") == "v_prediction"
     metadata = {"format": "pt", "modelspec.prediction_type": "v" if velocity else "epsilon"}
     save_file(_contiguous(weights), out, metadata=metadata)

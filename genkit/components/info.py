@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components.geometry import Geometry
-from genkit.components.weights import Tensor, sha256
+from genkit.components.weights import DTYPE_NAMES, Tensor, sha256
 from genkit.errors import shown
 from genkit.files import place
 
 SINGLE = "checkpoint"
-ITEM_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Part:
     @property
     def dtype(self) -> str:
         """Names of the dtypes of the stored weights."""
-        return ", ".join(sorted({ITEM_NAMES.get(t.dtype, t.dtype) for t in self.tensors.values()}))
+        return ", ".join(sorted({DTYPE_NAMES[t.dtype] for t in self.tensors.values()}))
 
 
 @dataclasses.dataclass(frozen=True)

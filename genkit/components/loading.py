@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import inspect
 import math
-import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
-from genkit.components.weights import ITEM_BYTES, Tensor, check_shapes
+from genkit.components.weights import DTYPE_NAMES, ITEM_BYTES, Tensor, check_shapes
 from genkit.device.devices import compute_dtype, usable_cores
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place, read_json
@@ -126,9 +125,7 @@ def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *,
 
     def convert(weight: torch.Tensor) -> torch.Tensor:
         kind = dtype if weight.is_floating_point() else weight.dtype
-        if device.type != "cpu" or not (pinned or weight.dtype != kind):
-            return weight.to(kind)
-        return torch.empty(weight.shape, dtype=kind, pin_memory=pinned).copy_(weight)
+        return torch.empty(weight.shape, dtype=kind, pin_memory=True).copy_(weight) if pinned else weight.to(kind)
 
     weights: dict[str, Any] = {}
     for file in part.files:
@@ -166,33 +163,30 @@ def _read(
 
     wanted = {name: tensor for name, tensor in tensors.items() if tensor.file == file}
     if device.type == "cpu":
-        with open(file, "rb", buffering=0) as opened, ThreadPoolExecutor(min(4, usable_cores())) as threads:
-            number = opened.fileno()
-            found = threads.map(lambda tensor: convert(tensor.taken(_read_one(number, tensor))), wanted.values())
+        with ThreadPoolExecutor(min(4, usable_cores()), "genkit-load") as threads:
+            found = threads.map(lambda tensor: convert(_read_one(tensor)), wanted.values())
             return dict(zip(wanted, found, strict=True))
     with safe_open(file, framework="pt", device=str(device)) as weights:
         read = (tensor.taken(weights.get_tensor(tensor.key)) for tensor in wanted.values())
         return dict(zip(wanted, map(convert, read), strict=True))
 
 
-def _read_one(file: int, tensor: Tensor) -> torch.Tensor:
-    """Return a tensor as an open file has it, flat but for its first dimension. Raises OSError where the file ends."""
+def _read_one(tensor: Tensor) -> torch.Tensor:
+    """Return a weight in RAM as the network takes it; of a part, only its rows are read. Raises OSError at the end."""
     import torch
 
     size = ITEM_BYTES[tensor.dtype] * math.prod(tensor.shape)
-    size *= int(tensor.stored[2:]) if "/" in tensor.stored else 1
     found = torch.empty(size, dtype=torch.uint8)
     view, done = memoryview(found.numpy().data), 0
-    while done < size:
-        count = os.preadv(file, [view[done:]], tensor.start + done)
-        if not count:
-            raise OSError(f"{shown(tensor.key)}: the file ends within it")
-        done += count
-    weight = found.view(getattr(torch, DTYPES[tensor.dtype]))
-    if tensor.stored == "turned":
-        return weight.view(tensor.shape[::-1])
-    rows = int(tensor.stored[2:]) if "/" in tensor.stored else 1
-    return weight.view(rows * tensor.shape[0], *tensor.shape[1:]) if tensor.shape else weight.view(())
+    with open(tensor.file, "rb", buffering=0) as file:
+        file.seek(tensor.start + size * tensor.part[0])
+        while done < size:
+            count = file.readinto(view[done:])
+            if not count:
+                raise OSError(f"{shown(tensor.key)}: the file ends within it")
+            done += count
+    weight = found.view(getattr(torch, DTYPE_NAMES[tensor.dtype]))
+    return weight.view(tensor.shape[::-1]).T.contiguous() if tensor.stored == "turned" else weight.view(tensor.shape)
 
 
 def _check_values(weights: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -245,10 +239,6 @@ def _as_tokens(folder: Path) -> dict[str, Any]:
     return {"additional_special_tokens": plain}
 
 
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 _CONSTRUCT: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "diffusers": lambda cls, config: cls(**config),
     "transformers": lambda cls, config: cls(cls.config_class(**config)),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from genkit.components.original import backward, original_name, unet_modules
+
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+LEVELS = 4  # of blocks, as many as a UNet may have: their names do not depend on how many it has
 KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
@@ -97,24 +99,6 @@ def sgm_name(module: str, layers: int) -> str:
 
     layers: of each block, before what halves or doubles the size.
     """
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module)
-    if match is None:
-        middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", module)
-        if middle is None:
-            return module
-        layer = 1 if middle[1] == "attentions" else 2 * int(middle[2])
-        return f"middle_block.{layer}.{_SGM.get(middle[3], middle[3])}"
-    way, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    if way == "down":
-        number = 1 + block * (layers + 1) + (layers if kind == "downsamplers" else index)
-        place = {"resnets": "0", "attentions": "1", "downsamplers": "0"}[kind]
-        return f"input_blocks.{number}.{place}.{'op' if kind == 'downsamplers' else _SGM.get(rest, rest)}"
-    number = block * (layers + 1) + (layers if kind == "upsamplers" else index)
-    place = {"resnets": "0", "attentions": "1", "upsamplers": "2"}[kind]
-    return f"output_blocks.{number}.{place}.{_SGM.get(rest, rest)}"
-
-
-_SGM = {
-    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    if "_block" not in module:
+        return module
+    return original_name(module, backward(unet_modules(LEVELS, layers, [True] * LEVELS))) or module

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.components.original import backward, unet_modules
-from genkit.components.weights import PICKLES, Tensor, read_file
+from genkit.components.original import backward, original_name, unet_modules
+from genkit.components.weights import PICKLES, Tensor, read_file, shape_text
 from genkit.errors import InputError, shown
 from genkit.files import place
 
 Shape = tuple[int, ...]
+ADAPTED = ("unet", "text_encoder", "text_encoder_2")  # components
 MOST_RANK = 4096
 # Endings of keys, and the roles that they give a tensor
 ROLES = {
@@ -41,7 +43,7 @@ _PREFIXES = (
     ("base_model.model.", "unet"), ("diffusion_model.", "unet"), ("model.diffusion_model.", "unet"),
     ("text_encoders.clip_l.transformer.", "text_encoder"), ("text_encoders.clip_g.transformer.", "text_encoder_2"),
 )  # fmt: skip
-WHOLE = ("hada_t1", "hada_t2", "lokr_t2", "diff_b")  # that have no use here
+UNSUPPORTED = ("hada_t1", "hada_t2", "lokr_t2", "diff_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,18 +169,8 @@ def _flattened(modules: Mapping[str, Shape], unet: Mapping[str, Any] | None) -> 
     if unet is not None and isinstance(unet["layers_per_block"], int):
         attention = ["Attn" in kind for kind in unet["down_block_types"]]
         back = backward(unet_modules(len(unet["block_out_channels"]), unet["layers_per_block"], attention))
-        for name in modules:
-            original = back.get(name) or next(
-                (back[head] + name[len(head) :] for head in _heads(name) if head in back), None
-            )
-            if original is not None:
-                found[_flat(original)] = name
+        found |= {_flat(original): name for name in modules if (original := original_name(name, back))}
     return found
-
-
-def _heads(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def _alphas(metadata: Mapping[str, str]) -> dict[tuple[str, str], float]:
@@ -206,7 +198,7 @@ def _base(metadata: Mapping[str, str]) -> str:
 def _check(adapter: Adapter, weight: Shape, where: str, base: str) -> None:
     """Raise InputError for an adapter that is incomplete, of a kind not supported, or of other widths."""
     roles = {role: tensor.shape for role, tensor in adapter.tensors.items()}
-    unsupported = next((role for role in roles if role in WHOLE), None)
+    unsupported = next((role for role in roles if role in UNSUPPORTED), None)
     if unsupported is not None:
         raise InputError(f"{where}: {unsupported}: is of a kind that genkit does not have")
     pair = ("down", "up") if "down" in roles or "up" in roles or "dora" in roles else ()
@@ -224,18 +216,9 @@ def _check(adapter: Adapter, weight: Shape, where: str, base: str) -> None:
         if not inner or down[1] != weight[1] or up[0] != weight[0] or ("mid" not in roles and down[2:] != weight[2:]):
             if len(down) == len(up) == 4 and down[2:] == (1, 1) and len(weight) == 2 and inner and down[1] == weight[1]:
                 return  # a linear layer's, written as convolutions
-            raise InputError(
-                f"{where}: its {'x'.join(map(str, up))} times {'x'.join(map(str, down))} does not fit the weight of "
-                f"{'x'.join(map(str, weight))}{base}"
-            )
-    if hada and (roles["hada_w1_a"][0], roles["hada_w1_b"][1]) != (weight[0], _inputs(weight)):
-        raise InputError(f"{where}: its LoHa does not fit the weight of {'x'.join(map(str, weight))}{base}")
+            product = f"{shape_text(up)} times {shape_text(down)}"
+            raise InputError(f"{where}: its {product} does not fit the weight of {shape_text(weight)}{base}")
+    if hada and (roles["hada_w1_a"][0], roles["hada_w1_b"][1]) != (weight[0], math.prod(weight[1:])):
+        raise InputError(f"{where}: its LoHa does not fit the weight of {shape_text(weight)}{base}")
     if "diff" in roles and roles["diff"] != weight:
-        raise InputError(f"{where}: its difference does not fit the weight of {'x'.join(map(str, weight))}{base}")
-
-
-def _inputs(weight: Shape) -> int:
-    count = 1
-    for size in weight[1:]:
-        count *= size
-    return count
+        raise InputError(f"{where}: its difference does not fit the weight of {shape_text(weight)}{base}")

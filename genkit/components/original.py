@@ -95,6 +95,12 @@ def renamed(key: str, modules: Mapping[str, str]) -> str | None:
     return None
 
 
+def original_name(module: str, back: Mapping[str, str]) -> str | None:
+    """Return the original name of a whole module, or None. back: of `backward`."""
+    found = renamed(f"{module}.", back)
+    return None if found is None else found.removesuffix(".")
+
+
 def backward(modules: Mapping[str, str]) -> dict[str, str]:
     """Return {diffusers' name: original name}."""
     found: dict[str, str] = {}

@@ -54,11 +54,13 @@ class TextEncoder:
     LoRAs of such weights are applied.
     """
 
-    def __init__(self, tokenizer: Any, model: Any, hold: Hold = contextlib.nullcontext) -> None:
+    def __init__(
+        self, tokenizer: Any, model: Any, hold: Hold = contextlib.nullcontext, adapted: Adapted = _plain
+    ) -> None:
         self.tokenizer, self.model, self.hold = tokenizer, model, hold
         self.batch = CLIP_BATCH
         self.truncated: set[str] = set()
-        self.adapted: Adapted = _plain
+        self.adapted = adapted
         self._seen: OrderedDict[tuple[str, Weights], torch.Tensor] = OrderedDict()
 
     @torch.inference_mode()
@@ -116,7 +118,7 @@ class TextEncoderPair:
     """
 
     def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
-        self.first, self.second = self.both = first, second
+        self.first, self.second = first, second
         lengths = [encoder.tokenizer.model_max_length for encoder in (first, second)]
         if lengths[0] != lengths[1]:
             raise InputError(f"tokenizer_2: reads {lengths[1]} tokens, but tokenizer reads {lengths[0]}")

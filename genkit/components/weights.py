@@ -24,6 +24,10 @@ TENSOR_LIMIT = 2**16
 RANK_LIMIT = 8
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 CONVERT = "weights that unpickle can run code: load them once where you trust them, then save_pretrained(folder)"
+DTYPE_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -42,14 +46,18 @@ class Tensor:
     start: int = 0
     stored: str = ""
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of the stored rows it is, and of how many: (0, 1) is all of them."""
+        index, slash, count = self.stored.partition("/")
+        return (int(index), int(count)) if slash else (0, 1)
+
     def taken(self, weight: Any) -> Any:
         """Return the weight that the network takes, given the one in the file."""
         if self.stored == "turned":
             return weight.T.contiguous()
-        if "/" in self.stored:
-            index, count = map(int, self.stored.split("/"))
-            return weight.chunk(count)[index]
-        return weight.reshape(self.shape)
+        index, count = self.part
+        return weight.chunk(count)[index] if count > 1 else weight.reshape(self.shape)
 
     def as_taken(self, stored: str) -> Tensor:
         """Return this weight of a file as one that is `stored` in such a way. Raises InputError if it cannot be."""
@@ -62,7 +70,7 @@ class Tensor:
             shape = (shape[0] // int(stored[2:]), *shape[1:])
         else:
             raise InputError(
-                f"{place(self.file)}: {shown(self.key)}: has shape {_text(shape)}, which cannot be {stored}"
+                f"{place(self.file)}: {shown(self.key)}: has shape {shape_text(shape)}, which cannot be {stored}"
             )
         return dataclasses.replace(self, shape=shape, stored=stored)
 
@@ -244,17 +252,18 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Shapes, where: str, co
                 )
     for name, shape in expected.items():
         if name not in tensors:
-            raise InputError(f"{place(file)}: {name}: is missing, of shape {_text(shape)} by {where}")
+            raise InputError(f"{place(file)}: {name}: is missing, of shape {shape_text(shape)} by {where}")
         tensor = tensors[name]
         if tensor.shape != shape:
             turned = " (transposed)" if tensor.shape == shape[::-1] else ""
             raise InputError(
-                f"{place(tensor.file)}: {tensor.key}: has shape {_text(tensor.shape)}{turned}, "
-                f"but {where} asks for {_text(shape)}"
+                f"{place(tensor.file)}: {tensor.key}: has shape {shape_text(tensor.shape)}{turned}, "
+                f"but {where} asks for {shape_text(shape)}"
             )
 
 
-def _text(shape: Iterable[int]) -> str:
+def shape_text(shape: Iterable[int]) -> str:
+    """Return a shape for messages, as in 320x4x3x3."""
     return "x".join(map(str, shape)) or "scalar"
 
 

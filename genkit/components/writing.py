@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.components.info import Part
+from genkit.components.loading import stored_weights
 from genkit.components.registry import NETWORKS
 
 if TYPE_CHECKING:
@@ -32,11 +33,9 @@ def write_network(kind: str, config: Any, weights: Mapping[str, torch.Tensor], f
 
 def link_network(part: Part, folder: Path) -> None:
     """Have a network's own files in another folder too: as links to the same data, or as copies elsewhere."""
-    if part.origin is None:
+    if part.origin is None:  # not of a file that holds other networks too
         link_files(part.folder, {"config.json", *(path.name for path in part.files)}, folder)
         return
-    from genkit.components.loading import stored_weights  # of a file that holds other networks too
-
     weights = {name: weight.contiguous() for name, weight in stored_weights(part).items()}
     write_network(part.kind, part.config, weights, folder)
 

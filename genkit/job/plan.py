@@ -124,22 +124,22 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
 
 def _check_loras(rows: Sequence[Request], info: ModelInfo) -> list[str]:
     """Return what each LoRA of the rows adapts, a line each. Raises InputError naming the row and the file at fault."""
-    from genkit.components.lorafile import module_shapes, read_lora
+    from genkit.components.lorafile import ADAPTED, module_shapes, read_lora
 
     lines: dict[str, str] = {}
-    parts = {name: part for name, part in info.parts.items() if name in ("unet", "text_encoder", "text_encoder_2")}
+    shapes: dict[str, Any] = {}
     for row in rows:
         for lora in row.loras or ():
-            if lora["file"] not in lines:
-                shapes = {
-                    name: module_shapes({key: tensor.shape for key, tensor in part.tensors.items()})
-                    for name, part in parts.items()
-                }
-                try:
-                    found = read_lora(Path(lora["file"]), shapes, parts["unet"].config)
-                except InputError as error:
-                    raise InputError(f"{row.source or f'row {row.id}'}: loras: {error}") from None
-                lines[lora["file"]] = found.line()
+            shapes = shapes or {
+                name: module_shapes({key: tensor.shape for key, tensor in info.parts[name].tensors.items()})
+                for name in ADAPTED
+                if name in info.parts
+            }
+            try:
+                if lora["file"] not in lines:
+                    lines[lora["file"]] = read_lora(Path(lora["file"]), shapes, info.configs["unet"]).line()
+            except InputError as error:
+                raise InputError(f"{row.source or f'row {row.id}'}: loras: {error}") from None
     return list(lines.values())
 
 

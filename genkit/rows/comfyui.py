@@ -11,17 +11,7 @@ Graph = dict[str, Any]
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced")
 _MOST_NODES = 10_000
-_VALUES = (
-    "value",
-    "text",
-    "string",
-    "prompt",
-    "seed",
-    "noise_seed",
-    "int",
-    "float",
-    "number",
-)  # of nodes that hold one
+_VALUES = ("value", "text", "string", "prompt", "seed", "noise_seed", "int", "float", "number")  # of nodes with one
 _COMBINED = ("ConditioningCombine", "ConditioningConcat", "ConditioningAverage", "ConditioningSetArea")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from genkit.errors import InputError, nearest, shown
 from genkit.files import user_path
 from genkit.pictures.images import as_pil, check_image
+from genkit.rows.loras import beside, check_loras, file_hash
 from genkit.rows.typed import COUNTS, whole
 from genkit.rows.yamltext import Cut
 
@@ -23,7 +23,6 @@ MAX_TEXT = 100_000  # characters, of a prompt as of `meta` written as JSON
 META_DEPTH = 20
 SEED_LIMIT = 2**32  # torch's CPU generator uses 32 bits: a larger seed would silently equal a smaller one
 
-LORA = {"file": "style.safetensors", "weight": 0.8, "text_weight": 0.8}
 PRUNE = {"after": 0.5, "keep": 0.5}  # defaults: share of the steps, share of the images
 # Names of fields in other tools.
 ALIASES = {
@@ -187,22 +186,7 @@ class Request(BaseModel):
     @field_validator("loras")
     @classmethod
     def _check_loras(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """Return the LoRAs with both weights filled in; text_weight is as weight unless it is given."""
-        found = []
-        for lora in value or ():
-            unknown = next((key for key in lora if key not in LORA), None)
-            if unknown is not None:
-                raise ValueError(f"has no {shown(unknown)}{nearest(unknown, LORA)}; each is like {json.dumps(LORA)}")
-            file = lora.get("file")
-            if not isinstance(file, str | Path) or not str(file):
-                raise ValueError(f"must each have a file, as in {json.dumps(LORA)}")
-            weight = 1.0 if lora.get("weight") is None else lora["weight"]
-            on_text = weight if lora.get("text_weight") is None else lora["text_weight"]
-            for number in (weight, on_text):
-                if type(number) not in (int, float) or not -100 <= number <= 100:
-                    raise ValueError(f"weight must be a number from -100 to 100, not {shown(number)}")
-            found.append({"file": str(file), "weight": float(weight), "text_weight": float(on_text)})
-        return found or None
+        return check_loras(value)
 
     @field_validator("scheduler")
     @classmethod
@@ -294,21 +278,6 @@ class Request(BaseModel):
         if self.loras:
             fields["loras"] = [{**lora, "file": file_hash(lora["file"])} for lora in self.loras]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def file_hash(file: str) -> str:
-    """Return the SHA-256 of a file, computed once as long as it does not change; its name if it is gone."""
-    try:
-        stat = os.stat(file)
-    except OSError:
-        return file
-    return _hash_of(file, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(1024)
-def _hash_of(file: str, size: int, changed: int) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _plain(value: Any, read: bool = False) -> Any:
@@ -406,16 +375,8 @@ def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(found.get(field), str) and found[field]:
             found[field] = _picture(folder, field, found[field])
     if isinstance(found.get("loras"), list):
-        found["loras"] = [_beside(folder, lora) for lora in found["loras"]]
+        found["loras"] = [beside(folder, lora) for lora in found["loras"]]
     return found
-
-
-def _beside(folder: Path, lora: Any) -> Any:
-    """Return a row's LoRA, which may be a file's name alone, with its path, which is relative to the prompt file."""
-    lora = {"file": lora} if isinstance(lora, str) else lora
-    if isinstance(lora, dict) and isinstance(lora.get("file"), str) and lora["file"]:
-        return {**lora, "file": os.path.join(os.path.abspath(folder), user_path(lora["file"]))}
-    return lora
 
 
 def _picture(folder: Path, field: str, text: str) -> str:

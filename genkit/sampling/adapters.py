@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch.nn.functional import conv2d, linear
 
-from genkit.components.lorafile import Adapter, LoraFile, read_lora
+from genkit.components.lorafile import ADAPTED, Adapter, LoraFile, read_lora
 from genkit.errors import InputError
 from genkit.files import place
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 Loras = Sequence[Mapping[str, Any]]
 
 
@@ -29,11 +28,11 @@ class Adapters:
     """The LoRAs that rows have asked for, applied by hooks on the modules of the networks.
 
     networks: {component: network}. `rows` is set for the length of a call: the weight of each adapter in each row,
-    (rows, adapters), or None.
+    (rows, adapters), or None. lines: what each file adapts, for the user.
     """
 
     def __init__(self, networks: Mapping[str, Any]) -> None:
-        self.networks = {name: networks[name] for name in PARTS if networks.get(name) is not None}
+        self.networks = {name: networks[name] for name in ADAPTED if networks.get(name) is not None}
         self.files: dict[str, int] = {}
         self.rows: torch.Tensor | None = None
         self.lines: list[str] = []

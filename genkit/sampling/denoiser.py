@@ -31,11 +31,14 @@ class Denoiser:
         *,
         graphs: bool = False,
         float32: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """float32: context manager in which a UNet computes in float32, for `in_float32` (Residency.float32)."""
+        """float32: context manager in which a UNet computes in float32, for `in_float32` (Residency.float32). adapters:
+        the LoRAs whose weights a call may name.
+        """
         self.unet, self._widened = unet, float32 or contextlib.nullcontext
         self.limit: int | None = None
-        self.adapters: Adapters | None = None
+        self.adapters = adapters
         self.graphs = Graphs(self._plain) if graphs else None
         self._float32 = False
 

@@ -18,6 +18,7 @@ from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
 AHEAD = 2  # network calls that are queued on a GPU
+INPUTS = ("cond", "uncond", "added_cond", "added_uncond", "beside")  # of the network, a row for each trajectory
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 
 
@@ -66,11 +67,7 @@ class _Group:
         self.live: list[Trajectory] = []
         self.x = torch.empty(0, *shape, device=device)
         self.history = torch.empty(HISTORY, 0, *shape, device=device)
-        self.cond: torch.Tensor | None = None
-        self.uncond: torch.Tensor | None = None
-        self.added_cond: torch.Tensor | None = None
-        self.added_uncond: torch.Tensor | None = None
-        self.beside: torch.Tensor | None = None
+        self.inputs: dict[str, torch.Tensor | None] = dict.fromkeys(INPUTS)
 
     def add(self, new: list[Trajectory]) -> bool:
         """Add trajectories: all of them, or none if it raises."""
@@ -80,13 +77,8 @@ class _Group:
         for place, trajectory in enumerate(new, len(self.live)):
             if trajectory.history is not None:  # resumed after a pause
                 history[:, place] = trajectory.history
-        cond = self._extend(self.cond, [t.cond for t in new])
-        uncond = self._extend(self.uncond, [t.uncond for t in new])
-        added_cond = self._extend(self.added_cond, [t.added_cond for t in new])
-        added_uncond = self._extend(self.added_uncond, [t.added_uncond for t in new])
-        beside = self._extend(self.beside, [t.beside for t in new])
-        self.x, self.history, self.cond, self.uncond = torch.cat([self.x, x]), history, cond, uncond
-        self.added_cond, self.added_uncond, self.beside = added_cond, added_uncond, beside
+        inputs = {name: self._extend(old, [getattr(t, name) for t in new]) for name, old in self.inputs.items()}
+        self.x, self.history, self.inputs = torch.cat([self.x, x]), history, inputs
         self.live += new
         for trajectory in new:
             trajectory.history = None
@@ -113,11 +105,7 @@ class _Group:
         self.live = [self.live[i] for i in stay]
         index = torch.tensor(stay, dtype=torch.long, device=self.device)
         self.x, self.history = self.x[index], self.history[:, index]
-        self.cond = None if self.cond is None else self.cond[index]
-        self.uncond = None if self.uncond is None else self.uncond[index]
-        self.added_cond = None if self.added_cond is None else self.added_cond[index]
-        self.added_uncond = None if self.added_uncond is None else self.added_uncond[index]
-        self.beside = None if self.beside is None else self.beside[index]
+        self.inputs = {name: None if rows is None else rows[index] for name, rows in self.inputs.items()}
         return ended
 
 
@@ -257,13 +245,13 @@ class Engine:
         output = self.denoiser(
             rows[COLUMN["c_in"]] * group.x,
             rows[COLUMN["t"]].flatten(),
-            group.cond,
-            group.uncond,
+            group.inputs["cond"],
+            group.inputs["uncond"],
             torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
-            group.added_cond,
-            group.added_uncond,
+            group.inputs["added_cond"],
+            group.inputs["added_uncond"],
             _adapters(live, self.device),
-            group.beside,
+            group.inputs["beside"],
         )
         if any(t.step + 1 == t.pause for t in live):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output

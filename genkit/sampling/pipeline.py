@@ -65,6 +65,7 @@ class Pipeline:
         self.codec = Codec(vae, self.residency.add("vae", vae))
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.zero_empty = text_encoder_2 is not None and force_zeros_for_empty_prompt
+        self.adapters = Adapters({"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2})
         self.text = self._encoder()
         self.attention = attention or AttentionChoice()
         self.residency.add("unet", unet)
@@ -72,22 +73,19 @@ class Pipeline:
             unet,
             graphs=self.residency.steady and self.device.type == "cuda",
             float32=self.residency.float32,
+            adapters=self.adapters,
         )
         self._plans: dict[str, Plan] = {}
-        self.adapters = Adapters({"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2})
-        self.denoiser.adapters = self.adapters
-        for encoder in () if self.text is None else getattr(self.text, "both", (self.text,)):
-            encoder.adapted = self.adapters.alike
 
     def _encoder(self) -> Any:
         """Return a TextEncoder, SDXL's TextEncoderPair, or None for an unconditional network."""
-        hold = self.residency.add("text_encoder", self.text_encoder)
+        hold, adapted = self.residency.add("text_encoder", self.text_encoder), self.adapters.alike
         if self.text_encoder_2 is None:
-            return None if self.text_encoder is None else TextEncoder(self.tokenizer, self.text_encoder, hold)
+            return None if self.text_encoder is None else TextEncoder(self.tokenizer, self.text_encoder, hold, adapted)
         other = self.residency.add("text_encoder_2", self.text_encoder_2)
-        first = TextEncoder(self.tokenizer, Penultimate(self.text_encoder), hold)
+        first, second = Penultimate(self.text_encoder), Penultimate(self.text_encoder_2, pooled=True)
         return TextEncoderPair(
-            first, TextEncoder(self.tokenizer_2, Penultimate(self.text_encoder_2, pooled=True), other)
+            TextEncoder(self.tokenizer, first, hold, adapted), TextEncoder(self.tokenizer_2, second, other, adapted)
         )
 
     @property

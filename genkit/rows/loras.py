@@ -1,0 +1,56 @@
+"""The LoRAs of a row: [{"file": …, "weight": 1.0, "text_weight": 1.0}, …], with both weights filled in."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from genkit.components.weights import sha256
+from genkit.errors import nearest, shown
+from genkit.files import user_path
+
+LORA = {"file": "style.safetensors", "weight": 0.8, "text_weight": 0.8}
+
+
+def check_loras(value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Return the LoRAs with both weights filled in; text_weight is as weight unless it is given. Raises ValueError."""
+    found = []
+    for lora in value or ():
+        unknown = next((key for key in lora if key not in LORA), None)
+        if unknown is not None:
+            raise ValueError(f"has no {shown(unknown)}{nearest(unknown, LORA)}; each is like {json.dumps(LORA)}")
+        file = lora.get("file")
+        if not isinstance(file, str | Path) or not str(file):
+            raise ValueError(f"must each have a file, as in {json.dumps(LORA)}")
+        weight = 1.0 if lora.get("weight") is None else lora["weight"]
+        on_text = weight if lora.get("text_weight") is None else lora["text_weight"]
+        for number in (weight, on_text):
+            if type(number) not in (int, float) or not -100 <= number <= 100:
+                raise ValueError(f"weight must be a number from -100 to 100, not {shown(number)}")
+        found.append({"file": str(file), "weight": float(weight), "text_weight": float(on_text)})
+    return found or None
+
+
+def beside(folder: Path, lora: Any) -> Any:
+    """Return a LoRA, which may be a file's name alone, with its absolute path; relative ones start at `folder`."""
+    lora = {"file": lora} if isinstance(lora, str) else lora
+    if isinstance(lora, dict) and isinstance(lora.get("file"), str) and lora["file"]:
+        return {**lora, "file": os.path.join(os.path.abspath(folder), user_path(lora["file"]))}
+    return lora
+
+
+def file_hash(file: str) -> str:
+    """Return the SHA-256 of a file, computed once as long as it does not change; its name if it is gone."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return file
+    return _hash_of(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(1024)
+def _hash_of(file: str, size: int, changed: int) -> str:
+    return sha256(Path(file))
