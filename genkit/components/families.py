@@ -16,6 +16,7 @@ HEAD = 64  # width of an attention head of every CLIP text model and of the UNet
 # The width of the text embeddings that a UNet reads
 FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL", 1280: "SDXL refiner"}
 SIDES = {"SD 1": 64, "SD 2": 64, "SDXL": 128, "SDXL refiner": 128}
+VELOCITY_SIDE = 96  # of SD 2's latents where the UNet predicts velocity: trained at 768x768
 CLIP_IDS = {"pad_token_id": 1, "bos_token_id": 49406, "eos_token_id": 49407}
 _SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",

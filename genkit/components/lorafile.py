@@ -126,7 +126,7 @@ def read_lora(path: Path, shapes: Mapping[str, Mapping[str, Shape]], unet: Mappi
         raise InputError(
             f"{where}: none of its {adapting} keys, such as {shown(unmatched[0])}, has a place in this model{made}"
         )
-    alphas = _alphas(metadata)
+    alphas = _alphas(metadata, where)
     adapters: dict[str, dict[str, Adapter]] = {component: {} for component in shapes}
     for (component, module), roles in found.items():
         adapter = Adapter(roles, alphas.get((component, module), alphas.get((component, ""))))
@@ -173,8 +173,11 @@ def _flattened(modules: Mapping[str, Shape], unet: Mapping[str, Any] | None) -> 
     return found
 
 
-def _alphas(metadata: Mapping[str, str]) -> dict[tuple[str, str], float]:
-    """Return PEFT's alphas, which diffusers writes into the metadata: of a component, and of single modules."""
+def _alphas(metadata: Mapping[str, str], where: str) -> dict[tuple[str, str], float]:
+    """Return PEFT's alphas, which diffusers writes into the metadata: of a component, and of single modules.
+
+    Raises InputError where they scale by another rule than alpha / rank.
+    """
     found: dict[tuple[str, str], float] = {}
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -182,6 +185,8 @@ def _alphas(metadata: Mapping[str, str]) -> dict[tuple[str, str], float]:
         return found
     for key, value in config.items() if isinstance(config, dict) else ():
         component, _, name = key.partition(".")
+        if name == "use_rslora" and value:
+            raise InputError(f"{where}: {key}: scales by alpha / sqrt(rank), which genkit does not have")
         if name == "lora_alpha" and isinstance(value, int | float):
             found[component, ""] = float(value)
         elif name == "alpha_pattern" and isinstance(value, dict):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from genkit.components.checks import check_network, check_together
-from genkit.components.families import FAMILIES, SCHEDULERS, SIDES, clip_config, unet_config, vae_config
+from genkit.components.families import FAMILIES, SCHEDULERS, SIDES, VELOCITY_SIDE, clip_config, unet_config, vae_config
 from genkit.components.info import ModelInfo, Part
 from genkit.components.original import QKV, backward, openclip_modules, renamed, unet_modules, vae_modules
 from genkit.components.registry import NETWORKS
@@ -84,6 +85,9 @@ def read_single(
     if why:
         notes.append(f"{where}: prediction_type: is taken as {kind}{why}")
     scheduler["prediction_type"] = kind
+    if family == "SD 2" and kind == "v_prediction":
+        unet = parts["unet"]
+        parts["unet"] = dataclasses.replace(unet, config={**unet.config, "sample_size": VELOCITY_SIDE})
     if "ztsnr" in by_key:
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     two = family == "SDXL"

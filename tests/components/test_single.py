@@ -159,6 +159,14 @@ def test_prediction_type_by_mark_metadata_yaml_family_and_wish(file: Path, tmp_p
         inspect_model(plain, prediction="epsilom")
 
 
+@pytest.mark.parametrize(("prediction", "side"), [("epsilon", 512), ("v_prediction", 768)])
+def test_sd_2_is_drawn_at_the_size_it_was_trained_at(tmp_path: Path, prediction: str, side: int) -> None:
+    """As the configs of stable-diffusion-2-base and 2-1 have it; eight pixels a latent there, two in the tiny VAE."""
+    convert(inspect_model(folder_of("SD 2", tmp_path / "folder")), tmp_path / "model.safetensors")
+    geometry = inspect_model(tmp_path / "model.safetensors", prediction=prediction).geometry
+    assert geometry is not None and geometry.width * 8 // geometry.scale == side
+
+
 def test_facts_of_a_file(file: Path, tmp_path: Path) -> None:
     import hashlib
 

@@ -287,10 +287,19 @@ BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         broken(lambda w: {**w, first(w): torch.zeros(0, 8), first(w, "lora_B.weight"): torch.zeros(8, 0)}), "of rank 0"
     ),
     "NaN": (broken(lambda w: {**w, first(w): w[first(w)] * torch.nan}), "holds a NaN"),
+    "another rule of scaling": (
+        lambda model, out: save(out, pairs(model), {"lora_adapter_metadata": '{"unet.use_rslora": true}'}),
+        r"unet\.use_rslora: scales by alpha / sqrt",
+    ),
     "cut": (lambda model, out: truncated(peft(model, pairs(model), out)), "its header describes"),
     "pickle": (lambda model, out: touched(out.with_suffix(".pt")), "is refused"),
     "absent": (lambda model, out: out, "x.safetensors"),
 }  # fmt: skip
+
+
+def save(path: Path, weights: Weights, metadata: dict[str, str]) -> Path:
+    save_file(weights, path, metadata=metadata)
+    return path
 
 
 def truncated(path: Path) -> Path:
