@@ -76,12 +76,36 @@ def add(x, other, bias, out, count, channels, SIZE: tl.constexpr):
     tl.store(out + at, total.to(out.dtype.element_ty), here)
 
 
+@triton.jit(do_not_specialize=["add"])
+def add_norm(
+    x, other, weight, bias, total, out, count, channels, eps, add, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """total = x + other if `add`, and out = layer_norm(total), over the channels of each of `count` positions."""
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    here = (at < count)[:, None] & (cols < channels)[None, :]
+    place = at[:, None] * channels + cols[None, :]
+    value = tl.load(x + place, here, 0.0).to(tl.float32)
+    if add:
+        rounded = (value + tl.load(other + place, here, 0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + place, rounded, here)
+        value = rounded.to(tl.float32)
+    mean = tl.sum(value, 1) / channels
+    value = tl.where(here, value - mean[:, None], 0.0)
+    value = value / tl.sqrt(tl.sum(value * value, 1) / channels + eps)[:, None]
+    factor = tl.load(weight + cols, cols < channels, 0.0).to(tl.float32)
+    offset = tl.load(bias + cols, cols < channels, 0.0).to(tl.float32)
+    tl.store(out + place, (value * factor[None, :] + offset[None, :]).to(out.dtype.element_ty), here)
+
+
 @triton.jit
-def gate(x, out, width, SIZE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    here = cols < width
-    a = tl.load(x + row * 2 * width + cols, here, 0.0).to(tl.float32)
-    b = tl.load(x + row * 2 * width + width + cols, here, 0.0).to(tl.float32)
+def gate(x, out, count, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out = a * gelu(b), of x that holds a and b side by side, 2 * width, at each of `count` positions."""
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    here = (at < count)[:, None] & (cols < width)[None, :]
+    place = at[:, None] * 2 * width + cols[None, :]
+    a = tl.load(x + place, here, 0.0).to(tl.float32)
+    b = tl.load(x + place + width, here, 0.0).to(tl.float32)
     y = a * 0.5 * b * (1 + tl.erf(b * 0.7071067811865476))
-    tl.store(out + row * width + cols, y.to(out.dtype.element_ty), here)
+    tl.store(out + at[:, None] * width + cols[None, :], y.to(out.dtype.element_ty), here)

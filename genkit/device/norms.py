@@ -1,4 +1,4 @@
-"""Residual blocks on a GPU in channels-last layout, with group norm, SiLU, biases and sums fused by Triton kernels.
+"""Blocks of a network on a GPU in channels-last layout, with norms, activations and sums fused by Triton kernels.
 
 Convolutions in half precision are fastest on channels-last data; torch's group norm is slow on it, and loses more than
 they gain. Here one pass sums the channels and a second one normalises and activates: two reads and a write of a norm's
@@ -12,7 +12,7 @@ import types
 from typing import Any
 
 import torch
-from torch.nn.functional import conv2d, gelu, group_norm, linear, silu
+from torch.nn.functional import conv2d, gelu, group_norm, layer_norm, linear, silu
 
 try:
     import triton
@@ -23,6 +23,7 @@ except ImportError:  # no wheel for this system: networks stay as they are
 
 ROWS, COLS = 64, 64  # positions and channels of a tile
 CHUNK = 512  # positions summed by one program
+TILE = 2048  # values of a program that computes each position alone
 WIDTH = 128  # channels of a group up to which one compiled kernel does for all
 
 
@@ -49,6 +50,8 @@ def fuse_norms(network: Any, device: torch.device) -> str | None:
             module._get_output_for_continuous_inputs = types.MethodType(_as_picture, module)
         elif type(module).__name__ == "GEGLU":
             module.forward = types.MethodType(_geglu, module)
+        elif _is_plain_transformer(module):
+            module.forward = types.MethodType(_transformer, module)
     last = getattr(network, "decoder", network)  # a VAE's decoder, or a UNet
     if type(getattr(last, "conv_norm_out", None)) is torch.nn.GroupNorm and type(last.conv_act) is torch.nn.SiLU:
         last.conv_norm_out.forward = types.MethodType(_norm_silu, last.conv_norm_out)
@@ -69,14 +72,28 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
             weight, bias = torch.randn(2, channels, device=device, dtype=dtype)
             added = torch.randn(2, channels, device=device, dtype=dtype)
             with torch.inference_mode():
-                found = norm(x, groups, weight, bias, 1e-5, True, added).double()
+                found = norm(x, groups, weight, bias, 1e-5, True, added)
                 wide = x.double() + added.double()[:, :, None, None]
                 expected = silu(group_norm(wide, groups, weight.double(), bias.double(), 1e-5))
-            if not (found - expected).abs().max() < max(1e-4, 32 * torch.finfo(dtype).eps):
+            if _differ(found, expected, dtype):
+                return "wrong numbers"
+        for channels in (320, 640, 1280):  # of Stable Diffusion: compiled now, while weights are read
+            x, other = torch.randn(2, 2, 24, channels, device=device, dtype=dtype)
+            weight, bias = torch.randn(2, channels, device=device, dtype=dtype)
+            with torch.inference_mode():
+                total, found = add_norm(x, other, weight, bias, 1e-5)
+                expected = layer_norm(total.double(), (channels,), weight.double(), bias.double(), 1e-5)
+                a, b = x.double().chunk(2, dim=-1)
+                wrong = _differ(found, expected, dtype) or _differ(gated(x), a * gelu(b), dtype)
+            if wrong or _differ(total, x.double() + other.double(), dtype):
                 return "wrong numbers"
     except Exception as error:  # no compiler on this machine, a driver that Triton does not know, …
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
+
+
+def _differ(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    return not (found.double() - expected).abs().max() < max(1e-4, 32 * torch.finfo(dtype).eps)
 
 
 def norm(
@@ -169,9 +186,70 @@ def gated(x: torch.Tensor) -> torch.Tensor:
         return a * gelu(b)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], width)
+    count = out.numel() // width
+    columns = 256 if width % 256 == 0 else 64  # a number that divides the width leaves no lane idle
+    rows = TILE // columns
     with torch.cuda.device(x.device) if x.is_cuda else _nothing:
-        kernels.gate[(out.numel() // width, triton.cdiv(width, 1024))](x, out, width, 1024)
+        kernels.gate[(triton.cdiv(count, rows), triton.cdiv(width, columns))](x, out, count, width, rows, columns)
     return out
+
+
+def add_norm(
+    x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x + other, or x where there is no other, and its layer norm; all (..., C)."""
+    if torch.compiler.is_compiling():
+        x = x if other is None else x + other
+        return x, layer_norm(x, weight.shape, weight, bias, eps)
+    x = x.contiguous()
+    other = None if other is None else other.contiguous()
+    out, total = torch.empty_like(x), x if other is None else torch.empty_like(x)
+    channels = x.shape[-1]
+    count, columns = x.numel() // channels, triton.next_power_of_2(channels)
+    rows = max(1, 2 * TILE // columns)
+    with torch.cuda.device(x.device) if x.is_cuda else _nothing:
+        kernels.add_norm[(triton.cdiv(count, rows),)](
+            x, x if other is None else other, weight, bias, total, out, count, channels, eps, int(other is not None),
+            rows, columns,
+        )  # fmt: skip
+    return total, out
+
+
+def _transformer(
+    self: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> torch.Tensor:
+    """diffusers' BasicTransformerBlock.forward, each sum computed with the norm that follows it."""
+    x, normed = _sum_and_norm(hidden_states, None, self.norm1)
+    attended = encoder_hidden_states if self.only_cross_attention else None
+    more = self.attn1(normed, encoder_hidden_states=attended, attention_mask=attention_mask)
+    if self.attn2 is not None:
+        x, normed = _sum_and_norm(x, more, self.norm2)
+        more = self.attn2(normed, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+    x, normed = _sum_and_norm(x, more, self.norm3)
+    return self.ff(normed) + x
+
+
+def _sum_and_norm(x: torch.Tensor, other: torch.Tensor | None, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return add_norm(x, other, norm.weight, norm.bias, norm.eps)
+
+
+def _is_plain_transformer(module: Any) -> bool:
+    """Whether a module is a BasicTransformerBlock that `_transformer` computes."""
+    if type(module).__name__ != "BasicTransformerBlock" or module.norm_type != "layer_norm":
+        return False
+    norms = [module.norm1, module.norm3, *([] if module.attn2 is None else [module.norm2])]
+    return (
+        module.pos_embed is None
+        and not hasattr(module, "fuser")
+        and module._chunk_size is None
+        and all(type(n) is torch.nn.LayerNorm and n.weight is not None and n.bias is not None for n in norms)
+    )
 
 
 def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:

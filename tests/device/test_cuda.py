@@ -18,6 +18,7 @@ from genkit.device.probes import probe
 from genkit.sampling import generators
 from genkit.sampling.codec import Codec
 from tests.check_run import check_run
+from tests.sampling.test_loras import pairs, peft
 from tests.tiny import random_sd15, tiny_ddpm, tiny_stable_diffusion
 
 pytestmark = [
@@ -158,6 +159,43 @@ def test_fused_projections_compute_the_same(tmp_path: Path) -> None:
     text = torch.randn(4, 32, 16, device="cuda")
     with torch.inference_mode():
         assert (gen.unet(x, t, text).sample - plain(x, t, text).sample).abs().max() < 1e-3
+
+
+def test_rows_with_loras_share_recorded_calls(tmp_path: Path) -> None:
+    """Rows with and without LoRAs in one batch are what the CPU draws, the second time, from recorded calls, too."""
+    model = tiny_stable_diffusion(tmp_path)
+    files = [str(peft(model, pairs(model, seed=i, rank=i + 1), tmp_path / f"{i}.safetensors")) for i in range(2)]
+    loras = (None, [{"file": files[0]}], [{"file": files[1], "weight": 0.5}], [{"file": f} for f in files])
+    rows = [
+        Request(id=str(k), prompt="a red fox", seed=k, num_inference_steps=12, guidance_scale=3.0, loras=lora)
+        for k, lora in enumerate(loras)
+    ]
+    slow = {r.id: r.pixels for r in TextToImage.from_pretrained(model, device="cpu").stream(rows)}
+    gen = TextToImage.from_pretrained(model, dtype="float32")
+    for _ in range(3):
+        for result in gen.stream(rows):
+            assert result.status == "done"
+            assert np.abs(result.pixels.astype(int) - slow[result.id].astype(int)).mean() < 1, result.id
+
+
+def test_fused_blocks_compute_the_same_in_half_precision(tmp_path: Path) -> None:
+    """Widths of Stable Diffusion, two rows of them, with sums, norms and gates of the blocks in kernels."""
+    from genkit.device.norms import fuse_norms
+
+    torch.manual_seed(0)
+    plain = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(320, 640), layers_per_block=1, cross_attention_dim=64, norm_num_groups=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).to("cuda").eval()  # fmt: skip
+    x, t = torch.randn(2, 4, 16, 16, device="cuda"), torch.tensor([10.0, 900.0], device="cuda")
+    text = torch.randn(2, 77, 64, device="cuda")
+    with torch.inference_mode():
+        expected = plain(x, t, text).sample
+        fused = plain.half()
+        assert fuse_norms(fused, x.device) is None
+        assert any("forward" in m.__dict__ for m in fused.modules() if type(m).__name__ == "BasicTransformerBlock")
+        found = fused(x.half(), t, text.half()).sample.float()
+    assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_a_picture_that_overflows_while_others_are_encoded(tmp_path: Path) -> None:
