@@ -39,7 +39,7 @@ from PIL import Image
 from genkit import cli
 from genkit.cli.app import app
 from genkit.training.recipe import read_recipe
-from tests.tiny import tiny_clip, tiny_ddpm, tiny_stable_diffusion
+from tests.tiny import tiny_clip, tiny_ddpm, tiny_sdxl, tiny_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -181,6 +181,7 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "my-pictures": _pictures,
     "photos": _photos,
     "my-sd-folder": tiny_stable_diffusion,
+    "my-sdxl-folder": tiny_sdxl,
     "my-ddpm": tiny_ddpm,
     "my-clip": tiny_clip,
     "votes": _votes,

@@ -24,6 +24,8 @@ class RowOptions:
     """Defaults for fields that a row does not set: see genkit.rows.request.Request."""
 
     negative_prompt: Annotated[str | None, "What guidance leads away from."] = None
+    prompt_2: Annotated[str | None, "SDXL: the prompt of its second text encoder."] = None
+    negative_prompt_2: Annotated[str | None, "SDXL: the negative prompt of its second text encoder."] = None
     scheduler: Annotated[str | None, "A solver, say unipc or dpmpp_2m_karras, or tuned."] = None
     num_inference_steps: Annotated[
         int | None,
@@ -35,6 +37,11 @@ class RowOptions:
     )
     width: Annotated[int | None, "Pixels."] = None
     height: Annotated[int | None, "Pixels."] = None
+    original_size: Annotated[str | None, "SDXL: the size of the picture before it was made smaller, WIDTHxHEIGHT."] = (
+        None
+    )
+    crop: Annotated[str | None, "SDXL: what is cut off, LEFT,TOP; 0,0 is centred best."] = None
+    target_size: Annotated[str | None, "SDXL: the size to aim at, WIDTHxHEIGHT; default that of the picture."] = None
     image: Annotated[str | None, "The picture to start from."] = None
     strength: Annotated[float | None, "How much of --image to give up, 0 to 1."] = None
     mask_image: Annotated[str | None, "Draw anew only where this is white."] = None

@@ -13,7 +13,8 @@ class Geometry:
 
     channels: of a latent; scale: pixels a side of one latent; multiple: width and height must be multiples of
     it; width, height: the size it was trained at, in pixels; text: whether it takes a prompt; inpaints:
-    whether its UNet reads beside the latent a mask and the latent of the picture without what it masks.
+    whether its UNet reads beside the latent a mask and the latent of the picture without what it masks; sized: whether
+    its UNet reads sizes and a pooled embedding of the prompt, as SDXL's.
     """
 
     channels: int
@@ -23,6 +24,7 @@ class Geometry:
     height: int
     text: bool
     inpaints: bool = False
+    sized: bool = False
 
     @classmethod
     def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> Geometry:
@@ -36,7 +38,8 @@ class Geometry:
         channels = int(unet["in_channels"])
         inpaints = text and vae is not None and channels == 2 * vae["latent_channels"] + 1
         channels = int(vae["latent_channels"]) if vae is not None and inpaints else channels
-        return cls(channels, scale, scale * 2**halvings, width * scale, height * scale, text, inpaints)
+        sized = unet.get("addition_embed_type") == "text_time"
+        return cls(channels, scale, scale * 2**halvings, width * scale, height * scale, text, inpaints, sized)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, rows, columns) of the latent of a width x height picture."""

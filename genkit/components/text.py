@@ -123,21 +123,27 @@ class TextEncoderPair:
         if lengths[0] != lengths[1]:
             raise InputError(f"tokenizer_2: reads {lengths[1]} tokens, but tokenizer reads {lengths[0]}")
 
-    def knows(self, prompts: Iterable[str]) -> bool:
-        """Whether the embeddings of all these prompts, without LoRAs, are cached."""
-        return self.first.knows(prompts) and self.second.knows(prompts)
+    def knows(self, prompts: Iterable[str], others: Iterable[str] | None = None) -> bool:
+        """Whether the embeddings of all these prompts, without LoRAs, are cached. others: as in `__call__`."""
+        return self.first.knows(prompts) and self.second.knows(prompts if others is None else others)
 
     @property
     def truncated(self) -> set[str]:
         """The prompts that had more tokens than the models read."""
         return self.first.truncated | self.second.truncated
 
-    def __call__(self, prompts: Iterable[str], adapters: Weights = ()) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return for each prompt an embedding (tokens, width) and the pooled embedding (projection,)."""
+    def __call__(
+        self, prompts: Iterable[str], adapters: Weights = (), others: Iterable[str] | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return for each prompt an embedding (tokens, width) and the pooled embedding (projection,).
+
+        others: the prompts of the second text encoder, if they are not the same.
+        """
         prompts = list(prompts)
+        others = prompts if others is None else list(others)
         width = self.second.model.config.hidden_size
         found = []
-        for one, packed in zip(self.first(prompts, adapters), self.second(prompts, adapters), strict=True):
+        for one, packed in zip(self.first(prompts, adapters), self.second(others, adapters), strict=True):
             tokens = len(one)
             other, vector = packed[: tokens * width].view(tokens, width), packed[tokens * width :]
             found.append((torch.cat([one, other], dim=-1), vector))

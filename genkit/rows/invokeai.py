@@ -8,6 +8,7 @@ from typing import Any
 from genkit.errors import InputError, shown
 from genkit.files import parse_json
 from genkit.rows.found import Draft, Found, base_name
+from genkit.rows.sdxl import ALIASES
 
 # What a row cannot have, by the key of `invokeai_metadata`; each counts if it is set.
 _LACKING = {
@@ -36,7 +37,7 @@ def read_invokeai(text: str) -> Found:
     _numbers(draft, data)
     for name in ("positive_style_prompt", "negative_style_prompt"):
         if data.get(name):
-            draft.lack("style prompt", f"{name}: {shown(data[name])} is for the second text encoder alone; not used")
+            draft.text(ALIASES[name], data[name])
     _model(draft, data.get("model"))
     draft.tell("vae", _model_name(data.get("vae")))
     draft.tell("version", data.get("app_version"))

@@ -10,11 +10,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import user_path
 from genkit.pictures.images import as_pil, check_image
+from genkit.rows import sdxl
 from genkit.rows.loras import beside, check_loras, file_hash
 from genkit.rows.typed import COUNTS, whole
 from genkit.rows.yamltext import Cut
@@ -37,6 +38,7 @@ ALIASES = {
     "init_image": "image",
     "negative": "negative_prompt",
     "mask": "mask_image",
+    **sdxl.ALIASES,
 }
 
 SCHEDULES = ("schedule_type", "schedule")  # of noise, beside a sampler: fields of AUTOMATIC1111
@@ -52,10 +54,11 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for
 _PIXEL_FIELDS = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
     "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval", "loras",
+    *sdxl.FIELDS,
 )  # fmt: skip
 
 
-class Request(BaseModel):
+class Request(sdxl.Conditioning):
     """One row: what to draw, how many images, and which of them to keep.
 
     Fields left at None are filled from the command line or the model (`filled`). `image` and `mask_image` are a path,
@@ -272,7 +275,11 @@ class Request(BaseModel):
     def fingerprint(self) -> str:
         """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
-        for later in ("guidance_interval", "loras"):  # older rows, without these fields, keep their fingerprint
+        for later in (
+            "guidance_interval",
+            "loras",
+            *sdxl.FIELDS,
+        ):  # older rows, without these fields, keep their fingerprint
             if fields[later] is None:
                 del fields[later]
         if self.loras:
@@ -321,7 +328,7 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
                 raise InputError(f'size: {shown(value)} is not like "512x512"')
             pairs = {"width": int(parts[0]), "height": int(parts[1])}
         elif name in Request.model_fields:
-            pairs = {name: _plainly(name, value)}
+            pairs = {name: _plainly(name, sdxl.width_first(key, value))}
         else:
             raise InputError(f"{shown(key)}: unknown field{nearest(key, [*Request.model_fields, *ALIASES, 'size'])}")
         for field, field_value in pairs.items():
@@ -364,7 +371,7 @@ def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     prompt = found.get("prompt", "-")
     if isinstance(prompt, str) and not prompt.strip():
         raise InputError(f"prompt: {shown(prompt)} is empty; leave the field out for a model without prompts")
-    for field in ("prompt", "negative_prompt", "labels"):
+    for field in ("prompt", "negative_prompt", *sdxl.PROMPTS, "labels"):
         value = found.get(field)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, Cut):

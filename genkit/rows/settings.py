@@ -12,6 +12,7 @@ from genkit.components.geometry import Geometry
 from genkit.errors import InputError
 from genkit.rows.plans import TUNED
 from genkit.rows.request import Request
+from genkit.rows.sdxl import check_conditioning
 from genkit.schedulers.planning import least_strength
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
@@ -45,6 +46,7 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         raise InputError("prompt: missing, and this model draws from a prompt")
     if not g.text and (request.prompt or request.negative_prompt):
         raise InputError("prompt: this model is unconditional and reads none")
+    check_conditioning(request, g)
     if request.image is not None and g.scale == 1:
         raise InputError("image: this model works on pixels without a VAE and starts from noise only")
     sizes = []

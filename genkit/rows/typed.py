@@ -10,7 +10,8 @@ from genkit.errors import InputError, shown
 from genkit.files import parse_json
 
 COUNTS = ("num_images", "num_inference_steps", "width", "height", "keep", "max_images")  # whole numbers
-NUMBERS = (*COUNTS, "guidance_scale", "strength", "seed")
+_FLOATS = ("guidance_scale", "strength", "aesthetic_score", "negative_aesthetic_score")
+NUMBERS = (*COUNTS, *_FLOATS, "seed")
 
 
 def typed(field: str, text: str) -> Any:
@@ -89,7 +90,7 @@ def lora(field: str, text: str) -> dict[str, Any]:
 
 _TYPED: dict[str, Callable[[str, str], Any]] = {
     **dict.fromkeys(COUNTS, _integer),
-    **dict.fromkeys(("guidance_scale", "strength"), _number),
+    **dict.fromkeys(_FLOATS, _number),
     "guidance_interval": _interval,
     "seed": _seeds,
     "labels": _labels,

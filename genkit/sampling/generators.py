@@ -187,15 +187,24 @@ class TextToImage(Generator):
         guidance_scale: float | None = None,
         width: int | None = None,
         height: int | None = None,
+        prompt_2: str | None = None,
+        negative_prompt_2: str | None = None,
+        original_size: Sequence[int] | None = None,
+        crop: Sequence[int] | None = None,
+        target_size: Sequence[int] | None = None,
         scorer: ClipScorer | None = None,
     ) -> Output:
         """Draw `num_images` pictures of `prompt`; image k has seed `seed` + k. Raises InputError for bad settings.
 
-        guidance_scale 1 or less turns guidance off, which halves the work. None takes the model's default.
+        guidance_scale 1 or less turns guidance off, which halves the work. None takes the model's default. prompt_2,
+        negative_prompt_2: of SDXL's second text encoder; original_size, target_size: (width, height), crop: (left, top)
+        that SDXL is told. Request has more of them.
         """
         request = Request(
             prompt=prompt, negative_prompt=negative_prompt, num_images=num_images, seed=seed,
             num_inference_steps=num_inference_steps, guidance_scale=_number(guidance_scale), width=width, height=height,
+            prompt_2=prompt_2, negative_prompt_2=negative_prompt_2, original_size=original_size, crop=crop,
+            target_size=target_size,
         )  # fmt: skip
         return self._collect(request, scorer)
 
@@ -217,6 +226,8 @@ class ImageToImage(Generator):
         guidance_scale: float | None = None,
         width: int | None = None,
         height: int | None = None,
+        prompt_2: str | None = None,
+        negative_prompt_2: str | None = None,
         scorer: ClipScorer | None = None,
     ) -> Output:
         """Draw `num_images` variations of `image`; strength, 0 to 1, is how much noise is added to it (default 0.8).
@@ -227,7 +238,8 @@ class ImageToImage(Generator):
             prompt=prompt, image=image, strength=_number(strength), mask_image=mask_image,
             negative_prompt=negative_prompt,
             num_images=num_images, seed=seed, num_inference_steps=num_inference_steps,
-            guidance_scale=_number(guidance_scale), width=width, height=height,
+            guidance_scale=_number(guidance_scale), width=width, height=height, prompt_2=prompt_2,
+            negative_prompt_2=negative_prompt_2,
         )  # fmt: skip
         return self._collect(request, scorer)
 

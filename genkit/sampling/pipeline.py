@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from genkit.device.residency import Residency
 from genkit.errors import InputError
 from genkit.rows.plans import plan_for
 from genkit.rows.request import Request
+from genkit.rows.sdxl import texts_of, time_ids
 from genkit.rows.settings import Settings, settings
 from genkit.sampling.adapters import Adapters
 from genkit.sampling.codec import Codec, condition
@@ -120,11 +122,7 @@ class Pipeline:
         """
         s, plan = self.settings(request), self.plan(request)
         cond, uncond, added_cond, added_uncond = self.embed(
-            request.prompt,
-            request.negative_prompt,
-            s.width,
-            s.height,
-            self.adapters.weights(request.loras, "text_weight"),
+            request, s.width, s.height, self.adapters.weights(request.loras, "text_weight")
         )
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = self.geometry.latent_shape(s.width, s.height)
@@ -159,7 +157,13 @@ class Pipeline:
             cost=self.cost(request),
         )
 
-    def embed(self, prompt: str, negative_prompt: str, width: int, height: int, adapters: Weights = ()) -> Conditioning:
+    def texts(self, rows: Iterable[Request]) -> tuple[list[str], ...]:
+        """Return the prompts and negative prompts of rows for each text encoder, as `text` takes them."""
+        pairs = [texts_of(row) for row in rows]
+        found = tuple([text for pair in pairs for text in pair[encoder]] for encoder in (0, 1))
+        return found if self.text_encoder_2 is not None else found[:1]
+
+    def embed(self, request: Request, width: int, height: int, adapters: Weights = ()) -> Conditioning:
         """Return cond, uncond, added_cond and added_uncond of a Trajectory. adapters: the weight of each LoRA.
 
         SDXL's unconditional embeddings are zeros when there is no negative prompt, as in training, unless its
@@ -167,13 +171,16 @@ class Pipeline:
         """
         if self.text is None:
             return None, None, None, None
-        with_prompt, without = self.text([prompt, negative_prompt], adapters)
-        if not isinstance(with_prompt, tuple):
+        firsts, *seconds = self.texts([request])
+        with_prompt, without = self.text(firsts, adapters, *seconds)
+        if not self.geometry.sized:
             return with_prompt, without, None, None
-        if self.zero_empty and not negative_prompt:
+        if self.zero_empty and not any((request.negative_prompt, request.negative_prompt_2)):
             without = [torch.zeros_like(part) for part in without]
-        sizes = with_prompt[1].new_tensor([height, width, 0, 0, height, width])
-        added_cond, added_uncond = (torch.cat([vector, sizes]) for _, vector in (with_prompt, without))
+        added_cond, added_uncond = (
+            torch.cat([vector, vector.new_tensor(ids)])
+            for (_, vector), ids in zip((with_prompt, without), time_ids(request, width, height), strict=True)
+        )
         return with_prompt[0], without[0], added_cond, added_uncond
 
 

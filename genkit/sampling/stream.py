@@ -194,9 +194,11 @@ class Stream:
         text = self.generator.text
         if text is None or self.generator.device.type == "cpu":
             return
-        if not request.loras and not text.knows((request.prompt, request.negative_prompt)):
-            rows = [request, *(row for row in self.draws.upcoming(AHEAD) if not row.loras)]
-            attempt(lambda: text([prompt for row in rows for prompt in (row.prompt, row.negative_prompt)]))
+        if not request.loras and not text.knows(*self.generator.texts([request])):
+            firsts, *seconds = self.generator.texts(
+                [request, *(row for row in self.draws.upcoming(AHEAD) if not row.loras)]
+            )
+            attempt(lambda: text(firsts, (), *seconds))
 
     def _submit(self, pool: ThreadPoolExecutor | None, everything: bool = False) -> None:
         """Start decoding the finished latents, one batch for each latent shape.

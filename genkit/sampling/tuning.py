@@ -15,6 +15,7 @@ from genkit.errors import HostError, InputError
 from genkit.files import place, read_json
 from genkit.progress import Steps
 from genkit.rows.prompts import read_prompts
+from genkit.rows.request import Request
 from genkit.rows.settings import GUIDANCE
 from genkit.schedulers import Scheduler
 from genkit.schedulers.tuned import FILE
@@ -138,7 +139,7 @@ def _network(generator: Generator, texts: list[str], guidance: float) -> Any:
         return lambda x, t, index: generator.denoiser(x, t, None, None, torch.ones(len(x)))
     with torch.no_grad():
         g = generator.geometry
-        found = [generator.embed(text, "", g.width, g.height) for text in texts]
+        found = [generator.embed(Request(prompt=text), g.width, g.height) for text in texts]
         conditioning = [torch.stack(each) if each[0] is not None else None for each in zip(*found, strict=True)]
 
     def model(x: torch.Tensor, t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
