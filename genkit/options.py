@@ -18,7 +18,9 @@ class Options:
     model: Annotated[str, "emoji (embedded), a diffusers-layout folder, a hub id, or one .safetensors file."] = "emoji"
     vae: Annotated[str | None, "A VAE in place of the model's own: a file, a folder, or a model that has one."] = None
     text_encoder: Annotated[str | None, "A folder or model to take the text encoders from."] = None
-    prediction: Annotated[str, "auto, epsilon or v_prediction: of the UNet, where its file does not show it."] = "auto"
+    prediction: Annotated[
+        str, "auto, epsilon, v_prediction or sample: of the UNet, where its file does not show it."
+    ] = "auto"
     variant: Annotated[str | None, "Weight files to take, say fp16."] = None
     seed: Annotated[int, "With --prompt the image's seed; with a file, what rows derive theirs from; -1 is any."] = 0
     batch_size: Annotated[int | None, "Images in flight: auto, or a number."] = None

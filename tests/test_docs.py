@@ -33,8 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from PIL import Image
+from safetensors.torch import save_file
 
 from genkit import cli
 from genkit.cli.app import app
@@ -175,6 +177,13 @@ def _votes(folder: Path) -> None:
     (run / "votes.csv").write_text("\n".join(["image,vote", *votes, ""]))
 
 
+def _lora(file: Path) -> None:
+    """A LoRA on one layer that all tiny models have."""
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{layer}.lora_{side}.weight": torch.ones(16, 1).view(s) for side, s in SIDES.items()}, file)
+
+
+SIDES = {"up": (16, 1), "down": (1, 16)}
 SETUPS: dict[str, Callable[[Path], Any]] = {
     "prompts": _prompts,
     "training": lambda folder: folder.symlink_to(ROOT / "training"),
@@ -182,6 +191,7 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "photos": _photos,
     "my-sd-folder": tiny_stable_diffusion,
     "my-sdxl-folder": tiny_sdxl,
+    **dict.fromkeys(("lcm-lora.safetensors", "hyper-lora.safetensors"), _lora),
     "my-ddpm": tiny_ddpm,
     "my-clip": tiny_clip,
     "votes": _votes,

@@ -305,8 +305,12 @@ def _message(text: str, quiet: bool) -> None:
 
 
 def _check_channels(info: ModelInfo) -> None:
-    """Raise InputError for a network on pixels that does not read what pictures have."""
+    """Raise InputError for a network on pixels that does not read what pictures have, or for one that is distilled."""
     unet = info.configs.get("unet")
+    if unet is not None and unet.get("time_cond_proj_dim"):
+        raise InputError(
+            "networks.unet.time_cond_proj_dim: a network that reads the guidance scale is not trained here"
+        )
     if unet is not None and "vae" not in info.parts and unet["in_channels"] != 3:
         raise InputError(f"networks.unet.in_channels: {unet['in_channels']}, but pictures are trained on in 3 (RGB)")
 

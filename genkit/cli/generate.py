@@ -61,7 +61,9 @@ class RowOptions:
         from genkit.rows.typed import lora, typed
 
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        given |= {name: typed(name, given[name]) for name in ("guidance_interval", "labels") if name in given}
+        given |= {
+            name: typed(name, given[name]) for name in ("guidance_interval", "labels", "scheduler") if name in given
+        }
         if "loras" in given:
             given["loras"] = [beside(Path(), lora("loras", text)) for text in given["loras"]]
         given |= {name: str(Path(given[name]).absolute()) for name in ("image", "mask_image") if name in given}

@@ -20,11 +20,12 @@ VELOCITY_SIDE = 96  # of SD 2's latents where the UNet predicts velocity: traine
 CLIP_IDS = {"pad_token_id": 1, "bos_token_id": 49406, "eos_token_id": 49407}
 _SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "steps_offset": 1, "trained_betas": None,
+    "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+    "set_alpha_to_one": False, "skip_prk_steps": True,  # for other classes, which rows may name
 }  # fmt: skip
 SCHEDULERS: dict[str, dict[str, Any]] = {
-    "SD 1": {"_class_name": "PNDMScheduler", **_SCHEDULE, "set_alpha_to_one": False, "skip_prk_steps": True},
-    "SD 2": {"_class_name": "DDIMScheduler", **_SCHEDULE, "set_alpha_to_one": False, "clip_sample": False},
+    "SD 1": {"_class_name": "PNDMScheduler", **_SCHEDULE},
+    "SD 2": {"_class_name": "DDIMScheduler", **_SCHEDULE},
     "SDXL": {"_class_name": "EulerDiscreteScheduler", **_SCHEDULE, "timestep_spacing": "leading"},
 }
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import re
+from collections.abc import Mapping
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from genkit.device.memory import TEXTS
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json, read_text, user_path
 
-PREDICTIONS = ("auto", "epsilon", "v_prediction")
+PREDICTIONS = ("auto", "epsilon", "v_prediction", "sample")
 EMBEDDED = Path(__file__).parent / "embedded"
 # Steps and guidance of the embedded models; genkit.rows.settings has those of other models.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -201,8 +202,21 @@ def _read_pipeline(folder: Path, notes: list[str]) -> ModelInfo:
         tokenizer=folder / "tokenizer" if lengths else None,
         tokenizer_2=folder / "tokenizer_2" if sdxl else None,
         zero_empty=sdxl and options["force_zeros_for_empty_prompt"],
-        defaults={"guidance_scale": 5.0} if sdxl else {},
+        defaults=usual_settings(parts["unet"].config, str(scheduler_config["_class_name"]), sdxl),
     )  # fmt: skip
+
+
+def usual_settings(unet: Mapping[str, Any], scheduler: str, sdxl: bool) -> dict[str, Any]:
+    """Return steps and guidance of a model whose configs show them: a distilled one's, and SDXL's guidance.
+
+    A network that reads the guidance scale, or whose own scheduler is that of a distillation, is drawn in few steps;
+    a folder of SDXL-Turbo, Lightning or Hyper-SD shows nothing of the kind.
+    """
+    if unet.get("time_cond_proj_dim"):
+        return {"num_inference_steps": 4, "guidance_scale": 8.5}  # of diffusers' LatentConsistencyModelPipeline
+    if scheduler in ("LCMScheduler", "TCDScheduler"):
+        return {"num_inference_steps": 4, "guidance_scale": 1.0}
+    return {"guidance_scale": 5.0} if sdxl else {}
 
 
 def _read_clip(folder: Path, notes: list[str]) -> ModelInfo:

@@ -14,7 +14,8 @@ class Geometry:
     channels: of a latent; scale: pixels a side of one latent; multiple: width and height must be multiples of
     it; width, height: the size it was trained at, in pixels; text: whether it takes a prompt; inpaints:
     whether its UNet reads beside the latent a mask and the latent of the picture without what it masks; sized: whether
-    its UNet reads sizes and a pooled embedding of the prompt, as SDXL's.
+    its UNet reads sizes and a pooled embedding of the prompt, as SDXL's; guidance_width: of the embedded guidance scale
+    that its UNet reads, as latent consistency models do, in place of a second prediction; 0: it reads none.
     """
 
     channels: int
@@ -25,6 +26,7 @@ class Geometry:
     text: bool
     inpaints: bool = False
     sized: bool = False
+    guidance_width: int = 0
 
     @classmethod
     def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> Geometry:
@@ -39,7 +41,9 @@ class Geometry:
         inpaints = text and vae is not None and channels == 2 * vae["latent_channels"] + 1
         channels = int(vae["latent_channels"]) if vae is not None and inpaints else channels
         sized = unet.get("addition_embed_type") == "text_time"
-        return cls(channels, scale, scale * 2**halvings, width * scale, height * scale, text, inpaints, sized)
+        guidance = int(unet.get("time_cond_proj_dim") or 0)
+        size = width * scale, height * scale
+        return cls(channels, scale, scale * 2**halvings, *size, text, inpaints, sized, guidance)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, rows, columns) of the latent of a width x height picture."""

@@ -20,7 +20,7 @@ ACTIVATION = choice("silu", "swish", "mish", "gelu", "relu")
 CLIP_ACTIVATION = choice("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish")
 
 # Rules and defaults that both UNets share. NULL is for keys that add inputs other than prompt and timestep, such as
-# class labels, images or the guidance scale (LCM).
+# class labels or images.
 _UNET = {
     "sample_size": Key(SIDES, None),
     "center_input_sample": Key(FLAG, False),
@@ -103,7 +103,7 @@ UNET2D_CONDITION = {
     "time_embedding_type": Key(choice("positional", "fourier"), "positional"),
     "time_embedding_act_fn": Key(optional(ACTIVATION), None),
     "timestep_post_act": Key(optional(ACTIVATION), None),
-    "time_cond_proj_dim": Key(NULL, None),
+    "time_cond_proj_dim": Key(optional(whole(2, 65536)), None),
     "conv_in_kernel": Key(choice(1, 3, 5, 7), 3),
     "conv_out_kernel": Key(choice(1, 3, 5, 7), 3),
     "projection_class_embeddings_input_dim": Key(optional(WIDTH), None),

@@ -27,7 +27,7 @@ def need(
     unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
     g = Geometry.of(unet, vae)
     channels, height, width = g.latent_shape(g.width, g.height)
-    rows = 2 if g.text else 1
+    rows = 2 if g.text and not g.guidance_width else 1
     score = 0 if clip is None else max(clip_row(clip["text_config"]), clip_row(clip["vision_config"]))
     return Need(
         weights=weights,

@@ -103,6 +103,8 @@ PIPELINES = {
     "StableDiffusionXLPipeline": "text-to-image",
     "StableDiffusionXLImg2ImgPipeline": "text-to-image",
     "StableDiffusionXLInpaintPipeline": "text-to-image",
+    "LatentConsistencyModelPipeline": "text-to-image",
+    "LatentConsistencyModelImg2ImgPipeline": "text-to-image",
     "DDPMPipeline": "unconditional",
     "DDIMPipeline": "unconditional",
     "PNDMPipeline": "unconditional",

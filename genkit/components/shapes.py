@@ -105,6 +105,8 @@ def unet(config: Config) -> Shapes:
     }
     if config["time_embedding_dim"]:
         found["time_embedding.linear_2.bias"] = (config["time_embedding_dim"],)
+    if config.get("time_cond_proj_dim"):  # of the guidance scale
+        found["time_embedding.cond_proj.weight"] = (widths[0], config["time_cond_proj_dim"])
     if config.get("addition_embed_type"):
         found["add_embedding.linear_1.weight"] = (4 * widths[0], config["projection_class_embeddings_input_dim"])
     for i, (kind, width, count, depth) in enumerate(

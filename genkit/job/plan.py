@@ -100,7 +100,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     plans: dict[str, Plan] = {}
     filled: list[Request] = []
     notes = list(getattr(rows, "notes", ()))
-    calls = 0
+    calls = unsaid = 0
     for number, given in enumerate(rows):
         where = given.source or f"request {number}"
         try:
@@ -108,7 +108,9 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             stated, row = row, _complete(row, geometry, info.defaults)
             notes += [f"{where}: {line}" for line in assumed(stated, row)]
             given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
-            calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder))
+            guided = 1.0 if geometry.guidance_width else row.guidance_scale or 1.0
+            unsaid += guided <= 1 and bool(row.negative_prompt or row.negative_prompt_2)
+            calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder, guided))
             check_row(row.gate, row.rank_by, row.labels, computed)
             if row.prune is not None and row.rank_by is None and "clip" not in computed:
                 raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
@@ -118,6 +120,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
     options.picking.check_rows(any(row.keep is not None for row in filled))
+    notes += [f"negative_prompt: has no say without guidance, in {unsaid} rows"] if unsaid else []
     notes += [*_check_loras(filled, info), *info.notes, *(() if clip is None else clip.notes)]
     return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)))
 
@@ -174,10 +177,10 @@ def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Req
     return row.filled(found)
 
 
-def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folder: Path) -> int:
-    """Return the network rows of one image. Raises InputError if its scheduler settings do not work."""
+def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folder: Path, guided: float) -> int:
+    """Return the network rows of one image. guided: `Settings.guided`. Raises InputError for a bad plan."""
     steps, strength, guidance = row.num_inference_steps or 1, row.strength or 1.0, row.guidance_scale or 1.0
     key = repr((row.scheduler, steps, strength, guidance))
     if key not in plans:
         plans[key] = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
-    return network_rows(plans[key], guidance, row.guidance_interval)
+    return network_rows(plans[key], guided, row.guidance_interval)

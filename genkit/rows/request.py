@@ -275,11 +275,7 @@ class Request(sdxl.Conditioning):
     def fingerprint(self) -> str:
         """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
-        for later in (
-            "guidance_interval",
-            "loras",
-            *sdxl.FIELDS,
-        ):  # older rows, without these fields, keep their fingerprint
+        for later in ("guidance_interval", "loras", *sdxl.FIELDS):  # what older rows do not have is not hashed
             if fields[later] is None:
                 del fields[later]
         if self.loras:

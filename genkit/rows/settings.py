@@ -24,7 +24,8 @@ LARGE, LEAST_LARGE = 4.0, 1024 * 1024
 class Settings:
     """Resolved settings: steps, guidance (1: none), width and height in pixels, strength (1: from pure noise).
 
-    scheduler: of the request, or "tuned" where the model's own tuned plan is the default.
+    scheduler: of the request, or "tuned" where the model's own tuned plan is the default. embedded: whether the network
+    reads the guidance scale itself.
     """
 
     steps: int
@@ -33,6 +34,12 @@ class Settings:
     height: int
     strength: float
     scheduler: str | dict[str, Any] | None = None
+    embedded: bool = False
+
+    @property
+    def guided(self) -> float:
+        """The scale of classifier-free guidance, by which two predictions become one; 1 or less: there is one."""
+        return 1.0 if self.embedded else self.guidance
 
 
 def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) -> Settings:
@@ -63,6 +70,8 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         raise InputError(
             "mask_image: is missing: this model is made for inpainting, and needs `image` and `mask_image`"
         )
+    if g.guidance_width and request.guidance_interval is not None:
+        raise InputError("guidance_interval: this model reads the guidance scale itself, at every step")
     tuned = defaults.get("tuned_steps") if _tuned(request, guidance == defaults.get("guidance_scale")) else None
     steps = request.num_inference_steps or _given(request) or tuned or defaults.get("num_inference_steps", STEPS)
     return Settings(
@@ -72,6 +81,7 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         height=sizes[1],
         strength=1.0 if request.image is None else request.strength or _usual(steps, g),
         scheduler=TUNED if tuned else request.scheduler,
+        embedded=g.guidance_width > 0,
     )
 
 

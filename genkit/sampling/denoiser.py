@@ -70,18 +70,19 @@ class Denoiser:
         added_uncond: torch.Tensor | None = None,
         adapters: torch.Tensor | None = None,
         beside: torch.Tensor | None = None,
+        embedded: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the guided raw prediction, float32, of shape (B, C, H, W).
 
         x: (B, C, H, W); t: (B,); cond, uncond: (B, tokens, width), None for an unconditional network; scale: (B,) on
         the CPU; added_cond, added_uncond: SDXL's added conditioning, (B, projection + 6), or None; adapters: the weight
         of each LoRA in each row, (B, adapters), or None; beside: what an inpainting UNet reads beside x, (B, 1 + C, H,
-        W), or None. Only rows with scale > 1 are computed a second time, with uncond. Raises torch.OutOfMemoryError if
-        not even one row fits.
+        W), or None; embedded: the guidance scale as a network reads it, (B, width), or None. Only rows with scale > 1
+        are computed a second time, with uncond. Raises torch.OutOfMemoryError if not even one row fits.
         """
         guided = (scale > 1).nonzero().flatten().to(x.device) if cond is not None else None
         if guided is None or not len(guided):
-            return self._rows(x, t, cond, added_cond, adapters, beside)
+            return self._rows(x, t, cond, added_cond, adapters, beside, embedded)
         assert cond is not None and uncond is not None
         every = len(guided) == len(x)  # the usual case, which needs no gather
         xs, ts = (torch.cat([a, a if every else a[guided]]) for a in (x, t))
@@ -93,7 +94,9 @@ class Denoiser:
             adapters = torch.cat([adapters, adapters if every else adapters[guided]])
         if beside is not None:
             beside = torch.cat([beside, beside if every else beside[guided]])
-        both = self._rows(xs, ts, conds, added, adapters, beside)
+        if embedded is not None:
+            embedded = torch.cat([embedded, embedded if every else embedded[guided]])
+        both = self._rows(xs, ts, conds, added, adapters, beside, embedded)
         out, without = both[: len(x)], both[len(x) :]
         weight = scale.to(x.device)[:, None, None, None]
         if every:
@@ -116,20 +119,22 @@ class Denoiser:
 
     def _plain(
         self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, added: torch.Tensor, adapters: torch.Tensor,
-        beside: torch.Tensor,
+        beside: torch.Tensor, embedded: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """Return the raw prediction of the UNet, (B, C, H, W) float32.
 
         x: (B, C, H, W), t: (B,). The others are (B, 0) where there is none: embeddings (B, tokens, width); for SDXL the
         pooled embedding and time_ids side by side, (B, projection + 6); weights of LoRAs, (B, adapters); what an
-        inpainting UNet reads beside x, (B, 1 + C, H, W).
+        inpainting UNet reads beside x, (B, 1 + C, H, W); the embedded guidance scale, (B, width).
         """
         dtype = self.unet.dtype
         prompts = [cond.to(dtype)] if cond.shape[1] else []
-        added_cond = {}
+        added_cond: dict[str, Any] = {}
         if added.shape[1]:
             vector, sizes = added.to(dtype).split([added.shape[1] - SIZES, SIZES], dim=1)
             added_cond["added_cond_kwargs"] = {"text_embeds": vector, "time_ids": sizes}
+        if embedded.shape[1]:
+            added_cond["timestep_cond"] = embedded.to(dtype)
         x = torch.cat([x, beside], dim=1) if beside.shape[1] else x
         with contextlib.nullcontext() if self.adapters is None else self.adapters.using(adapters):
             return self.unet(x.to(dtype), t, *prompts, **added_cond, return_dict=False)[0].float()

@@ -18,7 +18,14 @@ from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
 AHEAD = 2  # network calls that are queued on a GPU
-INPUTS = ("cond", "uncond", "added_cond", "added_uncond", "beside")  # of the network, a row for each trajectory
+INPUTS = (
+    "cond",
+    "uncond",
+    "added_cond",
+    "added_uncond",
+    "beside",
+    "embedded",
+)  # of the network, a row for each trajectory
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 
 
@@ -29,12 +36,12 @@ class Trajectory:
     latent: (C, H, W) float32 at the plan's first noise level, on any device. cond, uncond: embeddings of the prompt and
     of the negative prompt, (tokens, width), or None. added_cond, added_uncond: SDXL's added conditioning for each,
     (projection + 6,), or None. scales: guidance scale of each call of the plan, (nfe,), 1 where the call needs no
-    `uncond`; None is 1 throughout. beside: what an inpainting UNet reads beside the latent, (1 + C, H, W), or None.
-    adapters: weight of each LoRA, zeros at the end left out. keep_mask, known: where keep_mask (1, H, W) is 0 the
-    latent is replaced after each step by `known` = (x0, noise), each (C, H, W), at the level reached. cost: slots that
-    it takes (1 at the model's own picture size, 4 at twice the sides). began: time.monotonic(). pause: after this many
-    calls it leaves its slot unfinished, with the x0 predicted there and its solver history, and may be added again; 0
-    is never.
+    `uncond`; None is 1 throughout. embedded: the guidance scale as latent consistency models read it, (width,), or
+    None. beside: what an inpainting UNet reads beside the latent, (1 + C, H, W), or None. adapters: weight of each
+    LoRA, zeros at the end left out. keep_mask, known: where keep_mask (1, H, W) is 0 the latent is replaced after each
+    step by `known` = (x0, noise), each (C, H, W), at the level reached. cost: slots that it takes (1 at the model's own
+    picture size, 4 at twice the sides). began: time.monotonic(). pause: after this many calls it leaves its slot
+    unfinished, with the x0 predicted there and its solver history, and may be added again; 0 is never.
     """
 
     tag: Any
@@ -47,6 +54,7 @@ class Trajectory:
     added_uncond: torch.Tensor | None = None
     scales: np.ndarray | None = None
     beside: torch.Tensor | None = None
+    embedded: torch.Tensor | None = None
     adapters: tuple[float, ...] = ()
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -252,6 +260,7 @@ class Engine:
             group.inputs["added_uncond"],
             _adapters(live, self.device),
             group.inputs["beside"],
+            group.inputs["embedded"],
         )
         if any(t.step + 1 == t.pause for t in live):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output

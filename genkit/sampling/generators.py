@@ -53,8 +53,8 @@ class Generator(Pipeline):
     ) -> Self:  # fmt: skip
         """Load `emoji`, a diffusers-layout folder, a hub id, or a single file. Raises InputError naming what is wrong.
 
-        vae, text_encoder: models to take these networks from. prediction: "epsilon" or "v_prediction", of a file that
-        does not show it.
+        vae, text_encoder: models to take these networks from. prediction: "epsilon", "v_prediction" or "sample", of a
+        file that does not show it.
         attention: a backend listed by `genkit env`; if it does not work, `.attention.notes` says why and what is used.
         memory: "high" keeps everything on the device, "low" takes the least memory, "auto" what fits. Raises HostError,
         before anything is loaded, if not even one image fits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,19 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torc
     Linear in the prediction, so it may act on eps, v, x0 or flow alike. `scale` broadcasts over (rows, C, H, W).
     """
     return uncond + scale * (cond - uncond)
+
+
+def embedded_guidance(scale: float, width: int) -> torch.Tensor:
+    """Return the embedding of a guidance scale that latent consistency models read, (width,) float32.
+
+    Sines and cosines of 1000 (scale - 1), as timesteps are embedded (Luo et al. 2023, section 4.2).
+    """
+    import torch
+
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = torch.tensor((scale - 1) * 1000.0, dtype=torch.float32) * frequencies
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))
 
 
 def guidance_scales(plan: Plan, scale: float, interval: Interval | None = None) -> np.ndarray:

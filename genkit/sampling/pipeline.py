@@ -23,7 +23,7 @@ from genkit.sampling.adapters import Adapters
 from genkit.sampling.codec import Codec, condition
 from genkit.sampling.denoiser import Denoiser
 from genkit.sampling.engine import Trajectory
-from genkit.sampling.guidance import guidance_scales
+from genkit.sampling.guidance import embedded_guidance, guidance_scales
 from genkit.schedulers import Plan, Scheduler
 
 Conditioning = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -151,7 +151,8 @@ class Pipeline:
             added_uncond=added_uncond,
             beside=beside,
             adapters=self.adapters.weights(request.loras),
-            scales=guidance_scales(plan, s.guidance, request.guidance_interval),
+            scales=guidance_scales(plan, s.guided, request.guidance_interval),
+            embedded=embedded_guidance(s.guidance, width) if (width := self.geometry.guidance_width) else None,
             keep_mask=mask,
             known=None if mask is None or x0 is None else (x0, noise),
             cost=self.cost(request),
