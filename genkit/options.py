@@ -22,6 +22,8 @@ class Options:
         str, "auto, epsilon, v_prediction or sample: of the UNet, where its file does not show it."
     ] = "auto"
     variant: Annotated[str | None, "Weight files to take, say fp16."] = None
+    lora_dir: Annotated[str | None, "Where LoRAs named in prompts, <lora:name:0.8>, are: with --syntax a1111."] = None
+    wildcards: Annotated[str | None, "Where the files of __wildcards__ are: with --syntax a1111."] = None
     seed: Annotated[int, "With --prompt the image's seed; with a file, what rows derive theirs from; -1 is any."] = 0
     batch_size: Annotated[int | None, "Images in flight: auto, or a number."] = None
     device: Annotated[str, "auto, cpu, mps, cuda or cuda:N."] = "auto"

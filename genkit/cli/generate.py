@@ -26,6 +26,11 @@ class RowOptions:
     negative_prompt: Annotated[str | None, "What guidance leads away from."] = None
     prompt_2: Annotated[str | None, "SDXL: the prompt of its second text encoder."] = None
     negative_prompt_2: Annotated[str | None, "SDXL: the negative prompt of its second text encoder."] = None
+    syntax: Annotated[
+        str | None, "Of prompts: none, which is plain text, or a1111: (weights:1.2), BREAK, AND, [edits], {choices}."
+    ] = None
+    expansions: Annotated[int | None, "Texts to draw of each template, with --syntax a1111: each is a row."] = None
+    clip_skip: Annotated[int | None, "The layer of the text encoder to read, from the last, which is 1."] = None
     scheduler: Annotated[str | None, "A solver, say unipc or dpmpp_2m_karras, or tuned."] = None
     num_inference_steps: Annotated[
         int | None,

@@ -45,8 +45,8 @@ def _slots(text: str) -> int | None:
 # Sections of the help; options that are not listed are in the last one.
 _SECTIONS = {
     "What is drawn": (
-        "model vae text_encoder prediction variant negative_prompt prompt_2 negative_prompt_2 scheduler"
-        " num_inference_steps guidance_scale"
+        "model vae text_encoder prediction variant negative_prompt prompt_2 negative_prompt_2 syntax"
+        " wildcards lora_dir expansions clip_skip scheduler num_inference_steps guidance_scale"
         " guidance_interval width height original_size crop target_size image strength mask_image loras num_images seed"
     ),
     "Which pictures are kept": "keep gate rank_by max_images labels clip aesthetic scorers diverse dedupe reference",

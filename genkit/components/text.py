@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from genkit.components.chunks import Prompt, emphasised, tokenized
 from genkit.device.memory import CLIP_BATCH
 from genkit.device.outofmemory import in_parts
 from genkit.device.residency import Hold
@@ -61,10 +62,10 @@ class TextEncoder:
         self.batch = CLIP_BATCH
         self.truncated: set[str] = set()
         self.adapted = adapted
-        self._seen: OrderedDict[tuple[str, Weights], torch.Tensor] = OrderedDict()
+        self._seen: OrderedDict[tuple[str | Prompt, Weights], torch.Tensor] = OrderedDict()
 
     @torch.inference_mode()
-    def __call__(self, texts: Iterable[str], adapters: Weights = ()) -> list[torch.Tensor]:
+    def __call__(self, texts: Iterable[str | Prompt], adapters: Weights = ()) -> list[torch.Tensor]:
         """Return an embedding (tokens, width) for each prompt; in RAM if the model does not stay on the device.
 
         adapters: the weight of each LoRA; zeros at the end say nothing.
@@ -80,7 +81,8 @@ class TextEncoder:
                     len(new), self.batch, lambda part: self._encode([p for p, _ in new[part]]), "prompts"
                 )
             guest = self.hold is not contextlib.nullcontext  # not resident: its output makes room, too
-            found |= dict(zip(new, (row for part in parts for row in (part.cpu() if guest else part)), strict=True))
+            rows = (row.cpu() if guest else row for part in parts for row in part)
+            found |= dict(zip(new, rows, strict=True))
         for prompt in found:
             self._seen[prompt] = found[prompt]
             self._seen.move_to_end(prompt)
@@ -92,23 +94,61 @@ class TextEncoder:
         """Drop the cached embeddings."""
         self._seen.clear()
 
-    def knows(self, prompts: Iterable[str]) -> bool:
+    def knows(self, prompts: Iterable[str | Prompt]) -> bool:
         """Whether the embeddings of all these prompts, without LoRAs, are cached."""
         return all((p, ()) in self._seen for p in prompts)
 
-    def _encode(self, prompts: list[str]) -> torch.Tensor:
+    def _encode(self, prompts: list[str | Prompt]) -> list[torch.Tensor]:
+        asked = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        cut_short = iter(self._cut_short([p.text for p in asked if p.chunks is None]))
+        rows: list[tuple[list[int], list[int], list[float]]] = []
+        spans = []
+        for prompt in asked:
+            new = [next(cut_short)] if prompt.chunks is None else tokenized(self.tokenizer, prompt, expand_tokens)
+            spans.append(range(len(rows), len(rows) + len(new)))
+            rows += new
+        ids, mask, weights = (torch.tensor([row[k] for row in rows], device=self.model.device) for k in range(3))
+        layers: dict[int, torch.Tensor] = {}
+        for skip in dict.fromkeys(p.skip for p in asked):
+            at = [i for p, span in zip(asked, spans, strict=True) if p.skip == skip for i in span]
+            layers |= dict(zip(at, self._layer(ids[at], mask[at], skip), strict=True))
+        return [
+            layers[span[0]]
+            if prompt.chunks is None
+            else self._joined(torch.stack([layers[i] for i in span]), weights[list(span)])
+            for prompt, span in zip(asked, spans, strict=True)
+        ]
+
+    def _cut_short(self, prompts: list[str]) -> list[tuple[list[int], list[int], list[float]]]:
+        """Return (ids, mask, weights of 1) of plain prompts, without what is longer than the model reads."""
+        if not prompts:
+            return []
         length = self.tokenizer.model_max_length
         texts = expand_tokens(self.tokenizer, prompts)
-        ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        found = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True)
         full = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         self.truncated.update(p for p, tokens in zip(prompts, full, strict=True) if len(tokens) > length)
+        pairs = zip(found["input_ids"], found["attention_mask"], strict=True)
+        return [(ids, mask, [1.0] * length) for ids, mask in pairs]
+
+    def _layer(self, ids: torch.Tensor, mask: torch.Tensor, skip: int) -> torch.Tensor:
+        """Return what the model says of tokens (B, tokens); skip: as in `Prompt`."""
         # Without a mask, as Stable Diffusion was trained, unless the text encoder's config asks for one.
-        mask = (
-            ids.attention_mask.to(self.model.device)
-            if getattr(self.model.config, "use_attention_mask", False)
-            else None
-        )
-        return self.model(ids.input_ids.to(self.model.device), attention_mask=mask)[0]
+        masked = mask if getattr(self.model.config, "use_attention_mask", False) else None
+        if not skip:
+            return self.model(ids, attention_mask=masked)[0]
+        if isinstance(self.model, Penultimate):
+            return self.model(ids, attention_mask=masked, skip=skip)[0]
+        layer = self.model(ids, attention_mask=masked, output_hidden_states=True).hidden_states[-skip]
+        return getattr(self.model, "text_model", self.model).final_layer_norm(layer)
+
+    def _joined(self, chunks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the weighted embeddings of chunks one after the other; of pooled embeddings the first chunk's."""
+        if not getattr(self.model, "pooled", False):
+            return emphasised(chunks, weights).flatten(0, 1)
+        tokens = weights.shape[1] * self.model.config.hidden_size
+        layers, pooled = chunks[:, :tokens].view(*weights.shape, -1), chunks[0, tokens:]
+        return torch.cat([emphasised(layers, weights).flatten(), pooled])
 
 
 class TextEncoderPair:
@@ -123,7 +163,7 @@ class TextEncoderPair:
         if lengths[0] != lengths[1]:
             raise InputError(f"tokenizer_2: reads {lengths[1]} tokens, but tokenizer reads {lengths[0]}")
 
-    def knows(self, prompts: Iterable[str], others: Iterable[str] | None = None) -> bool:
+    def knows(self, prompts: Iterable[str | Prompt], others: Iterable[str | Prompt] | None = None) -> bool:
         """Whether the embeddings of all these prompts, without LoRAs, are cached. others: as in `__call__`."""
         return self.first.knows(prompts) and self.second.knows(prompts if others is None else others)
 
@@ -133,7 +173,7 @@ class TextEncoderPair:
         return self.first.truncated | self.second.truncated
 
     def __call__(
-        self, prompts: Iterable[str], adapters: Weights = (), others: Iterable[str] | None = None
+        self, prompts: Iterable[str | Prompt], adapters: Weights = (), others: Iterable[str | Prompt] | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return for each prompt an embedding (tokens, width) and the pooled embedding (projection,).
 
@@ -164,7 +204,10 @@ class Penultimate:
     def device(self) -> torch.device:
         return self.model.device
 
-    def __call__(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+    def __call__(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, skip: int = 2
+    ) -> tuple[torch.Tensor]:
+        """skip: which layer to take in place of the penultimate one, counted from the last, which is 1."""
         out = self.model(ids, attention_mask=attention_mask, output_hidden_states=True)
-        layer = out.hidden_states[-2]
+        layer = out.hidden_states[-skip]
         return (torch.cat([layer.flatten(1), out.text_embeds], dim=1) if self.pooled else layer,)

@@ -57,7 +57,7 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
         scorer.texts.hold = generator.residency.add("clip", scorer.model)
     if o.aesthetic is not None and job.clip is not None:
         head = Head.load(Path(o.aesthetic))
-    return generator, Panel(scorer, [row.prompt for row in job.rows], head, job.scorers)
+    return generator, Panel(scorer, [row.plain_prompt for row in job.rows], head, job.scorers)
 
 
 def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:

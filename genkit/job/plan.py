@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,16 @@ from genkit.components.geometry import Geometry
 from genkit.components.needs import describe
 from genkit.device.devices import CPU_SLOTS, check_attention, check_device
 from genkit.device.memory import check_memory
-from genkit.errors import InputError
+from genkit.errors import InputError, shown
+from genkit.files import place, user_path
 from genkit.options import Options
 from genkit.pictures.encoders import encoding
 from genkit.rows.plans import plan_for
+from genkit.rows.prompting import check_prompting
 from genkit.rows.request import Request
 from genkit.rows.settings import assumed, settings
+from genkit.rows.syntax import composed
+from genkit.rows.templates import expanded
 from genkit.sampling.guidance import network_rows
 from genkit.schedulers import Plan, Scheduler
 from genkit.scoring.aesthetic import check_head
@@ -101,11 +105,11 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     filled: list[Request] = []
     notes = list(getattr(rows, "notes", ()))
     calls = unsaid = 0
-    for number, given in enumerate(rows):
-        where = given.source or f"request {number}"
+    depths = [config["num_hidden_layers"] for part, config in info.configs.items() if part.startswith("text_encoder")]
+    for where, stated in _written(rows, options, defaults):
         try:
-            row = given.filled({"id": f"{number:06d}", **defaults})
-            stated, row = row, _complete(row, geometry, info.defaults)
+            row = _complete(stated, geometry, info.defaults)
+            check_prompting(row, min(depths, default=None))
             notes += [f"{where}: {line}" for line in assumed(stated, row)]
             given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
             guided = 1.0 if geometry.guidance_width else row.guidance_scale or 1.0
@@ -123,6 +127,24 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     notes += [f"negative_prompt: has no say without guidance, in {unsaid} rows"] if unsaid else []
     notes += [*_check_loras(filled, info), *info.notes, *(() if clip is None else clip.notes)]
     return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)))
+
+
+def _written(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Iterator[tuple[str, Request]]:
+    """Yield (where it was read, row) of every row, defaults filled in and templates expanded. Raises InputError."""
+    folders = [None if name is None else user_path(name) for name in (options.wildcards, options.lora_dir)]
+    if folders[0] is not None and not folders[0].is_dir():
+        raise InputError(f"--wildcards: {place(folders[0])} is not a folder")
+    taken: dict[str, str] = {}  # ids in lower case: some file systems ignore case
+    for number, given in enumerate(rows):
+        where = given.source or f"request {number}"
+        try:
+            new = expanded(given.filled({"id": f"{number:06d}", **defaults}), options.seed, *folders)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        for row in new:
+            if taken.setdefault(str(row.id).lower(), where) != where:
+                raise InputError(f"{where}: id: {shown(row.id)} is also that of {taken[str(row.id).lower()]}")
+            yield where, row
 
 
 def _check_loras(rows: Sequence[Request], info: ModelInfo) -> list[str]:
@@ -183,4 +205,5 @@ def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folde
     key = repr((row.scheduler, steps, strength, guidance))
     if key not in plans:
         plans[key] = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
-    return network_rows(plans[key], guided, row.guidance_interval)
+    weights = [weight for _, weight in composed(row.prompt)] if row.syntax == "a1111" else [1.0]
+    return network_rows(plans[key], guided, row.guidance_interval, weights)

@@ -114,7 +114,7 @@ class Draft:
 
 def number(field: str, value: Any) -> Any:
     """Return text or a JSON value as the number that `field` takes. Raises InputError naming the field."""
-    count = field in (*COUNTS, "seed", "clip_skip")
+    count = field in (*COUNTS, "seed")
     if isinstance(value, str):
         digits = field == "clip_skip" and re.fullmatch(r"[0-9]{1,3}", value.strip())
         value = int(value) if digits else typed(field, value.strip())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from genkit.components.weights import sha256
-from genkit.errors import nearest, shown
-from genkit.files import user_path
+from genkit.components.weights import read_file, sha256
+from genkit.errors import InputError, nearest, shown
+from genkit.files import place, user_path
 
 LORA = {"file": "style.safetensors", "weight": 0.8, "text_weight": 0.8}
 
@@ -54,3 +55,40 @@ def file_hash(file: str) -> str:
 @functools.lru_cache(1024)
 def _hash_of(file: str, size: int, changed: int) -> str:
     return sha256(Path(file))
+
+
+def find_lora(folder: Path | None, name: str) -> Path:
+    """Return the file of <lora:name:…> in a folder or below it, by its name, else by the name that its trainer gave it.
+
+    Raises InputError if there is no such file, or more than one.
+    """
+    if folder is None:
+        raise InputError(f"<lora:{name}>: is looked for in --lora-dir, and none is given")
+    if not folder.is_dir():
+        raise InputError(f"--lora-dir: {place(folder)} is not a folder")
+    files = _files(str(folder.absolute()))
+    found = [file for file in files if file.stem == name] or [file for file in files if _given_name(file) == name]
+    if len(found) > 1:
+        raise InputError(f"<lora:{name}>: is the name of {place(found[0])} and of {place(found[1])}")
+    if not found:
+        other = next((f for f in sorted(folder.rglob(f"{glob.escape(name)}.*")) if f.suffix in (".pt", ".ckpt")), None)
+        if other is not None:
+            raise InputError(f"<lora:{name}>: {place(other)} may hold code; convert it to .safetensors")
+        near = nearest(name, [file.stem for file in files])
+        raise InputError(f"<lora:{name}>: {place(folder)} holds no {shown(f'{name}.safetensors')}{near}")
+    return found[0]
+
+
+@functools.lru_cache(16)
+def _files(folder: str) -> list[Path]:
+    """Return the .safetensors files below a folder, listed once for all tags of a run."""
+    found = [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
+    return sorted(file for file in found if file.suffix == ".safetensors")
+
+
+@functools.lru_cache(10_000)
+def _given_name(file: Path) -> str | None:
+    try:
+        return read_file(file)[1].get("ss_output_name")
+    except InputError:
+        return None  # it is refused if it is named itself

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_vali
 from genkit.errors import InputError, nearest, shown
 from genkit.files import user_path
 from genkit.pictures.images import as_pil, check_image
-from genkit.rows import sdxl
+from genkit.rows import prompting, sdxl
 from genkit.rows.loras import beside, check_loras, file_hash
 from genkit.rows.typed import COUNTS, whole
 from genkit.rows.yamltext import Cut
@@ -54,11 +54,11 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for
 _PIXEL_FIELDS = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
     "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval", "loras",
-    *sdxl.FIELDS,
+    *sdxl.FIELDS, *prompting.FIELDS,
 )  # fmt: skip
 
 
-class Request(sdxl.Conditioning):
+class Request(sdxl.Conditioning, prompting.Prompting):
     """One row: what to draw, how many images, and which of them to keep.
 
     Fields left at None are filled from the command line or the model (`filled`). `image` and `mask_image` are a path,
@@ -110,6 +110,11 @@ class Request(sdxl.Conditioning):
     def source(self) -> str:
         """Where the row was read, e.g. "file.jsonl:12"; "" for one made in Python."""
         return self._source
+
+    @property
+    def plain_prompt(self) -> str:
+        """The prompt without weights, brackets and tags of a syntax: what scores compare a picture with."""
+        return prompting.plain(self.prompt) if self.syntax == "a1111" else self.prompt
 
     @property
     def whole(self) -> int:
@@ -275,8 +280,9 @@ class Request(sdxl.Conditioning):
     def fingerprint(self) -> str:
         """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
-        for later in ("guidance_interval", "loras", *sdxl.FIELDS):  # what older rows do not have is not hashed
-            if fields[later] is None:
+        # what older rows do not have is not hashed
+        for later in ("guidance_interval", "loras", *sdxl.FIELDS, *prompting.FIELDS):
+            if fields[later] in (None, "none"):
                 del fields[later]
         if self.loras:
             fields["loras"] = [{**lora, "file": file_hash(lora["file"])} for lora in self.loras]

@@ -9,7 +9,9 @@ from typing import Any
 from genkit.errors import InputError, shown
 from genkit.files import parse_json
 
-COUNTS = ("num_images", "num_inference_steps", "width", "height", "keep", "max_images")  # whole numbers
+COUNTS = (
+    "num_images", "num_inference_steps", "width", "height", "keep", "max_images", "clip_skip", "expansions",
+)  # whole numbers  # fmt: skip
 _FLOATS = ("guidance_scale", "strength", "aesthetic_score", "negative_aesthetic_score")
 NUMBERS = (*COUNTS, *_FLOATS, "seed")
 
@@ -96,6 +98,7 @@ _TYPED: dict[str, Callable[[str, str], Any]] = {
     "labels": _labels,
     "loras": _loras,
     "meta": _json,
+    "template": _json,
     "prune": _json,
     "scheduler": _scheduler,
 }

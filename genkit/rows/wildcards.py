@@ -310,7 +310,7 @@ class _Folder:
         """Return the file of a wildcard; raises InputError for one that is absent or outside of the folder."""
         what = f"__{shown(name)[1:-1]}__"
         if self.path is None:
-            raise InputError(f"{what}: there is no folder of wildcards; write \\__ for the characters")
+            raise InputError(f"{what}: there is no folder of wildcards (--wildcards); write \\__ for the characters")
         if name.startswith(("/", "~/")) or ".." in name.split("/"):
             raise InputError(f"{what}: leads out of the folder of wildcards")
         if re.search(r"[\\:*~!@]|//|/$|^\.", name):

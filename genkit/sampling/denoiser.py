@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from genkit.sampling.adapters import Adapters
 
 SIZES = 6  # SDXL's time_ids: original height and width, crop top and left, target height and width
+
+
+class Composed(NamedTuple):
+    """Further prompts of rows (composable diffusion): of which row each is, what it says, the weights of all.
+
+    cond: (E, tokens, width); added: SDXL's added conditioning, (E, projection + 6), or None; weights: of the rows' own
+    prompts, then of these, (B + E). Without further prompts cond and added are None.
+    """
+
+    owner: list[int]
+    cond: torch.Tensor | None
+    added: torch.Tensor | None
+    weights: list[float]
 
 
 class Denoiser:
@@ -71,15 +84,20 @@ class Denoiser:
         adapters: torch.Tensor | None = None,
         beside: torch.Tensor | None = None,
         embedded: torch.Tensor | None = None,
+        composed: Composed | None = None,
     ) -> torch.Tensor:
         """Return the guided raw prediction, float32, of shape (B, C, H, W).
 
         x: (B, C, H, W); t: (B,); cond, uncond: (B, tokens, width), None for an unconditional network; scale: (B,) on
         the CPU; added_cond, added_uncond: SDXL's added conditioning, (B, projection + 6), or None; adapters: the weight
         of each LoRA in each row, (B, adapters), or None; beside: what an inpainting UNet reads beside x, (B, 1 + C, H,
-        W), or None; embedded: the guidance scale as a network reads it, (B, width), or None. Only rows with scale > 1
+        W), or None; embedded: the guidance scale as a network reads it, (B, width), or None. composed: further
+        prompts of the rows, and the weights of all. Only rows with scale > 1, and those whose weights do not sum to 1,
         are computed a second time, with uncond. Raises torch.OutOfMemoryError if not even one row fits.
         """
+        if composed is not None and cond is not None and uncond is not None:
+            given = [(cond, composed.cond, uncond), (added_cond, composed.added, added_uncond)]
+            return self._composed(x, t, scale, given, (adapters, beside, embedded), composed)
         guided = (scale > 1).nonzero().flatten().to(x.device) if cond is not None else None
         if guided is None or not len(guided):
             return self._rows(x, t, cond, added_cond, adapters, beside, embedded)
@@ -102,6 +120,28 @@ class Denoiser:
         if every:
             return guide(out, without, weight)
         return out.index_copy(0, guided, guide(out[guided], without, weight[guided]))
+
+    def _composed(
+        self, x: torch.Tensor, t: torch.Tensor, scale: torch.Tensor, told: list[Any], given: tuple[Any, ...],
+        composed: Composed,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the guided prediction of rows with several prompts. told: (cond, of the others, uncond), and added."""
+        owner = torch.tensor([*range(len(x)), *composed.owner])
+        weights = torch.tensor(composed.weights)
+        total = torch.zeros(len(x)).index_add(0, owner, weights)
+        guided = ((scale > 1) | (total != 1)).nonzero().flatten()
+        rows = torch.cat([owner, guided]).to(x.device)
+        owner, guided, weights, total = (part.to(x.device) for part in (owner, guided, weights, total))
+        parts = [
+            None if a is None else torch.cat([*(p for p in (a, b) if p is not None), c[guided]]) for a, b, c in told
+        ]
+        out = self._rows(x[rows], t[rows], *parts, *(None if g is None else g[rows] for g in given))
+        weighted = out[: len(owner)] * weights[:, None, None, None]
+        summed = torch.zeros_like(out[: len(x)]).index_add(0, owner, weighted)
+        if not len(guided):
+            return summed
+        scale, total = (part.to(x.device)[guided][:, None, None, None] for part in (scale, total))
+        return summed.index_copy(0, guided, guide(summed[guided], out[len(owner) :], scale, total))
 
     def _rows(self, x: torch.Tensor, t: torch.Tensor, *given: torch.Tensor | None) -> torch.Tensor:
         absent = x.new_empty(len(x), 0)  # keeps the places of the others

@@ -13,19 +13,13 @@ import torch
 
 from genkit.device.outofmemory import attempt, log
 from genkit.phases import phase
-from genkit.sampling.denoiser import Denoiser
+from genkit.sampling.denoiser import Composed, Denoiser
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
 AHEAD = 2  # network calls that are queued on a GPU
-INPUTS = (
-    "cond",
-    "uncond",
-    "added_cond",
-    "added_uncond",
-    "beside",
-    "embedded",
-)  # of the network, a row for each trajectory
+# Of the network, a row for each trajectory
+INPUTS = ("cond", "uncond", "added_cond", "added_uncond", "beside", "embedded")
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 
 
@@ -37,11 +31,13 @@ class Trajectory:
     of the negative prompt, (tokens, width), or None. added_cond, added_uncond: SDXL's added conditioning for each,
     (projection + 6,), or None. scales: guidance scale of each call of the plan, (nfe,), 1 where the call needs no
     `uncond`; None is 1 throughout. embedded: the guidance scale as latent consistency models read it, (width,), or
-    None. beside: what an inpainting UNet reads beside the latent, (1 + C, H, W), or None. adapters: weight of each
-    LoRA, zeros at the end left out. keep_mask, known: where keep_mask (1, H, W) is 0 the latent is replaced after each
-    step by `known` = (x0, noise), each (C, H, W), at the level reached. cost: slots that it takes (1 at the model's own
-    picture size, 4 at twice the sides). began: time.monotonic(). pause: after this many calls it leaves its slot
-    unfinished, with the x0 predicted there and its solver history, and may be added again; 0 is never.
+    None. beside: what an inpainting UNet reads beside the latent, (1 + C, H, W), or None. weight, more: of `cond`, and
+    (weight, cond, added_cond) of each prompt composed with it. changes: by call, the fields of these that are others
+    from then on, embeddings of as many tokens. adapters: weight of each LoRA, zeros at the end left out. keep_mask,
+    known: where keep_mask (1, H, W) is 0 the latent is replaced after each step by `known` = (x0, noise), each (C, H,
+    W), at the level reached. cost: slots that it takes (1 at the model's own picture size, 4 at twice the sides).
+    began: time.monotonic(). pause: after this many calls it leaves its slot unfinished, with the x0 predicted there and
+    its solver history, and may be added again; 0 is never.
     """
 
     tag: Any
@@ -55,6 +51,9 @@ class Trajectory:
     scales: np.ndarray | None = None
     beside: torch.Tensor | None = None
     embedded: torch.Tensor | None = None
+    weight: float = 1.0
+    more: tuple[tuple[float, torch.Tensor, torch.Tensor | None], ...] = ()
+    changes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     adapters: tuple[float, ...] = ()
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -66,9 +65,14 @@ class Trajectory:
     error: str | None = None
     began: float = dataclasses.field(default_factory=time.monotonic)
 
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each of its prompts."""
+        return [self.weight, *(weight for weight, *_ in self.more)]
+
 
 class _Group:
-    """The trajectories of one latent shape. Their state is stacked, so that a step needs no loop over images."""
+    """The trajectories of one latent shape and number of tokens, stacked, so that a step needs no loop over images."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.device = device
@@ -98,6 +102,15 @@ class _Group:
             return old
         added = torch.stack(parts)
         return added if old is None else torch.cat([old, added])
+
+    def change(self, place: int) -> None:
+        """Let the trajectory at a place go on with what its prompt says from its next call on."""
+        trajectory = self.live[place]
+        for name, value in trajectory.changes.get(trajectory.step, {}).items():
+            setattr(trajectory, name, value)  # for when it pauses and is added again
+            rows = self.inputs.get(name)
+            if rows is not None:
+                rows[place] = value.to(self.device)
 
     def remove_finished(self) -> list[Trajectory]:
         """Remove and return the trajectories that finished, with their final latent, and those that pause."""
@@ -193,10 +206,11 @@ class Engine:
         if coming:
             self._until_last = self._used, self._ticks
         for trajectory in coming:
-            shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
+            tokens = 0 if trajectory.cond is None else len(trajectory.cond)
+            shapes.setdefault((*trajectory.latent.shape, tokens), []).append(trajectory)
         failed: list[Trajectory] = []
         for shape, new in shapes.items():
-            group = self._groups.get(shape) or _Group(shape, self.device)
+            group = self._groups.get(shape) or _Group(shape[:-1], self.device)
             if attempt(lambda g=group, t=new: g.add(t)):  # type: ignore[misc]
                 self._groups[shape] = group
                 continue
@@ -236,6 +250,7 @@ class Engine:
             return group.remove_finished()
         for i, trajectory in enumerate(live):
             trajectory.step += 1
+            group.change(i)
             if trajectory.known is not None and trajectory.keep_mask is not None:
                 group.x[i] = _blend(group.x[i], trajectory)
         self.calls += len(live)
@@ -261,6 +276,7 @@ class Engine:
             _adapters(live, self.device),
             group.inputs["beside"],
             group.inputs["embedded"],
+            *_composed(live, self.device),
         )
         if any(t.step + 1 == t.pause for t in live):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output
@@ -283,6 +299,18 @@ class Engine:
             for t, draws in zip(live, drawing, strict=True)
         ]
         return torch.cat(drawn)
+
+
+def _composed(live: list[Trajectory], device: torch.device) -> list[Composed]:
+    """Return the prompts composed with those of the rows; none if every row has one prompt, of weight 1."""
+    if all(t.weight == 1 and not t.more for t in live):
+        return []
+    owner = [i for i, t in enumerate(live) for _ in t.more]
+    conds = [cond.to(device) for t in live for _, cond, _ in t.more]
+    added = [a.to(device) for t in live for *_, a in t.more if a is not None]
+    weights = [t.weight for t in live] + [weight for t in live for weight, *_ in t.more]
+    cond, pooled = (torch.stack(rows) if rows else None for rows in (conds, added))
+    return [Composed(owner, cond, pooled, weights)]
 
 
 def _adapters(live: list[Trajectory], device: torch.device) -> torch.Tensor | None:

@@ -22,6 +22,7 @@ from genkit.phases import phase
 from genkit.rows.plans import scheduler_options
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.rows.templates import expanded
 from genkit.sampling.draws import Draws
 from genkit.sampling.pipeline import Pipeline
 from genkit.sampling.stream import Stream
@@ -134,10 +135,12 @@ class Generator(Pipeline):
         that the model cannot draw, or whose gate or rank_by uses a score that the scorer does not give.
         """
         if not isinstance(requests, Draws):
-            rows = [r if r.id else r.filled({"id": f"{i:06d}"}) for i, r in enumerate(requests)]
+            seed = secrets.randbits(32) if seed is None else seed
+            named = [r if r.id else r.filled({"id": f"{i:06d}"}) for i, r in enumerate(requests)]
+            rows = [row for r in named for row in expanded(r, seed)]
             scorer = _panel(scorer, rows)
             for row in rows:
-                self.plan(row)
+                self.check(row)
             requests = Draws(rows)
         if self.budget is None:
             self.budget = budget_of(self.unet, self.vae, self.device)
@@ -251,7 +254,7 @@ def _panel(scorer: ClipScorer | Panel | None, rows: Sequence[Request]) -> Panel:
     from genkit.scoring.panel import Panel
 
     if scorer is None or isinstance(scorer, ClipScorer):
-        scorer = Panel(scorer, [row.prompt for row in rows])
+        scorer = Panel(scorer, [row.plain_prompt for row in rows])
     for row in rows if hasattr(scorer, "names") else ():  # a caller's own scorer need not declare names
         check_row(row.gate, row.rank_by, row.labels, scorer.names)
     return scorer

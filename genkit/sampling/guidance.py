@@ -17,12 +17,15 @@ MOST = 1e6  # the highest noise level that an interval may name; levels without 
 Interval = Sequence[float] | Mapping[str, Sequence[float]]
 
 
-def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def guide(
+    cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor, total: torch.Tensor | float = 1.0
+) -> torch.Tensor:
     """Return uncond + scale * (cond - uncond), classifier-free guidance (Ho and Salimans 2022, equation 6).
 
-    Linear in the prediction, so it may act on eps, v, x0 or flow alike. `scale` broadcasts over (rows, C, H, W).
+    Linear in the prediction, so it may act on eps, v, x0 or flow alike. `scale` broadcasts over (rows, C, H, W). total:
+    the weights of the prompts of which `cond` is the weighted sum, together (Liu et al. 2022, equation 11).
     """
-    return uncond + scale * (cond - uncond)
+    return uncond + scale * (cond - total * uncond)
 
 
 def embedded_guidance(scale: float, width: int) -> torch.Tensor:
@@ -60,6 +63,15 @@ def guidance_scales(plan: Plan, scale: float, interval: Interval | None = None) 
     return np.where(inside, scales, np.float32(1))
 
 
-def network_rows(plan: Plan, scale: float, interval: Interval | None = None) -> int:
-    """Return how many rows the network computes for one image: a call, and one more where it is guided."""
-    return plan.nfe + int((guidance_scales(plan, scale, interval) > 1).sum())
+def network_rows(plan: Plan, scale: float, interval: Interval | None = None, weights: Sequence[float] = (1.0,)) -> int:
+    """Return how many rows the network computes for one image: one a call and prompt, and one more where it is guided.
+
+    weights: of the prompts that are composed; where they do not sum to 1, every call needs the row without a prompt.
+    """
+    return rows_of(plan.nfe, guidance_scales(plan, scale, interval), weights)
+
+
+def rows_of(calls: int, scales: np.ndarray | None, weights: Sequence[float]) -> int:
+    """Return `network_rows` for guidance scales at hand; None: no guidance."""
+    guided = 0 if scales is None else int((scales > 1).sum())
+    return calls * len(weights) + (guided if sum(weights) == 1 else calls)

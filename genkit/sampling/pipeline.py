@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from genkit.components.chunks import Prompt
 from genkit.components.geometry import Geometry
 from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, Weights
 from genkit.device.memory import Budget
@@ -16,17 +17,18 @@ from genkit.device.processor import AttentionChoice
 from genkit.device.residency import Residency
 from genkit.errors import InputError
 from genkit.rows.plans import plan_for
+from genkit.rows.prompting import check_prompting
 from genkit.rows.request import Request
-from genkit.rows.sdxl import texts_of, time_ids
+from genkit.rows.sdxl import time_ids
 from genkit.rows.settings import Settings, settings
+from genkit.rows.syntax import composed
 from genkit.sampling.adapters import Adapters
 from genkit.sampling.codec import Codec, condition
+from genkit.sampling.conditioning import Pair, Texts, conditioned, read_prompts
 from genkit.sampling.denoiser import Denoiser
 from genkit.sampling.engine import Trajectory
 from genkit.sampling.guidance import embedded_guidance, guidance_scales
 from genkit.schedulers import Plan, Scheduler
-
-Conditioning = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Pipeline:
@@ -102,7 +104,8 @@ class Pipeline:
     def cost(self, request: Request) -> float:
         """Return how many slots an image takes: its pixels relative to the model's own picture size."""
         s = self.settings(request)
-        return s.width * s.height / (self.geometry.width * self.geometry.height)
+        prompts = len(composed(request.prompt)) if request.syntax == "a1111" else 1
+        return (prompts + 1) / 2 * s.width * s.height / (self.geometry.width * self.geometry.height)
 
     def plan(self, request: Request) -> Plan:
         """Return the sampling plan of a request, cached by steps, scheduler, strength and guidance."""
@@ -114,6 +117,12 @@ class Pipeline:
             )
         return self._plans[key]
 
+    def check(self, request: Request) -> None:
+        """Raise InputError for a request that cannot be drawn, before any work is done for it."""
+        self.plan(request)
+        encoders = [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
+        check_prompting(request, min((encoder.config.num_hidden_layers for encoder in encoders), default=None))
+
     def begin(self, request: Request, index: int, seed: int) -> Trajectory:
         """Return the trajectory of image `index`: initial picture encoded, noise drawn, prompt embedded, plan made.
 
@@ -121,9 +130,7 @@ class Pipeline:
         of one: the VAE's posterior sample of the initial picture, the starting noise, one draw a stochastic step.
         """
         s, plan = self.settings(request), self.plan(request)
-        cond, uncond, added_cond, added_uncond = self.embed(
-            request, s.width, s.height, self.adapters.weights(request.loras, "text_weight")
-        )
+        told = self.embed(request, s.width, s.height, self.adapters.weights(request.loras, "text_weight"))
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = self.geometry.latent_shape(s.width, s.height)
         x0 = mask = masked = beside = None
@@ -145,10 +152,7 @@ class Pipeline:
             latent=latent,
             plan=plan,
             generator=generator,
-            cond=cond,
-            uncond=uncond,
-            added_cond=added_cond,
-            added_uncond=added_uncond,
+            **told,
             beside=beside,
             adapters=self.adapters.weights(request.loras),
             scales=guidance_scales(plan, s.guided, request.guidance_interval),
@@ -158,31 +162,46 @@ class Pipeline:
             cost=self.cost(request),
         )
 
-    def texts(self, rows: Iterable[Request]) -> tuple[list[str], ...]:
+    def texts(self, rows: Iterable[Request]) -> tuple[list[Prompt], ...]:
         """Return the prompts and negative prompts of rows for each text encoder, as `text` takes them."""
-        pairs = [texts_of(row) for row in rows]
-        found = tuple([text for pair in pairs for text in pair[encoder]] for encoder in (0, 1))
-        return found if self.text_encoder_2 is not None else found[:1]
+        pairs = [pair for row in rows for _, texts in _sides(*self._read(row)) for _, pair in texts]
+        return tuple([pair[encoder] for pair in pairs] for encoder in range(1 + (self.text_encoder_2 is not None)))
 
-    def embed(self, request: Request, width: int, height: int, adapters: Weights = ()) -> Conditioning:
-        """Return cond, uncond, added_cond and added_uncond of a Trajectory. adapters: the weight of each LoRA.
+    def _read(self, row: Request) -> tuple[list[tuple[float, Texts]], Texts]:
+        s = self.settings(row)
+        steps = s.steps if row.image is None else max(1, int(s.steps * s.strength))
+        own = 2 if self.geometry.sized else 1  # the layer that the model reads
+        skip = row.clip_skip if row.clip_skip is not None and row.clip_skip > own else 0
+        return read_prompts(row, steps, self.plan(row).nfe, skip)
+
+    def embed(self, request: Request, width: int, height: int, adapters: Weights = ()) -> dict[str, Any]:
+        """Return what the prompts of a row add to a Trajectory. adapters: the weight of each LoRA.
 
         SDXL's unconditional embeddings are zeros when there is no negative prompt, as in training, unless its
         model_index.json turns this off (force_zeros_for_empty_prompt).
         """
         if self.text is None:
-            return None, None, None, None
-        firsts, *seconds = self.texts([request])
-        with_prompt, without = self.text(firsts, adapters, *seconds)
+            return {}
+        prompts, negative = self._read(request)
+        pairs = list(dict.fromkeys(pair for _, texts in _sides(prompts, negative) for _, pair in texts))
+        firsts, *seconds = ([pair[k] for pair in pairs] for k in range(1 + (self.text_encoder_2 is not None)))
+        found = dict(zip(pairs, self.text(firsts, adapters, *seconds), strict=True))
         if not self.geometry.sized:
-            return with_prompt, without, None, None
-        if self.zero_empty and not any((request.negative_prompt, request.negative_prompt_2)):
-            without = [torch.zeros_like(part) for part in without]
-        added_cond, added_uncond = (
-            torch.cat([vector, vector.new_tensor(ids)])
-            for (_, vector), ids in zip((with_prompt, without), time_ids(request, width, height), strict=True)
+            return conditioned(prompts, negative, lambda pair: (found[pair], None), lambda pair: (found[pair], None))
+        ids = time_ids(request, width, height)
+        empty = self.zero_empty and not any((request.negative_prompt, request.negative_prompt_2))
+
+        def embedded(pair: Pair, own: list[float], blank: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens, vector = (torch.zeros_like(part) if blank else part for part in found[pair])
+            return tokens, torch.cat([vector, vector.new_tensor(own)])
+
+        return conditioned(
+            prompts, negative, lambda pair: embedded(pair, ids[0]), lambda pair: embedded(pair, ids[1], empty)
         )
-        return with_prompt[0], without[0], added_cond, added_uncond
+
+
+def _sides(prompts: list[tuple[float, Texts]], negative: Texts) -> list[tuple[float, Texts]]:
+    return [*prompts, (1.0, negative)]
 
 
 def _check_texts(unet: Any, geometry: Geometry, first: tuple[Any, Any], second: tuple[Any, Any]) -> None:

@@ -22,6 +22,7 @@ from genkit.rows.result import Result
 from genkit.sampling.codec import quantise
 from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Engine, Trajectory
+from genkit.sampling.guidance import rows_of
 from genkit.sampling.pipeline import Pipeline
 from genkit.sampling.pruning import EARLY, Pruning
 
@@ -184,7 +185,7 @@ class Stream:
             self.shared += [dataclasses.replace(trajectory, tag=draw) for draw in self.duplicates.pop(key)]
             if self.repeated[key] > 0:
                 self.finished[key] = dataclasses.replace(
-                    trajectory, cond=None, uncond=None, keep_mask=None, known=None, beside=None
+                    trajectory, cond=None, uncond=None, more=(), changes={}, keep_mask=None, known=None, beside=None
                 )
         shared, self.shared = self.shared, []
         return shared
@@ -292,7 +293,7 @@ class Stream:
             result.embedding = embedding
             result.pixels, (result.height, result.width) = pixels, pixels.shape[:2]
             result.steps = self.generator.settings(t.tag[0]).steps
-            result.nfe = t.plan.nfe + (0 if t.scales is None else int((t.scales > 1).sum()))
+            result.nfe = rows_of(t.plan.nfe, t.scales, t.weights)
             results.append(result)
         return results
 
@@ -300,7 +301,7 @@ class Stream:
         if self.scorer is None:
             return [{} for _ in ended]
         requests = [t.tag[0] for t in ended]
-        return self.scorer.scores(pictures, [r.prompt for r in requests], [r.labels for r in requests])
+        return self.scorer.scores(pictures, [r.plain_prompt for r in requests], [r.labels for r in requests])
 
     @contextlib.contextmanager
     def _float32(self) -> Iterator[None]:
@@ -324,6 +325,6 @@ def _result(
         reason=reason,
         scores=scores or {},
         seconds=None if since is None else round(time.monotonic() - since, 3),
-        prompt=request.prompt,
+        prompt=request.plain_prompt,
         meta=request.meta,
     )

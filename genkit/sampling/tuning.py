@@ -142,7 +142,9 @@ def _network(generator: Generator, texts: list[str], guidance: float) -> Any:
     with torch.no_grad():
         g = generator.geometry
         found = [generator.embed(Request(prompt=text), g.width, g.height) for text in texts]
-        conditioning = [torch.stack(each) if each[0] is not None else None for each in zip(*found, strict=True)]
+        names = ("cond", "uncond", "added_cond", "added_uncond")
+        each = [[told[name] for told in found] for name in names]
+        conditioning = [None if rows[0] is None else torch.stack(rows) for rows in each]
 
     def model(x: torch.Tensor, t: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         cond, uncond, added_cond, added_uncond = (

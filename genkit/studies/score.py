@@ -54,7 +54,7 @@ def score_images(
     info = _clip_model(clip)
     if aesthetic is not None:
         check_head(Path(aesthetic), info.configs["clip"]["projection_dim"])
-    others = [row.prompt for row in read_rows(images)] if _is_run(images) else texts
+    others = [row.plain_prompt for row in read_rows(images)] if _is_run(images) else texts
     panel = _panel(info, device, dtype, others, aesthetic, scorers)
     failed = 0
     with _output(out) as write, Stored(images, info) as stored:
@@ -245,7 +245,7 @@ def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | 
         rows = read_prompts(prompts)
         if len(rows) != len(files):
             raise InputError(f"{prompts}: has {len(rows)} rows for {len(files)} pictures in {images}")
-        return [row.prompt for row in rows]
+        return [row.plain_prompt for row in rows]
     known = {images / str(r.file): r.prompt for r in (read_results(images) if _is_run(images) else [])}
     return [known.get(file, "") for file in files]
 

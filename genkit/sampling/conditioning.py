@@ -1,0 +1,76 @@
+"""What the prompts of a row tell the network at each call: embeddings that fit beside each other, their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from genkit.components.chunks import Prompt
+from genkit.errors import InputError
+from genkit.rows.prompting import Script, scripted
+from genkit.rows.request import Request
+from genkit.rows.sdxl import texts_of
+
+Pair = tuple[Prompt, Prompt]  # of the first and of the second text encoder; models with one read either
+Texts = tuple[tuple[int, Pair], ...]  # (first call, what is read from then on)
+Embedded = tuple[torch.Tensor, torch.Tensor | None]  # (tokens, width), and SDXL's added conditioning
+MOST = 64  # times the tokens that a text encoder reads: embeddings of many lengths have a long common multiple
+
+
+def read_prompts(request: Request, steps: int, calls: int, skip: int) -> tuple[list[tuple[float, Texts]], Texts]:
+    """Return (weight, texts) of each prompt of a row, and the texts of its negative prompt. skip: as in Prompt.
+
+    steps: of the sampler; calls: of the network. Raises InputError for a prompt that cannot be read.
+    """
+    if request.syntax != "a1111":
+        firsts, seconds = texts_of(request)
+        with_prompt, without = (
+            (Prompt(one, skip=skip), Prompt(two, skip=skip)) for one, two in zip(firsts, seconds, strict=True)
+        )
+        return [(1.0, ((0, with_prompt),))], ((0, without),)
+
+    def pairs(texts: Any, name: str) -> Texts:
+        return tuple((first, (Prompt(name, chunks, skip),) * 2) for first, chunks in texts)
+
+    script: Script = scripted(request.prompt, request.negative_prompt, steps, calls)
+    prompts = [(weight, pairs(texts, request.prompt)) for weight, texts in script.prompts]
+    return prompts, pairs(script.negative, request.negative_prompt)
+
+
+def conditioned(
+    prompts: Sequence[tuple[float, Texts]], negative: Texts, with_prompt: Callable[[Pair], Embedded],
+    without: Callable[[Pair], Embedded],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the fields of a Trajectory that say what the network reads: cond, uncond, …, weight, more, changes.
+
+    with_prompt, without: the embeddings of a text as a prompt, and as a negative prompt. All of a row get one length: a
+    shorter one is repeated, which attention takes for the same. Raises InputError for lengths that fit no common one.
+    """
+    sides = [(with_prompt, texts) for _, texts in prompts] + [(without, negative)]
+    embedded = [{pair: embed(pair) for _, pair in texts} for embed, texts in sides]
+    lengths = {len(tokens) for side in embedded for tokens, _ in side.values()}
+    common = math.lcm(*lengths)
+    if common > MOST * min(lengths):
+        raise InputError(f"prompt: its parts take {', '.join(map(str, sorted(lengths)))} tokens, too many lengths")
+    if len(lengths) > 1:
+        embedded = [
+            {pair: (tokens.repeat(common // len(tokens), 1), added) for pair, (tokens, added) in side.items()}
+            for side in embedded
+        ]
+
+    def at(call: int) -> dict[str, Any]:
+        found = [
+            side[next(pair for first, pair in reversed(texts) if first <= call)]
+            for side, (_, texts) in zip(embedded, sides, strict=True)
+        ]
+        others = zip(prompts[1:], found[1:-1], strict=True)
+        return {
+            "cond": found[0][0], "added_cond": found[0][1], "uncond": found[-1][0], "added_uncond": found[-1][1],
+            "weight": prompts[0][0], "more": tuple((weight, *one) for (weight, _), one in others),
+        }  # fmt: skip
+
+    begin, *later = sorted({first for _, texts in sides for first, _ in texts})
+    return {**at(begin), "changes": {call: at(call) for call in later}}
