@@ -96,7 +96,10 @@ def test_editing_changes_what_the_network_reads(model: Path) -> None:
 
 @pytest.mark.parametrize("write", [tiny_stable_diffusion, tiny_sdxl])
 def test_clip_skip_is_diffusers(tmp_path: Path, write: Any) -> None:
-    """diffusers counts from the layer that the model reads: the last of SD, the one before it of SDXL."""
+    """diffusers counts from the layer that the model reads: the last of SD, the one before it of SDXL.
+
+    Without guidance: its negative prompts are read from the model's own layer, those of AUTOMATIC1111 are not.
+    """
     import diffusers
     import transformers
 
@@ -113,11 +116,11 @@ def test_clip_skip_is_diffusers(tmp_path: Path, write: Any) -> None:
     pictures = []
     for skip in (0, 1):
         seeded = torch.Generator().manual_seed(3)
-        made = pipeline("a fox", num_inference_steps=6, guidance_scale=4.0, generator=seeded, clip_skip=skip or None)
-        pictures.append(drawn(generator, "a fox", clip_skip=own + skip, syntax=None))
+        made = pipeline("a fox", num_inference_steps=6, guidance_scale=1.0, generator=seeded, clip_skip=skip or None)
+        pictures.append(drawn(generator, "a fox", clip_skip=own + skip, syntax=None, guidance_scale=1.0))
         assert close(pictures[-1], np.asarray(made.images[0]).astype(int))
     assert not close(pictures[0], pictures[1])
-    assert close(drawn(generator, "a fox", clip_skip=1), pictures[0])
+    assert close(drawn(generator, "a fox", clip_skip=1, guidance_scale=1.0), pictures[0])
 
 
 def test_a_run_records_template_and_text_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
