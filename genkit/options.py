@@ -21,6 +21,10 @@ class Options:
     prediction: Annotated[
         str, "auto, epsilon, v_prediction or sample: of the UNet, where its file does not show it."
     ] = "auto"
+    embeddings: Annotated[tuple[Any, ...], "A textual inversion, as FILE or FILE:WORD; repeatable."] = ()
+    embedding_dir: Annotated[str | None, "A folder of textual inversions: file names that prompts use are words."] = (
+        None
+    )
     variant: Annotated[str | None, "Weight files to take, say fp16."] = None
     lora_dir: Annotated[str | None, "Where LoRAs named in prompts, <lora:name:0.8>, are: with --syntax a1111."] = None
     wildcards: Annotated[str | None, "Where the files of __wildcards__ are: with --syntax a1111."] = None

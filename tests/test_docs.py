@@ -184,6 +184,15 @@ def _lora(file: Path) -> None:
 
 
 SIDES = {"up": (16, 1), "down": (1, 16)}
+
+
+def _embeddings(folder: Path) -> None:
+    folder.mkdir()
+    for name in ("badpic", "toy"):
+        save_file({"emb_params": torch.ones(2, 256)}, folder / f"{name}.safetensors")
+    torch.save({"string_to_param": {"*": torch.ones(2, 256)}, "name": "old"}, folder / "old.pt")
+
+
 SETUPS: dict[str, Callable[[Path], Any]] = {
     "prompts": _prompts,
     "training": lambda folder: folder.symlink_to(ROOT / "training"),
@@ -195,6 +204,7 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "my-ddpm": tiny_ddpm,
     "my-clip": tiny_clip,
     "votes": _votes,
+    "embeddings": _embeddings,
 }
 
 

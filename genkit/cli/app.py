@@ -108,13 +108,15 @@ def fail(message: str, code: int) -> int:
 def _refuse_repeats(command: Any, arguments: list[str]) -> None:
     """Refuse an option given twice: click would silently take the last one."""
     sub = command.commands.get(arguments[0]) if arguments else None
-    names = {} if sub is None else {o: p.name for p in sub.params for o in p.opts if o.startswith("-")}
+    names = (
+        {} if sub is None else {o: p.name for p in sub.params if not p.multiple for o in p.opts if o.startswith("-")}
+    )
     seen: set[str] = set()
     for argument in arguments[1:]:
         if argument == "--":
             return
         name = names.get(argument.split("=")[0])
-        if name in seen and name != "scorer":
+        if name in seen:
             raise InputError(f"{argument.split('=')[0]}: given twice")
         seen |= {name} if name else set()
 

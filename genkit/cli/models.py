@@ -26,7 +26,12 @@ def inspect(
     """Check a model without loading it, and say what it is; of a file also its hashes and metadata."""
     from genkit.components import inspect_model
     from genkit.components.info import file_facts
+    from genkit.components.words import embedding_in
 
+    embedding = embedding_in(model)
+    if embedding is not None:
+        print_found(embedding.facts(), as_json)
+        return EXIT_OK
     info = inspect_model(model, variant=variant, vae=vae, text_encoder=text_encoder, prediction=prediction)
     print_found({**info.describe(), **file_facts(info)}, as_json)
     return EXIT_OK

@@ -31,6 +31,7 @@ Vae = Annotated[str | None, typer.Option(help=_help("vae"))]
 TextEncoder = Annotated[str | None, typer.Option(help=_help("text_encoder"))]
 Prediction = Annotated[str, typer.Option(help=_help("prediction"))]
 Aesthetic = Annotated[str | None, typer.Option(help=_help("aesthetic"))]
+Embeddings = Annotated[list[str] | None, typer.Option("--embedding", help=_help("embeddings"))]
 Scorers = Annotated[list[str] | None, typer.Option("--scorer", help=_help("scorers"))]
 
 
@@ -45,8 +46,8 @@ def _slots(text: str) -> int | None:
 # Sections of the help; options that are not listed are in the last one.
 _SECTIONS = {
     "What is drawn": (
-        "model vae text_encoder prediction variant negative_prompt prompt_2 negative_prompt_2 syntax"
-        " wildcards lora_dir expansions clip_skip scheduler num_inference_steps guidance_scale"
+        "model vae text_encoder prediction embeddings embedding_dir variant negative_prompt prompt_2 negative_prompt_2"
+        " syntax wildcards lora_dir expansions clip_skip scheduler num_inference_steps guidance_scale"
         " guidance_interval width height original_size crop target_size image strength mask_image loras num_images seed"
     ),
     "Which pictures are kept": "keep gate rank_by max_images labels clip aesthetic scorers diverse dedupe reference",
@@ -62,6 +63,7 @@ def _section(field: str) -> str:
 _WRITTEN: dict[str, tuple[Any, Any, Callable[[Any], Any]]] = {
     "batch_size": (Annotated[str, typer.Option(help=_help("batch_size"))], "auto", _slots),
     "scorers": (Scorers, None, lambda names: tuple(names or ())),
+    "embeddings": (Embeddings, None, lambda files: tuple(files or ())),
 }
 
 

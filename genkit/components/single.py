@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components.checks import check_network, check_together
+from genkit.components.embeddingfile import is_embedding
 from genkit.components.families import FAMILIES, SCHEDULERS, SIDES, VELOCITY_SIDE, clip_config, unet_config, vae_config
 from genkit.components.info import ModelInfo, Part
 from genkit.components.original import QKV, backward, openclip_modules, renamed, unet_modules, vae_modules
@@ -39,7 +40,6 @@ LEFTOVER = re.compile(
 # Other kinds of files, by a pattern that one of their keys matches
 OTHERS = {
     r"lora_(unet|te|transformer)|.*\.(lora_(up|down|A|B)\.|hada_w|lokr_w)": "a LoRA: give it with --lora",
-    r"(emb_params|string_to_param|clip_[lg])$": "a textual inversion, not a model",
     r"(model\.diffusion_model\.)?(double_blocks|single_blocks)\.": "of Flux, which genkit does not have",
     r"(model\.diffusion_model\.)?joint_blocks\.": "of Stable Diffusion 3, which genkit does not have",
     r"control_model\.|input_hint_block\.|controlnet_cond": "a ControlNet, which genkit does not have",
@@ -64,7 +64,7 @@ def read_single(
     where = place(path)
     groups, unknown = _grouped(by_key)
     if "input_blocks.0.0.weight" not in groups.get(UNET, {}):
-        raise InputError(f"{where}: {_kind(by_key)}")
+        raise InputError(f"{where}: {kind_of(by_key)}")
     shapes = {name: tensor.shape for name, tensor in groups[UNET].items()}
     config = unet_config(shapes, f"{where}: unet")
     family = FAMILIES.get(config["cross_attention_dim"]) or _by_build(groups, config)
@@ -124,11 +124,13 @@ def _grouped(by_key: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]]
     return groups, unknown
 
 
-def _kind(by_key: Mapping[str, Tensor]) -> str:
+def kind_of(by_key: Mapping[str, Tensor]) -> str:
     """Return what a file is that has no UNet in the original layout."""
     for pattern, kind in OTHERS.items():
         if any(re.match(pattern, key) for key in by_key):
             return f"is {kind}"
+    if is_embedding(by_key):
+        return "is a textual inversion, not a model: give it with --embedding"
     if any(key.startswith("encoder.down.") for key in by_key):
         return "is a VAE alone: give it with --vae"
     first = ", ".join(map(shown, list(by_key)[:3]))

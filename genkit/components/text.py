@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from genkit.components.chunks import Prompt, emphasised, tokenized
+from genkit.components.words import as_word
 from genkit.device.memory import CLIP_BATCH
 from genkit.device.outofmemory import in_parts
 from genkit.device.residency import Hold
@@ -25,9 +26,12 @@ CACHED_PROMPTS = 4096  # 77 x 768 in half precision is 118 kB: half a gigabyte a
 def expand_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
     """Expand each learned word of several vectors (textual inversion) to all of its tokens, as diffusers does.
 
-    The tokens are <cat>, <cat>_1, <cat>_2, …; a prompt that lists them all already is not changed.
+    The tokens are <cat>, <cat>_1, <cat>_2, …; a prompt that lists them all already is not changed. Words of files
+    become the tokens that stand for their vectors (`add_embeddings`).
     """
     texts, added = list(prompts), tokenizer.get_added_vocab()
+    if (words := getattr(tokenizer, "words", None)) is not None:
+        texts = [words.expanded(text) for text in texts]
     for word in added:
         if f"{word}_1" in added:
             others = (f"{word}_{i}" for i in itertools.count(1))
@@ -35,12 +39,6 @@ def expand_tokens(tokenizer: Any, prompts: Iterable[str]) -> list[str]:
             alone = re.compile(as_word(word) + rf"(?!_\d|\s+{re.escape(word)}_1)")
             texts = [alone.sub(lambda _, whole=whole: whole, text) for text in texts]  # type: ignore[misc]
     return texts
-
-
-def as_word(word: str) -> str:
-    """Return a regular expression for a learned word that stands alone: not the sks of "asks"."""
-    before, after = (r"\b" if re.match(r"\w", character) else "" for character in (word[0], word[-1]))
-    return f"{before}{re.escape(word)}{after}"
 
 
 def _plain(weights: Weights) -> contextlib.AbstractContextManager[Any]:

@@ -66,6 +66,16 @@ def check_tokenizer(folder: Path, text: Mapping[str, Any], text_config: str, not
     return int(min(config["model_max_length"] or CONFIG["model_max_length"].default, text["max_position_embeddings"]))
 
 
+def known_tokens(folder: Path) -> frozenset[str]:
+    """Return the tokens of a tokenizer that was checked; one that ends a word is written with </w>."""
+    fast, vocab_file, added_file = (folder / n for n in ("tokenizer.json", "vocab.json", "added_tokens.json"))
+    if fast.exists():
+        content = read_json(fast, TOKENIZER_LIMIT)
+        return frozenset(content["model"]["vocab"]) | {t["content"] for t in content.get("added_tokens", [])}
+    added = read_json(added_file) if added_file.exists() else {}
+    return frozenset(read_json(vocab_file, VOCAB_LIMIT)) | frozenset(added)
+
+
 def _check_fast(path: Path, vocab_size: int, text_config: str) -> dict[str, int]:
     """Check a tokenizer.json (format of the tokenizers library) and return its {token: id}."""
     content = read_json(path, TOKENIZER_LIMIT)

@@ -15,6 +15,7 @@ from genkit.device.devices import DTYPES, compute_dtype, pick_device
 from genkit.device.memory import away
 from genkit.files import user_path
 from genkit.job.plan import Job, plan_job
+from genkit.job.words import recorded_words
 from genkit.options import Options
 from genkit.phases import phase
 from genkit.pictures.encoders import encoding
@@ -50,6 +51,10 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
         budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
     parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)
+    if job.inversions.used:
+        from genkit.components.inversion import add_embeddings
+
+        add_embeddings(parts, job.inversions.used)
     generator = Generator.from_components(parts, budget, attention=o.attention)
     scorer = head = None
     if job.clip is not None:
@@ -68,13 +73,15 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
     recorded = read_config(folder)
     assert recorded is not None
     binding = recorded["binding"]
+    rows = read_rows(folder)
     model, clip = (found_at(binding.get(part) or {"name": "none"}) for part in ("model", "clip"))
     options = Options(
         model=model, clip=clip, variant=binding.get("variant"), device=device, seed=binding["seed"],
+        embeddings=recorded_words(binding.get("embeddings", {}), rows),
         aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
         **recorded["info"].get("parts", {}),
     )  # fmt: skip
-    job = plan_job(read_rows(folder), options, {})
+    job = plan_job(rows, options, {})
     same = {name: binding[name] for name in ("device", "format") if name in binding}
     check_binding(folder, binding, {**run_config(job, None, recorded, hashes(job))["binding"], **same})
     generator, scorer = load(job, recorded)
@@ -104,6 +111,8 @@ def run_config(
         binding[name] = {"name": info.name, **local, "weights": weights[name]}
     binding["scheduler"] = job.info.scheduler_config
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
+    before = {} if recorded is None else recorded["binding"].get("embeddings", {})
+    binding |= {"embeddings": words} if (words := job.inversions.binding(before, job.rows)) else {}
     binding |= {"aesthetic": sha256(Path(o.aesthetic))} if o.aesthetic is not None else {}
     binding |= {"scorers": [plugin.name for plugin in job.scorers]} if job.scorers else {}
     if recorded is not None:

@@ -14,6 +14,7 @@ from genkit.device.devices import CPU_SLOTS, check_attention, check_device
 from genkit.device.memory import check_memory
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
+from genkit.job.words import Inversions, find_inversions
 from genkit.options import Options
 from genkit.pictures.encoders import encoding
 from genkit.rows.plans import plan_for
@@ -47,6 +48,7 @@ class Job:
     calls: int  # rows that the network computes for the images that will certainly be drawn
     scorers: list[Plugin] = dataclasses.field(default_factory=list)
     notes: tuple[str, ...] = ()
+    inversions: Inversions = dataclasses.field(default_factory=Inversions)
 
     def describe(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
@@ -69,6 +71,7 @@ class Job:
                 slots=self.options.batch_size,
                 largest=self.largest,
             ),
+            **({"embeddings": words} if (words := self.inversions.describe()) else {}),
             **({"notes": list(self.notes)} if self.notes else {}),
         }
 
@@ -125,8 +128,9 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
         filled.append(row)
     options.picking.check_rows(any(row.keep is not None for row in filled))
     notes += [f"negative_prompt: has no say without guidance, in {unsaid} rows"] if unsaid else []
-    notes += [*_check_loras(filled, info), *info.notes, *(() if clip is None else clip.notes)]
-    return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)))
+    inversions, said = find_inversions(filled, options, info)
+    notes += [*_check_loras(filled, info), *said, *info.notes, *(() if clip is None else clip.notes)]
+    return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)), inversions)
 
 
 def _written(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Iterator[tuple[str, Request]]:

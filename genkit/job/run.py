@@ -113,7 +113,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.message(note)
     store = None if job.clip is None else Store(run.folder, job.clip.configs["clip"]["projection_dim"])
     form = encoding(job.options.format, job.options.quality)
-    writers = Writers(run, job.rows, form, job.info.name, store)
+    writers = Writers(run, job.rows, form, job.info.name, store, job.inversions.of_rows())
     gates = {r.id: Expression(r.gate, r.labels, names=None) for r in job.rows if r.gate is not None}
     stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
     said = list(generator.attention.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 from genkit.durable import json_line
@@ -13,12 +14,15 @@ METADATA_BYTES = 48_000  # of both texts; in UTF-16 and ASCII they still fit a J
 RECORDED = ("id", "index", "seed", "steps", "nfe", "width", "height", "scores", "fingerprint")
 
 
-def texts(request: dict[str, Any], record: dict[str, Any], model: str, version: str) -> dict[str, str]:
+def texts(
+    request: dict[str, Any], record: dict[str, Any], model: str, version: str, words: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Return the two texts of a picture: `parameters`, which other tools read, and `genkit`, all of it as JSON.
 
-    request: Request.to_json() of a row whose defaults are filled in; record: Result.to_json(). `parameters` is
-    AUTOMATIC1111's infotext; the JSON is ASCII. Together they take METADATA_BYTES at most. Of paths only the file's
-    name is written: pictures travel, folders are private.
+    request: Request.to_json() of a row whose defaults are filled in; record: Result.to_json(). words: SHA-256 of
+    the textual inversion that each word stands for. `parameters` is AUTOMATIC1111's infotext; the JSON is ASCII.
+    Together they take METADATA_BYTES at most. Of paths only the file's name is written: pictures travel, folders are
+    private.
     """
     request = {
         name: os.path.basename(value) if name in ("image", "mask_image") else value for name, value in request.items()
@@ -26,12 +30,14 @@ def texts(request: dict[str, Any], record: dict[str, Any], model: str, version: 
     if request.get("loras"):
         loras = [{**lora, "file": os.path.basename(lora["file"])} for lora in request["loras"]]
         request = {**request, "loras": loras}
-    parameters = _clipped(_infotext(request, record, model, version), METADATA_BYTES // 3)
+    parameters = _clipped(_infotext(request, record, model, version, words or {}), METADATA_BYTES // 3)
     found = {"version": version, "model": model, "request": request, **{name: record[name] for name in RECORDED}}
+    found |= {"embeddings": dict(words)} if words else {}
     room = METADATA_BYTES - len(parameters.encode())
     whole = _json(found)
     if len(whole) > room:
         short = {name: value for name, value in request.items() if len(_json(value)) < 1000}
+        found.pop("embeddings", None)
         whole = _json({**found, "request": short, "scores": {}, "cut": True})
     return {"parameters": parameters, "genkit": whole}
 
@@ -49,7 +55,9 @@ def exif(text: dict[str, str]) -> bytes:
     return b"".join([b"Exif\0\0MM\0\x2a\0\0\0\x08", image, inner, comment, record])
 
 
-def _infotext(request: dict[str, Any], record: dict[str, Any], model: str, version: str) -> str:
+def _infotext(
+    request: dict[str, Any], record: dict[str, Any], model: str, version: str, words: Mapping[str, str]
+) -> str:
     scheduler = request.get("scheduler")
     options = scheduler if isinstance(scheduler, dict) else {"solver": scheduler}
     fields = {
@@ -61,6 +69,7 @@ def _infotext(request: dict[str, Any], record: dict[str, Any], model: str, versi
         "Size": f"{record['width']}x{record['height']}",
         "Model": model,
         "Denoising strength": request.get("strength"),
+        "TI hashes": ", ".join(f"{word}: {digest[:12]}" for word, digest in words.items()) or None,
         "Version": f"genkit {version}",
     }
     negative = request.get("negative_prompt")

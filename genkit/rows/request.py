@@ -94,6 +94,7 @@ class Request(sdxl.Conditioning, prompting.Prompting):
     meta: dict[str, Any] | None = None
 
     _source: str = PrivateAttr("")
+    _words: dict[str, str] = PrivateAttr(default_factory=dict)  # SHA-256 of the textual inversion of each word, by plan
 
     def __init__(self, **fields: Any) -> None:
         if isinstance(fields.get("seed"), list) and "num_images" not in fields:
@@ -286,6 +287,8 @@ class Request(sdxl.Conditioning, prompting.Prompting):
                 del fields[later]
         if self.loras:
             fields["loras"] = [{**lora, "file": file_hash(lora["file"])} for lora in self.loras]
+        if self._words:
+            fields["embeddings"] = self._words
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

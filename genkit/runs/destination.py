@@ -17,7 +17,7 @@ from genkit.runs.records import CONFIG, read_config
 
 LONGEST = 3800  # bytes of a path; leaves room for names of images within the usual limit of 4,096
 SHOWN = 10  # differences named in a refusal
-PLACES = ("model.name", "model.folder", "clip.name", "clip.folder")
+PLACES = ("model.name", "model.folder", "clip.name", "clip.folder", ".file")
 
 
 def check_folder(folder: Path, prompts: Path | None = None) -> None:
@@ -75,11 +75,13 @@ def run_seed(seed: int, folder: Path) -> int:
 def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise InputError naming every key in which the request differs from the run's recorded binding.
 
-    Names and folders of models do not bind: their weights do, wherever they lie now.
+    Names and folders of models and embeddings do not bind: what they hold does, wherever they lie now. Embeddings that
+    the record lacks are in the fingerprints of the rows that use them.
     """
     # Older runs, without a format, are of PNGs
     before, after = {"format": "png", **_flat(recorded)}, {"format": "png", **_flat(json.loads(json.dumps(asked)))}
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    keys = [key for key in keys if key in before or not key.startswith("embeddings.")]
     if any(not key.endswith(PLACES) for key in keys):
         parts = [f"{key}: {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in keys[:SHOWN]]
         more = f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""

@@ -223,5 +223,5 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _places(binding: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of the models, which say where they lie now."""
-    return {part: binding[part] for part in ("model", "clip") if part in binding}
+    """Return the entries of models and embeddings, which say where they lie now."""
+    return {part: binding[part] for part in ("model", "clip", "embeddings") if part in binding}

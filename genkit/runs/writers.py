@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from genkit.phases import first_picture, phase
@@ -26,12 +26,15 @@ WRITERS = 8
 class Writers:
     """Encode and save pictures in threads; `put` blocks when they fall behind.
 
-    model: its name, for the metadata of the pictures. store: for their embeddings; `close` closes it.
+    model: its name, for the metadata of the pictures, as words: {row id: {word: SHA-256 of its textual inversion}}.
+    store: for the embeddings of the pictures; `close` closes it.
     """
 
     def __init__(
-        self, run: Run, rows: Iterable[Request], encoding: Encoding, model: str, store: Store | None = None
-    ) -> None:
+        self, run: Run, rows: Iterable[Request], encoding: Encoding, model: str, store: Store | None = None,
+        words: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:  # fmt: skip
+        self.words = words or {}
         self.run, self.encoding, self.model, self.store = run, encoding, model, store
         self.rows = {r.id: r for r in rows}
         self.pool = ThreadPoolExecutor(WRITERS, "genkit-write")
@@ -67,7 +70,8 @@ class Writers:
         if result.status != "done":
             self.run.fail(result)
             return
-        text = texts(self.rows[result.id].to_json(), result.to_json(), self.model, __version__)
+        words = self.words.get(result.id)
+        text = texts(self.rows[result.id].to_json(), result.to_json(), self.model, __version__, words)
         with phase("encode pictures"):
             data = self.encoding.encode(result.pixels, text)
         if self.store is not None and result.embedding is not None:  # before its record

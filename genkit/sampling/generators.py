@@ -50,24 +50,29 @@ class Generator(Pipeline):
     def from_pretrained(
         cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None,
         attention: str = "auto", memory: str = "auto", vae: str | None = None, text_encoder: str | None = None,
-        prediction: str = "auto",
+        prediction: str = "auto", embeddings: Sequence[Any] = (), embedding_dir: str | None = None,
     ) -> Self:  # fmt: skip
         """Load `emoji`, a diffusers-layout folder, a hub id, or a single file. Raises InputError naming what is wrong.
 
         vae, text_encoder: models to take these networks from. prediction: "epsilon", "v_prediction" or "sample", of a
-        file that does not show it.
+        file that does not show it. embeddings: textual inversions, each FILE, FILE:WORD or (file, word); embedding_dir:
+        a folder of them, whose words are the names of its files.
         attention: a backend listed by `genkit env`; if it does not work, `.attention.notes` says why and what is used.
         memory: "high" keeps everything on the device, "low" takes the least memory, "auto" what fits. Raises HostError,
         before anything is loaded, if not even one image fits.
         """
         from genkit.components import inspect_model, load_components
+        from genkit.components.inversion import add_embeddings
+        from genkit.components.words import all_embeddings
 
         check_attention(attention)
         check_memory(memory)
         info = inspect_model(name, variant=variant, vae=vae, text_encoder=text_encoder, prediction=prediction)
+        words = all_embeddings(embeddings, embedding_dir, info.configs)
         target, precision = pick_device(device, dtype)
         budget = budget_for(info, None, target, precision, memory)
         parts = load_components(info, device=target, dtype=precision, in_ram=away(budget.level, info.parts))
+        add_embeddings(parts, *words)
         return cls.from_components(parts, budget, attention=attention)
 
     @classmethod

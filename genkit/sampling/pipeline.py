@@ -12,6 +12,7 @@ import torch
 from genkit.components.chunks import Prompt
 from genkit.components.geometry import Geometry
 from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, Weights
+from genkit.components.words import Words
 from genkit.device.memory import Budget
 from genkit.device.processor import AttentionChoice
 from genkit.device.residency import Residency
@@ -99,6 +100,9 @@ class Pipeline:
 
     def settings(self, request: Request) -> Settings:
         """Return the request with this model's defaults; raises InputError if the model cannot draw it."""
+        words = getattr(self.tokenizer, "words", None) or Words({})
+        for text in (request.prompt, request.negative_prompt, request.prompt_2, request.negative_prompt_2):
+            words.check(text or "")
         return settings(request, self.geometry, self.defaults)
 
     def cost(self, request: Request) -> float:
