@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from genkit.sampling.generators import ImageToImage, TextToImage, Unconditional
     from genkit.schedulers import Scheduler
     from genkit.scoring.clip import ClipScorer
+    from genkit.studies.replay import replay
 
 # Where each public name lives: looked up on first use, so that `import genkit` costs nothing and `Request` no torch.
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "Result": "genkit.rows.result",
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
+    "replay": "genkit.studies.replay",
 }
 __all__ = [
     "ClipScorer",
@@ -40,6 +42,7 @@ __all__ = [
     "TextToImage",
     "Unconditional",
     "generate",
+    "replay",
 ]
 
 

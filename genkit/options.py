@@ -26,7 +26,7 @@ class Options:
         None
     )
     variant: Annotated[str | None, "Weight files to take, say fp16."] = None
-    lora_dir: Annotated[str | None, "Where LoRAs named in prompts, <lora:name:0.8>, are: with --syntax a1111."] = None
+    lora_dir: Annotated[str | None, "Where LoRAs that prompts and old pictures name, <lora:name:0.8>, are."] = None
     wildcards: Annotated[str | None, "Where the files of __wildcards__ are: with --syntax a1111."] = None
     seed: Annotated[int, "With --prompt the image's seed; with a file, what rows derive theirs from; -1 is any."] = 0
     batch_size: Annotated[int | None, "Images in flight: auto, or a number."] = None
@@ -43,6 +43,7 @@ class Options:
     quality: Annotated[
         int | None, "Of webp, jpeg and jxl, 1 to 100; default 90; at 100 webp and jxl keep every bit."
     ] = None
+    no_metadata: Annotated[bool, "Write pictures that say nothing of how they were made."] = False
     aesthetic: Annotated[str | None, "A .safetensors with weight [1, width] and bias [1] over CLIP embeddings."] = None
     scorers: Annotated[tuple[Any, ...], "An installed scorer; repeatable."] = ()  # names, or in Python functions
     picking: Picking = NONE

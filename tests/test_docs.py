@@ -193,8 +193,14 @@ def _embeddings(folder: Path) -> None:
     torch.save({"string_to_param": {"*": torch.ones(2, 256)}, "name": "old"}, folder / "old.pt")
 
 
+def _wildcards(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "colours.txt").write_text("green\nyellow\n")
+
+
 SETUPS: dict[str, Callable[[Path], Any]] = {
     "prompts": _prompts,
+    "wildcards": _wildcards,
     "training": lambda folder: folder.symlink_to(ROOT / "training"),
     "my-pictures": _pictures,
     "photos": _photos,

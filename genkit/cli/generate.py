@@ -12,11 +12,13 @@ import typer
 from genkit import phases
 from genkit.cli.app import MAKE, Command, app, print_found
 from genkit.cli.options import AsJson, Device, Out, Variant, spread
+from genkit.cli.replay import given_model
 from genkit.errors import EXIT_OK, InputError
 from genkit.options import Options
 
 if TYPE_CHECKING:
     from genkit.job.plan import Job
+    from genkit.rows.pictures import Pictured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +81,15 @@ class RowOptions:
 @app.command(cls=Command, rich_help_panel=MAKE)
 @spread
 def generate(
+    ctx: typer.Context,
     out: Out,
     row: RowOptions,
     options: Options,
     prompts: Annotated[Path | None, typer.Argument(help="A .txt, .jsonl, .csv or .yaml file of rows.")] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt, in place of a file.")] = None,
+    from_images: Annotated[
+        Path | None, typer.Option(help="A picture, or a folder of them: their settings are the rows.")
+    ] = None,
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time went.")] = False,
@@ -94,22 +100,28 @@ def generate(
     from genkit.rows.prompts import read_prompts
     from genkit.rows.request import Request
     from genkit.runs.destination import check_folder, free_name, run_seed
+    from genkit.studies.modelfound import model_of, other_models
 
     if profile:
         phases.record()
-    if prompts is not None and prompt is not None:
-        raise InputError("PROMPTS, --prompt: give one of them, not both")
+    _check_source(prompts, prompt, from_images, options)
     defaults = row.fields()
     folder = free_name(out) if new_run else out
     options = dataclasses.replace(options, seed=run_seed(options.seed, folder))
     with phases.phase("read and check rows and model"):
         rows: list[Request]
-        if prompts is not None:
+        shots: list[Pictured] = []
+        if from_images is not None:
+            shots, rows = _rows_of(from_images, defaults, folder, options.lora_dir)
+            options = dataclasses.replace(options, model=given_model(ctx, options) or model_of(shots))
+        elif prompts is not None:
             rows = read_prompts(prompts, defaults)
         else:
             rows = [Request(seed=options.seed, **({} if prompt is None else {"prompt": prompt}))]
             rows[0]._source = "command line"
         job = plan_job(rows, dataclasses.replace(options, quiet=as_json), defaults)
+        if shots:
+            job = dataclasses.replace(job, notes=(*job.notes, *other_models(shots, job.info, options.vae)))
     check_folder(folder, prompts)
     if dry_run:
         print_found(job.describe(), as_json)
@@ -140,6 +152,23 @@ def tune(
 
     print_found(tune_model(model, steps, prompts, out, guidance_scale, noises, variant, seed, device, as_json), as_json)
     return EXIT_OK
+
+
+def _check_source(prompts: Path | None, prompt: str | None, from_images: Path | None, options: Options) -> None:
+    """Raise InputError unless the rows come from one place."""
+    given = {"PROMPTS": prompts, "--prompt": prompt, "--from-images": from_images}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InputError(f"{', '.join(names)}: give one of them, not {'both' if len(names) == 2 else 'all'}")
+
+
+def _rows_of(source: Path, given: dict[str, Any], folder: Path, lora_dir: str | None) -> tuple[list[Pictured], Any]:
+    """Return pictures and their rows, over which the command's options win."""
+    from genkit.rows.pictures import check_apart, find_pictures, read_pictures
+
+    pictures = find_pictures([source])
+    check_apart(pictures, folder)
+    return read_pictures(pictures, given, lora_dir, skip=source.is_dir())
 
 
 # Fields that another field requires; a row of the file may provide them.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components.geometry import Geometry
-from genkit.components.weights import DTYPE_NAMES, Tensor, sha256
+from genkit.components.weights import DTYPE_NAMES, Tensor, hash_once, sha256
 from genkit.errors import shown
 from genkit.files import place
 
@@ -122,7 +122,7 @@ def weight_hashes(info: ModelInfo) -> dict[str, str]:
             inside = file.is_relative_to(info.folder)
             name = file.relative_to(info.folder).as_posix() if inside else f"{part.name}/{file.name}"
             name = SINGLE if file == info.folder else name
-            found[name] = found.get(name) or sha256(file)
+            found[name] = found.get(name) or hash_once(file) or sha256(file)
     return found
 
 

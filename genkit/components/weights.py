@@ -7,6 +7,7 @@ must cover without gap or overlap (https://github.com/huggingface/safetensors, "
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -265,6 +266,20 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Shapes, where: str, co
 def shape_text(shape: Iterable[int]) -> str:
     """Return a shape for messages, as in 320x4x3x3."""
     return "x".join(map(str, shape)) or "scalar"
+
+
+def hash_once(path: str | Path, weights_only: bool = False) -> str | None:
+    """Return `sha256` of a file, computed once as long as it does not change; None for one that is not there."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return _hashed(Path(path), status.st_ino, status.st_size, status.st_mtime_ns, weights_only)
+
+
+@functools.lru_cache(1024)
+def _hashed(path: Path, _inode: int, _size: int, _changed: int, weights_only: bool) -> str:
+    return sha256(path, weights_only)
 
 
 def sha256(path: Path, weights_only: bool = False) -> str:

@@ -45,6 +45,7 @@ def generate(
     lora_dir: str | None = None,
     embeddings: Sequence[Any] = (),
     embedding_dir: str | None = None,
+    no_metadata: bool = False,
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
@@ -53,8 +54,8 @@ def generate(
     over CLIP embeddings. scorers: names of installed ones, or functions (scoring/plugins.py). vae, text_encoder,
     prediction, embeddings: as with `TextToImage.from_pretrained`. embedding_dir: a folder of textual inversions, of
     which those are read whose file name is a word of a prompt. wildcards, lora_dir: where rows of syntax "a1111" find
-    the files of __wildcards__ and of <lora:name>. Raises InputError, before anything is loaded or written,
-    for bad input, and HostError where disk, lock or device do not allow the work.
+    the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings. Raises InputError, before
+    anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))
@@ -64,7 +65,7 @@ def generate(
         quiet=quiet, attention=attention, format=format, quality=quality, aesthetic=aesthetic,
         scorers=tuple(scorers), picking=picking, max_total_images=max_total_images, max_seconds=max_seconds,
         vae=vae, text_encoder=text_encoder, prediction=prediction, wildcards=wildcards, lora_dir=lora_dir,
-        embeddings=tuple(embeddings), embedding_dir=embedding_dir,
+        embeddings=tuple(embeddings), embedding_dir=embedding_dir, no_metadata=no_metadata,
     )  # fmt: skip
     summary = run_job(plan_job(rows, options, defaults or {}), user_path(out))
     if summary.exit_code == EXIT_SIGINT:

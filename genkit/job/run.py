@@ -13,6 +13,7 @@ from typing import Any
 
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED
 from genkit.job.load import hashes, load, run_config
+from genkit.job.origin import origin_of
 from genkit.job.plan import Job
 from genkit.pages.gallery import write_gallery
 from genkit.phases import phase
@@ -113,7 +114,8 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.message(note)
     store = None if job.clip is None else Store(run.folder, job.clip.configs["clip"]["projection_dim"])
     form = encoding(job.options.format, job.options.quality)
-    writers = Writers(run, job.rows, form, job.info.name, store, job.inversions.of_rows())
+    origin = None if job.options.no_metadata else origin_of(job, run.config["binding"], generator)
+    writers = Writers(run, job.rows, form, origin, store, job.inversions.of_rows())
     gates = {r.id: Expression(r.gate, r.labels, names=None) for r in job.rows if r.gate is not None}
     stream = generator.stream(draws, scorer=scorer, slots=job.options.batch_size, seed=job.options.seed)
     said = list(generator.attention.notes)

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from genkit.errors import InputError, shown
-from genkit.rows.plans import NAMED, is_schedule, scheduler_options, with_schedule
+from genkit.rows.plans import NAMED, is_schedule, is_tuned, scheduler_options, with_schedule
 from genkit.rows.request import SEED_LIMIT
 from genkit.rows.typed import COUNTS, typed, whole
 
@@ -74,18 +74,19 @@ class Draft:
 
     def clip_skip(self, value: Any) -> None:
         """Record which layer of the text encoder is used, counted from the last, which is 1."""
-        layer = number("clip_skip", value)
-        if layer > 1:
-            self.about["clip_skip"] = layer
-            self.lack("clip skip", f"clip skip {layer}: the row uses the text encoder's layer that the model names")
+        self.put("clip_skip", value)
 
-    def scheduler(self, sampler: Any, schedule: Any = None) -> None:
+    def scheduler(self, sampler: Any, schedule: Any = None, others: dict[str, Any] | None = None) -> None:
         """Set the solver and its spacing from the names of a sampler and a schedule of noise in another tool.
 
-        A name that genkit lacks is recorded as such. Raises InputError for names that contradict each other.
+        others: further options of the solver. A name that genkit lacks is recorded as such. Raises InputError for names
+        that contradict each other, and for options that the solver lacks.
         """
         if not isinstance(sampler, str) or not sampler.strip():
             raise InputError(f"scheduler: {shown(sampler)} is not the name of a sampler")
+        if is_tuned(sampler):  # as genkit writes it
+            self.fields["scheduler"] = sampler
+            return
         try:
             options = scheduler_options(sampler)
         except InputError:
@@ -101,6 +102,7 @@ class Draft:
                 options = {**options, "spacing": plain}
             else:
                 self.lack(f"schedule {shown(schedule)}")
+        options = scheduler_options({**options, **others}) if others else options
         self.fields["scheduler"] = options["solver"] if list(options) == ["solver"] else options
 
     def strength(self, value: Any, picture: Any = None) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from genkit.errors import InputError, shown
 from genkit.files import parse_json, place
@@ -46,13 +47,20 @@ def read_infotext(text: str) -> Found:
     draft.put("guidance_scale", known.get("cfg scale"))
     draft.seed(known.get("seed"))
     if "sampler" in known:
-        draft.scheduler(known["sampler"], known.get("schedule type"))
+        others = parse_json(known["sampler options"], "sampler options") if "sampler options" in known else None
+        draft.scheduler(known["sampler"], known.get("schedule type"), others)
     hires = any(key.startswith(("hires ", "first pass")) for key in known)
     _size(draft, known)
     _denoising(draft, known.get("denoising strength"), hires)
     _about(draft, known)
     for key, value in values.items():
         _other(draft, key, value)
+    if known.get("version", "").startswith("genkit"):
+        _own_loras(draft)
+        if known.get("row") == "cut":
+            draft.lack("row", "the row has fields that are too long for the infotext")
+        elif "row" in known:  # fields that AUTOMATIC1111 has no words for
+            draft.fields |= {k: v for k, v in parse_json(known["row"], "row").items() if k not in draft.fields}
     if known.get("rng", "GPU").upper() != "CPU" and "seed" in draft.fields and _of_webui(known):
         draft.notes.append("seed: its noise was drawn on a GPU, genkit's is drawn on the CPU: the picture will differ")
     return draft.done()
@@ -112,6 +120,21 @@ def _value(line: str, at: int) -> tuple[str, int]:
     return line[at:end].strip(), end
 
 
+def _own_loras(draft: Draft) -> None:
+    """Take the tags that genkit wrote behind the prompt out of it: one for each LoRA, whose hashes follow."""
+    names = list(draft.about.get("lora_hashes", ()))
+    text = draft.fields.get("prompt", "")
+    found: list[dict[str, Any]] = []
+    while (tag := _TAG.search(text)) is not None and tag[1] in names:
+        weight = float(tag[3] if tag[3] is not None else tag[2])
+        found.insert(0, {"file": f"{tag[1]}.safetensors", "weight": weight, "text_weight": float(tag[2])})
+        text = text[: tag.start()]
+    if found:
+        draft.fields["loras"] = found
+        draft.fields.pop("prompt")
+        draft.text("prompt", text)
+
+
 def _size(draft: Draft, known: dict[str, str]) -> None:
     first, size = known.get("first pass size"), known.get("size")
     if first is not None:  # of 2022: `Size` is what it was enlarged to
@@ -147,7 +170,7 @@ def _about(draft: Draft, known: dict[str, str]) -> None:
         draft.clip_skip(known["clip skip"])
     if "ti_hashes" in draft.about:
         words = ", ".join(draft.about["ti_hashes"])
-        draft.notes.append(f"{shown(words)} in the prompts are learned words: the model must know them")
+        draft.notes.append(f"{shown(words)} in the prompts are learned words, of the model or of --embedding-dir")
 
 
 def _other(draft: Draft, key: str, value: str) -> None:
@@ -228,9 +251,12 @@ _READERS: dict[str, Callable[[str], Found]] = {
 }  # fmt: skip
 _COMMENTS = ("parameters", "UserComment", "ImageDescription", "Comment", "settings")  # names of more than one tool
 _TOLD = re.compile(r"(?i)(prompt|workflow):(?=\s*\{)")  # as ComfyUI begins what it writes into Make and Model
+_NUMBER = r"(-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e-?[0-9]{1,2})?)"
+_TAG = re.compile(rf" ?<lora:([^<>:]+):{_NUMBER}(?::{_NUMBER})?>$")
 _ABOUT = {"model": "model", "model hash": "model_hash", "vae": "vae", "vae hash": "vae_hash", "version": "version"}
 _READ = {
-    "steps", "sampler", "schedule type", "cfg scale", "seed", "size", "denoising strength", "clip skip", *_ABOUT,
+    "steps", "sampler", "schedule type", "cfg scale", "seed", "size", "denoising strength", "clip skip",
+    "sampler options", "row", *_ABOUT,
 }  # fmt: skip
 # Of these nothing follows for the row.
 _SILENT = {

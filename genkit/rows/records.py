@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from genkit.errors import InputError, shown
@@ -10,12 +11,16 @@ from genkit.rows.found import Draft, Found, base_name
 from genkit.rows.request import Request, field_name
 
 _PICTURES = ("image", "mask_image")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_DRAWN = ("config", "device", "dtype", "attention", "torch", "format")
 
 
 def read_record(text: str) -> Found:
     """Return the row of genkit's record of a picture; `about` has the id, index and seed of the picture.
 
-    A record that was cut has `cut` there. Raises InputError for damaged JSON and for a record without a row.
+    What drew it is there too, as of `Origin`, as far as it is told: weights, config, tuned, inputs, device, dtype,
+    attention, torch, format. A record that was cut has `cut`. Raises InputError for damaged JSON, for a record without
+    a row, and for hashes that are none.
     """
     record = parse_json(text, "record")
     request = record.get("request")
@@ -25,6 +30,10 @@ def read_record(text: str) -> Found:
     draft.fields = dict(request)
     for name in ("model", "version", "id", "index", "seed", "steps", "width", "height", "fingerprint"):
         draft.tell(name, record.get(name))
+    for name in _DRAWN:
+        draft.tell(name, told if isinstance(told := record.get(name), str) else None)
+    for name in ("weights", "inputs", "tuned"):
+        draft.tell(name, _hashes(name, record.get(name)))
     for name in _PICTURES:
         value = request.get(name)
         if value is not None:
@@ -35,6 +44,14 @@ def read_record(text: str) -> Found:
             "the record was cut to fit into the picture: fields of 1000 characters or more are not in it"
         )
     return draft.done()
+
+
+def _hashes(name: str, value: Any) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(v, str) and _SHA256.fullmatch(v) for v in value.values()):
+        raise InputError(f"{name}: {shown(value)} is not an object of names and SHA-256")
+    return value
 
 
 def read_fields(text: str) -> Found:

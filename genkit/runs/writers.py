@@ -9,12 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from genkit.phases import first_picture, phase
 from genkit.pictures.encoders import Encoding
-from genkit.pictures.metadata import texts
+from genkit.pictures.metadata import Origin, texts
+from genkit.rows.plans import is_tuned, scheduler_options
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.embeddings import Store
 from genkit.runs.run import Run
-from genkit.version import __version__
 
 # Images that may wait for a writer before denoising waits for the disk, and the bytes of their pixels: 64 of 1024x1024
 QUEUE, QUEUE_BYTES = 64, 2**28
@@ -26,16 +26,16 @@ WRITERS = 8
 class Writers:
     """Encode and save pictures in threads; `put` blocks when they fall behind.
 
-    model: its name, for the metadata of the pictures, as words: {row id: {word: SHA-256 of its textual inversion}}.
-    store: for the embeddings of the pictures; `close` closes it.
+    origin: what the metadata of the pictures says of what drew them; None writes pictures without metadata. store: for
+    their embeddings; `close` closes it. words: {row id: {word: SHA-256 of the textual inversion it stands for}}.
     """
 
     def __init__(
-        self, run: Run, rows: Iterable[Request], encoding: Encoding, model: str, store: Store | None = None,
+        self, run: Run, rows: Iterable[Request], encoding: Encoding, origin: Origin | None, store: Store | None = None,
         words: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:  # fmt: skip
         self.words = words or {}
-        self.run, self.encoding, self.model, self.store = run, encoding, model, store
+        self.run, self.encoding, self.origin, self.store = run, encoding, origin, store
         self.rows = {r.id: r for r in rows}
         self.pool = ThreadPoolExecutor(WRITERS, "genkit-write")
         self.waiting: deque[tuple[Future[None], int]] = deque()  # with the bytes of its pixels
@@ -66,12 +66,14 @@ class Writers:
             if self.store is not None:
                 self.store.close()
 
+    def _texts(self, result: Result, origin: Origin) -> dict[str, str]:
+        return texts_of(self.rows[result.id], result, origin, self.words.get(result.id))
+
     def _write(self, result: Result) -> None:
         if result.status != "done":
             self.run.fail(result)
             return
-        words = self.words.get(result.id)
-        text = texts(self.rows[result.id].to_json(), result.to_json(), self.model, __version__, words)
+        text = {} if self.origin is None else self._texts(result, self.origin)
         with phase("encode pictures"):
             data = self.encoding.encode(result.pixels, text)
         if self.store is not None and result.embedding is not None:  # before its record
@@ -80,3 +82,11 @@ class Writers:
             self.run.save(result, data, self.encoding.suffix)
         first_picture()
         result.pixels = None  # frees the memory
+
+
+def texts_of(row: Request, result: Result, origin: Origin, words: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return `texts` of a picture of a row whose defaults are filled in."""
+    tuned = is_tuned(row.scheduler)
+    options = {"solver": row.scheduler} if tuned else scheduler_options(row.scheduler or {})
+    record = {**result.to_json(), "fingerprint": row.fingerprint()}
+    return texts(row.to_json(), record, origin, {"solver": origin.solver, **options}, words)

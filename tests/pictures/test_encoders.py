@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 from genkit import InputError, Request, Result, generate
 from genkit.pictures.encoders import encoding
 from genkit.pictures.images import read_image
-from genkit.pictures.metadata import METADATA_BYTES, texts
+from genkit.pictures.metadata import METADATA_BYTES, Origin, texts
 from genkit.runs import writers as writing
 from genkit.runs.run import Run
 from genkit.studies.filter import refilter
@@ -176,7 +176,7 @@ def read_back(data: bytes) -> dict[str, str]:
 
 def written(request: Request, found: Result | None = None, model: str = "emoji", name: str = "png") -> dict[str, str]:
     """The texts of a picture, as they come back from a file of that format."""
-    text = texts(request.to_json(), (found or result()).to_json(), model, "0.1.0")
+    text = texts(request.to_json(), (found or result()).to_json(), Origin(model, "0.1.0"))
     back = read_back(encoding(name).encode(PIXELS, text))
     assert back == text
     return back
@@ -188,12 +188,12 @@ def test_parameters_are_what_other_tools_read() -> None:
         guidance_scale=7.0, scheduler={"solver": "dpmpp_2m", "spacing": "karras"}, image="x.png", strength=0.75,
     )  # fmt: skip
     assert written(request)["parameters"] == (
-        "a red fox,\nrunning\nNegative prompt: text\nSteps: 20, Sampler: DPM++ 2M, Schedule type: karras, "
+        "a red fox,\nrunning\nNegative prompt: text\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, "
         "CFG scale: 7, Seed: 9, Size: 64x48, Model: emoji, Denoising strength: 0.75, Version: genkit 0.1.0"
     )
     plain = written(Request(prompt="a", scheduler="euler_ancestral", num_inference_steps=20))["parameters"]
     assert plain == "a\nSteps: 20, Sampler: Euler a, Seed: 9, Size: 64x48, Model: emoji, Version: genkit 0.1.0"
-    comma = texts(Request(prompt="a").to_json(), result().to_json(), "my, model: 2", "0.1.0")["parameters"]
+    comma = texts(Request(prompt="a").to_json(), result().to_json(), Origin("my, model: 2", "0.1.0"))["parameters"]
     assert 'Model: "my, model: 2"' in comma
 
 
@@ -252,15 +252,21 @@ def test_a_model_folder_that_is_no_text(name: str) -> None:
 
 def test_text_is_never_compressed() -> None:
     """A reader refuses the whole file when a compressed chunk unpacks past its limit."""
-    data = encoding().encode(PIXELS, texts(Request(prompt="x" * 9000).to_json(), result().to_json(), "emoji", "0.1.0"))
+    data = encoding().encode(
+        PIXELS, texts(Request(prompt="x" * 9000).to_json(), result().to_json(), Origin("emoji", "0.1.0"))
+    )
     assert b"zTXt" not in data and b"tEXtparameters\0xxx" in data
-    wide = encoding().encode(PIXELS, texts(Request(prompt="猫").to_json(), result().to_json(), "emoji", "0.1.0"))
+    wide = encoding().encode(
+        PIXELS, texts(Request(prompt="猫").to_json(), result().to_json(), Origin("emoji", "0.1.0"))
+    )
     assert b"iTXtparameters\0\0\0\0\0" + "猫\n".encode() in wide
 
 
 @pytest.mark.parametrize("name", ["webp", "jpeg", JXL])
 def test_exif_as_the_standard_has_it(name: str) -> None:
-    data = encoding(name).encode(PIXELS, texts(Request(prompt="a").to_json(), result().to_json(), "emoji", "0.1.0"))
+    data = encoding(name).encode(
+        PIXELS, texts(Request(prompt="a").to_json(), result().to_json(), Origin("emoji", "0.1.0"))
+    )
     block = data[data.index(b"MM\0\x2a\0\0\0\x08") :]
 
     def entries(at: int) -> dict[int, tuple[int, int, int]]:
@@ -391,7 +397,7 @@ def test_denoising_waits_for_writers_by_count_and_by_bytes(
     monkeypatch.setattr(writing, "QUEUE", 8)
     monkeypatch.setattr(writing, "QUEUE_BYTES", 1000)
     run, row = SlowRun(), Request(id="a", prompt="x", num_images=12)
-    writers = writing.Writers(run, [row], encoding("webp"), "emoji")  # type: ignore[arg-type]
+    writers = writing.Writers(run, [row], encoding("webp"), Origin("emoji", "0.1.0"))  # type: ignore[arg-type]
     results = [Result("a", k, k, pixels=np.zeros((side, side, 3), np.uint8)) for k in range(12)]
     handed: list[int] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
@@ -12,16 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
 
 from genkit import InputError, Request
 from genkit.pictures import written
 from genkit.pictures.encoders import encoding
-from genkit.pictures.metadata import texts
+from genkit.pictures.metadata import Origin, texts
 from genkit.rows.comfyui import read_graph
 from genkit.rows.found import Found
 from genkit.rows.infotext import pairs, read_infotext, read_picture_settings
+from genkit.rows.plans import NAMED, scheduler_options
+from genkit.rows.records import read_record
 from genkit.rows.request import canonical
 from genkit.rows.result import Result
+from genkit.runs.writers import texts_of
+from genkit.schedulers import SOLVERS
 
 KARRAS = {"solver": "dpmpp_2m", "spacing": "karras"}
 PIXELS = np.zeros((48, 64, 3), np.uint8)
@@ -60,13 +66,13 @@ INFOTEXTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]
         {
             "prompt": "1girl on a stage.,, <lora:LCM_15:1>", "negative_prompt": "MajicNegative_V2,badhandv4,",
             "num_inference_steps": 6, "guidance_scale": 1.5, "seed": 3748719078, "width": 768, "height": 1024,
-            "scheduler": "lcm",
+            "scheduler": "lcm", "clip_skip": 2,
         },
         {
             "lora_hashes": {"LCM_15": "aaebf6360f7d", "ip-adapter": "a95a0f4bdcb9"}, "vae": "vae-ft-mse.safetensors",
-            "ti_hashes": {"MajicNegative_V2": "a53884ef726b"}, "clip_skip": 2, "vae_hash": "07af11b95c",
+            "ti_hashes": {"MajicNegative_V2": "a53884ef726b"}, "vae_hash": "07af11b95c",
         },
-        ("clip skip",),
+        (),
     ),
     "img2img": (
         "perfume bottle in sand\nNegative prompt: incomplete figures\n"
@@ -172,13 +178,89 @@ def test_what_was_assumed_is_told() -> None:
 
 def test_genkits_own_infotext_is_read_alike() -> None:
     request = Request(prompt="a,\nb", num_inference_steps=9, scheduler=KARRAS, guidance_scale=7.5)
-    text = texts(request.to_json(), drawn().to_json(), "my, model: 2", "0.1.0")["parameters"]
+    text = texts(request.to_json(), drawn().to_json(), Origin("my, model: 2", "0.1.0"))["parameters"]
     found = read_infotext(text)
     assert found.fields == {
         "prompt": "a,\nb", "num_inference_steps": 20, "scheduler": KARRAS, "guidance_scale": 7.5, "seed": 9,
         "width": 64, "height": 48,
     }  # fmt: skip
     assert (found.about["model"], found.about["version"], found.notes) == ("my, model: 2", "genkit 0.1.0", ())
+
+
+ODD = (
+    "a fox", 'a sign: "Steps: 3, open", 7:30', "one,\ntwo\n\nthree", "C:\\fox \\(x\\) {a|b} (b:1.2)", "日本, 🦊 — ‘x’",
+    "<lora:x:1> is text", 'ends with a quote"', "a, b: c, d: e, f: g",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", ODD)
+def test_what_genkit_writes_is_read_back(prompt: str, tmp_path: Path) -> None:
+    """Both texts: the infotext alone, as it survives a site that drops the record, and the record."""
+    schedulers: list[Any] = [
+        *SOLVERS, "dpmpp_2m_karras", "tuned", {"spacing": "karras"}, {"solver": "ddim", "eta": 0.3, "spacing": "beta"},
+        *({"solver": "euler", "spacing": spacing} for spacing in NAMED if spacing != "lcm"),
+        {"solver": "euler", "timesteps": [900, 500, 100]},
+    ]  # fmt: skip
+    loras = []
+    for name in ("style, v2", "b"):
+        save_file({"x": np.zeros(3, np.float32)}, tmp_path / f"{name}.safetensors")
+        loras.append({"file": str(tmp_path / f"{name}.safetensors"), "weight": 0.75, "text_weight": -0.5})
+    loras[1]["text_weight"] = loras[1]["weight"] = 1e-05
+    for n, scheduler in enumerate(schedulers):
+        row = Request(
+            id="a", prompt=prompt, negative_prompt=ODD[n % len(ODD)], num_inference_steps=20, guidance_scale=1.2345678,
+            scheduler=scheduler, width=64, height=48, seed=9, loras=loras[1:] if n % 2 else None,
+            guidance_interval=[None, [0.1, 0.75], {"sigma": [0.3, 5]}][n % 3],
+        )  # fmt: skip
+        text = texts_of(row, drawn(fingerprint=row.fingerprint()), Origin("my, model: 2.safetensors", "0.1.0", "euler"))
+        found = read_infotext(text["parameters"])
+        back = Request(**canonical({**found.fields, "id": "a"}))
+        assert (back.prompt, back.negative_prompt, back.seed) == (row.prompt, row.negative_prompt, 9)
+        assert (back.guidance_scale, back.width, back.height) == (row.guidance_scale, 64, 48)
+        assert back.guidance_interval == row.guidance_interval
+        assert [{**lora, "file": str(tmp_path / lora["file"])} for lora in back.loras or ()] == (row.loras or [])
+        if scheduler == "tuned":
+            assert back.scheduler == "tuned"
+        else:
+            own = {"solver": "euler"}
+            assert scheduler_options(back.scheduler or {}) == {**own, **scheduler_options(scheduler)}, text[
+                "parameters"
+            ]
+        assert found.lacking == () and found.notes == () and found.about["model"] == "my, model: 2"
+        record = read_record(text["genkit"])
+        assert {**record.fields, "loras": None} == {**row.to_json(), "loras": None}
+
+
+def test_fields_without_words_in_infotext_travel_as_json() -> None:
+    for value, fields, lacking in (("b, c", {"later": "b, c"}, ()), ("x" * 3000, {}, ("row",))):
+        request = {**Request(prompt="a", keep=1, meta={"k": 1}).to_json(), "later": value}
+        found = read_infotext(texts(request, drawn().to_json(), Origin("m", "0.1.0", "ddim"))["parameters"])
+        assert {k: v for k, v in found.fields.items() if k in ("later", "keep", "meta")} == fields
+        assert found.lacking == lacking
+
+
+def test_hashes_as_model_sites_know_them(tmp_path: Path) -> None:
+    """AutoV2 of the model and the VAE, AutoV3 of LoRAs and textual inversions."""
+    save_file({"x": np.zeros(3, np.float32)}, tmp_path / "style.safetensors", {"a": "b"})
+    data = (tmp_path / "style.safetensors").read_bytes()
+    own = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    origin = Origin(
+        "dream.safetensors", "0.1.0", "pndm", weights={"checkpoint": "ab" * 32, "vae/v.safetensors": "cd" * 32},
+        vae="v.safetensors",
+    )  # fmt: skip
+    row = Request(prompt="a", loras=[{"file": str(tmp_path / "style.safetensors"), "weight": 0.8}])
+    text = texts(row.to_json(), drawn().to_json(), origin, learned={"ugly": "ef" * 32, "fox": "01" * 32})
+    assert text["parameters"] == (
+        "a <lora:style:0.8>\nSteps: 20, Sampler: PLMS, Seed: 9, Size: 64x48, Model hash: ababababab, Model: dream, "
+        f'VAE hash: cdcdcdcdcd, VAE: v.safetensors, Lora hashes: "style: {own[:12]}", '
+        'TI hashes: "ugly: efefefefefef, fox: 010101010101", Version: genkit 0.1.0'
+    )
+    about = read_infotext(text["parameters"]).about
+    assert about["lora_hashes"] == {"style": own[:12]} and about["ti_hashes"]["fox"] == "0101" * 3
+    assert (about["model_hash"], about["vae_hash"], about["vae"]) == ("ab" * 5, "cd" * 5, "v.safetensors")
+    record = json.loads(text["genkit"])
+    assert record["inputs"] == {"style.safetensors": hashlib.sha256(data).hexdigest()}
+    assert record["weights"] == origin.weights and str(tmp_path) not in str(text)
 
 
 @pytest.mark.parametrize(
@@ -268,17 +350,17 @@ def test_a_graph_of_sdxl_with_loras() -> None:
     found = read_graph(sdxl())
     assert found.fields == {
         "prompt": "a fox", "negative_prompt": "blurry", "seed": 42, "num_inference_steps": 20, "guidance_scale": 6.5,
-        "width": 1024, "height": 1024, "scheduler": KARRAS,
+        "width": 1024, "height": 1024, "scheduler": KARRAS, "clip_skip": 2,
         "loras": [
             {"file": "style.safetensors", "weight": 0.8, "text_weight": 0.6},
             {"file": "detail.safetensors", "weight": 1.0, "text_weight": 0.0},
         ],
     }  # fmt: skip
     assert found.about == {
-        "form": "comfyui", "model": "sd_xl_base_1.0.safetensors", "clip_skip": 2, "vae": "sdxl_vae.safetensors",
+        "form": "comfyui", "model": "sd_xl_base_1.0.safetensors", "vae": "sdxl_vae.safetensors",
         "batch_size": 2,
     }  # fmt: skip
-    assert found.lacking == ("second pass", "clip skip")
+    assert found.lacking == ("second pass",)
     Request(**canonical(found.fields))
 
 
@@ -356,7 +438,7 @@ def test_a_picture_of_genkit_comes_back_as_its_row(name: str, tmp_path: Path) ->
         id="fox", prompt="a fox,\n日本 \u2028 <b>", negative_prompt="text", num_images=4, num_inference_steps=20,
         seed=7, guidance_scale=7.0, scheduler=KARRAS, meta={"a": [1, None]}, keep=2, gate="clip > 0.2",
     )  # fmt: skip
-    text = texts(request.to_json(), drawn().to_json(), "emoji", "0.1.0")
+    text = texts(request.to_json(), drawn().to_json(), Origin("emoji", "0.1.0"))
     (tmp_path / "a").write_bytes(encoding(name).encode(PIXELS, text))
     found = read_picture_settings(tmp_path / "a")
     assert Request(**canonical(found.fields)) == request
@@ -374,7 +456,7 @@ def test_a_picture_of_genkit_comes_back_as_its_row(name: str, tmp_path: Path) ->
 def test_a_record_that_was_cut_is_completed_from_the_infotext(tmp_path: Path) -> None:
     def back(**fields: Any) -> Found:
         request = Request(**fields)
-        text = texts(request.to_json(), drawn().to_json(), "m", "0.1.0")
+        text = texts(request.to_json(), drawn().to_json(), Origin("m", "0.1.0"))
         (tmp_path / "a.png").write_bytes(encoding().encode(PIXELS, text))
         return read_picture_settings(tmp_path / "a.png")
 
@@ -425,12 +507,12 @@ def test_pictures_of_invokeai(tmp_path: Path) -> None:
     found = read_picture_settings(png(tmp_path, invokeai_metadata=json.dumps(data)))
     assert found.fields == {
         "prompt": "a fox", "width": 512, "height": 640, "seed": 7, "guidance_scale": 7.5, "num_inference_steps": 30,
-        "scheduler": KARRAS, "loras": [{"file": "ink.safetensors", "weight": 0.5, "text_weight": 0.5}],
+        "clip_skip": 2, "scheduler": KARRAS, "loras": [{"file": "ink.safetensors", "weight": 0.5, "text_weight": 0.5}],
     }  # fmt: skip
     assert found.about == {
-        "form": "invokeai", "model": "Dreamshaper 8", "model_hash": "blake3:ab", "version": "5.6.0", "clip_skip": 2,
+        "form": "invokeai", "model": "Dreamshaper 8", "model_hash": "blake3:ab", "version": "5.6.0",
     }  # fmt: skip
-    assert found.lacking == ("clip skip", "ControlNet")
+    assert found.lacking == ("ControlNet",)
     image = {
         "prompt": [{"prompt": "a ((dog)) [blurry, text] running", "weight": 1.0}], "steps": 50, "cfg_scale": 7.5,
         "height": 512, "width": 512, "seed": 3561693215, "sampler": "k_lms", "type": "txt2img", "hires_fix": True,
