@@ -90,6 +90,9 @@ def generate(
     from_images: Annotated[
         Path | None, typer.Option(help="A picture, or a folder of them: their settings are the rows.")
     ] = None,
+    format_in: Annotated[
+        str, typer.Option(help="Of PROMPTS: auto, genkit, or of other tools a1111-lines, infotext, kohya, comfyui.")
+    ] = "auto",
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time went.")] = False,
@@ -115,7 +118,7 @@ def generate(
             shots, rows = _rows_of(from_images, defaults, folder, options.lora_dir)
             options = dataclasses.replace(options, model=given_model(ctx, options) or model_of(shots))
         elif prompts is not None:
-            rows = read_prompts(prompts, defaults)
+            rows = read_prompts(prompts, defaults, format_in)
         else:
             rows = [Request(seed=options.seed, **({} if prompt is None else {"prompt": prompt}))]
             rows[0]._source = "command line"

@@ -46,6 +46,7 @@ def generate(
     embeddings: Sequence[Any] = (),
     embedding_dir: str | None = None,
     no_metadata: bool = False,
+    format_in: str = "auto",
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
@@ -54,10 +55,11 @@ def generate(
     over CLIP embeddings. scorers: names of installed ones, or functions (scoring/plugins.py). vae, text_encoder,
     prediction, embeddings: as with `TextToImage.from_pretrained`. embedding_dir: a folder of textual inversions, of
     which those are read whose file name is a word of a prompt. wildcards, lora_dir: where rows of syntax "a1111" find
-    the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings. Raises InputError, before
-    anything is loaded or written, for bad input, and HostError where disk, lock or device do not allow the work.
+    the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings. format_in: as with
+    `read_prompts`. Raises InputError, before anything is loaded or written, for bad input, and HostError where disk,
+    lock or device do not allow the work.
     """
-    rows = read_prompts(prompts, defaults) if isinstance(prompts, str | Path) else list(prompts)
+    rows = read_prompts(prompts, defaults, format_in) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))
     seed = run_seed(seed, user_path(out))
     options = Options(

@@ -14,6 +14,8 @@ from genkit.rows.comfyui import is_graph, read_graph
 from genkit.rows.found import Draft, Found, number
 from genkit.rows.infotext import SETTINGS, read_infotext
 from genkit.rows.plans import scheduler_options
+from genkit.rows.prompting import PROMPTS
+from genkit.rows.syntax import weighted
 
 Row = tuple[int, dict[str, Any]]  # line number from 1, fields for `canonical`
 Reader = Callable[[str, str, list[str]], list[Row]]
@@ -224,6 +226,11 @@ def _comfyui(text: str, where: str, notes: list[str]) -> list[Row]:
         for name, node in graph.items():
             _check_prefix(name, node["inputs"].get("filename_prefix"))
         row = _row(found, where, notes)
+        for field in PROMPTS:
+            if any(weight != 1 for chunk in weighted(row.get(field, "")) for _, weight in chunk):
+                raise InputError(
+                    f"{field}: {shown(row[field])} weighs words, which ComfyUI does in a way that genkit lacks"
+                )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if "batch_size" in found.about:

@@ -8,7 +8,7 @@ from typing import Any
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
 from genkit.rows.request import Request, field_name, over, prepared
-from genkit.rows.rowfiles import RowFile, open_rows
+from genkit.rows.rowfiles import AUTO, RowFile, open_rows
 from genkit.rows.typed import typed
 
 __all__ = ["read_prompts", "typed"]
@@ -22,18 +22,19 @@ class Rows(list[Request]):
     notes: tuple[str, ...] = ()
 
 
-def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None) -> Rows:
-    """Return the rows of a .txt, .jsonl, .csv or .yaml prompt file, in order, each with an id.
+def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None, format_in: str = AUTO) -> Rows:
+    """Return the rows of a .txt, .jsonl, .csv or .yaml prompt file, or of another tool's, in order, each with an id.
 
     A row without an id gets its number, zero padded to 6: the first row of the file is 000000. `image` and `mask_image`
     are relative to the file's folder and returned as absolute paths. defaults: fields (genkit's names) for rows that
-    set them neither themselves nor in the file's `defaults:`. `Request.source` is file and line.
+    set them neither themselves nor in the file's `defaults:`. format_in: of another tool, one of rowfiles.FORMS; "auto"
+    recognises it in .txt and .json files, "genkit" never. `Request.source` is file and line.
 
     Raises InputError, one line naming file, line and field. The whole file is checked, pictures included, before this
     returns.
     """
     path = user_path(path)
-    file, name = open_rows(path), place(path)
+    file, name = open_rows(path, format_in), place(path)
     own = _defaults(file, name, path.parent)
     shared = over(defaults or {}, own)
     rows, any_seed = Rows(), 0

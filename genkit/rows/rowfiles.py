@@ -12,10 +12,18 @@ from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import file_size, parse_json, place, read_utf8
+from genkit.rows.prompting import PROMPTS
 from genkit.rows.request import ALIASES, SCHEDULES, Request, canonical, field_name
 from genkit.rows.typed import COUNTS, NUMBERS, typed
 
 MAX_BYTES = 2**27  # of a prompt file
+AUTO, OWN = "auto", "genkit"  # what a file of another tool is recognised as; or never
+FORMS = {
+    "a1111-lines": "lines of options of AUTOMATIC1111",
+    "infotext": "infotext of AUTOMATIC1111",
+    "kohya": "lines of prompts of kohya's scripts",
+    "comfyui": "a graph of ComfyUI",
+}
 
 Numbered = Iterable[tuple[int, dict[str, Any]]]  # line number from 1, fields as written
 
@@ -30,14 +38,48 @@ class RowFile:
     notes: list[str] = dataclasses.field(default_factory=list)  # what was assumed; whole once the rows are read
 
 
-def open_rows(path: Path) -> RowFile:
-    """Open a .txt, .jsonl, .csv or .yaml file. Raises InputError, now or while iterating, naming file and line."""
+def open_rows(path: Path, form: str = AUTO) -> RowFile:
+    """Open a .txt, .jsonl, .csv or .yaml file, or one of another tool. form: one of FORMS.
+
+    Raises InputError, now or while iterating, naming file and line.
+    """
     name = place(path)
-    reader = _FORMATS.get(path.suffix.lower())
-    if reader is None:
+    if form not in (AUTO, OWN, *FORMS):
+        raise InputError(
+            f"--format-in: {shown(form)}: {nearest(form, FORMS)}; there are {', '.join((AUTO, OWN, *FORMS))}"
+        )
+    suffix = path.suffix.lower()
+    reader = _FORMATS.get(suffix)
+    if reader is None and suffix != ".json" and form in (AUTO, OWN):
         file_size(path)  # raises for a folder or a missing file
         raise InputError(f"{name}: unknown kind of file {shown(path.suffix)}; give .txt, .jsonl, .csv or .yaml")
-    return reader(read_utf8(path, MAX_BYTES), name)
+    text = read_utf8(path, MAX_BYTES)
+    foreign = form in FORMS or (form == AUTO and suffix in (".txt", ".json"))
+    found = _read_foreign(text, name, form) if foreign else None
+    if found is not None:
+        return found
+    if reader is None:
+        raise InputError(
+            f"{name}: holds no graph of ComfyUI as its API takes it; rows go into a .jsonl, .csv or .yaml file"
+        )
+    return reader(text, name)
+
+
+def _read_foreign(text: str, name: str, form: str) -> RowFile | None:
+    """Return the rows of a file of another tool; None if it is recognised as none."""
+    from genkit.rows.foreign import numbered_rows, sniff
+
+    found = sniff(text) if form == AUTO else form
+    if found is None:
+        return None
+    notes = [f"{name}: read as {FORMS[found]}"]
+    rows = numbered_rows(text, found, name, notes)
+    if found in ("a1111-lines", "infotext"):
+        rows = [(at, {"syntax": "a1111", **fields}) for at, fields in rows]
+    if found == "infotext":  # its templates are expanded already: what is left of their signs is text
+        for _, fields in rows:
+            fields |= {key: re.sub("[{}]|_(?=_)", r"\\\g<0>", fields[key]) for key in PROMPTS if key in fields}
+    return RowFile(rows, notes=notes)
 
 
 def _read_txt(text: str, name: str) -> RowFile:
@@ -49,11 +91,6 @@ def _txt_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         line = raw.strip(" \t")
         if not line.strip() or line.startswith("#"):
             continue
-        if re.match(r"Negative prompt: |Steps: \d+, Sampler: ", line):
-            raise InputError(
-                f"{name}:{number}: is infotext of AUTOMATIC1111, as pictures hold it; here each line is a prompt: "
-                "write its fields into a .jsonl, .csv or .yaml file"
-            )
         option = re.search(r"(?:^|\s)--([A-Za-z][A-Za-z_-]*)", line)
         if option:
             raise InputError(f"{name}:{number}: {shown('--' + option[1])}: {_option_hint(option[1])}")

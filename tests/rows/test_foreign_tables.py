@@ -219,16 +219,59 @@ def test_comments_elsewhere_are_comments(tmp_path: Path) -> None:
     assert [r.prompt for r in read(tmp_path, text, "a.yaml")] == ["a #1 ball", "a#b"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a witch\nNegative prompt: blender, blur\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1\n",
-        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7\n",
-    ],
-)
-def test_infotext_is_not_drawn(text: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is infotext of AUTOMATIC1111"):
-        read(tmp_path, text, "a.txt")
+FOREIGN = {
+    "infotext": (
+        "a (witch:1.2) {x}\nNegative prompt: blender\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1\n",
+        {"prompt": "a (witch:1.2) \\{x\\}", "negative_prompt": "blender", "num_inference_steps": 20, "seed": 1,
+         "scheduler": "euler_ancestral", "guidance_scale": 7.0, "syntax": "a1111"},
+    ),
+    "a1111-lines": (
+        '--prompt "a {witch|fox}" --steps 20 --seed 3\n',
+        {"prompt": "a {witch|fox}", "num_inference_steps": 20, "seed": 3, "syntax": "a1111"},
+    ),
+    "kohya": ("a witch --n blurred --w 512 --s 20\n",
+              {"prompt": "a witch", "negative_prompt": "blurred", "width": 512, "num_inference_steps": 20}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_prompt_files_of_other_tools_are_recognised(form: str, tmp_path: Path) -> None:
+    text, fields = FOREIGN[form]
+    rows = read(tmp_path, text, "a.txt")
+    assert stated(rows) == [{key: fields[key] for key in sorted(fields)}]
+    assert any("read as" in note for note in rows.notes)
+    (tmp_path / "a.prompts").write_text(text)
+    assert stated(read_prompts(tmp_path / "a.prompts", format_in=form)) == stated(rows)
+    assert stated(read_prompts(tmp_path / "a.txt", {"num_images": 3}, form)) == stated(rows)
+
+
+def test_a_graph_of_comfyui_is_a_prompt_file(tmp_path: Path) -> None:
+    from tests.rows.test_infotext import sdxl
+
+    (tmp_path / "style.safetensors").touch()
+    graph = {name: node for name, node in sdxl().items() if name not in ("16", "17")}  # without its second pass
+    (row,) = read(tmp_path, json.dumps(graph), "graph.json")
+    assert (row.prompt, row.clip_skip, row.num_images) == ("a fox", 2, 2)
+    assert row.loras and row.loras[0]["file"] == str(tmp_path / "style.safetensors")
+    for name in ("text_g", "text_l"):
+        graph["6"]["inputs"][name] = "a (red:1.2) fox"
+    with pytest.raises(InputError, match=r"graph.json: prompt: .* weighs words"):
+        read(tmp_path, json.dumps(graph), "graph.json")
+
+
+def test_bad_forms(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a fox\n")
+    with pytest.raises(InputError, match=r"--format-in: 'kohia': .*did you mean 'kohya'"):
+        read_prompts(tmp_path / "a.txt", format_in="kohia")
+    with pytest.raises(InputError, match=r"a\.txt:1: "):
+        (tmp_path / "a.txt").write_text("a fox --w 7x\n")
+        read_prompts(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("a fox --w 512\n")
+    with pytest.raises(InputError, match="options in a line are not read"):
+        read_prompts(tmp_path / "a.txt", format_in="genkit")
+
+
+def test_lines_that_only_look_like_it_are_prompts(tmp_path: Path) -> None:
     assert [r.prompt for r in read(tmp_path, "Steps: a staircase\nnegative space\n", "a.txt")] == [
         "Steps: a staircase", "negative space",
     ]  # fmt: skip
