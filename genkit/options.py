@@ -25,6 +25,10 @@ class Options:
     embedding_dir: Annotated[str | None, "A folder of textual inversions: file names that prompts use are words."] = (
         None
     )
+    refiner: Annotated[str | None, "SDXL's refiner, a folder, hub id or file, for the last steps of each picture."] = (
+        None
+    )
+    refiner_start: Annotated[float | None, "Where --refiner takes over, a fraction of the steps; default 0.8."] = None
     variant: Annotated[str | None, "Weight files to take, say fp16."] = None
     lora_dir: Annotated[str | None, "Where LoRAs that prompts and old pictures name, <lora:name:0.8>, are."] = None
     wildcards: Annotated[str | None, "Where the files of __wildcards__ are: with --syntax a1111."] = None

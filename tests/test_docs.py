@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 from genkit import cli
 from genkit.cli.app import app
 from genkit.training.recipe import read_recipe
-from tests.tiny import tiny_clip, tiny_ddpm, tiny_sdxl, tiny_stable_diffusion
+from tests.tiny import tiny_clip, tiny_ddpm, tiny_refiner, tiny_sdxl, tiny_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -206,6 +206,7 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "photos": _photos,
     "my-sd-folder": tiny_stable_diffusion,
     "my-sdxl-folder": tiny_sdxl,
+    "my-refiner": tiny_refiner,
     **dict.fromkeys(("lcm-lora.safetensors", "hyper-lora.safetensors"), _lora),
     "my-ddpm": tiny_ddpm,
     "my-clip": tiny_clip,

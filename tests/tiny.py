@@ -131,6 +131,50 @@ def tiny_sdxl(folder: Path, **index: Any) -> Path:
     return _index(folder, "StableDiffusionXLPipeline", {**parts, **index})
 
 
+def tiny_refiner(folder: Path, scheduler: dict[str, Any] | None = None, **index: Any) -> Path:
+    """Write a folder of SDXL's refiner, for the latents of `tiny_sdxl`: the second text encoder alone, five time_ids.
+
+    scheduler, index: as with the others.
+    """
+    torch.manual_seed(6)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(12, 24),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=(3, 6),
+        transformer_layers_per_block=2,
+        use_linear_projection=True,
+        cross_attention_dim=24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=5 * 8 + 12,
+    )
+    unet.save_pretrained(folder / "unet")
+    _vae().save_pretrained(folder / "vae")
+    wide = {**_clip_text(24), "num_hidden_layers": 3, "projection_dim": 12, "hidden_act": "gelu"}
+    CLIPTextModelWithProjection(CLIPTextConfig(**wide)).save_pretrained(folder / "text_encoder_2")
+    _copy_tokenizer(folder / "tokenizer_2")
+    config = json.loads((folder / "tokenizer_2" / "tokenizer_config.json").read_text())
+    _write(folder / "tokenizer_2" / "tokenizer_config.json", {**config, "pad_token": "!"})
+    _write(folder / "scheduler" / "scheduler_config.json", scheduler or SCHEDULER)
+    parts = {
+        "add_watermarker": None,
+        "force_zeros_for_empty_prompt": False,
+        "requires_aesthetics_score": True,
+        "scheduler": ["diffusers", (scheduler or SCHEDULER)["_class_name"]],
+        "text_encoder": [None, None],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": [None, None],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    return _index(folder, "StableDiffusionXLImg2ImgPipeline", {**parts, **index})
+
+
 def random_sd15(folder: Path, clip: bool = False) -> Path:
     """Write a folder of Stable Diffusion 1.5's shapes with random half-precision weights (2.1 GB), emoji tokenizer.
 

@@ -46,10 +46,10 @@ def _slots(text: str) -> int | None:
 # Sections of the help; options that are not listed are in the last one.
 _SECTIONS = {
     "What is drawn": (
-        "model vae text_encoder prediction embeddings embedding_dir variant negative_prompt prompt_2 negative_prompt_2"
-        " syntax wildcards lora_dir expansions clip_skip scheduler num_inference_steps guidance_scale"
-        " guidance_interval width height original_size crop target_size image strength mask_image loras num_images seed"
-        " from_images"
+        "model vae text_encoder prediction embeddings embedding_dir refiner refiner_start variant"
+        " negative_prompt prompt_2 negative_prompt_2 syntax wildcards lora_dir expansions clip_skip scheduler"
+        " num_inference_steps guidance_scale guidance_interval width height original_size crop target_size image"
+        " strength mask_image loras num_images seed from_images"
     ),
     "Which pictures are kept": "keep gate rank_by max_images labels clip aesthetic scorers diverse dedupe reference",
     "How it runs": "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from genkit.components.geometry import Geometry
+from genkit.components.geometry import REFINER_IDS, TIME_IDS, Geometry
 from genkit.components.info import Part
 from genkit.components.registry import NETWORKS
 from genkit.components.rules import check_config
@@ -49,28 +49,37 @@ def check_together(kind: str, parts: Mapping[str, Part]) -> None:
 
 def _check_conditioning(parts: Mapping[str, Part]) -> None:
     """Check that the UNet reads the embeddings of its text encoder, or of both of SDXL's (Podell et al. 2023)."""
-    unet, text, second = parts["unet"], parts["text_encoder"], parts.get("text_encoder_2")
+    unet, text, second = parts["unet"], parts.get("text_encoder"), parts.get("text_encoder_2")
     added = unet.config["addition_embed_type"]
     if (added is None) != (second is None):
         verb = "has no use for" if added is None else "needs"
         raise InputError(f"{unet.where}: addition_embed_type: {added!r} {verb} a text_encoder_2")
     if second is None:
+        assert text is not None
         _check_equal(unet, "cross_attention_dim", text, "hidden_size")
         return
+    if text is None:
+        _check_equal(unet, "cross_attention_dim", second, "hidden_size")
+    else:
+        _check_widths(unet, text, second)
+    projection = second.config["projection_dim"]
+    if projection is None:
+        raise InputError(f"{second.where}: projection_dim: None is no width, which SDXL needs")
+    count = len(TIME_IDS if text is not None else REFINER_IDS)
+    inputs = unet.config["projection_class_embeddings_input_dim"]  # of the sizes and the pooled embedding
+    if inputs != count * unet.config["addition_time_embed_dim"] + projection:
+        raise InputError(
+            f"{unet.where}: projection_class_embeddings_input_dim: {inputs}, but {count} times addition_time_embed_dim "
+            f"and projection_dim of {second.where} are {count * unet.config['addition_time_embed_dim'] + projection}"
+        )
+
+
+def _check_widths(unet: Part, text: Part, second: Part) -> None:
     width, widths = unet.config["cross_attention_dim"], [part.config["hidden_size"] for part in (text, second)]
     if width != sum(widths):
         raise InputError(
             f"{unet.where}: cross_attention_dim: {width}, but {text.where} and {second.where} have hidden_size "
             f"{widths[0]} and {widths[1]}"
-        )
-    projection = second.config["projection_dim"]
-    if projection is None:
-        raise InputError(f"{second.where}: projection_dim: None is no width, which SDXL needs")
-    inputs = unet.config["projection_class_embeddings_input_dim"]  # of six sizes and the pooled embedding
-    if inputs != 6 * unet.config["addition_time_embed_dim"] + projection:
-        raise InputError(
-            f"{unet.where}: projection_class_embeddings_input_dim: {inputs}, but 6 times addition_time_embed_dim and "
-            f"projection_dim of {second.where} are {6 * unet.config['addition_time_embed_dim'] + projection}"
         )
 
 

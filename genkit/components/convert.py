@@ -21,6 +21,8 @@ from genkit.files import place
 if TYPE_CHECKING:
     import torch
 
+MARKS = {"epsilon": "epsilon", "v_prediction": "v"}
+
 
 def convert(info: ModelInfo, out: Path) -> dict[str, Any]:
     """Write a text-to-image model to `out`: a single file if it ends in .safetensors, else a folder of diffusers.
@@ -68,11 +70,13 @@ def _write_folder(info: ModelInfo, out: Path) -> None:
 def _write_single(info: ModelInfo, out: Path) -> None:
     from safetensors.torch import save_file
 
+    kind = str(info.scheduler_config.get("prediction_type", "epsilon"))
+    if kind not in MARKS:
+        raise InputError(f"{info.name}: prediction_type: {kind} has no mark in a single file")
     weights: dict[str, torch.Tensor] = {}
     for name, part in info.parts.items():
         weights |= _original_names(info, name, part)
-    velocity = info.scheduler_config.get("prediction_type") == "v_prediction"
-    metadata = {"format": "pt", "modelspec.prediction_type": "v" if velocity else "epsilon"}
+    metadata = {"format": "pt", "modelspec.prediction_type": MARKS[kind]}
     save_file(_contiguous(weights), out, metadata=metadata)
 
 
@@ -96,7 +100,8 @@ def _original_names(info: ModelInfo, name: str, part: Part) -> dict[str, torch.T
     if name == "text_encoder" and (sdxl or config["hidden_act"] == "quick_gelu"):
         prefix = "conditioner.embedders.0.transformer." if sdxl else "cond_stage_model.transformer."
         return {f"{prefix}text_model.{key}": weight for key, weight in stored.items()}
-    prefix = "conditioner.embedders.1.model." if sdxl else "cond_stage_model.model."
+    place_of = 0 if info.refines else 1
+    prefix = f"conditioner.embedders.{place_of}.model." if sdxl else "cond_stage_model.model."
     return _as_open_clip(stored, part, prefix)
 
 

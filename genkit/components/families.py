@@ -27,6 +27,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "SD 1": {"_class_name": "PNDMScheduler", **_SCHEDULE},
     "SD 2": {"_class_name": "DDIMScheduler", **_SCHEDULE},
     "SDXL": {"_class_name": "EulerDiscreteScheduler", **_SCHEDULE, "timestep_spacing": "leading"},
+    "SDXL refiner": {"_class_name": "EulerDiscreteScheduler", **_SCHEDULE, "timestep_spacing": "leading"},
 }
 
 

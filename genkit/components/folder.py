@@ -192,14 +192,14 @@ def _read_pipeline(folder: Path, notes: list[str]) -> ModelInfo:
         for encoder, tokenizer in (("text_encoder", "tokenizer"), SECOND)
         if tokenizer in classes
     ]
-    sdxl = len(lengths) == 2
-    if sdxl and lengths[0] != lengths[1]:
+    sdxl = SECOND[0] in parts
+    if len(lengths) == 2 and lengths[0] != lengths[1]:
         raise InputError(
             f"{place(folder / 'tokenizer_2')}: reads {lengths[1]} tokens, but tokenizer reads {lengths[0]}"
         )
     return ModelInfo(
         name="", folder=folder, kind=kind, parts=parts, scheduler_config=scheduler_config,
-        tokenizer=folder / "tokenizer" if lengths else None,
+        tokenizer=folder / "tokenizer" if "tokenizer" in classes else None,
         tokenizer_2=folder / "tokenizer_2" if sdxl else None,
         zero_empty=sdxl and options["force_zeros_for_empty_prompt"],
         defaults=usual_settings(parts["unet"].config, str(scheduler_config["_class_name"]), sdxl),
@@ -266,6 +266,8 @@ def _read_index(folder: Path, notes: list[str]) -> tuple[str, dict[str, str], st
             parts[key] = value[1]
     kind = PIPELINES[pipeline]
     required = (*REQUIRED[kind], *(SECOND if "XL" in pipeline else ()))
+    if "XL" in pipeline and checked["requires_aesthetics_score"]:  # the refiner, which has the second encoder alone
+        required = ("unet", "vae", *SECOND)
     for key in required:
         if key not in parts:
             raise InputError(f"{where}: {key}: is missing, which a {pipeline} needs")
@@ -295,7 +297,12 @@ def _guess_index(folder: Path) -> dict[str, Any]:
     names = {*REQUIRED[PIPELINES[pipeline]], *found}
     index = {name: [COMPONENTS[name][0], COMPONENTS[name][1][0]] for name in COMPONENTS if name in names}
     pipeline = "StableDiffusionXLPipeline" if SECOND[0] in found else pipeline
-    return {**index, "_class_name": pipeline, "unet": ["diffusers", cls]}
+    found_index = {**index, "_class_name": pipeline, "unet": ["diffusers", cls]}
+    if SECOND[0] in found and not lexists(folder / "text_encoder"):
+        refiner = {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}
+        without = {name: [None, None] for name in ("text_encoder", "tokenizer")}
+        return {**found_index, **without, **refiner, "force_zeros_for_empty_prompt": False}
+    return found_index
 
 
 def _part_folder(folder: Path, part: str, file: str) -> Path:

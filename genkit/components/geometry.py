@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+# What SDXL's UNet reads of sizes, in order, and what its refiner reads
+TIME_IDS = ("original height", "original width", "crop top", "crop left", "target height", "target width")
+REFINER_IDS = (*TIME_IDS[:4], "aesthetic score")
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -15,7 +19,9 @@ class Geometry:
     it; width, height: the size it was trained at, in pixels; text: whether it takes a prompt; inpaints:
     whether its UNet reads beside the latent a mask and the latent of the picture without what it masks; sized: whether
     its UNet reads sizes and a pooled embedding of the prompt, as SDXL's; guidance_width: of the embedded guidance scale
-    that its UNet reads, as latent consistency models do, in place of a second prediction; 0: it reads none.
+    that its UNet reads, as latent consistency models do, in place of a second prediction; 0: it reads none;
+    refines: whether it is SDXL's refiner, which finishes pictures; scored: whether aesthetic scores are read, by it or
+    by the refiner beside it.
     """
 
     channels: int
@@ -27,10 +33,15 @@ class Geometry:
     inpaints: bool = False
     sized: bool = False
     guidance_width: int = 0
+    refines: bool = False
+    scored: bool = False
 
     @classmethod
-    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> Geometry:
-        """Read it off the configs of the UNet and of the VAE (None for a network that works on pixels)."""
+    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any] | None, refines: bool = False) -> Geometry:
+        """Read it off the configs of the UNet and of the VAE (None for a network that works on pixels).
+
+        refines: whether the model has SDXL's second text encoder alone, as its refiner.
+        """
         scale = 1 if vae is None else 2 ** (len(vae["block_out_channels"]) - 1)
         text = unet.get("cross_attention_dim") is not None
         # UNet2DConditionModel carries skip sizes upwards and takes any latent; UNet2DModel doubles what it halved.
@@ -43,7 +54,7 @@ class Geometry:
         sized = unet.get("addition_embed_type") == "text_time"
         guidance = int(unet.get("time_cond_proj_dim") or 0)
         size = width * scale, height * scale
-        return cls(channels, scale, scale * 2**halvings, *size, text, inpaints, sized, guidance)
+        return cls(channels, scale, scale * 2**halvings, *size, text, inpaints, sized, guidance, refines, refines)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """Return (channels, rows, columns) of the latent of a width x height picture."""

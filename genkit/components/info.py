@@ -86,6 +86,11 @@ class ModelInfo:
         return {name: part.config for name, part in self.parts.items()}
 
     @property
+    def refines(self) -> bool:
+        """Whether it is SDXL's refiner: of its two text encoders it has the second alone."""
+        return "text_encoder_2" in self.parts and "text_encoder" not in self.parts
+
+    @property
     def text_config(self) -> Mapping[str, Any]:
         """The config of the text encoder, or of a CLIP model's text part; empty for others."""
         return self.configs.get("text_encoder", self.configs.get("clip", {}).get("text_config", {}))
@@ -93,7 +98,9 @@ class ModelInfo:
     @property
     def geometry(self) -> Geometry | None:
         """Its picture sizes; None for "clip"."""
-        return Geometry.of(self.configs["unet"], self.configs.get("vae")) if "unet" in self.parts else None
+        if "unet" not in self.parts:
+            return None
+        return Geometry.of(self.configs["unet"], self.configs.get("vae"), self.refines)
 
     def describe(self) -> dict[str, Any]:
         """Return what `genkit inspect` prints, as JSON values."""

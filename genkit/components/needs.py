@@ -10,7 +10,7 @@ from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_stri
 from genkit.components.geometry import Geometry
 from genkit.components.info import ModelInfo
 from genkit.device.devices import CPU_SLOTS, DTYPES, free_memory, host_memory
-from genkit.device.memory import CLIP_BATCH, LAYERS, RESIDENT, TEXTS, TURNS, Budget, Need, gib, peak, plan_memory
+from genkit.device.memory import CLIP_BATCH, LAYERS, RESIDENT, TEXTS, TURNS, UNETS, Budget, Need, gib, peak, plan_memory
 from genkit.errors import HostError
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ def need(
     g = Geometry.of(unet, vae)
     channels, height, width = g.latent_shape(g.width, g.height)
     rows = 2 if g.text and not g.guidance_width else 1
+    row = max(unet_row(configs[name], height, width) for name in UNETS if name in configs)
     score = 0 if clip is None else max(clip_row(clip["text_config"]), clip_row(clip["vision_config"]))
     return Need(
         weights=weights,
-        image=rows * item * unet_row(unet, height, width) + 4 * STATE * channels * height * width,
+        image=rows * item * row + 4 * STATE * channels * height * width,
         area=height * width,
         decode=0 if vae is None else (vae_item or item) * vae_decode(vae, height, width),
         strips=0 if vae is None else (vae_item or item) * vae_strips(vae, height, width),
@@ -44,28 +45,32 @@ def need(
 
 
 def model_need(
-    info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int] | None = None
-) -> Need:
-    """Return the Need of a model and its scorer on "cuda" or "cpu", by headers and configs.
+    info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int] | None = None,
+    refiner: ModelInfo | None = None,
+) -> Need:  # fmt: skip
+    """Return the Need of a model, its scorer and its refiner on "cuda" or "cpu", by headers and configs.
 
     dtype: "float32", "float16", "bfloat16", or "int8" for the UNet's weights in 8 bits and the device's usual precision
     for everything else. largest: width and height of the largest picture of the job.
     """
     item = 4 if dtype == "float32" or (dtype == "int8" and device == "cpu") else 2
-    configs = {**info.configs, **({} if clip is None else clip.configs)}
+    second = {} if refiner is None else {"refiner": "unet", "refiner_text": "text_encoder_2"}
     parts = {**info.parts, **({} if clip is None else clip.parts)}
+    parts |= {name: refiner.parts[own] for name, own in second.items() if refiner is not None}
+    configs = {name: part.config for name, part in parts.items()}
     weights: dict[str, float] = {name: item * part.parameters for name, part in parts.items()}
     if device == "cpu" and item == 4:  # linear layers also have a packed copy (device/cpu.py)
-        for name in {"unet", "vae"} & weights.keys():
+        for name in {*UNETS, "vae"} & weights.keys():
             weights[name] += item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
     if dtype == "int8":
-        weights["unet"] = parts["unet"].parameters
+        weights |= {name: parts[name].parameters for name in UNETS if name in parts}
     widened = vae_in_float32(configs, dtype) and item == 2
     if widened:
         weights["vae"] *= 2
     g = Geometry.of(configs["unet"], configs.get("vae"))
     cost = 1.0 if largest is None else max(1.0, largest[0] * largest[1] / (g.width * g.height))
-    heaviest = item * max(math.prod(t.shape) for t in parts["unet"].tensors.values())
+    unets = [parts[name] for name in UNETS if name in parts]
+    heaviest = item * max(math.prod(t.shape) for unet in unets for t in unet.tensors.values())
     vae_item = 4 if widened else item
     return need(configs, weights, item, largest=heaviest, cost=cost, beside=device == "cuda", vae_item=vae_item)
 
@@ -77,9 +82,10 @@ def vae_in_float32(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> bool
 
 
 def budget_for(info: ModelInfo, clip: ModelInfo | None, device: torch.device, dtype: torch.dtype, memory: str = "auto",
-               slots: int | None = None, largest: tuple[int, int] | None = None) -> Budget:  # fmt: skip
-    """Return the budget for a model and its scorer with the memory that is free on `device` now."""
-    n = model_need(info, clip, str(dtype).removeprefix("torch."), device.type, largest)
+               slots: int | None = None, largest: tuple[int, int] | None = None,
+               refiner: ModelInfo | None = None) -> Budget:  # fmt: skip
+    """Return the budget for a model, its scorer and its refiner with the memory that is free on `device` now."""
+    n = model_need(info, clip, str(dtype).removeprefix("torch."), device.type, largest, refiner)
     return plan_memory(n, free_memory(device), memory, slots, device=str(device), host=host_memory())
 
 
@@ -105,6 +111,7 @@ def describe(
     memory: str,
     slots: int | None,
     largest: tuple[int, int],
+    refiner: ModelInfo | None = None,
 ) -> dict[str, Any]:
     """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
 
@@ -115,7 +122,7 @@ def describe(
     for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
         if device.split(":")[0] in ("auto", kind):
             stored = usual if dtype == "auto" else DTYPES[dtype]
-            n = model_need(info, clip, stored, kind, largest)
+            n = model_need(info, clip, stored, kind, largest, refiner)
 
             found[kind] = {
                 "weights": gib(sum(n.weights.values())),

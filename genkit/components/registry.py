@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from genkit.components import keys, shapes
-from genkit.components.rules import FLAG, Key, Rule, choice, optional
+from genkit.components.rules import FLAG, Key, Rule, optional
 
 # Names of weights in older files: attention as diffusers named it before 0.15, the prefix that transformers dropped in
 # version 5, and a buffer that was saved among the weights.
@@ -126,5 +126,5 @@ INDEX_OPTIONS = {
     "requires_safety_checker": Key(FLAG, False),
     "force_zeros_for_empty_prompt": Key(FLAG, True),  # SDXL's; other pipelines ignore it
     "add_watermarker": Key(optional(FLAG), None),  # SDXL's; genkit adds no watermark
-    "requires_aesthetics_score": Key(choice(False), False),  # true for SDXL's refiner, not supported
+    "requires_aesthetics_score": Key(FLAG, False),  # true for SDXL's refiner
 }

@@ -11,6 +11,7 @@ from typing import Any
 from genkit.components.checks import check_network, check_together
 from genkit.components.embeddingfile import is_embedding
 from genkit.components.families import FAMILIES, SCHEDULERS, SIDES, VELOCITY_SIDE, clip_config, unet_config, vae_config
+from genkit.components.geometry import REFINER_IDS, TIME_IDS
 from genkit.components.info import ModelInfo, Part
 from genkit.components.original import QKV, backward, openclip_modules, renamed, unet_modules, vae_modules
 from genkit.components.registry import NETWORKS
@@ -68,8 +69,6 @@ def read_single(
     shapes = {name: tensor.shape for name, tensor in groups[UNET].items()}
     config = unet_config(shapes, f"{where}: unet")
     family = FAMILIES.get(config["cross_attention_dim"]) or _by_build(groups, config)
-    if family == "SDXL refiner":
-        raise InputError(f"{where}: is SDXL's refiner, which finishes pictures of another model: it cannot be --model")
     if unknown:
         names = ", ".join(map(shown, unknown[:3]))
         raise InputError(f"{where}: {len(unknown)} of its keys have no place in a model of {family}: {names}")
@@ -90,12 +89,12 @@ def read_single(
         parts["unet"] = dataclasses.replace(unet, config={**unet.config, "sample_size": VELOCITY_SIDE})
     if "ztsnr" in by_key:
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    two = family == "SDXL"
+    sdxl, two = family.startswith("SDXL"), family == "SDXL"
     return ModelInfo(
         name=str(path), folder=path, kind="text-to-image", parts=parts, scheduler_config=scheduler,
-        tokenizer=TOKENIZER, tokenizer_2=TOKENIZER if two else None, zero_empty=two,
-        padding={"tokenizer_2": "!"} if two else {"tokenizer": "!"} if family == "SD 2" else {},
-        defaults={"guidance_scale": 5.0} if two else {}, family=family, metadata=metadata,
+        tokenizer=TOKENIZER if two or not sdxl else None, tokenizer_2=TOKENIZER if sdxl else None, zero_empty=two,
+        padding={"tokenizer_2": "!"} if sdxl else {"tokenizer": "!"} if family == "SD 2" else {},
+        defaults={"guidance_scale": 5.0} if sdxl else {}, family=family, metadata=metadata,
     )  # fmt: skip
 
 
@@ -236,8 +235,8 @@ def _part(name: str, cls: str, config: dict[str, Any], tensors: dict[str, Tensor
 
 def _check_missing(parts: Mapping[str, Part], family: str, where: str) -> None:
     """Raise InputError for networks that the file lacks, naming the option that gives them."""
-    wanted = {"vae": "--vae", "text_encoder": "--text-encoder"}
-    wanted |= {"text_encoder_2": "--text-encoder"} if family == "SDXL" else {}
+    wanted = {"vae": "--vae"} | ({"text_encoder": "--text-encoder"} if family != "SDXL refiner" else {})
+    wanted |= {"text_encoder_2": "--text-encoder"} if family.startswith("SDXL") else {}
     for name, option in wanted.items():
         if name not in parts:
             raise InputError(f"{where}: is of {family}, without a {name}: give {option} FILE or FOLDER to take it from")
@@ -251,10 +250,11 @@ def _check_missing(parts: Mapping[str, Part], family: str, where: str) -> None:
 
 
 def _complete(config: Any, parts: Mapping[str, Part]) -> None:
-    """Fill in what only the text encoders show: the width of each of SDXL's six size embeddings."""
+    """Fill in what only the text encoders show: the width of each of SDXL's size embeddings."""
     if "text_encoder_2" in parts:
         inputs, projection = config["projection_class_embeddings_input_dim"], parts["text_encoder_2"].config
-        config["addition_time_embed_dim"] = (inputs - projection["projection_dim"]) // 6
+        count = len(TIME_IDS if "text_encoder" in parts else REFINER_IDS)
+        config["addition_time_embed_dim"] = (inputs - projection["projection_dim"]) // count
 
 
 def _prediction(

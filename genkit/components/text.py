@@ -188,6 +188,32 @@ class TextEncoderPair:
         return found
 
 
+class SecondEncoder:
+    """SDXL's second text encoder alone, as its refiner has it: its penultimate layer and its pooled embedding.
+
+    encoder: of a `Penultimate` with `pooled`.
+    """
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+
+    def knows(self, prompts: Iterable[str]) -> bool:
+        """Whether the embeddings of all these prompts, without LoRAs, are cached."""
+        return self.encoder.knows(prompts)
+
+    @property
+    def truncated(self) -> set[str]:
+        """The prompts that had more tokens than the model reads."""
+        return self.encoder.truncated
+
+    def __call__(self, prompts: Iterable[str], adapters: Weights = ()) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return for each prompt an embedding (tokens, width) and the pooled embedding (projection,)."""
+        config = self.encoder.model.config
+        width, projection = config.hidden_size, config.projection_dim
+        found = self.encoder(prompts, adapters)
+        return [(packed[:-projection].view(-1, width), packed[-projection:]) for packed in found]
+
+
 class Penultimate:
     """A CLIP text model whose output is its penultimate layer, (B, tokens, width).
 

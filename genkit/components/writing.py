@@ -53,11 +53,16 @@ def link_files(source: Path, names: Iterable[str], folder: Path) -> None:
 def write_index(folder: Path, parts: Mapping[str, Part], scheduler: Mapping[str, Any], zero_empty: bool) -> None:
     """Write model_index.json for the parts of a model, and the scheduler's config. Raises OSError."""
     two, text = "text_encoder_2" in parts, "text_encoder" in parts
+    refines = two and not text
     pipelines = ("LDMPipeline" if "vae" in parts else "DDPMPipeline", "StableDiffusionPipeline")
     index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline" if two else pipelines[text]}
+    index |= {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True} if refines else {}
     index |= {name: [NETWORKS[part.kind].library, part.kind] for name, part in parts.items()}
-    index |= {f"tokenizer{end}": ["transformers", "CLIPTokenizer"] for end in ("", "_2")[: text + two]}
+    tokenizers = {"tokenizer": text, "tokenizer_2": two}
+    index |= {name: ["transformers", "CLIPTokenizer"] for name, there in tokenizers.items() if there}
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    if refines:
+        index |= {"text_encoder": [None, None], "tokenizer": [None, None], "force_zeros_for_empty_prompt": zero_empty}
     if text:
         index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
         index |= {"force_zeros_for_empty_prompt": zero_empty} if two else {"safety_checker": [None, None]}

@@ -24,7 +24,8 @@ LEAVES = 4  # largest layers of the UNet that may be on the device at the level 
 
 # From the fastest to the slowest. Where the UNet is moved, its calls cannot be captured in a graph.
 RESIDENT, PARTS, TURNS, LAYERS = LEVELS = ("resident", "parts", "turns", "layers")
-TEXTS = ("text_encoder", "text_encoder_2")
+TEXTS = ("text_encoder", "text_encoder_2", "refiner_text")
+UNETS = ("unet", "refiner")
 
 
 def check_memory(memory: str) -> None:
@@ -37,10 +38,11 @@ def check_memory(memory: str) -> None:
 class Need:
     """Bytes that the networks of a job and their work take on a device.
 
-    weights: by network ("unet", "vae", "text_encoder", "clip"); largest: the UNet's largest weight. image: denoising
-    one image of the model's own size, with guidance. area: latent positions (rows times columns) of that size. decode,
-    strips: decoding one such image, whole and in strips. text: a batch of prompts; score: one picture in CLIP. cost:
-    pixels of the job's largest picture relative to the model's own size. beside: whether decoding overlaps denoising.
+    weights: by network ("unet", "vae", "text_encoder", "clip"; "refiner", "refiner_text" of SDXL's refiner); largest:
+    the UNet's largest weight. image: denoising one image of the model's own size, with guidance. area: latent positions
+    (rows times columns) of that size. decode, strips: decoding one such image, whole and in strips. text: a batch of
+    prompts; score: one picture in CLIP. cost: pixels of the job's largest picture relative to the model's own size.
+    beside: whether decoding overlaps denoising.
     """
 
     weights: Mapping[str, float]
@@ -125,7 +127,7 @@ def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: 
 
 def away(level: str, names: Collection[str]) -> set[str]:
     """Return which of a model's networks are kept in RAM at a level."""
-    return {RESIDENT: set(), PARTS: set(names) - {"unet"}}.get(level, set(names))
+    return {RESIDENT: set(), PARTS: set(names) - {*UNETS}}.get(level, set(names))
 
 
 def gib(size: float) -> float:
@@ -138,6 +140,10 @@ def _guests(n: Need, decode: float, score: float) -> float:
     return max(w.get("vae", 0) + decode, max(w.get(name, 0) for name in TEXTS) + n.text, w.get("clip", 0) + score)
 
 
+def _unets(n: Need) -> list[float]:
+    return [n.weights[name] for name in UNETS if name in n.weights]
+
+
 def _resident(n: Need, rows: float, decode: float, score: float) -> float:
     work = max(decode, n.text, score)
     return sum(n.weights.values()) + (rows + work if n.beside else max(rows, work))
@@ -145,8 +151,8 @@ def _resident(n: Need, rows: float, decode: float, score: float) -> float:
 
 _PEAKS: dict[str, Callable[[Need, float, float, float], float]] = {
     RESIDENT: _resident,
-    PARTS: lambda n, rows, *work: n.weights["unet"] + rows + _guests(n, *work),
-    TURNS: lambda n, rows, *work: max(n.weights["unet"] + rows, _guests(n, *work)),
+    PARTS: lambda n, rows, *work: sum(_unets(n)) + rows + _guests(n, *work),
+    TURNS: lambda n, rows, *work: max(max(_unets(n)) + rows, _guests(n, *work)),
     LAYERS: lambda n, rows, *work: max(LEAVES * n.largest + rows, _guests(n, *work)),
 }
 _LEVELS: dict[str, tuple[str, ...]] = {"auto": LEVELS, "high": (RESIDENT,), "low": (TURNS, LAYERS)}

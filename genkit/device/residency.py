@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from genkit.device.memory import LAYERS, PARTS, RESIDENT, TURNS
+from genkit.device.memory import LAYERS, PARTS, RESIDENT, TURNS, UNETS
 from genkit.errors import shown
 
 log = logging.getLogger("genkit")
@@ -48,16 +48,16 @@ class Residency:
     def add(self, name: str, network: Any) -> Hold:
         """Manage a network; return the context manager in which it may be used.
 
-        For the UNet it does nothing: the UNet is moved by a hook when it is called.
+        For UNets it does nothing: they are moved by a hook when they are called.
         """
-        if self.resident or network is None or (name == "unet" and self.level == PARTS):
+        if self.resident or network is None or (name in UNETS and self.level == PARTS):
             return contextlib.nullcontext
         self._networks[name] = network
-        if name == "unet" and self.level == LAYERS:
+        if name in UNETS and self.level == LAYERS:
             _by_layer(network, self.device)
             return contextlib.nullcontext
-        if name == "unet":
-            network.register_forward_pre_hook(lambda module, given: self.bring("unet"))
+        if name in UNETS:
+            network.register_forward_pre_hook(lambda module, given: self.bring(name))
             return contextlib.nullcontext
         return lambda: self._holding(name)
 
@@ -111,13 +111,14 @@ class Residency:
 
     def _settle(self, unet: Any) -> None:
         """Bring the weights of a UNet that is moved back to RAM, where they can be changed."""
-        if "unet" in self._networks and self.level == LAYERS:
+        name = next((name for name, network in self._networks.items() if network is unet), None)
+        if name is not None and self.level == LAYERS:
             _whole(unet)
-        elif "unet" in self._networks:
-            self.park("unet")
+        elif name is not None:
+            self.park(name)
 
     def _resume(self, unet: Any) -> None:
-        if "unet" in self._networks and self.level == LAYERS:
+        if self.level == LAYERS and any(network is unet for network in self._networks.values()):
             _by_layer(unet, self.device)
 
 

@@ -44,18 +44,22 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
         )
         from genkit.device.warm import warm_up
 
-        widths = head_widths(job.info.configs["unet"]) if job.options.attention == "auto" else ()
+        unets = [info.configs["unet"] for info in (job.info, job.refiner) if info is not None]
+        widths = {w for u in unets for w in head_widths(u)} if job.options.attention == "auto" else ()
         warm_up(device, compute_dtype(device, dtype), widths)
     o = job.options
     with phase("plan memory"):
-        budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest)
+        budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
     parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)
     if job.inversions.used:
         from genkit.components.inversion import add_embeddings
 
         add_embeddings(parts, job.inversions.used)
-    generator = Generator.from_components(parts, budget, attention=o.attention)
+    second = None
+    if job.refiner is not None:
+        second = load_components(job.refiner, device=device, dtype=dtype, in_ram=in_ram), job.refiner_start
+    generator = Generator.from_components(parts, budget, attention=o.attention, refiner=second)
     scorer = head = None
     if job.clip is not None:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype, in_ram=in_ram))
@@ -75,10 +79,12 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
     binding = recorded["binding"]
     rows = read_rows(folder)
     model, clip = (found_at(binding.get(part) or {"name": "none"}) for part in ("model", "clip"))
+    second = binding.get("refiner")
     options = Options(
         model=model, clip=clip, variant=binding.get("variant"), device=device, seed=binding["seed"],
         embeddings=recorded_words(binding.get("embeddings", {}), rows),
         aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
+        refiner=None if second is None else found_at(second), refiner_start=None if second is None else second["start"],
         **recorded["info"].get("parts", {}),
     )  # fmt: skip
     job = plan_job(rows, options, {})
@@ -89,8 +95,8 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
 
 
 def hashes(job: Job) -> dict[str, dict[str, str]]:
-    """Return the SHA-256 of each weight file of "model" and "clip"."""
-    models = {"model": job.info, "clip": job.clip}
+    """Return the SHA-256 of each weight file of "model", "clip" and "refiner"."""
+    models = {"model": job.info, "clip": job.clip, "refiner": job.refiner}
     return {name: weight_hashes(info) for name, info in models.items() if info is not None}
 
 
@@ -99,7 +105,7 @@ def run_config(
 ) -> dict[str, Any]:
     """Return run.json: "binding" is what every later start must agree with, "info" the rest. weights: `hashes`."""
     o = job.options
-    models = {"model": job.info, "clip": job.clip}
+    models = {"model": job.info, "clip": job.clip, **({} if job.refiner is None else {"refiner": job.refiner})}
     used = {tuned_file(str(row.scheduler), job.info.folder) for row in job.rows if is_tuned(row.scheduler)}
     binding: dict[str, Any] = {"seed": o.seed, "variant": o.variant, "format": str(encoding(o.format, o.quality))}
     for name, info in models.items():
@@ -109,6 +115,9 @@ def run_config(
         built_in = info.name in DEFAULTS or info.revision is not None  # or of the hub
         local = {} if built_in else {"folder": str(info.folder.absolute())}
         binding[name] = {"name": info.name, **local, "weights": weights[name]}
+    if job.refiner is not None:
+        prediction = job.refiner.scheduler_config.get("prediction_type")
+        binding["refiner"] |= {"start": job.refiner_start, "prediction": prediction, "zeros": job.refiner.zero_empty}
     binding["scheduler"] = job.info.scheduler_config
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
     before = {} if recorded is None else recorded["binding"].get("embeddings", {})

@@ -27,6 +27,7 @@ def origin_of(job: Job, binding: dict[str, Any], generator: Any) -> Origin:
         config=config_hash(info.scheduler_config),
         tuned=binding.get("tuned"),
         vae=vae.name if vae is not None and vae.is_file() else None,
+        refiner=None if job.refiner is None else (Path(job.refiner.name).name, job.refiner_start),
         device=_device(generator.device),
         dtype=binding["dtype"],
         attention=generator.attention.text,

@@ -19,6 +19,7 @@ from genkit.options import Options
 from genkit.pictures.encoders import encoding
 from genkit.rows.plans import plan_for
 from genkit.rows.prompting import check_prompting
+from genkit.rows.refining import START, check_refiner, refined_plan
 from genkit.rows.request import Request
 from genkit.rows.settings import assumed, settings
 from genkit.rows.syntax import composed
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 class Job:
     """Checked work: rows with every default filled in, the model and scorer, and what they will cost.
 
-    notes: what of the rows' and models' files was left out, corrected or assumed, a line each.
+    notes: what of the rows' and models' files was left out, corrected or assumed, a line each. refiner: SDXL's, without
+    a VAE, for the steps from the fraction refiner_start on.
     """
 
     rows: list[Request]
@@ -49,6 +51,8 @@ class Job:
     scorers: list[Plugin] = dataclasses.field(default_factory=list)
     notes: tuple[str, ...] = ()
     inversions: Inversions = dataclasses.field(default_factory=Inversions)
+    refiner: ModelInfo | None = None
+    refiner_start: float = START
 
     def describe(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
@@ -60,6 +64,7 @@ class Job:
             "slots": self.options.batch_size or (CPU_SLOTS if self.options.device == "cpu" else "by device"),
             "network_calls": self.calls,
             "model": self.info.name,
+            **({} if self.refiner is None else {"refiner": self.refiner.name, "refiner_start": self.refiner_start}),
             "clip": None if self.clip is None else self.clip.name,
             "format": str(encoding(self.options.format, self.options.quality)),
             **describe(
@@ -70,6 +75,7 @@ class Job:
                 memory=self.options.memory,
                 slots=self.options.batch_size,
                 largest=self.largest,
+                refiner=self.refiner,
             ),
             **({"embeddings": words} if (words := self.inversions.describe()) else {}),
             **({"notes": list(self.notes)} if self.notes else {}),
@@ -102,8 +108,12 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     options.picking.check()
     if clip is None and options.picking.needs_embeddings:
         raise InputError(f"{options.picking.needs_embeddings}: needs a CLIP model, and there is none: give --clip")
-    geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
+    refiner, start = _refiner(options, info)
+    geometry = info.geometry
+    assert geometry is not None
+    geometry = dataclasses.replace(geometry, scored=geometry.scored or refiner is not None)
     scheduler = Scheduler.from_config(info.scheduler_config)
+    refined = None if refiner is None else (start, Scheduler.from_config(refiner.scheduler_config).prediction)
     plans: dict[str, Plan] = {}
     filled: list[Request] = []
     notes = list(getattr(rows, "notes", ()))
@@ -117,7 +127,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
             guided = 1.0 if geometry.guidance_width else row.guidance_scale or 1.0
             unsaid += guided <= 1 and bool(row.negative_prompt or row.negative_prompt_2)
-            calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder, guided))
+            calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder, guided, refined))
             check_row(row.gate, row.rank_by, row.labels, computed)
             if row.prune is not None and row.rank_by is None and "clip" not in computed:
                 raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
@@ -129,8 +139,9 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     options.picking.check_rows(any(row.keep is not None for row in filled))
     notes += [f"negative_prompt: has no say without guidance, in {unsaid} rows"] if unsaid else []
     inversions, said = find_inversions(filled, options, info)
-    notes += [*_check_loras(filled, info), *said, *info.notes, *(() if clip is None else clip.notes)]
-    return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)), inversions)
+    notes += [*_check_loras(filled, info), *said, *info.notes]
+    notes += [note for other in (clip, refiner) if other is not None for note in other.notes]
+    return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)), inversions, refiner, start)
 
 
 def _written(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Iterator[tuple[str, Request]]:
@@ -149,6 +160,16 @@ def _written(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             if taken.setdefault(str(row.id).lower(), where) != where:
                 raise InputError(f"{where}: id: {shown(row.id)} is also that of {taken[str(row.id).lower()]}")
             yield where, row
+
+
+def _refiner(options: Options, info: ModelInfo) -> tuple[ModelInfo | None, float]:
+    """Return SDXL's refiner, if there is one, and where it takes over."""
+    start = START if options.refiner_start is None else options.refiner_start
+    if options.refiner is None:
+        if options.refiner_start is not None:
+            raise InputError(f"--refiner-start: {start:g} needs --refiner, a model that takes over there")
+        return None, start
+    return check_refiner(info, inspect_model(options.refiner, variant=options.variant), start), start
 
 
 def _check_loras(rows: Sequence[Request], info: ModelInfo) -> list[str]:
@@ -203,11 +224,15 @@ def _complete(row: Request, geometry: Geometry, defaults: dict[str, Any]) -> Req
     return row.filled(found)
 
 
-def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folder: Path, guided: float) -> int:
+def _calls_for(row: Request, scheduler: Scheduler, plans: dict[str, Plan], folder: Path, guided: float,
+               refined: tuple[float, str] | None) -> int:  # fmt: skip
     """Return the network rows of one image. guided: `Settings.guided`. Raises InputError for a bad plan."""
     steps, strength, guidance = row.num_inference_steps or 1, row.strength or 1.0, row.guidance_scale or 1.0
     key = repr((row.scheduler, steps, strength, guidance))
     if key not in plans:
-        plans[key] = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
+        plan = plan_for(scheduler, row.scheduler, steps, strength, guidance, folder)
+        if refined is not None:
+            plan = refined_plan(plan, scheduler, row.scheduler, steps, *refined)
+        plans[key] = plan
     weights = [weight for _, weight in composed(row.prompt)] if row.syntax == "a1111" else [1.0]
     return network_rows(plans[key], guided, row.guidance_interval, weights)

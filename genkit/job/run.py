@@ -143,12 +143,18 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
         progress.message(
             f"stopped with {len(run.done)} of {progress.total} images saved; the same command goes on from here"
         )
-    for note in [*generator.attention.notes[len(said) :], *generator.denoiser.notes, *scorer.news()]:
+    for note in [*generator.attention.notes[len(said) :], *_graphs(generator), *scorer.news()]:
         progress.message(note)
     text = getattr(generator, "text", None)
     for prompt in sorted(text.truncated if text is not None else ()):
         progress.message(f"prompt longer than the model reads, its end had no say: {prompt[:80]}")
     return stopped
+
+
+def _graphs(generator: Any) -> list[str]:
+    """Return what both networks' denoisers have to say."""
+    refiner = generator.refiner
+    return [*generator.denoiser.notes, *([] if refiner is None else refiner.denoiser.notes)]
 
 
 @contextlib.contextmanager

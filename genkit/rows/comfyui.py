@@ -14,6 +14,13 @@ _MOST_NODES = 10_000
 _VALUES = ("value", "text", "string", "prompt", "seed", "noise_seed", "int", "float", "number")  # of nodes with one
 _COMBINED = ("ConditioningCombine", "ConditioningConcat", "ConditioningAverage", "ConditioningSetArea")
 
+# Of CLIPTextEncodeSDXL, by a row's field
+_SIZES = {
+    "original_size": ("width", "height"),
+    "crop": ("crop_w", "crop_h"),
+    "target_size": ("target_width", "target_height"),
+}
+
 
 def is_graph(data: Any) -> bool:
     """Whether JSON is a graph of ComfyUI: its API format, or the workflow of its editor."""
@@ -178,9 +185,15 @@ def _text(graph: Graph, draft: Draft, field: str, value: Any) -> None:
             found = [_scalar(graph, source, key) for key in keys]
             if not found:
                 raise InputError(f"{_called(graph, source)}: has no text")
-            if len(set(map(str, found))) > 1:
-                draft.lack("two prompts", f"{field}: each text encoder has its own; the row has that of the larger")
-            draft.text(field, found[0])
+            both = keys == ["text_g", "text_l"] and found[0] != found[1]
+            if both and all(isinstance(text, str) and text.strip() for text in found):  # the first encoder reads text_l
+                draft.text(field, found[1])
+                draft.text(f"{field}_2", found[0])
+            else:
+                if both:
+                    draft.lack("two prompts", f"{field}: one text encoder has none; the row has that of the larger")
+                draft.text(field, found[0])
+            _sizes(graph, draft, source, "negative_" if field == "negative_prompt" else "")
             return
         if kind.startswith(_COMBINED):
             raise InputError(f"{_called(graph, source)}: combined prompts are not read")
@@ -188,6 +201,18 @@ def _text(graph: Graph, draft: Draft, field: str, value: Any) -> None:
         second = isinstance(value, list) and value[1] == 1 and "negative" in inputs
         value = inputs.get("negative") if second else inputs.get("positive", inputs.get("conditioning"))
     raise InputError(f"{field}: comes from nothing that is read")
+
+
+def _sizes(graph: Graph, draft: Draft, source: str, side: str) -> None:
+    """Set the sizes that a node tells SDXL, unless they are those of the picture. side: "negative_" or ""."""
+    told = {}
+    for field, keys in _SIZES.items():
+        if all(key in graph[source]["inputs"] for key in keys):
+            told[field] = [number("width", _scalar(graph, source, key)) for key in keys]
+    size = [draft.fields.get("width"), draft.fields.get("height")]
+    usual = {field: draft.fields.get(field, [0, 0] if field == "crop" else size) for field in told}
+    if any(told[field] != usual[field] for field in told):
+        draft.fields |= {f"{side}{field}": pair for field, pair in told.items() if side or pair != usual[field]}
 
 
 def _model(graph: Graph, draft: Draft, inputs: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from genkit.rows.plans import NAMED, is_schedule, is_tuned, scheduler_options, w
 from genkit.rows.request import SEED_LIMIT
 from genkit.rows.typed import COUNTS, typed, whole
 
+_OPTIONS = {"refiner": "--refiner"}  # what settings ask for that a row cannot have, but a run
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -44,7 +46,8 @@ class Draft:
     def lack(self, name: str, note: str | None = None) -> None:
         """Record that the settings ask for `name`, which the row will not have."""
         self.lacking.append(name)
-        self.notes.append(note or f"{name}: genkit has none; the row is without it")
+        usual = f"is an option of a run, {_OPTIONS[name]}" if name in _OPTIONS else "genkit has none"
+        self.notes.append(note or f"{name}: {usual}; the row is without it")
 
     def put(self, field: str, value: Any) -> None:
         """Set a field of numbers, from text or JSON. None sets nothing. Raises InputError for what is no number."""

@@ -38,6 +38,9 @@ def read_record(text: str) -> Found:
         value = request.get(name)
         if value is not None:
             _picture(draft, name, value)
+    if record.get("refiner"):
+        draft.tell("refiner", record["refiner"])
+        draft.lack("refiner")
     if record.get("cut"):
         draft.about["cut"] = True
         draft.notes.append(

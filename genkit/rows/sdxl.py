@@ -20,6 +20,7 @@ SIZES = ("original_size", "target_size", "negative_original_size", "negative_tar
 CROPS = ("crop", "negative_crop")
 PROMPTS = ("prompt_2", "negative_prompt_2")
 SCORES = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}  # what the refiner assumes, as in diffusers
+BASE = (*PROMPTS, "target_size", "negative_target_size")  # what the refiner does not read
 FIELDS = (*PROMPTS, *SIZES, *CROPS, *SCORES)
 MOST = 65_536  # pixels a side
 # Names in other tools; those of diffusers' crops say that top comes first.
@@ -87,9 +88,14 @@ def check_conditioning(row: Conditioning, geometry: Geometry) -> None:
     """Raise InputError for a field that the model does not read."""
     for field in FIELDS:
         value = getattr(row, field)
-        if value is not None and (field in SCORES or not geometry.sized):
-            reader = "SDXL's refiner" if field in SCORES else "SDXL"
-            raise InputError(f"{field}: {shown(value)}: only {reader} reads it, and this model is none")
+        if value is None:
+            continue
+        if geometry.refines and field in BASE:
+            raise InputError(f"{field}: {shown(value)}: SDXL's refiner does not read it, and this model is one")
+        if field in SCORES and not geometry.scored:
+            raise InputError(f"{field}: {shown(value)}: only SDXL's refiner reads it, and this model is none")
+        if not geometry.sized:
+            raise InputError(f"{field}: {shown(value)}: only SDXL reads it, and this model is none")
 
 
 def texts_of(row: Any) -> tuple[list[str], list[str]]:
@@ -98,18 +104,22 @@ def texts_of(row: Any) -> tuple[list[str], list[str]]:
     return firsts, [row.prompt_2 or firsts[0], row.negative_prompt_2 or firsts[1]]
 
 
-def time_ids(row: Any, width: int, height: int) -> tuple[list[float], list[float]]:
+def time_ids(row: Any, width: int, height: int, refines: bool = False) -> tuple[list[float], list[float]]:
     """Return SDXL's time_ids of a row drawn at width x height, and those without the prompt, in pixels.
 
-    Each is original height and width, crop top and left, target height and width. What is not stated is that of the
-    picture, uncropped. The negative ones are the positive ones where they are not stated, but for the crop beside
-    negative sizes, which is then 0, as in diffusers' text-to-image pipeline.
+    Each is original height and width, crop top and left, target height and width; of the refiner the aesthetic score in
+    place of the target. What is not stated is that of the picture, uncropped. The negative ones are the positive ones
+    where they are not stated, but for the crop: beside negative sizes it is 0, as in diffusers' text-to-image pipeline,
+    and with the refiner.
     """
     size = [width, height]
     original, crop, target = row.original_size or size, row.crop or [0, 0], row.target_size or size
     sizes = row.negative_original_size, row.negative_target_size
-    uncropped = row.image is None and any(sizes)
+    uncropped = refines or (row.image is None and any(sizes))
     without = row.negative_crop or ([0, 0] if uncropped else crop)
     pairs = [original, crop, target], [sizes[0] or original, without, sizes[1] or target]
     found = [[float(v) for pair in side for v in reversed(pair)] for side in pairs]
+    if refines:
+        scores = [default if getattr(row, name) is None else getattr(row, name) for name, default in SCORES.items()]
+        found = [[*ids[:4], float(score)] for ids, score in zip(found, scores, strict=True)]
     return found[0], found[1]

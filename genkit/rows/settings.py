@@ -16,6 +16,7 @@ from genkit.rows.sdxl import check_conditioning
 from genkit.schedulers.planning import least_strength
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
+REFINED = 0.3  # strength of SDXL's refiner, as in diffusers
 # Pixels of an initial picture that are drawn as they are: so many times the model's own, or so many
 LARGE, LEAST_LARGE = 4.0, 1024 * 1024
 
@@ -54,6 +55,8 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
     if not g.text and (request.prompt or request.negative_prompt):
         raise InputError("prompt: this model is unconditional and reads none")
     check_conditioning(request, g)
+    if g.refines and request.image is None:
+        raise InputError("image: is missing: this model is SDXL's refiner, which finishes pictures")
     if request.image is not None and g.scale == 1:
         raise InputError("image: this model works on pixels without a VAE and starts from noise only")
     sizes = []
@@ -102,12 +105,14 @@ def assumed(stated: Request, filled: Request) -> list[str]:
 
 
 def _usual(steps: int, g: Geometry) -> float:
-    return 1.0 if g.inpaints else usual_strength(steps)  # what is masked is drawn from noise, as in diffusers' pipeline
+    return (
+        1.0 if g.inpaints else usual_strength(steps, REFINED if g.refines else STRENGTH)
+    )  # what is masked is drawn from noise, as in diffusers' pipeline
 
 
-def usual_strength(steps: int) -> float:
+def usual_strength(steps: int, usual: float = STRENGTH) -> float:
     """Return the strength of a row that states none: of so few steps that it leaves none, what leaves one."""
-    return STRENGTH if int(steps * STRENGTH) else least_strength(steps)
+    return usual if int(steps * usual) else least_strength(steps)
 
 
 def _tuned(request: Request, usual: bool) -> bool:

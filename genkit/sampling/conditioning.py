@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,28 @@ def read_prompts(request: Request, steps: int, calls: int, skip: int) -> tuple[l
     script: Script = scripted(request.prompt, request.negative_prompt, steps, calls)
     prompts = [(weight, pairs(texts, request.prompt)) for weight, texts in script.prompts]
     return prompts, pairs(script.negative, request.negative_prompt)
+
+
+def distinct(prompts: Sequence[tuple[float, Texts]], negative: Texts) -> list[Pair]:
+    """Return each text of a row once."""
+    return list(dict.fromkeys(pair for texts in (*(texts for _, texts in prompts), negative) for _, pair in texts))
+
+
+def sized(
+    prompts: Sequence[tuple[float, Texts]], negative: Texts, found: Mapping[Pair, tuple[torch.Tensor, torch.Tensor]],
+    ids: Sequence[Sequence[float]], empty: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return `conditioned` for SDXL. found: embedding and pooled embedding of each text; ids: time_ids with a prompt
+    and without; empty: the negative prompt is zeros.
+    """
+
+    def embedded(pair: Pair, own: Sequence[float], blank: bool = False) -> Embedded:
+        tokens, vector = (torch.zeros_like(part) if blank else part for part in found[pair])
+        return tokens, torch.cat([vector, vector.new_tensor(own)])
+
+    return conditioned(
+        prompts, negative, lambda pair: embedded(pair, ids[0]), lambda pair: embedded(pair, ids[1], empty)
+    )
 
 
 def conditioned(

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from genkit.components.geometry import TIME_IDS
 from genkit.device.graphs import Graphs
 from genkit.device.outofmemory import in_parts
 from genkit.sampling.guidance import guide
 
 if TYPE_CHECKING:
     from genkit.sampling.adapters import Adapters
-
-SIZES = 6  # SDXL's time_ids: original height and width, crop top and left, target height and width
 
 
 class Composed(NamedTuple):
@@ -45,10 +44,12 @@ class Denoiser:
         graphs: bool = False,
         float32: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
         adapters: Adapters | None = None,
+        sizes: int = len(TIME_IDS),
     ) -> None:
         """float32: context manager in which a UNet computes in float32, for `in_float32` (Residency.float32). adapters:
-        the LoRAs whose weights a call may name.
+        the LoRAs whose weights a call may name. sizes: of SDXL's added conditioning, how many are time_ids.
         """
+        self.sizes = sizes
         self.unet, self._widened = unet, float32 or contextlib.nullcontext
         self.limit: int | None = None
         self.adapters = adapters
@@ -171,7 +172,7 @@ class Denoiser:
         prompts = [cond.to(dtype)] if cond.shape[1] else []
         added_cond: dict[str, Any] = {}
         if added.shape[1]:
-            vector, sizes = added.to(dtype).split([added.shape[1] - SIZES, SIZES], dim=1)
+            vector, sizes = added.to(dtype).split([added.shape[1] - self.sizes, self.sizes], dim=1)
             added_cond["added_cond_kwargs"] = {"text_embeds": vector, "time_ids": sizes}
         if embedded.shape[1]:
             added_cond["timestep_cond"] = embedded.to(dtype)

@@ -14,6 +14,7 @@ import torch
 from genkit.device.outofmemory import attempt, log
 from genkit.phases import phase
 from genkit.sampling.denoiser import Composed, Denoiser
+from genkit.sampling.refiner import Refined
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
@@ -37,12 +38,14 @@ class Trajectory:
     known: where keep_mask (1, H, W) is 0 the latent is replaced after each step by `known` = (x0, noise), each (C, H,
     W), at the level reached. cost: slots that it takes (1 at the model's own picture size, 4 at twice the sides).
     began: time.monotonic(). pause: after this many calls it leaves its slot unfinished, with the x0 predicted there and
-    its solver history, and may be added again; 0 is never.
+    its solver history, and may be added again; 0 is never. refined: what SDXL's
+    refiner reads in its place once it takes over, or None.
     """
 
     tag: Any
     latent: torch.Tensor
     plan: Plan
+    refined: Refined | None = None
     generator: torch.Generator | None = None
     cond: torch.Tensor | None = None
     uncond: torch.Tensor | None = None
@@ -70,12 +73,27 @@ class Trajectory:
         """The weight of each of its prompts."""
         return [self.weight, *(weight for weight, *_ in self.more)]
 
+    @property
+    def refines(self) -> bool:
+        """Whether its next call is the refiner's."""
+        return self.refined is not None and self.step >= self.refined.at
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What it has in common with those that it shares calls with: the network, the latent's shape, the tokens."""
+        cond = self.read("cond")
+        return (self.refines, *self.latent.shape, 0 if cond is None else len(cond))
+
+    def read(self, name: str) -> Any:
+        """Return one of INPUTS, `weight` or `more` as the network of its next call reads it."""
+        return getattr(self.refined if self.refines else self, name)
+
 
 class _Group:
-    """The trajectories of one latent shape and number of tokens, stacked, so that a step needs no loop over images."""
+    """The trajectories of one network, latent shape and number of tokens, stacked: a step needs no loop over images."""
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.device = device
+    def __init__(self, key: tuple[Any, ...], device: torch.device) -> None:
+        self.device, self.refines, shape = device, key[0], key[1:-1]
         self.live: list[Trajectory] = []
         self.x = torch.empty(0, *shape, device=device)
         self.history = torch.empty(HISTORY, 0, *shape, device=device)
@@ -89,7 +107,7 @@ class _Group:
         for place, trajectory in enumerate(new, len(self.live)):
             if trajectory.history is not None:  # resumed after a pause
                 history[:, place] = trajectory.history
-        inputs = {name: self._extend(old, [getattr(t, name) for t in new]) for name, old in self.inputs.items()}
+        inputs = {name: self._extend(old, [t.read(name) for t in new]) for name, old in self.inputs.items()}
         self.x, self.history, self.inputs = torch.cat([self.x, x]), history, inputs
         self.live += new
         for trajectory in new:
@@ -106,15 +124,21 @@ class _Group:
     def change(self, place: int) -> None:
         """Let the trajectory at a place go on with what its prompt says from its next call on."""
         trajectory = self.live[place]
-        for name, value in trajectory.changes.get(trajectory.step, {}).items():
-            setattr(trajectory, name, value)  # for when it pauses and is added again
+        if trajectory.refines != self.refines:  # it goes to the refiner
+            return
+        for name, value in trajectory.read("changes").get(trajectory.step, {}).items():
+            setattr(trajectory.refined if self.refines else trajectory, name, value)  # for when it is added again
             rows = self.inputs.get(name)
             if rows is not None:
                 rows[place] = value.to(self.device)
 
     def remove_finished(self) -> list[Trajectory]:
-        """Remove and return the trajectories that finished, with their final latent, and those that pause."""
-        over = [i for i, t in enumerate(self.live) if t.step == t.plan.nfe or t.step == t.pause or t.error]
+        """Remove and return the trajectories that finished, pause, or go to the refiner, each with its latent."""
+        over = [
+            i
+            for i, t in enumerate(self.live)
+            if t.step in (t.plan.nfe, t.pause) or t.error or t.refines != self.refines
+        ]
         if not over:
             return []
         ended = [self.live[i] for i in over]
@@ -139,15 +163,26 @@ class Engine:
     """
 
     def __init__(
-        self, denoiser: Denoiser, device: torch.device, slots: float, relieve: Callable[[], bool] = lambda: False
+        self,
+        denoiser: Denoiser,
+        device: torch.device,
+        slots: float,
+        relieve: Callable[[], bool] = lambda: False,
+        refiner: Denoiser | None = None,
+        steady: bool = True,
     ) -> None:
-        """relieve: called when memory runs out; waits for other work on the device, returns whether there was any."""
+        """relieve: called when memory runs out; waits for other work on the device, returns whether there was any.
+
+        refiner: the network of trajectories that are `refined`. steady: whether both networks stay on the device; else
+        one computes until nothing is left for it.
+        """
         self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
+        self.refiner, self.steady, self._refining = refiner, steady, False
         self.calls = 0  # network rows computed so far
         self._used, self._ticks = 0.0, 0  # slots in use, summed over the ticks; ticks
         self._until_last = (0.0, 0)  # the same two when the last trajectory was admitted
         self._queued: deque[Any] = deque()  # CUDA events at the ends of the last calls
-        self._groups: dict[tuple[int, ...], _Group] = {}
+        self._groups: dict[tuple[Any, ...], _Group] = {}
         self._waiting: list[Trajectory] = []  # taken, but memory ran out when they were added
 
     @property
@@ -178,11 +213,19 @@ class Engine:
             if self.live:
                 self._used += self._held
                 self._ticks += 1
-                # The largest group first, for the most rows a call; smaller groups grow until it is their turn.
-                ended += self._tick(max(self._groups.values(), key=lambda g: len(g.live)))
-            self._groups = {shape: g for shape, g in self._groups.items() if g.live}
+                ended += self._tick(self._turn())
+            self._groups = {key: g for key, g in self._groups.items() if g.live}
             self._keep_pace()
             yield ended
+
+    def _turn(self) -> _Group:
+        """Return the largest group, for the most rows a call; smaller groups grow until it is their turn."""
+        groups = [g for g in self._groups.values() if g.live]
+        if not self.steady:  # a network is moved as seldom as possible
+            groups = [g for g in groups if g.refines == self._refining] or groups
+        group = max(groups, key=lambda g: len(g.live))
+        self._refining = group.refines
+        return group
 
     def _keep_pace(self) -> None:
         """Wait until a GPU is only AHEAD calls behind: so results are handed on while the next images are drawn."""
@@ -201,18 +244,21 @@ class Engine:
 
     def _admit(self, take: Take) -> list[Trajectory]:
         """Fill the free slots. Returns a trajectory that does not fit in memory even alone, as failed."""
-        shapes: dict[tuple[int, ...], list[Trajectory]] = {}
         coming = self._next(take)
         if coming:
             self._until_last = self._used, self._ticks
+        return self._add(coming)
+
+    def _add(self, coming: list[Trajectory]) -> list[Trajectory]:
+        """Put trajectories into their groups. Returns one that does not fit in memory even alone, as failed."""
+        groups: dict[tuple[Any, ...], list[Trajectory]] = {}
         for trajectory in coming:
-            tokens = 0 if trajectory.cond is None else len(trajectory.cond)
-            shapes.setdefault((*trajectory.latent.shape, tokens), []).append(trajectory)
+            groups.setdefault(trajectory.group, []).append(trajectory)
         failed: list[Trajectory] = []
-        for shape, new in shapes.items():
-            group = self._groups.get(shape) or _Group(shape[:-1], self.device)
+        for key, new in groups.items():
+            group = self._groups.get(key) or _Group(key, self.device)
             if attempt(lambda g=group, t=new: g.add(t)):  # type: ignore[misc]
-                self._groups[shape] = group
+                self._groups[key] = group
                 continue
             if len(new) == 1 and not self.live:
                 new[0].error = "out of memory"
@@ -254,7 +300,11 @@ class Engine:
             if trajectory.known is not None and trajectory.keep_mask is not None:
                 group.x[i] = _blend(group.x[i], trajectory)
         self.calls += len(live)
-        return group.remove_finished()
+        ended = group.remove_finished()
+        handed = [t for t in ended if t.refines != group.refines and t.step not in (t.plan.nfe, t.pause)]
+        for trajectory in handed:
+            trajectory.history = None  # the refiner's solver begins anew
+        return [t for t in ended if t not in handed] + self._add(handed)
 
     def _advance(self, group: _Group, noise: torch.Tensor | float) -> bool:
         """Make one step of every trajectory. Changes nothing if it raises."""
@@ -265,7 +315,9 @@ class Engine:
         live = group.live
         table = np.stack([t.plan.table[t.step] for t in live], axis=1).astype(np.float32)
         rows = torch.from_numpy(table)[:, :, None, None, None].to(self.device, non_blocking=True)
-        output = self.denoiser(
+        denoiser = self.refiner if group.refines else self.denoiser
+        assert denoiser is not None
+        output = denoiser(
             rows[COLUMN["c_in"]] * group.x,
             rows[COLUMN["t"]].flatten(),
             group.inputs["cond"],
@@ -273,7 +325,7 @@ class Engine:
             torch.tensor([1.0 if t.scales is None else float(t.scales[t.step]) for t in live]),
             group.inputs["added_cond"],
             group.inputs["added_uncond"],
-            _adapters(live, self.device),
+            None if group.refines else _adapters(live, self.device),
             group.inputs["beside"],
             group.inputs["embedded"],
             *_composed(live, self.device),
@@ -303,12 +355,13 @@ class Engine:
 
 def _composed(live: list[Trajectory], device: torch.device) -> list[Composed]:
     """Return the prompts composed with those of the rows; none if every row has one prompt, of weight 1."""
-    if all(t.weight == 1 and not t.more for t in live):
+    weights, more = [t.read("weight") for t in live], [t.read("more") for t in live]
+    if all(weight == 1 for weight in weights) and not any(more):
         return []
-    owner = [i for i, t in enumerate(live) for _ in t.more]
-    conds = [cond.to(device) for t in live for _, cond, _ in t.more]
-    added = [a.to(device) for t in live for *_, a in t.more if a is not None]
-    weights = [t.weight for t in live] + [weight for t in live for weight, *_ in t.more]
+    owner = [i for i, others in enumerate(more) for _ in others]
+    conds = [cond.to(device) for others in more for _, cond, _ in others]
+    added = [a.to(device) for others in more for *_, a in others if a is not None]
+    weights += [weight for others in more for weight, *_ in others]
     cond, pooled = (torch.stack(rows) if rows else None for rows in (conds, added))
     return [Composed(owner, cond, pooled, weights)]
 

@@ -20,11 +20,13 @@ from genkit.device.processor import AttentionChoice, fuse_projections
 from genkit.device.residency import Residency
 from genkit.phases import phase
 from genkit.rows.plans import scheduler_options
+from genkit.rows.refining import START, check_refiner
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.rows.templates import expanded
 from genkit.sampling.draws import Draws
 from genkit.sampling.pipeline import Pipeline
+from genkit.sampling.refiner import Refiner
 from genkit.sampling.stream import Stream
 
 if TYPE_CHECKING:
@@ -51,12 +53,14 @@ class Generator(Pipeline):
         cls, name: str | Path, *, device: str = "auto", dtype: str = "auto", variant: str | None = None,
         attention: str = "auto", memory: str = "auto", vae: str | None = None, text_encoder: str | None = None,
         prediction: str = "auto", embeddings: Sequence[Any] = (), embedding_dir: str | None = None,
+        refiner: str | Path | None = None, refiner_start: float = START,
     ) -> Self:  # fmt: skip
         """Load `emoji`, a diffusers-layout folder, a hub id, or a single file. Raises InputError naming what is wrong.
 
         vae, text_encoder: models to take these networks from. prediction: "epsilon", "v_prediction" or "sample", of a
         file that does not show it. embeddings: textual inversions, each FILE, FILE:WORD or (file, word); embedding_dir:
-        a folder of them, whose words are the names of its files.
+        a folder of them, whose words are the names of its files. refiner: SDXL's refiner, which takes over at the
+        fraction refiner_start of the steps.
         attention: a backend listed by `genkit env`; if it does not work, `.attention.notes` says why and what is used.
         memory: "high" keeps everything on the device, "low" takes the least memory, "auto" what fits. Raises HostError,
         before anything is loaded, if not even one image fits.
@@ -70,28 +74,42 @@ class Generator(Pipeline):
         info = inspect_model(name, variant=variant, vae=vae, text_encoder=text_encoder, prediction=prediction)
         words = all_embeddings(embeddings, embedding_dir, info.configs)
         target, precision = pick_device(device, dtype)
-        budget = budget_for(info, None, target, precision, memory)
-        parts = load_components(info, device=target, dtype=precision, in_ram=away(budget.level, info.parts))
-        add_embeddings(parts, *words)
-        return cls.from_components(parts, budget, attention=attention)
+        other = None if refiner is None else check_refiner(info, inspect_model(refiner, variant=variant), refiner_start)
+        budget = budget_for(info, None, target, precision, memory, refiner=other)
+        loaded = [
+            load_components(i, device=target, dtype=precision, in_ram=away(budget.level, i.parts))
+            for i in (info, other)
+            if i is not None
+        ]
+        add_embeddings(loaded[0], *words)
+        second = None if other is None else (loaded[1], refiner_start)
+        return cls.from_components(loaded[0], budget, attention=attention, refiner=second)
 
     @classmethod
-    def from_components(cls, parts: Components, budget: Budget | None = None, *, attention: str = "auto") -> Self:
-        """Build a generator from loaded components. They are modified in place to run faster on their device."""
+    def from_components(
+        cls, parts: Components, budget: Budget | None = None, *, attention: str = "auto",
+        refiner: tuple[Components, float] | None = None,
+    ) -> Self:  # fmt: skip
+        """Build a generator from loaded components. They are modified in place to run faster on their device.
+
+        refiner: SDXL's, loaded without its VAE, and the fraction of the steps where it takes over.
+        """
         choice = AttentionChoice(attention)
         if parts.vae is not None and vae_in_float32(parts.info.configs, str(parts.vae.dtype).removeprefix("torch.")):
             parts.vae.to(torch.float32)
-        for network in (parts.unet, parts.vae):
+        unets = (parts.unet, None if refiner is None else refiner[0].unet)
+        for network in (*unets, parts.vae):
             if network is None:
                 continue
             with phase("choose attention, fuse projections"):
                 if network.device.type == "cuda":  # no gain on a CPU
                     fuse_projections(network)
-                if parts.device.type == "cuda" and not (network is parts.unet and budget and budget.level == LAYERS):
+                if parts.device.type == "cuda" and not (network in unets and budget and budget.level == LAYERS):
                     fuse_norms(network, parts.device)  # which goes around the hooks of single layers
                 choice.apply(network, parts.device)
                 if parts.device.type == "cpu":
                     suit_cpu(network)
+        residency = Residency(parts.device, *([] if budget is None else [budget.level]))
         return cls(
             unet=parts.unet,
             vae=parts.vae,
@@ -105,8 +123,9 @@ class Generator(Pipeline):
             defaults=parts.info.defaults,
             folder=parts.info.folder,
             attention=choice,
-            residency=Residency(parts.device, *([] if budget is None else [budget.level])),
+            residency=residency,
             budget=budget,
+            refiner=None if refiner is None else Refiner(refiner[0], residency, refiner[1]),
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 
 from genkit.components.chunks import Prompt
-from genkit.components.geometry import Geometry
-from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, Weights
+from genkit.components.geometry import REFINER_IDS, TIME_IDS, Geometry
+from genkit.components.text import Penultimate, SecondEncoder, TextEncoder, TextEncoderPair, Weights
 from genkit.components.words import Words
 from genkit.device.memory import Budget
 from genkit.device.processor import AttentionChoice
@@ -19,16 +20,18 @@ from genkit.device.residency import Residency
 from genkit.errors import InputError
 from genkit.rows.plans import plan_for
 from genkit.rows.prompting import check_prompting
+from genkit.rows.refining import refined_plan
 from genkit.rows.request import Request
 from genkit.rows.sdxl import time_ids
 from genkit.rows.settings import Settings, settings
 from genkit.rows.syntax import composed
 from genkit.sampling.adapters import Adapters
 from genkit.sampling.codec import Codec, condition
-from genkit.sampling.conditioning import Pair, Texts, conditioned, read_prompts
+from genkit.sampling.conditioning import Texts, conditioned, distinct, read_prompts, sized
 from genkit.sampling.denoiser import Denoiser
 from genkit.sampling.engine import Trajectory
 from genkit.sampling.guidance import embedded_guidance, guidance_scales
+from genkit.sampling.refiner import Refiner
 from genkit.schedulers import Plan, Scheduler
 
 
@@ -36,7 +39,8 @@ class Pipeline:
     """The components of a diffusion model, used as they are: on their device and in their dtype; they may be shared.
 
     scheduler: a genkit Scheduler, or a diffusers scheduler object, whose config is read. residency: moves networks to
-    the device for their work when not all of them stay there. budget: how much work fits in memory at once.
+    the device for their work when not all of them stay there. budget: how much work fits in memory at once. refiner:
+    SDXL's, for the last steps of every picture.
     """
 
     def __init__(
@@ -56,14 +60,18 @@ class Pipeline:
         attention: AttentionChoice | None = None,
         residency: Residency | None = None,
         budget: Budget | None = None,
+        refiner: Refiner | None = None,
     ) -> None:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.name = unet, vae, text_encoder, tokenizer, name
         self.scheduler = (
             scheduler if isinstance(scheduler, Scheduler) else Scheduler.from_config(dict(scheduler.config))
         )
-        self.geometry = Geometry.of(unet.config, None if vae is None else vae.config)
+        refines = text_encoder is None and text_encoder_2 is not None
+        self.geometry = Geometry.of(unet.config, None if vae is None else vae.config, refines)
         _check_texts(unet, self.geometry, (text_encoder, tokenizer), (text_encoder_2, tokenizer_2))
-        self.defaults, self.folder = defaults or {}, folder
+        if refiner is not None:
+            self.geometry = dataclasses.replace(self.geometry, scored=True)
+        self.defaults, self.folder, self.refiner = defaults or {}, folder, refiner
         self.residency = residency or Residency(next(unet.parameters()).device)
         self.budget = budget
         self.most_slots: float | None = None  # the limit found when memory ran out
@@ -79,19 +87,20 @@ class Pipeline:
             graphs=self.residency.steady and self.device.type == "cuda",
             float32=self.residency.float32,
             adapters=self.adapters,
+            sizes=len(REFINER_IDS if refines else TIME_IDS),
         )
         self._plans: dict[str, Plan] = {}
 
     def _encoder(self) -> Any:
-        """Return a TextEncoder, SDXL's TextEncoderPair, or None for an unconditional network."""
+        """Return a TextEncoder, SDXL's TextEncoderPair or its refiner's SecondEncoder; None if unconditional."""
         hold, adapted = self.residency.add("text_encoder", self.text_encoder), self.adapters.alike
         if self.text_encoder_2 is None:
             return None if self.text_encoder is None else TextEncoder(self.tokenizer, self.text_encoder, hold, adapted)
         other = self.residency.add("text_encoder_2", self.text_encoder_2)
-        first, second = Penultimate(self.text_encoder), Penultimate(self.text_encoder_2, pooled=True)
-        return TextEncoderPair(
-            TextEncoder(self.tokenizer, first, hold, adapted), TextEncoder(self.tokenizer_2, second, other, adapted)
-        )
+        second = TextEncoder(self.tokenizer_2, Penultimate(self.text_encoder_2, pooled=True), other, adapted)
+        if self.text_encoder is None:
+            return SecondEncoder(second)
+        return TextEncoderPair(TextEncoder(self.tokenizer, Penultimate(self.text_encoder), hold, adapted), second)
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +125,10 @@ class Pipeline:
         s = self.settings(request)
         key = json.dumps([s.scheduler, s.steps, s.strength, s.guidance])
         if key not in self._plans:
-            self._plans[key] = plan_for(
-                self.scheduler, s.scheduler, s.steps, s.strength, s.guidance, folder=self.folder
-            )
+            plan = plan_for(self.scheduler, s.scheduler, s.steps, s.strength, s.guidance, folder=self.folder)
+            if (r := self.refiner) is not None:
+                plan = refined_plan(plan, self.scheduler, s.scheduler, s.steps, r.start, r.scheduler.prediction)
+            self._plans[key] = plan
         return self._plans[key]
 
     def check(self, request: Request) -> None:
@@ -134,6 +144,9 @@ class Pipeline:
         of one: the VAE's posterior sample of the initial picture, the starting noise, one draw a stochastic step.
         """
         s, plan = self.settings(request), self.plan(request)
+        refined = None
+        if self.refiner is not None:
+            refined = self.refiner.read(request, *self._read(request), time_ids(request, s.width, s.height, True), plan)
         told = self.embed(request, s.width, s.height, self.adapters.weights(request.loras, "text_weight"))
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = self.geometry.latent_shape(s.width, s.height)
@@ -161,6 +174,7 @@ class Pipeline:
             adapters=self.adapters.weights(request.loras),
             scales=guidance_scales(plan, s.guided, request.guidance_interval),
             embedded=embedded_guidance(s.guidance, width) if (width := self.geometry.guidance_width) else None,
+            refined=refined,
             keep_mask=mask,
             known=None if mask is None or x0 is None else (x0, noise),
             cost=self.cost(request),
@@ -168,8 +182,8 @@ class Pipeline:
 
     def texts(self, rows: Iterable[Request]) -> tuple[list[Prompt], ...]:
         """Return the prompts and negative prompts of rows for each text encoder, as `text` takes them."""
-        pairs = [pair for row in rows for _, texts in _sides(*self._read(row)) for _, pair in texts]
-        return tuple([pair[encoder] for pair in pairs] for encoder in range(1 + (self.text_encoder_2 is not None)))
+        pairs = [pair for row in rows for pair in distinct(*self._read(row))]
+        return tuple([pair[encoder] for pair in pairs] for encoder in range(1 + isinstance(self.text, TextEncoderPair)))
 
     def _read(self, row: Request) -> tuple[list[tuple[float, Texts]], Texts]:
         s = self.settings(row)
@@ -187,30 +201,18 @@ class Pipeline:
         if self.text is None:
             return {}
         prompts, negative = self._read(request)
-        pairs = list(dict.fromkeys(pair for _, texts in _sides(prompts, negative) for _, pair in texts))
-        firsts, *seconds = ([pair[k] for pair in pairs] for k in range(1 + (self.text_encoder_2 is not None)))
+        pairs = distinct(prompts, negative)
+        firsts, *seconds = ([pair[k] for pair in pairs] for k in range(1 + isinstance(self.text, TextEncoderPair)))
         found = dict(zip(pairs, self.text(firsts, adapters, *seconds), strict=True))
         if not self.geometry.sized:
             return conditioned(prompts, negative, lambda pair: (found[pair], None), lambda pair: (found[pair], None))
-        ids = time_ids(request, width, height)
         empty = self.zero_empty and not any((request.negative_prompt, request.negative_prompt_2))
-
-        def embedded(pair: Pair, own: list[float], blank: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens, vector = (torch.zeros_like(part) if blank else part for part in found[pair])
-            return tokens, torch.cat([vector, vector.new_tensor(own)])
-
-        return conditioned(
-            prompts, negative, lambda pair: embedded(pair, ids[0]), lambda pair: embedded(pair, ids[1], empty)
-        )
-
-
-def _sides(prompts: list[tuple[float, Texts]], negative: Texts) -> list[tuple[float, Texts]]:
-    return [*prompts, (1.0, negative)]
+        return sized(prompts, negative, found, time_ids(request, width, height, self.geometry.refines), empty)
 
 
 def _check_texts(unet: Any, geometry: Geometry, first: tuple[Any, Any], second: tuple[Any, Any]) -> None:
     """Raise InputError unless the UNet has the text encoders and tokenizers that it needs, and no others."""
-    if {part is not None for part in first} != {geometry.text}:
+    if {part is not None for part in first} != {geometry.text and not geometry.refines}:
         raise InputError("text_encoder, tokenizer: a UNet with cross-attention needs both, any other takes neither")
     if {part is not None for part in second} != {getattr(unet.config, "addition_embed_type", None) == "text_time"}:
         raise InputError("text_encoder_2, tokenizer_2: SDXL's UNet needs both, any other takes neither")

@@ -64,7 +64,11 @@ class Stream:
         # On a GPU a second thread with its own CUDA stream decodes and scores while the next images are denoised. On a
         # CPU two torch threads would only compete for the same cores.
         pool = ThreadPoolExecutor(1, "genkit-decode") if cuda and self.generator.residency.steady else None
-        self.engine = engine = Engine(self.generator.denoiser, self.generator.device, slots, self._relieve)
+        refiner = self.generator.refiner
+        self.engine = engine = Engine(
+            self.generator.denoiser, self.generator.device, slots, self._relieve,
+            refiner=None if refiner is None else refiner.denoiser, steady=self.generator.residency.steady,
+        )  # fmt: skip
         if pool is not None and self.generator.residency.resident:
             pool.submit(self._rehearse)
         try:
@@ -185,7 +189,15 @@ class Stream:
             self.shared += [dataclasses.replace(trajectory, tag=draw) for draw in self.duplicates.pop(key)]
             if self.repeated[key] > 0:
                 self.finished[key] = dataclasses.replace(
-                    trajectory, cond=None, uncond=None, more=(), changes={}, keep_mask=None, known=None, beside=None
+                    trajectory,
+                    cond=None,
+                    uncond=None,
+                    more=(),
+                    changes={},
+                    keep_mask=None,
+                    known=None,
+                    beside=None,
+                    refined=None,
                 )
         shared, self.shared = self.shared, []
         return shared
@@ -200,6 +212,8 @@ class Stream:
                 [request, *(row for row in self.draws.upcoming(AHEAD) if not row.loras)]
             )
             attempt(lambda: text(firsts, (), *seconds))
+            if (refiner := self.generator.refiner) is not None:
+                attempt(lambda: refiner.text(firsts))
 
     def _submit(self, pool: ThreadPoolExecutor | None, everything: bool = False) -> None:
         """Start decoding the finished latents, one batch for each latent shape.
@@ -307,7 +321,10 @@ class Stream:
     def _float32(self) -> Iterator[None]:
         self.half = False
         try:
-            with self.generator.denoiser.in_float32():
+            with contextlib.ExitStack() as stack:
+                for part in (self.generator, self.generator.refiner):
+                    if part is not None:
+                        stack.enter_context(part.denoiser.in_float32())
                 yield
         finally:
             self.half = True

@@ -63,6 +63,8 @@ def tune_model(
     geometry = Geometry.of(info.configs["unet"], info.configs.get("vae"))
     if geometry.inpaints:
         raise InputError(f"{model}: is made for inpainting, and plans are tuned from noise alone")
+    if info.refines:
+        raise InputError(f"{model}: is SDXL's refiner, which finishes pictures, and plans are tuned from noise alone")
     if geometry.guidance_width:
         raise InputError(f"{model}: is distilled for few steps and reads the guidance scale itself: nothing to tune")
     if not geometry.text and (prompts is not None or guidance is not None):

@@ -119,7 +119,7 @@ BROKEN: list[tuple[str, Callable[[Path], Any], str]] = [
     ("not XL", lambda f: edit(f / "model_index.json", _class_name="StableDiffusionPipeline"),
      "text_encoder_2: does not belong in a StableDiffusionPipeline"),
     ("refiner", lambda f: edit(f / "model_index.json", requires_aesthetics_score=True),
-     "requires_aesthetics_score: True"),
+     "text_encoder: does not belong in a StableDiffusionXLPipeline"),
     ("projection", lambda f: edit(f / "unet" / "config.json", projection_class_embeddings_input_dim=61),
      "projection_class_embeddings_input_dim: 61, but 6 times"),
     ("width", lambda f: edit(f / "unet" / "config.json", cross_attention_dim=16), "cross_attention_dim: 16, but"),

@@ -14,10 +14,11 @@ from accelerate import init_empty_weights
 from diffusers.loaders import single_file_utils
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from genkit import TextToImage
+from genkit import Request, TextToImage
 from genkit.components import inspect_model
 from genkit.components.convert import convert
 from genkit.components.info import file_facts
@@ -36,10 +37,15 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, folder, root / "model.safetensors"
 
 
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((64, 64))
+
+
 def drawn(model: Path, **options: Any) -> np.ndarray:
     generator = TextToImage.from_pretrained(model, **options)
-    output = generator("a red fox, 1girl", seed=3, num_inference_steps=3, width=64, height=64, guidance_scale=5.0)
-    return np.asarray(output.images[0]).astype(int)
+    start = {"image": PICTURE, "strength": 1.0} if generator.geometry.refines else {"width": 64, "height": 64}
+    row = Request(prompt="a red fox, 1girl", seed=3, num_inference_steps=3, guidance_scale=5.0, **start)
+    (result,) = generator.stream([row])
+    return np.asarray(result.image).astype(int)
 
 
 def test_a_file_draws_what_its_folder_and_diffusers_draw(pair: tuple[str, Path, Path]) -> None:
@@ -53,27 +59,30 @@ def test_a_file_draws_what_its_folder_and_diffusers_draw(pair: tuple[str, Path, 
         name: part.parameters for name, part in other.parts.items()
     }
     assert np.array_equal(drawn(file), drawn(folder))
+    refiner = family == "SDXL refiner"
     name = "StableDiffusionXLPipeline" if family == "SDXL" else "StableDiffusionPipeline"
-    options = {} if family == "SDXL" else {"safety_checker": None}
+    name = "StableDiffusionXLImg2ImgPipeline" if refiner else name
+    options = {} if family.startswith("SDXL") else {"safety_checker": None}
+    start = {"image": PICTURE, "strength": 1.0} if refiner else {"width": 64, "height": 64}
     pipeline = getattr(diffusers, name).from_single_file(
         str(file), config=str(folder), local_files_only=True, **options
     )
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(
-        "a red fox, 1girl", num_inference_steps=3, width=64, height=64, guidance_scale=5.0,
+        "a red fox, 1girl", num_inference_steps=3, guidance_scale=5.0, **start,
         generator=torch.Generator().manual_seed(3),
     )  # fmt: skip
     assert np.abs(drawn(file) - np.asarray(made.images[0]).astype(int)).max() <= 2
 
 
 def test_there_and_back_every_bit_is_the_same(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
-    _, folder, file = pair
+    family, folder, file = pair
     convert(inspect_model(file), tmp_path / "again")
     convert(inspect_model(tmp_path / "again"), tmp_path / "again.safetensors")
     one, two = load_file(file), load_file(tmp_path / "again.safetensors")
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    for part in ("unet", "vae", "text_encoder"):
-        name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+    for part in ("unet", "vae", "text_encoder_2" if family == "SDXL refiner" else "text_encoder"):
+        name = "model.safetensors" if part.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
         before, after = load_file(folder / part / name), load_file(tmp_path / "again" / part / name)
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -236,6 +245,8 @@ def test_nothing_is_converted_over_or_into_what_is_not_there(file: Path, tmp_pat
         convert(info, tmp_path / "there")
     with pytest.raises(InputError, match="no such folder"):
         convert(info, tmp_path / "no" / "where")
+    with pytest.raises(InputError, match="prediction_type: sample has no mark in a single file"):
+        convert(inspect_model(file, prediction="sample"), tmp_path / "sample.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
 
 
@@ -252,6 +263,12 @@ REAL: dict[str, dict[str, Any]] = {
         "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "addition_time_embed_dim": 256,
         "transformer_layers_per_block": [1, 2, 10], "addition_embed_type": "text_time",
         "projection_class_embeddings_input_dim": 2816,
+    },
+    "SDXL refiner": {  # whose first level has no transformer: published as 4 for all
+        "down_block_types": [_PLAIN, _CROSS, _CROSS, _PLAIN], "cross_attention_dim": 1280,
+        "attention_head_dim": [6, 12, 24, 24], "block_out_channels": [384, 768, 1536, 1536],
+        "transformer_layers_per_block": [1, 4, 4, 4], "addition_embed_type": "text_time", "use_linear_projection": True,
+        "projection_class_embeddings_input_dim": 2560, "addition_time_embed_dim": 256,
     },
 }  # fmt: skip
 

@@ -364,6 +364,29 @@ def test_a_graph_of_sdxl_with_loras() -> None:
     Request(**canonical(found.fields))
 
 
+def test_two_prompts_and_sizes_of_sdxl() -> None:
+    graph = sdxl()
+    graph["6"]["inputs"] |= {"text_g": "ink drawing", "crop_h": 128, "width": 2048, "target_height": 768}
+    fields = read_graph(graph).fields
+    assert (fields["prompt"], fields["prompt_2"], fields["negative_prompt"]) == ("a fox", "ink drawing", "blurry")
+    assert "negative_prompt_2" not in fields
+    assert (fields["original_size"], fields["crop"], fields["target_size"]) == ([2048, 1024], [0, 128], [1024, 768])
+    negative = [fields[f"negative_{name}"] for name in ("original_size", "crop", "target_size")]
+    assert negative == [[1024, 1024], [0, 0], [1024, 1024]]
+    Request(**canonical(fields))
+    graph["6"]["inputs"]["text_l"] = ""
+    assert "two prompts" in read_graph(graph).lacking
+    for node_ in ("6", "7"):
+        graph[node_]["inputs"] |= {
+            "width": 512,
+            "height": 512,
+            "crop_h": 0,
+            "target_width": 1024,
+            "target_height": 1024,
+        }
+    assert not any(name.startswith("negative_o") for name in read_graph(graph).fields)
+
+
 def test_image_to_image_and_parts_of_the_steps() -> None:
     graph = sd15(denoise=0.5, latent_image=["20", 0])
     graph |= {"20": node("VAEEncode", pixels=["21", 0], vae=["4", 2]), "21": node("LoadImage", image="in/cat.png")}
@@ -513,6 +536,10 @@ def test_pictures_of_invokeai(tmp_path: Path) -> None:
         "form": "invokeai", "model": "Dreamshaper 8", "model_hash": "blake3:ab", "version": "5.6.0",
     }  # fmt: skip
     assert found.lacking == ("ControlNet",)
+    data |= {"positive_style_prompt": "ink", "refiner_model": model}
+    found = read_picture_settings(png(tmp_path, invokeai_metadata=json.dumps(data)))
+    assert found.fields["prompt_2"] == "ink" and found.lacking == ("ControlNet", "refiner")
+    assert "refiner: is an option of a run, --refiner; the row is without it" in found.notes
     image = {
         "prompt": [{"prompt": "a ((dog)) [blurry, text] running", "weight": 1.0}], "steps": 50, "cfg_scale": 7.5,
         "height": 512, "width": 512, "seed": 3561693215, "sampler": "k_lms", "type": "txt2img", "hires_fix": True,

@@ -22,6 +22,8 @@ from genkit.options import Options
 from genkit.sampling.guidance import embedded_guidance
 from genkit.sampling.tuning import tune_model
 from genkit.schedulers import Scheduler
+from genkit.training.loop import train
+from genkit.training.recipe import make_recipe
 from tests.sampling.test_parity import assert_same, seeds
 from tests.tiny import tiny_sdxl, tiny_stable_diffusion
 
@@ -268,6 +270,11 @@ def test_what_such_networks_cannot_do_is_refused(folders: dict[str, Path], tmp_p
         generate([row], tmp_path / "run", model=str(folders["lcm"]), quiet=True)
     with pytest.raises(InputError, match="reads the guidance scale itself: nothing to tune"):
         tune_model(str(folders["lcm"]), 4, out=tmp_path)
+    recipe = make_recipe(
+        {"task": "lora", "model": str(folders["lcm"]), "data": {"path": str(tmp_path)}, "lora": {"rank": 2}}
+    )
+    with pytest.raises(InputError, match="reads the guidance scale is not trained here"):
+        train(recipe, tmp_path / "trained", device="cpu", quiet=True)
     with pytest.raises(InputError, match="num_inference_steps: 51 is more than the 50 of original_inference_steps"):
         generate([Request(prompt="a", num_inference_steps=51)], tmp_path / "run", model=str(folders["lcm"]), quiet=True)
     path = folders["lcm"] / "unet" / "config.json"
