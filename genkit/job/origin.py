@@ -27,13 +27,20 @@ def origin_of(job: Job, binding: dict[str, Any], generator: Any) -> Origin:
         config=config_hash(info.scheduler_config),
         tuned=binding.get("tuned"),
         vae=vae.name if vae is not None and vae.is_file() else None,
-        refiner=None if job.refiner is None else (Path(job.refiner.name).name, job.refiner_start),
+        refiner=_refiner(job, binding),
         device=_device(generator.device),
         dtype=binding["dtype"],
         attention=generator.attention.text,
         torch=version("torch"),
         format=str(encoding(o.format, o.quality)),
     )
+
+
+def _refiner(job: Job, binding: dict[str, Any]) -> dict[str, Any] | None:
+    if job.refiner is None:
+        return None
+    weights = binding["refiner"]["weights"]
+    return {"name": Path(job.refiner.name).name, "start": job.refiner_start, "weights": weights}
 
 
 def _device(device: Any) -> str:

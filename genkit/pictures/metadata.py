@@ -32,7 +32,7 @@ class Origin:
 
     model: its name, without folders. solver: the model's own. weights: SHA-256 of each weight file, as of
     `weight_hashes`. config: `config_hash` of the model's scheduler. tuned: SHA-256 of files of tuned plans. vae: the
-    name of a VAE's file in place of the model's own. refiner: name of SDXL's, and the fraction where it takes over.
+    name of a VAE's file in place of the model's own. refiner: name, start and weights of SDXL's.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Origin:
     config: str | None = None
     tuned: Mapping[str, str] | None = None
     vae: str | None = None
-    refiner: tuple[str, float] | None = None
+    refiner: Mapping[str, Any] | None = None
     device: str | None = None
     dtype: str | None = None
     attention: str | None = None
@@ -50,7 +50,17 @@ class Origin:
     format: str | None = None
 
 
-_TOLD = ("weights", "config", "tuned", "device", "dtype", "attention", "torch", "format")  # in genkit's record
+_TOLD = (
+    "weights",
+    "config",
+    "tuned",
+    "refiner",
+    "device",
+    "dtype",
+    "attention",
+    "torch",
+    "format",
+)  # in genkit's record
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -83,7 +93,6 @@ def texts(
     found = {"version": origin.version, "model": origin.model, "request": request}
     found |= {**{name: record[name] for name in RECORDED}, **told, **({"inputs": inputs} if inputs else {})}
     found |= {"embeddings": dict(learned)} if learned else {}
-    found |= {} if origin.refiner is None else {"refiner": dict(zip(("name", "start"), origin.refiner, strict=True))}
     room = METADATA_BYTES - len(parameters.encode())
     whole = _json(found)
     if len(whole) > room:
@@ -145,7 +154,8 @@ def _infotext(
         "VAE hash": weights.get(f"vae/{origin.vae}", "")[:10] or None,
         "VAE": origin.vae,
         "Denoising strength": request.get("strength"),
-        **dict(zip(("Refiner", "Refiner switch at"), origin.refiner or (), strict=False)),
+        "Refiner": (origin.refiner or {}).get("name"),
+        "Refiner switch at": (origin.refiner or {}).get("start"),
         "Mask": os.path.basename(str(mask)) if (mask := request.get("mask_image")) else None,
         "Lora hashes": _hashes({name: hash_once(lora["file"], weights_only=True) for name, lora in loras}),
         "TI hashes": _hashes(learned),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from genkit.components import weight_hashes
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError, shown
 from genkit.files import place, user_path
@@ -137,8 +138,20 @@ def _rounding(entry: dict[str, Any]) -> list[str]:
 
 
 def _lacking(shot: Pictured, job: Job) -> list[str]:
+    """Return what the settings ask for and the run has not: of a row, a VAE, a refiner, textual inversions."""
     note = vae_note(shot, job.options.vae)
-    return [*shot.lacking, *([] if note is None else [note])]
+    lacking = [text for text in shot.lacking if text != "refiner" or job.refiner is None]
+    told = shot.found.about.get("refiner")
+    if isinstance(told, dict) and job.refiner is not None:
+        now = {"start": job.refiner_start, "weights": weight_hashes(job.refiner)}
+        lacking += [f"refiner: another {name}" for name in now if name in told and told[name] != now[name]]
+    given = {one.word: one.file.sha256 for one in job.inversions.used}
+    for word, digest in shot.found.about.get("embeddings", {}).items():
+        if given.get(word) != digest:
+            lacking.append(
+                f"textual inversion {shown(word)}: {'another file' if word in given else 'give --embedding'}"
+            )
+    return [*lacking, *([] if note is None else [note])]
 
 
 def _compared(shot: Pictured, drawn: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genkit import ImageToImage, InputError, Request, TextToImage, generate
+from genkit import ImageToImage, InputError, Request, TextToImage, generate, replay
 from genkit.components import inspect_model, load_components
 from genkit.device.memory import LAYERS, LEVELS, PARTS, RESIDENT, Budget, away
 from genkit.job.load import reopen
@@ -23,6 +23,7 @@ from genkit.options import Options
 from genkit.rows.infotext import read_picture_settings
 from genkit.rows.refining import check_refiner, handover
 from genkit.rows.sdxl import time_ids
+from genkit.runs.run import read_config
 from genkit.sampling.engine import Engine, _Group
 from genkit.sampling.tuning import tune_model
 from tests.components.checkpoints import folder_of
@@ -348,11 +349,21 @@ def test_a_run_with_both_goes_on_and_is_reopened(base: Path, refiner: Path, tmp_
     assert (out / "images" / "a-02.png").read_bytes() != b""
     with Image.open(out / "images" / "a-02.png") as one:
         assert f"Refiner: {moved.name}, Refiner switch at: 0.6" in one.info["parameters"]
-        assert json.loads(one.info["genkit"])["refiner"] == {"name": moved.name, "start": 0.6}
+        assert json.loads(one.info["genkit"])["refiner"] == {
+            "name": moved.name, "start": 0.6, "weights": read_config(out)["binding"]["refiner"]["weights"],  # type: ignore[index]
+        }  # fmt: skip
         again = np.asarray(one)
     (tmp_path / "before.png").write_bytes(whole)
     with Image.open(tmp_path / "before.png") as before:
         assert np.array_equal(again, np.asarray(before))
+    for options, lacking in (
+        (Options(), ["refiner"]),
+        (Options(refiner=str(moved), refiner_start=0.7), ["refiner: another start"]),
+        (Options(refiner=str(moved), refiner_start=0.6), []),
+    ):
+        told = replay([out / "images" / "a-02.png"], tmp_path / f"r{len(lacking)}{options.refiner_start}",
+                      options=options, model=str(base))["pictures"][0]  # fmt: skip
+        assert told["lacking"] == lacking and (told["result"] == "identical") == (not lacking)
     found = read_picture_settings(out / "images" / "a-02.png")
     assert found.lacking == ("refiner",) and "is an option of a run, --refiner" in found.notes[0]
     generator, _, _, _ = reopen(out, "cpu")
