@@ -17,7 +17,9 @@ class Options:
 
     model: Annotated[str, "emoji (embedded), a diffusers-layout folder, a hub id, or one .safetensors file."] = "emoji"
     vae: Annotated[str | None, "A VAE in place of the model's own: a file, a folder, or a model that has one."] = None
-    text_encoder: Annotated[str | None, "A folder or model to take the text encoders from."] = None
+    text_encoder: Annotated[
+        str | None, "A file, folder or model to take the text encoders from; two files with a comma."
+    ] = None
     prediction: Annotated[
         str, "auto, epsilon, v_prediction or sample: of the UNet, where its file does not show it."
     ] = "auto"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components.checks import check_network, check_together
+from genkit.components.families import FAMILIES
 from genkit.components.hub import fetch_configs, fetch_weights, is_hub_id
 from genkit.components.info import ModelInfo, Part
 from genkit.components.preprocessor import read_preprocessor
@@ -27,9 +28,9 @@ from genkit.components.registry import (
     SECOND,
 )
 from genkit.components.rules import check_config, refuse_code
-from genkit.components.single import read_single, read_vae
+from genkit.components.single import UNET, read_single, read_text_encoder, read_vae
 from genkit.components.tokenizer import check_tokenizer
-from genkit.components.weights import CONVERT, PICKLES, check_shapes, read_weights, wanted_weights
+from genkit.components.weights import CONVERT, PICKLES, check_shapes, read_file, read_weights, wanted_weights
 from genkit.device.memory import TEXTS
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json, read_text, user_path
@@ -71,7 +72,8 @@ def inspect_model(
     if prediction != "auto" and model.scheduler_config:
         config = {**model.scheduler_config, "prediction_type": prediction}
         model = dataclasses.replace(model, scheduler_config=config)
-    replaced = others("SDXL" if "text_encoder_2" in model.parts else "SD 1")
+    width = model.parts["unet"].config.get("cross_attention_dim") if "unet" in model.parts else None
+    replaced = others("SDXL" if "text_encoder_2" in model.parts else FAMILIES.get(width or 0, "SD 1"))
     if replaced:
         model = dataclasses.replace(model, parts={**model.parts, **replaced})
         check_together(model.kind, model.parts)
@@ -91,6 +93,10 @@ def _others(vae: str | None, text_encoder: str | None, variant: str | None, fami
         if option == "vae" and path.is_file():
             found["vae"] = read_vae(path, family)
             continue
+        files = [user_path(file) for file in str(value).split(",")]
+        if option == "text_encoder" and all(file.is_file() for file in files) and not _is_whole(files[0]):
+            found |= {part.name: part for part in (read_text_encoder(file, family) for file in files)}
+            continue
         if (path / "config.json").is_file() and not lexists(path / "unet"):
             found[option] = inspect_network(path, option)
             continue
@@ -99,6 +105,11 @@ def _others(vae: str | None, text_encoder: str | None, variant: str | None, fami
             raise InputError(f"--{option.replace('_', '-')}: {shown(value)} has no {option}; it has {', '.join(parts)}")
         found |= {name: parts[name] for name in names if name in parts}
     return found
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file is a whole checkpoint; its text encoders are then taken as those of any model."""
+    return any(tensor.key.startswith(UNET) for tensor in read_file(file)[0])
 
 
 def _inspect_folder(name: str | Path, variant: str | None) -> ModelInfo:

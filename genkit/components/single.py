@@ -21,6 +21,7 @@ from genkit.files import place, read_text
 
 TOKENIZER = Path(__file__).parent / "embedded" / "clip-tokenizer"
 VOCABULARY = 49408
+WIDTHS = {768: False, 1280: True}  # of SDXL's text encoders: whether it is the second
 VIT_H = 24  # layers of the text model of SD 2, whose last it does not use
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Text models by the prefix of their keys: (component, layout)
@@ -105,6 +106,26 @@ def read_vae(path: Path, family: str) -> Part:
     return _vae(found, family, place(path))
 
 
+def read_text_encoder(path: Path, family: str) -> Part:
+    """Return the text encoder of a file for a model of `family`: under transformers' names, or open_clip's.
+
+    For SDXL it is the second one if it is as wide as that, or, of another width, if it has a projection. Raises
+    InputError for a file of another kind, naming what it is.
+    """
+    found = {t.key: t for t in read_file(path)[0] if not t.key.endswith((".position_ids", "logit_scale", "attn_mask"))}
+    where = f"{place(path)}: "
+    if "text_model.embeddings.token_embedding.weight" in found:
+        width, layout = found["text_model.embeddings.token_embedding.weight"].shape[-1], "clip"
+    elif "token_embedding.weight" in found:
+        width, layout = found["token_embedding.weight"].shape[-1], "openclip"
+        found = {key: tensor for key, tensor in found.items() if not key.startswith("visual.")}
+    else:
+        raise InputError(f"{where}{kind_of(found)}")
+    second = WIDTHS.get(width, "text_projection.weight" in found or "text_projection" in found)
+    name = "text_encoder_2" if family.startswith("SDXL") and second else "text_encoder"
+    return _text(name, found, layout, family, where)
+
+
 def _grouped(by_key: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """Return {prefix: {key after it: tensor}}, a VAE alone under "", and the keys that belong nowhere."""
     prefixes = (UNET, VAE, *TEXT_PREFIXES)
@@ -170,9 +191,11 @@ def _text(name: str, found: Mapping[str, Tensor], layout: str, family: str, wher
     cls = "CLIPTextModelWithProjection" if name == "text_encoder_2" else "CLIPTextModel"
     tensors: dict[str, Tensor] = {}
     if layout == "clip":
+        unused = f"encoder.layers.{VIT_H - 1}." if family == "SD 2" else "-"
         for key, tensor in found.items():
-            if key != "text_projection.weight" or name == "text_encoder_2":
-                tensors[key.removeprefix("text_model.")] = tensor
+            own = key.removeprefix("text_model.")
+            if (own != "text_projection.weight" or name == "text_encoder_2") and not own.startswith(unused):
+                tensors[own] = tensor
     else:
         layers = 1 + max(
             (int(m[1]) for key in found if (m := re.match(r"transformer\.resblocks\.(\d+)\.", key))), default=0
@@ -181,7 +204,7 @@ def _text(name: str, found: Mapping[str, Tensor], layout: str, family: str, wher
         tensors = _open_clip(found, openclip_modules(kept), kept, where)
     projection = tensors.pop("text_projection.weight", None)
     width = None if projection is None else projection.shape[0]
-    act = "quick_gelu" if layout == "clip" else "gelu"
+    act = "quick_gelu" if layout == "clip" and name == "text_encoder" and family != "SD 2" else "gelu"
     config = clip_config({key: tensor.shape for key, tensor in tensors.items()}, act, where, width)
     if name == "text_encoder_2":
         if projection is None:

