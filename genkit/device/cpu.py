@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+MOST_PACKED = 2**31  # bytes of weights that are kept a second time: Stable Diffusion 1.5's are, SDXL's are not
+MOST_PACKED = 2**31  # bytes of weights that are kept a second time: Stable Diffusion 1.5's are, SDXL's are not
 WORTH_PACKING = 64 * 64  # elements of a weight; below that the overhead of the call dominates
 
 
@@ -22,11 +24,13 @@ def pack_linears(network: Any) -> int:
     """Compute linear layers with oneDNN on weights packed once; returns the number of packed layers.
 
     torch uses MKL, which is slow on processors of other vendors (oneDNN takes half the time on an AMD EPYC). This is
-    the operation that torch.compile's CPU backend uses. Modules and parameters are kept.
+    the operation that torch.compile's CPU backend uses. Modules and parameters are kept, so that packed weights take
+    memory again: of a large network none is packed.
     """
     packed = 0
-    for module in network.modules():
-        if type(module) is torch.nn.Linear and module.weight.numel() >= WORTH_PACKING:
+    layers = [m for m in network.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= WORTH_PACKING]
+    if sum(layer.weight.nbytes for layer in layers) <= MOST_PACKED:
+        for module in layers:
             with contextlib.suppress(AttributeError, RuntimeError, TypeError, NotImplementedError):  # another torch
                 forward = _PackedLinear(module)
                 forward(torch.zeros(1, module.in_features))

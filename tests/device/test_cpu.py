@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.nn.functional import linear
 
+from genkit.device import cpu
 from genkit.device.cpu import pack_linears, suit_cpu
 from genkit.device.processor import AttentionChoice
 
@@ -76,3 +77,11 @@ def test_packed_layers_follow_their_weights() -> None:
     assert layer.weight.grad is not None, "training goes through the plain layer"
     layer.to(torch.bfloat16)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_weights_of_a_large_network_are_not_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+    monkeypatch.setattr(cpu, "MOST_PACKED", 3 * 64 * 64 * 4 - 1)
+    assert pack_linears(network) == 0
+    monkeypatch.setattr(cpu, "MOST_PACKED", 3 * 64 * 64 * 4)
+    assert pack_linears(network) == 3
