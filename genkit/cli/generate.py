@@ -11,8 +11,7 @@ import typer
 
 from genkit import phases
 from genkit.cli.app import MAKE, Command, app, print_found
-from genkit.cli.options import AsJson, Device, Out, Variant, spread
-from genkit.cli.replay import given_model
+from genkit.cli.options import AsJson, Device, Out, Variant, given_model, spread
 from genkit.errors import EXIT_OK, InputError
 from genkit.options import Options
 

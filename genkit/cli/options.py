@@ -125,3 +125,9 @@ def _options_of(kind: Any) -> list[tuple[Any, Any]]:
     hints = typing.get_type_hints(kind, include_extras=True)
     fields = [(field, hints[field.name]) for field in dataclasses.fields(kind)]
     return [(field, hint) for field, hint in fields if hasattr(hint, "__metadata__") or dataclasses.is_dataclass(hint)]
+
+
+def given_model(ctx: Any, options: Options) -> str | None:
+    """Return --model if it was given; None if pictures are to say."""
+    given = ctx.get_parameter_source("model")
+    return options.model if given is not None and given.name == "COMMANDLINE" else None

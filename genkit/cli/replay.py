@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from genkit.cli.app import MAKE, Command, app, print_found
-from genkit.cli.options import AsJson, Out, spread
+from genkit.cli.options import AsJson, Out, given_model, spread
 from genkit.errors import EXIT_OK, InputError
 from genkit.options import Options
 
@@ -55,9 +55,3 @@ def replay(
     report, summary = run_replay(plan, folder)
     print(printable_json(report) if as_json else "\n".join(map(printable, lines_of(report))))
     return summary.exit_code
-
-
-def given_model(ctx: Any, options: Options) -> str | None:
-    """Return --model if it was given; None if pictures are to say."""
-    given = ctx.get_parameter_source("model")
-    return options.model if given is not None and given.name == "COMMANDLINE" else None
