@@ -48,6 +48,9 @@ def make(folder: Path, family: str) -> None:
     for tokenizer in (folder / family).glob("tokenizer*"):
         shutil.rmtree(tokenizer)
         shutil.copytree(TOKENIZER, tokenizer)
+    second = folder / family / "tokenizer_2" / "tokenizer_config.json"
+    if second.exists():  # as SDXL's own
+        second.write_text(json.dumps({**json.loads(second.read_text()), "pad_token": "!"}))
     convert(inspect_model(folder / family), folder / f"{family}.safetensors")
 
 

@@ -10,7 +10,20 @@ from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_stri
 from genkit.components.geometry import Geometry
 from genkit.components.info import ModelInfo
 from genkit.device.devices import CPU_SLOTS, DTYPES, free_memory, host_memory
-from genkit.device.memory import CLIP_BATCH, LAYERS, RESIDENT, TEXTS, TURNS, UNETS, Budget, Need, gib, peak, plan_memory
+from genkit.device.memory import (
+    CLIP_BATCH,
+    LAYERS,
+    MOST_PACKED,
+    RESIDENT,
+    TEXTS,
+    TURNS,
+    UNETS,
+    Budget,
+    Need,
+    gib,
+    peak,
+    plan_memory,
+)
 from genkit.errors import HostError
 
 if TYPE_CHECKING:
@@ -61,7 +74,8 @@ def model_need(
     weights: dict[str, float] = {name: item * part.parameters for name, part in parts.items()}
     if device == "cpu" and item == 4:  # linear layers also have a packed copy (device/cpu.py)
         for name in {*UNETS, "vae"} & weights.keys():
-            weights[name] += item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
+            linear = item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
+            weights[name] += linear if linear <= MOST_PACKED else 0
     if dtype == "int8":
         weights |= {name: parts[name].parameters for name in UNETS if name in parts}
     widened = vae_in_float32(configs, dtype) and item == 2

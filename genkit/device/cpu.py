@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-MOST_PACKED = 2**31  # bytes of weights that are kept a second time: Stable Diffusion 1.5's are, SDXL's are not
-MOST_PACKED = 2**31  # bytes of weights that are kept a second time: Stable Diffusion 1.5's are, SDXL's are not
+from genkit.device.memory import MOST_PACKED
+
 WORTH_PACKING = 64 * 64  # elements of a weight; below that the overhead of the call dominates
 
 
