@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -190,14 +191,16 @@ def load_model(
     target = torch.device(device)
     model = _build(info.part)
     tied = {k: v for k, v in dict(getattr(model, "all_tied_weights_keys", None) or {}).items() if k != v}
-    part = dataclasses.replace(info.part, tensors=_renamed(model, info.part.tensors))
-    have = part.tensors
+    have = _known(model, _renamed(model, info.part.tensors))
+    part = dataclasses.replace(info.part, tensors=have)
     shared = {key: source for key, source in tied.items() if key not in have and source in have}
     shared |= {source: key for key, source in tied.items() if source not in have and key in have}
-    expected = {key: tuple(w.shape) for key, w in model.state_dict().items() if key not in shared}
+    fresh = _unneeded(model, have.keys() | shared.keys())
+    expected = {key: tuple(w.shape) for key, w in model.state_dict().items() if key not in (*shared, *fresh)}
     check_shapes(have, expected, part.where, complete=True)
     weights = read_network(part, target, compute_dtype(target, dtype))
     weights |= {key: weights[source] for key, source in shared.items()}
+    weights |= {key: value.to(target, compute_dtype(target, dtype)) for key, value in fresh.items()}
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device=target, dtype=compute_dtype(target, dtype)).eval().requires_grad_(False)
     return Loaded(info, model, read_tokenizer(info))
@@ -231,6 +234,29 @@ def _renamed(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise InputError(f"{place(tensor.file)}: {shown(tensor.key)}: is given twice, also as {shown(new)}")
         found[new] = tensor
     return found
+
+
+def _known(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without those that the class itself says files may have beyond its own."""
+    own, beyond = model.state_dict().keys(), getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in own or not any(re.search(pattern, name) for pattern in beyond)
+    }
+
+
+def _unneeded(model: Any, have: Collection[str]) -> dict[str, Any]:
+    """Return ones and zeros for norms that files may lack, as the class itself says: it computes nothing there."""
+    import torch
+
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    norms = {name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    return {
+        name: torch.ones(w.shape) if name.endswith("weight") else torch.zeros(w.shape)
+        for name, w in model.state_dict().items()
+        if name not in have and name.rpartition(".")[0] in norms and any(re.search(p, name) for p in patterns)
+    }
 
 
 def read_tokenizer(info: VisionInfo) -> Any:

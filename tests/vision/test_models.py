@@ -75,6 +75,27 @@ def test_shards_and_old_buffers_are_read(tmp_path: Path) -> None:
     load_model(tmp_path / "whole", SENSES, "cpu", torch.float32)
 
 
+def test_weights_that_older_files_of_grounding_dino_lack_or_have_beyond(tmp_path: Path) -> None:
+    folder = tiny_grounding_dino(tmp_path / "dino")
+    whole = load_model(folder, SENSES, "cpu", torch.float32).model.state_dict()
+    stem = "model.backbone.conv_encoder.model."
+    index = {f"{stem}encoder.layers.0.blocks.0.attention.self.relative_position_index": torch.zeros(16, 16)}
+    lacking = {
+        f"{stem}layernorm.weight",
+        f"{stem}layernorm.bias",
+        f"{stem}swin.layernorm.weight",
+        f"{stem}swin.layernorm.bias",
+    }
+    tied = {
+        key for key in load_file(folder / "model.safetensors") if key.startswith(("bbox_embed.1", "model.decoder.bbox"))
+    }
+    _weights(folder, lambda w: (w.update(index), [w.pop(key, None) for key in (*lacking, *tied)]))
+    found = load_model(folder, SENSES, "cpu", torch.float32).model.state_dict()
+    assert found.keys() == whole.keys()
+    for key, weight in found.items():
+        assert torch.equal(weight, whole[key]) or "swin.layernorm" in key, key
+
+
 def _config(folder: Path, **fields: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
