@@ -44,7 +44,7 @@ class Options:
         str, "auto (the fastest that works), sdpa, flash, cudnn, efficient, xformers, sliced or math."
     ] = "auto"
     memory: Annotated[str, "auto (what fits), high (all on the device) or low (least)."] = "auto"
-    clip: Annotated[str, "auto, none, emoji-clip, a folder with a CLIPModel, or a hub id."] = "auto"
+    clip: Annotated[str, "auto, none, emoji-clip, a folder with a CLIPModel or SiglipModel, or a hub id."] = "auto"
     format: Annotated[str, "Of the pictures: png, webp, jpeg or jxl."] = "png"
     quality: Annotated[
         int | None, "Of webp, jpeg and jxl, 1 to 100; default 90; at 100 webp and jxl keep every bit."
