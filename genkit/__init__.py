@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from genkit.schedulers import Scheduler
     from genkit.scoring.clip import ClipScorer
     from genkit.studies.replay import replay
+    from genkit.studies.search import search
 
 # Where each public name lives: looked up on first use, so that `import genkit` costs nothing and `Request` no torch.
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
     "replay": "genkit.studies.replay",
+    "search": "genkit.studies.search",
 }
 __all__ = [
     "ClipScorer",
@@ -43,6 +45,7 @@ __all__ = [
     "Unconditional",
     "generate",
     "replay",
+    "search",
 ]
 
 
