@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from genkit.sampling.generators import ImageToImage, TextToImage, Unconditional
     from genkit.schedulers import Scheduler
     from genkit.scoring.clip import ClipScorer
+    from genkit.studies.interrogate import interrogate
     from genkit.studies.replay import replay
     from genkit.studies.search import search
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Result": "genkit.rows.result",
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
+    "interrogate": "genkit.studies.interrogate",
     "replay": "genkit.studies.replay",
     "search": "genkit.studies.search",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "TextToImage",
     "Unconditional",
     "generate",
+    "interrogate",
     "replay",
     "search",
 ]

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from genkit.cli.app import SCORE, Command, app
-from genkit.cli.options import AsJson, Device, Dtype
-from genkit.errors import EXIT_OK, EXIT_SOME_FAILED
+from genkit.cli.options import AsJson, Clip, Device, Dtype
+from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError
 
 SearchClip = Annotated[
     str,
@@ -47,3 +47,44 @@ def search(
     print(printable_json(dataclasses.asdict(found)) if as_json else "\n".join(map(printable, report(found))))
     say(found)
     return EXIT_SOME_FAILED if found.problems else EXIT_OK
+
+
+@app.command(cls=Command, rich_help_panel=SCORE)
+def interrogate(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or runs.")],
+    clip: Clip = "emoji-clip",
+    lists: Annotated[
+        Path | None, typer.Option(help="A folder of .txt files, a phrase a line; default: genkit's.")
+    ] = None,
+    count: Annotated[int | None, typer.Option("--generate", help="Draw so many pictures of each caption.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The run of --generate: made, or gone on with.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="What --generate draws with.")] = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Say what CLIP would call pictures: the nearest phrases of some lists, and the caption that they make."""
+    from genkit.components import inspect_model
+    from genkit.files import user_path
+    from genkit.progress import printable, printable_json
+    from genkit.rows.request import Request
+    from genkit.studies.interrogate import draw_similar, report
+    from genkit.studies.interrogate import interrogate as described
+
+    if (count is None) != (out is None):
+        raise InputError("--generate, --out: the one needs the other: how many pictures, and the run that they go to")
+    if count is not None:
+        Request(prompt="a picture", num_images=count)
+        if inspect_model(model).kind != "text-to-image":
+            raise InputError(f"--model: {model} draws no prompts")
+    found = []
+    for one in described([user_path(p) for p in images], clip=clip, lists=lists, device=device, dtype=dtype):
+        found.append(one)
+        print(printable_json(one.to_json()) if as_json else "\n".join(map(printable, report(one).splitlines())))
+    failed = any(one.error is not None for one in found)
+    if count is not None and out is not None:
+        summary = draw_similar(found, count, out, model, device, dtype)
+        return summary.exit_code or (EXIT_SOME_FAILED if failed else EXIT_OK)
+    return EXIT_SOME_FAILED if failed else EXIT_OK

@@ -38,14 +38,14 @@ ROUNDING = 2e-3  # above the error of a product in half precision: what lies wit
 class Indexed:
     """The embeddings of pictures: files[i] has the unit vector vectors[rows[i]], (n, width) float16.
 
-    new: how many were embedded now. problems: a message for each picture that could not be read; it is in neither list.
+    new: how many were embedded now. problems: why a picture could not be read; it is in neither list.
     """
 
     files: list[Path]
     rows: np.ndarray
     vectors: np.ndarray
     new: int = 0
-    problems: tuple[str, ...] = ()
+    problems: Mapping[Path, str] = dataclasses.field(default_factory=dict)
 
 
 def folder_index(
@@ -91,12 +91,12 @@ def _updated(
     have, _ = by_content(store.path.parent)
     digests: dict[Path, str] = {}
     unread: list[tuple[Path, dict[str, Any]]] = []
-    problems: list[str] = []
+    problems: dict[Path, str] = {}
     for file in files:
         try:
             state = _state(folder, file)
         except OSError as error:
-            problems.append(f"{place(file)}: {error.strerror}")
+            problems[file] = f"{place(file)}: {error.strerror}"
             continue
         line = known.get(state["file"], {})
         if {**line, "sha256": ""} == {**state, "sha256": ""} and line.get("sha256") in have:
@@ -118,8 +118,8 @@ def _updated(
             progress(start + len(part), len(unread), "of the pictures that the index lacked read")
     rows, vectors = by_content(store.path.parent)
     kept = [file for file in files if digests.get(file) in rows]
-    problems += [f"{place(file)}: its embedding is not finite" for file in digests if digests[file] not in rows]
-    return Indexed(kept, np.array([rows[digests[f]] for f in kept], np.int64), vectors, embedded, tuple(problems))
+    problems |= {f: f"{place(f)}: its embedding is not finite" for f, digest in digests.items() if digest not in rows}
+    return Indexed(kept, np.array([rows[digests[f]] for f in kept], np.int64), vectors, embedded, problems)
 
 
 def _state(folder: Path, file: Path) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _state(folder: Path, file: Path) -> dict[str, Any]:
 
 
 def _read(
-    part: Sequence[tuple[Path, Any]], have: Mapping[str, int], digests: dict[Path, str], problems: list[str],
+    part: Sequence[tuple[Path, Any]], have: Mapping[str, int], digests: dict[Path, str], problems: dict[Path, str],
     scorer: ClipScorer,
 ) -> dict[str, Any]:  # fmt: skip
     """Fill in the SHA-256 of files; return {SHA-256: picture prepared for CLIP} of contents without an embedding."""
@@ -146,7 +146,7 @@ def _read(
             digests[file] = digest
         except InputError as error:
             message = str(error).removeprefix("the picture: ")
-            problems.append(message if place(file) in message else f"{place(file)}: {message}")
+            problems[file] = message if place(file) in message else f"{place(file)}: {message}"
     return new
 
 

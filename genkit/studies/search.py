@@ -14,7 +14,7 @@ from genkit.components import inspect_model, weight_hashes
 from genkit.device.devices import check_device
 from genkit.errors import InputError, shown
 from genkit.files import place, read_text
-from genkit.pictures.images import check_image, list_images, read_image
+from genkit.pictures.images import check_image, list_images, natural, read_image
 from genkit.runs.embeddings import read_embeddings
 from genkit.runs.records import RESULTS, found_at, read_config, read_results
 from genkit.runs.rescore import Stored
@@ -76,7 +76,7 @@ def search(
         for t in (*texts, *negative)
         if t in scorer.texts.truncated
     ]
-    indexed, captions = _embedded(folder, files, info, scorer, notes, quiet)
+    indexed, captions = embedded(folder, files, info, scorer, notes, quiet)
     found = [
         {"file": str(indexed.files[at]), "score": round(score, 6), "caption": captions(indexed.files[at])}
         for at, score in top(indexed.vectors, indexed.rows, query, k)
@@ -85,7 +85,7 @@ def search(
     asked |= {"not": negative}
     return Found(
         {key: value for key, value in asked.items() if value}, found, len(indexed.files), indexed.new, name,
-        tuple(notes), indexed.problems,
+        tuple(notes), tuple(indexed.problems.values()),
     )  # fmt: skip
 
 
@@ -105,11 +105,16 @@ def _check(folder: Path, texts: list[str], pictures: list[Any], negative: list[s
                 check_image(picture)
             except InputError as error:
                 raise InputError(f"--image: {error}") from None
+    return pictures_of(folder)
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """Return the pictures of a folder, or the finished ones of a run. Raises InputError if there are none."""
     if not folder.is_dir():
         raise InputError(f"{place(folder)}: is no folder; give a run, or a folder of pictures")
     if is_run(folder):
         files = [folder / str(r.file) for r in read_results(folder) if r.status == "done"]
-        files = [file for file in files if file.is_file()]
+        files = sorted((file for file in files if file.is_file()), key=natural)
     else:
         files = list_images(folder)
     if not files:
@@ -149,10 +154,13 @@ def _query(scorer: ClipScorer, texts: list[str], shows: list[Any], negative: lis
     return query / length
 
 
-def _embedded(
+def embedded(
     folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer, notes: list[str], quiet: bool
 ) -> tuple[Indexed, Any]:
-    """Return the embeddings of the pictures, and a function from a picture to its caption."""
+    """Return the embeddings of the pictures of a folder or run, and a function from a picture to its caption.
+
+    What is computed is kept; notes grows by what a user should know.
+    """
     weights = weight_hashes(info)
     if not is_run(folder):
         return folder_index(folder, files, weights, info.embedding_width, scorer, quiet), _beside
@@ -173,7 +181,7 @@ def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer
     from genkit.scoring.panel import half
 
     found: dict[Path, np.ndarray] = {}
-    problems: list[str] = []
+    problems: dict[Path, str] = {}
     with Stored(folder, info) as stored:
         lacking = [file for file in files if stored.vector(file) is None]
         for start in range(0, len(lacking), BATCH):
@@ -182,7 +190,7 @@ def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer
                 try:
                     pixels[file] = scorer.preprocess(as_tensor(read_image(file)))
                 except InputError as error:
-                    problems.append(str(error))
+                    problems[file] = str(error)
             if pixels:
                 vectors = half(scorer.embed_pixels(torch.cat(list(pixels.values()))))
                 for file, vector in zip(pixels, vectors, strict=True):
@@ -197,7 +205,7 @@ def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer
         base = np.array(vectors) if len(vectors) else np.empty((0, info.embedding_width), np.float16)
         rows |= {file: len(base) + number for number, file in enumerate(changed)}
         vectors = np.concatenate([base, np.stack(list(changed.values()))])
-    return Indexed(kept, np.array([rows[file] for file in kept], np.int64), vectors, len(found), tuple(problems))
+    return Indexed(kept, np.array([rows[file] for file in kept], np.int64), vectors, len(found), problems)
 
 
 def _beside(file: Path) -> str:
