@@ -347,6 +347,10 @@ def tiny_siglip(folder: Path, second: bool = False) -> Path:
         if name == "logit_bias":
             torch.nn.init.constant_(weight, -1.5)
     model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "projection_size"):  # Google's do not state them
+        del config["text_config"][name]
+    _write(folder / "config.json", config)
     settings: dict[str, Any] = {
         "do_normalize": True,
         "do_rescale": True,

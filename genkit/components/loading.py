@@ -247,7 +247,15 @@ def _as_tokens(folder: Path) -> dict[str, Any]:
     return {"additional_special_tokens": plain}
 
 
+def _of_transformers(cls: Any, config: Mapping[str, Any]) -> Any:
+    """Build a network. SigLIP reads no ids of special tokens, and transformers would warn of its own defaults."""
+    if cls.__name__ == "SiglipModel":
+        config = {**config, "text_config": {**config["text_config"], **dict.fromkeys(_IDS)}}
+    return cls(cls.config_class(**config))
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CONSTRUCT: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "diffusers": lambda cls, config: cls(**config),
-    "transformers": lambda cls, config: cls(cls.config_class(**config)),
+    "transformers": _of_transformers,
 }

@@ -16,7 +16,7 @@ from genkit.errors import InputError
 from genkit.files import place
 from genkit.pictures.images import check_image, read_image
 from genkit.rows.request import Request
-from genkit.scoring.phrases import EMOJI, GENERAL, joined, read_lists
+from genkit.scoring.lists import EMOJI, GENERAL, joined, read_lists
 from genkit.studies.search import embedded, pictures_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def interrogate(
 ) -> Iterator[Described]:  # fmt: skip
     """Yield what CLIP says of pictures, runs and folders of pictures, in order.
 
-    lists: a folder of phrase lists (`scoring/phrases.py`) in place of genkit's own. A caption begins with the nearest
+    lists: a folder of phrase lists (`scoring/lists.py`) in place of genkit's own. A caption begins with the nearest
     phrase of the first list; then the phrase that raises the cosine most is added, or takes the place of another of its
     list, as long as one does. Raises InputError before anything is loaded.
     """

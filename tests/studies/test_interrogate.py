@@ -13,7 +13,7 @@ from PIL import Image
 
 import genkit
 from genkit import ClipScorer, InputError, TextToImage, cli
-from genkit.scoring.phrases import EMOJI, GENERAL, joined, read_lists
+from genkit.scoring.lists import EMOJI, GENERAL, joined, read_lists
 from tests.tiny import tiny_siglip
 
 PROMPTS = {

@@ -1,4 +1,4 @@
-"""Lists of phrases that may describe a picture: those beside this file, or a user's own.
+"""Lists of phrases that may describe a picture: those in `phrases` beside this file, or a user's own.
 
 A list is a text file with a phrase a line; lines that start with # are skipped. A phrase is added to a caption behind a
 comma, and one with {} takes the caption at that place.
