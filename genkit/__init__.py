@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from genkit.sampling.generators import ImageToImage, TextToImage, Unconditional
     from genkit.schedulers import Scheduler
     from genkit.scoring.clip import ClipScorer
+    from genkit.studies.interrogate import interrogate
     from genkit.studies.replay import replay
+    from genkit.studies.search import search
     from genkit.vision.detector import Detector
 
 # Where each public name lives: looked up on first use, so that `import genkit` costs nothing and `Request` no torch.
@@ -30,8 +32,10 @@ _HOMES = {
     "Result": "genkit.rows.result",
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
+    "interrogate": "genkit.studies.interrogate",
     "replay": "genkit.studies.replay",
     "Detector": "genkit.vision.detector",
+    "search": "genkit.studies.search",
 }
 __all__ = [
     "ClipScorer",
@@ -45,7 +49,9 @@ __all__ = [
     "TextToImage",
     "Unconditional",
     "generate",
+    "interrogate",
     "replay",
+    "search",
 ]
 
 

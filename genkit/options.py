@@ -44,7 +44,7 @@ class Options:
         str, "auto (the fastest that works), sdpa, flash, cudnn, efficient, xformers, sliced or math."
     ] = "auto"
     memory: Annotated[str, "auto (what fits), high (all on the device) or low (least)."] = "auto"
-    clip: Annotated[str, "auto, none, emoji-clip, a folder with a CLIPModel, or a hub id."] = "auto"
+    clip: Annotated[str, "auto, none, emoji-clip, a folder with a CLIPModel or SiglipModel, or a hub id."] = "auto"
     detector: Annotated[
         str | None, "A zero-shot detector, for count['cat'] and the like in gates: a folder or a hub id."
     ] = None

@@ -326,3 +326,69 @@ def _index(folder: Path, pipeline: str, parts: dict[str, Any]) -> Path:
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2))
+
+
+def tiny_siglip(folder: Path, second: bool = False) -> Path:
+    """Write a SiglipModel folder (16x16 pixels, embeddings of width 16) in the layout of Google's, and return it.
+
+    second: SigLIP 2's, with Gemma's tokenizer.
+    """
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(3)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**shared, "image_size": 16, "patch_size": 5}
+    text = {**shared, "vocab_size": _siglip_tokenizer(folder, second), "max_position_embeddings": 12}
+    model = SiglipModel(SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=vision))
+    for name, weight in model.named_parameters():  # those of the constructor are all but equal for any text
+        torch.nn.init.normal_(weight, std=0.3 if weight.ndim > 1 else 0.1)
+        if name == "logit_scale":
+            torch.nn.init.constant_(weight, 2.3)
+        if name == "logit_bias":
+            torch.nn.init.constant_(weight, -1.5)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "projection_size"):  # Google's do not state them
+        del config["text_config"][name]
+    _write(folder / "config.json", config)
+    settings: dict[str, Any] = {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "resample": 2 if second else 3,
+    }
+    settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 16, "width": 16}}
+    kinds = {"image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor"}
+    _write(folder / "preprocessor_config.json", {**settings, **kinds, "rescale_factor": 0.00392156862745098})
+    return folder
+
+
+def _siglip_tokenizer(folder: Path, second: bool) -> int:
+    """Write tokenizer.json and tokenizer_config.json as SigLIP has them; return how many tokens there are."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [f"▁{c}" for c in "abcdefghijklmnopqrstuvwxyz"] + list("abcdefghijklmnopqrstuvwxyz▁")
+    if second:
+        names = ["<pad>", "<eos>", "<bos>", "<unk>", *letters, "▁fo", "▁ap", ",", "!"]
+        vocab = {name: number for number, name in enumerate(names)}
+        merges = [*(("▁", c) for c in "abcdefghijklmnopqrstuvwxyz"), ("▁f", "o"), ("▁a", "p")]
+        tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True))
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        stated: dict[str, Any] = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True}
+        stated |= {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        special = names[:4]
+    else:
+        pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -4.0) for c in letters), ("▁fo", -3.0), ("▁apple", -3.5)]
+        pieces[1], pieces[0], special = ("</s>", 0.0), ("<pad>", 0.0), ["<pad>", "</s>", "<unk>"]
+        pieces.insert(2, ("<unk>", 0.0))
+        tokenizer = Tokenizer(models.Unigram(pieces, 2))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always")
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+        stated = {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "sp_model_kwargs": {}}
+        stated |= {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write(folder / "tokenizer_config.json", {**stated, "model_max_length": 12 if not second else int(1e30)})
+    return tokenizer.get_vocab_size()

@@ -22,7 +22,7 @@ def _help(field: str) -> str:
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder: made, or gone on with.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
-Clip = Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel, or a hub id.")]
+Clip = Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel or SiglipModel, or a hub id.")]
 Labels = Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot classification.")]
 Device = Annotated[str, typer.Option(help=_help("device"))]
 Dtype = Annotated[str, typer.Option(help=_help("dtype"))]

@@ -54,6 +54,8 @@ def compose_model(
             raise InputError("scheduler: is missing: a new model has none to go by")
     if kind == "autoencoder":
         parts, tokenizer = {"vae": parts["vae"]}, None
+    if kind == "clip" and parts["clip"].kind != "CLIPModel":
+        raise InputError(f"{parts['clip'].where}: {parts['clip'].kind} cannot be trained; a CLIPModel can")
     if kind == "clip" and not preprocessor:
         side = parts["clip"].config["vision_config"]["image_size"]
         preprocessor = {"size": {"height": side, "width": side}, "do_center_crop": False}
@@ -88,7 +90,7 @@ def _stored(name: str, value: str, where: str) -> Part:
     found = inspect_model(value).parts
     if name in found:
         return found[name]
-    if name != "text_encoder" or "clip" not in found:
+    if name != "text_encoder" or "clip" not in found or found["clip"].kind != "CLIPModel":
         raise InputError(f"{where}: {shown(value)} has no {name}; it has {', '.join(found)}")
     clip = found["clip"]
     tensors = {key.removeprefix(TEXT_MODEL): t for key, t in clip.tensors.items() if key.startswith(TEXT_MODEL)}

@@ -25,9 +25,11 @@ from genkit.components.registry import (
     OLD_SIZES,
     PIPELINES,
     REQUIRED,
+    SCORERS,
     SECOND,
 )
 from genkit.components.rules import check_config, refuse_code
+from genkit.components.siglip import check_siglip_tokenizer
 from genkit.components.single import UNET, read_single, read_text_encoder, read_vae
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import CONVERT, PICKLES, check_shapes, read_file, read_weights, wanted_weights
@@ -231,10 +233,20 @@ def usual_settings(unet: Mapping[str, Any], scheduler: str, sdxl: bool) -> dict[
 
 
 def _read_clip(folder: Path, notes: list[str]) -> ModelInfo:
-    """Read the folder of a CLIPModel; without weights and name."""
-    part = _read_part("clip", "CLIPModel", folder, notes)
-    check_tokenizer(folder, part.config["text_config"], f"{part.where}: text_config", notes)
-    preprocessor = read_preprocessor(folder, part.config["vision_config"]["image_size"], notes)
+    """Read the folder of a CLIPModel or a SiglipModel; without weights and name."""
+    path = folder / "config.json"
+    stated = read_json(path)
+    kind = stated.get("model_type", "clip")
+    if kind == "siglip2":
+        raise InputError(
+            f"{place(path)}: model_type: 'siglip2' is NaFlex, whose pictures have any shape, and not supported; those "
+            "of fixed size, as google/siglip2-base-patch16-224, have model_type 'siglip'"
+        )
+    cls = SCORERS.get(kind, "CLIPModel") if isinstance(kind, str) else "CLIPModel"
+    part = _read_part("clip", cls, folder, notes)
+    check = check_tokenizer if cls == "CLIPModel" else check_siglip_tokenizer
+    check(folder, part.config["text_config"], f"{part.where}: text_config", notes)
+    preprocessor = read_preprocessor(folder, part.config["vision_config"]["image_size"], notes, cls)
     return ModelInfo("", folder, "clip", {"clip": part}, tokenizer=folder, preprocessor=preprocessor)
 
 

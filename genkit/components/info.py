@@ -96,6 +96,12 @@ class ModelInfo:
         return self.configs.get("text_encoder", self.configs.get("clip", {}).get("text_config", {}))
 
     @property
+    def embedding_width(self) -> int:
+        """The width of the embeddings of a scorer. Raises KeyError for other models."""
+        config = self.configs["clip"]
+        return int(config["projection_dim"] if "projection_dim" in config else config["vision_config"]["hidden_size"])
+
+    @property
     def geometry(self) -> Geometry | None:
         """Its picture sizes; None for "clip"."""
         if "unet" not in self.parts:

@@ -177,6 +177,39 @@ CLIP = {
     **dict.fromkeys(("text_config", "vision_config", "text_config_dict", "vision_config_dict"), Key(OBJECT, None)),
 }
 
+_SIGLIP = {
+    "hidden_act": Key(CLIP_ACTIVATION, "gelu_pytorch_tanh"),
+    "layer_norm_eps": Key(EPSILON, 1e-6),
+    "attention_dropout": Key(RATE, 0.0),
+    "hidden_size": Key(WIDTH, 768),
+    "intermediate_size": Key(whole(1, 2**18), 3072),
+    "num_hidden_layers": Key(LAYERS, 12),
+    "num_attention_heads": Key(HEADS, 12),
+}
+
+SIGLIP_TEXT = {
+    **_SIGLIP,
+    "vocab_size": Key(whole(1, 2**20), 32000),
+    "max_position_embeddings": Key(whole(3, 8192), 64),
+    "pad_token_id": Key(TOKEN, 1),  # the tokenizer's own are used
+    "bos_token_id": Key(TOKEN, 49406),
+    "eos_token_id": Key(TOKEN, 49407),
+    "projection_size": Key(optional(WIDTH), None),
+}
+
+SIGLIP_VISION = {
+    **_SIGLIP,
+    "num_channels": Key(choice(3), 3),
+    "image_size": Key(SIDE, 224),
+    "patch_size": Key(SIDE, 16),
+    "vision_use_head": Key(choice(True), True),
+}
+
+SIGLIP = {
+    "initializer_factor": Key(real(0, 100), 1.0),
+    **dict.fromkeys(("text_config", "vision_config", "text_config_dict", "vision_config_dict"), Key(OBJECT, None)),
+}
+
 # Keys that versions of transformers have written into every config (PretrainedConfig). They do not affect inference:
 # accepted, never passed on.
 _GENERIC = """
@@ -205,3 +238,6 @@ TEXT_UNUSED = _transformers_unused(
 )
 VISION_UNUSED = _transformers_unused(("clip_vision_model", "clip"), ("CLIPVisionModel", "CLIPModel"))
 CLIP_UNUSED = _transformers_unused(("clip",), ("CLIPModel",))
+SIGLIP_TEXT_UNUSED = _transformers_unused(("siglip_text_model", "siglip"), ("SiglipTextModel", "SiglipModel"))
+SIGLIP_VISION_UNUSED = _transformers_unused(("siglip_vision_model", "siglip"), ("SiglipVisionModel", "SiglipModel"))
+SIGLIP_UNUSED = _transformers_unused(("siglip",), ("SiglipModel",))

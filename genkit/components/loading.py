@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.components.info import ModelInfo, Part
 from genkit.components.registry import NETWORKS
+from genkit.components.siglip import SiglipTokenizer
 from genkit.components.weights import DTYPE_NAMES, ITEM_BYTES, Tensor, check_shapes
 from genkit.device.devices import compute_dtype, usable_cores
 from genkit.errors import HostError, InputError, shown
@@ -82,13 +83,20 @@ def load_components(
     return Components(
         info=info,
         device=target,
-        tokenizer=load_tokenizer(info.tokenizer, info.text_config, info.padding.get("tokenizer")),
+        tokenizer=_tokenizer_of(info),
         tokenizer_2=load_tokenizer(
             info.tokenizer_2, info.configs.get("text_encoder_2", {}), info.padding.get("tokenizer_2")
         ),
         scheduler=Scheduler.from_config(info.scheduler_config) if info.scheduler_config else None,
         **networks,
     )
+
+
+def _tokenizer_of(info: ModelInfo) -> Any:
+    """Return the tokenizer of a model, or the first of SDXL's."""
+    if "clip" in info.parts and info.parts["clip"].kind == "SiglipModel" and info.tokenizer is not None:
+        return SiglipTokenizer(info.tokenizer, info.text_config)
+    return load_tokenizer(info.tokenizer, info.text_config, info.padding.get("tokenizer"))
 
 
 def _build(part: Part) -> Any:
@@ -247,7 +255,15 @@ def _as_tokens(folder: Path) -> dict[str, Any]:
     return {"additional_special_tokens": plain}
 
 
+def _of_transformers(cls: Any, config: Mapping[str, Any]) -> Any:
+    """Build a network. SigLIP reads no ids of special tokens, and transformers would warn of its own defaults."""
+    if cls.__name__ == "SiglipModel":
+        config = {**config, "text_config": {**config["text_config"], **dict.fromkeys(_IDS)}}
+    return cls(cls.config_class(**config))
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CONSTRUCT: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "diffusers": lambda cls, config: cls(**config),
-    "transformers": lambda cls, config: cls(cls.config_class(**config)),
+    "transformers": _of_transformers,
 }

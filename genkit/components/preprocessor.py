@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,22 @@ KEYS = {
     "size": Key(either(_SIDE, _sides("shortest_edge"), _EXACT), {"shortest_edge": 224}),
     "crop_size": Key(either(_SIDE, _EXACT), {"height": 224, "width": 224}),
     "do_center_crop": Key(FLAG, True),
+    "resample": Key(choice(2, 3), 3),  # of PIL: bilinear, as SigLIP 2 has it, and bicubic
     "use_square_size": Key(FLAG, False),
     "image_mean": Key(many(real(-10, 10), 3, 3), [0.48145466, 0.4578275, 0.40821073]),
     "image_std": Key(many(real(0, 10, above=True), 3, 3), [0.26862954, 0.26130258, 0.27577711]),
 }
+# By class of network: SigLIP's pictures are squeezed into a square.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "CLIPModel": {},
+    "SiglipModel": {
+        "size": {"height": 224, "width": 224}, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    },
+}  # fmt: skip
 _UNUSED = {
     "do_resize": choice(True),
     "do_normalize": choice(True),
     "do_rescale": choice(True),
-    "resample": choice(3),
     "rescale_factor": real(1 / 255 - 1e-6, 1 / 255 + 1e-6),
     "do_convert_rgb": choice(True, False, None),
     **dict.fromkeys(("image_processor_type", "feature_extractor_type", "processor_class"), TEXT),
@@ -56,8 +64,10 @@ _UNUSED = {
 }
 
 
-def read_preprocessor(folder: Path, image_size: int, notes: list[str] | None = None) -> dict[str, Any]:
-    """Return size, crop_size, do_center_crop, image_mean and image_std of a CLIP model.
+def read_preprocessor(
+    folder: Path, image_size: int, notes: list[str] | None = None, cls: str = "CLIPModel"
+) -> dict[str, Any]:
+    """Return size, crop_size, do_center_crop, resample, image_mean and image_std of a model of class `cls`.
 
     transformers 5 writes them into processor_config.json, under "image_processor". image_size: pixels a side that its
     network reads. Raises InputError for a key or value that the scorer does not support, and where the prepared picture
@@ -71,7 +81,7 @@ def read_preprocessor(folder: Path, image_size: int, notes: list[str] | None = N
             raise InputError(f"{place(path)}: image_processor: {shown(content)} is not an object")
     # As in transformers a null is the class's default
     stated = {k: v for k, v in (read_json(path) if content is None else content).items() if v is not None}
-    config = check_config(stated, KEYS, place(path), _UNUSED, notes)
+    config = check_config({**_DEFAULTS[cls], **stated}, KEYS, place(path), _UNUSED, notes)
     if config.pop("use_square_size"):
         side = config["size"].get("shortest_edge") if isinstance(config["size"], dict) else config["size"]
         config["size"] = {"height": side, "width": side} if side else config["size"]

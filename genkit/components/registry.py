@@ -75,6 +75,11 @@ NETWORKS = {
         "transformers", keys.CLIP, shapes.check_clip_pair, shapes.clip, OLD_CLIP, keys.CLIP_UNUSED,
         {"text_config": (keys.CLIP_TEXT, keys.TEXT_UNUSED), "vision_config": (keys.CLIP_VISION, keys.VISION_UNUSED)},
     ),
+    "SiglipModel": Network(
+        "transformers", keys.SIGLIP, shapes.check_siglip, shapes.siglip, OLD_CLIP, keys.SIGLIP_UNUSED,
+        {"text_config": (keys.SIGLIP_TEXT, keys.SIGLIP_TEXT_UNUSED),
+         "vision_config": (keys.SIGLIP_VISION, keys.SIGLIP_VISION_UNUSED)},
+    ),
 }  # fmt: skip
 
 # The components of a model_index.json: (library, classes). genkit.schedulers checks the scheduler's class.
@@ -86,6 +91,8 @@ COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
     "tokenizer_2": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
+# The scorers, by the model_type of their config.json.
+SCORERS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 # Components of Stable Diffusion folders that are never loaded.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "safety_checker": ("stable_diffusion", ("StableDiffusionSafetyChecker", "FlaxStableDiffusionSafetyChecker")),

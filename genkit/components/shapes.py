@@ -93,6 +93,17 @@ def check_clip_pair(config: Config, where: str) -> None:
     check_clip(config["vision_config"], f"{where}: vision_config")
 
 
+def check_siglip(config: Config, where: str) -> None:
+    """Check the text and the vision config of a SiglipModel, whose embeddings have the width of its vision network."""
+    check_clip_pair(config, where)
+    text, vision = config["text_config"], config["vision_config"]
+    width = text["projection_size"] or text["hidden_size"]
+    if width != vision["hidden_size"]:
+        raise InputError(
+            f"{where}: text_config: projection_size: {width}, but vision_config has hidden_size {vision['hidden_size']}"
+        )
+
+
 def unet(config: Config) -> Shapes:
     """Landmarks of UNet2DModel and UNet2DConditionModel."""
     widths = config["block_out_channels"]
@@ -162,6 +173,22 @@ def clip(config: Config) -> Shapes:
         **_clip_layers(vision, "vision_model."),
         "text_projection.weight": (projected, text["hidden_size"]),
         "visual_projection.weight": (projected, width),
+    }
+
+
+def siglip(config: Config) -> Shapes:
+    """Landmarks of SiglipModel, which has no class token and pools the patches by attention."""
+    text, vision = config["text_config"], config["vision_config"]
+    width, side, patch = vision["hidden_size"], vision["image_size"], vision["patch_size"]
+    return {
+        **clip_text(text, "text_model."),
+        "text_model.head.weight": (width, text["hidden_size"]),
+        "vision_model.embeddings.patch_embedding.weight": (width, vision["num_channels"], patch, patch),
+        "vision_model.embeddings.position_embedding.weight": ((side // patch) ** 2, width),
+        **_clip_layers(vision, "vision_model."),
+        "vision_model.head.probe": (1, 1, width),
+        "logit_scale": (1,),
+        "logit_bias": (1,),
     }
 
 

@@ -12,19 +12,19 @@ from genkit.files import place, read_json, read_text
 
 TOKENIZER_LIMIT = 2**25  # bytes; CLIP's tokenizer.json has 2.2 million
 VOCAB_LIMIT = 2**24
-_TOKEN = either(TEXT, Rule("a token object", lambda v: isinstance(v, dict) and isinstance(v.get("content"), str)))
+TOKEN = either(TEXT, Rule("a token object", lambda v: isinstance(v, dict) and isinstance(v.get("content"), str)))
 _SPECIAL = {"bos_token": "<|startoftext|>", **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")}
 
 CONFIG = {
-    **{name: Key(_TOKEN, default) for name, default in _SPECIAL.items()},
+    **{name: Key(TOKEN, default) for name, default in _SPECIAL.items()},
     "model_max_length": Key(optional(real(3, 1e31)), 77),
 }
-_CONFIG_UNUSED = {
+CONFIG_UNUSED = {
     "tokenizer_class": optional(Rule("'CLIPTokenizer'", lambda v: v in ("CLIPTokenizer", "CLIPTokenizerFast"))),
     "add_prefix_space": FLAG,
     "do_lower_case": FLAG,
     "clean_up_tokenization_spaces": FLAG,
-    "additional_special_tokens": optional(many(_TOKEN, 0, 10_000)),
+    "additional_special_tokens": optional(many(TOKEN, 0, 10_000)),
     "extra_special_tokens": ANYTHING,
     "added_tokens_decoder": Rule("an object", lambda v: isinstance(v, dict)),
     **dict.fromkeys(
@@ -42,7 +42,7 @@ def check_tokenizer(folder: Path, text: Mapping[str, Any], text_config: str, not
     InputError naming file and entry.
     """
     path = folder / "tokenizer_config.json"
-    config = check_config(read_json(path) if path.exists() else {}, CONFIG, place(path), _CONFIG_UNUSED, notes)
+    config = check_config(read_json(path) if path.exists() else {}, CONFIG, place(path), CONFIG_UNUSED, notes)
     vocab_size = text["vocab_size"]
     fast, vocab_file = folder / "tokenizer.json", folder / "vocab.json"
     added_file = folder / "added_tokens.json"

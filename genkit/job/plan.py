@@ -221,7 +221,7 @@ def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], fr
     if options.aesthetic is not None:
         if clip is None:
             raise InputError("--aesthetic: is a head over CLIP embeddings, and there is no CLIP model: give --clip")
-        check_head(Path(options.aesthetic), clip.configs["clip"]["projection_dim"])
+        check_head(Path(options.aesthetic), clip.embedding_width)
     scorers = find_scorers(options.scorers)
     names = [name for plugin in scorers for name in plugin.names]
     return scorers, known_scores(clip is not None, options.aesthetic is not None, names)

@@ -134,7 +134,7 @@ def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any
     note = generator.budget.line(generator.device, job.options.memory)
     if note:
         progress.message(note)
-    store = None if job.clip is None else Store(run.folder, job.clip.configs["clip"]["projection_dim"])
+    store = None if job.clip is None else Store(run.folder, job.clip.embedding_width)
     form = encoding(job.options.format, job.options.quality)
     origin = None if job.options.no_metadata else origin_of(job, run.config["binding"], generator)
     writers = Writers(run, job.rows, form, origin, store, job.inversions.of_rows())

@@ -50,6 +50,19 @@ def read_embeddings(folder: Path, results: Iterable[Result] | None = None) -> tu
     return found, records["vector"]
 
 
+def by_content(folder: Path) -> tuple[dict[str, int], np.ndarray]:
+    """Return {SHA-256 of a picture: row}, and the memory-mapped array (n, width) float16 with these rows.
+
+    Empty if there are none. Raises InputError for a file of another kind.
+    """
+    records, _ = _records(folder / EMBEDDINGS)
+    if not len(records):
+        return {}, np.empty((0, 0), np.float16)
+    unsound = set(_unsound(records))
+    rows = {digest.decode("ascii", "replace"): row for row, digest in enumerate(records["sha256"].tolist())}
+    return {digest: row for digest, row in rows.items() if row not in unsound}, records["vector"]
+
+
 class Store:
     """The embeddings of a locked run, open for appending; thread-safe. A context manager."""
 

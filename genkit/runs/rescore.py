@@ -76,7 +76,7 @@ class Stored:
         self._rows, self._vectors = read_embeddings(folder, results)
         with contextlib.suppress(HostError, OSError):
             self._lock = lock_folder(folder)
-            self._store = Store(folder, clip.configs["clip"]["projection_dim"])
+            self._store = Store(folder, clip.embedding_width)
 
     def vector(self, file: Path) -> np.ndarray | None:
         """Return the stored embedding of a picture, (width,) float16, or None; the file must have its recorded size."""

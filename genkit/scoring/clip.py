@@ -1,4 +1,7 @@
-"""CLIP scores: similarity of a picture and its prompt, and zero-shot classification."""
+"""CLIP scores: similarity of a picture and its prompt, and zero-shot classification.
+
+SigLIP (Zhai et al. 2023) is read likewise; its probabilities are sigmoids, each label's by itself.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ Pictures = "torch.Tensor | Sequence[Image.Image]"
 
 
 class ClipScorer:
-    """A CLIP model as a scorer of pictures.
+    """A CLIPModel or a SiglipModel as a scorer of pictures.
 
     Pictures are PIL images of any size, or a tensor (B, 3, H, W) on any device, uint8 or 0 to 1, which is resized there
-    (antialiased bicubic, by the model's preprocessor config). Text embeddings are cached.
+    (antialiased, by the model's preprocessor config). Text embeddings are cached.
     """
 
     def __init__(self, model: Any, tokenizer: Any, preprocessor: dict[str, Any], name: str = "custom") -> None:
@@ -41,6 +44,7 @@ class ClipScorer:
         self.shortest = size if isinstance(size, int) else size.get("shortest_edge")
         self.exact = None if self.shortest else (size["height"], size["width"])
         crop = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
+        self.filter = "bilinear" if preprocessor.get("resample") == 2 else "bicubic"
         self.crop = crop if preprocessor.get("do_center_crop", True) else None
         self._directions: dict[tuple[tuple[str, ...], tuple[str, ...]], torch.Tensor] = {}
         self.mean, self.std = (torch.tensor(preprocessor[k]).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
@@ -49,7 +53,10 @@ class ClipScorer:
     def from_pretrained(
         cls, name: str | Path = "emoji-clip", *, device: str = "auto", dtype: str = "auto", variant: str | None = None
     ) -> ClipScorer:
-        """Load `emoji-clip`, a folder with a CLIPModel, or a hub id. Raises InputError naming what is wrong with it."""
+        """Load `emoji-clip`, a folder with a CLIPModel or a SiglipModel, or a hub id.
+
+        Raises InputError naming what is wrong with it.
+        """
         from genkit.components import inspect_model, load_components
 
         info = inspect_model(name, variant=variant)
@@ -77,10 +84,10 @@ class ClipScorer:
     def classify(
         self, images: Any, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> list[dict[str, float]]:
-        """Return for each picture the probability of each label: softmax of logit_scale * cosine over the labels."""
+        """Return for each picture the probability of each label, as `probabilities` has it."""
         embedded = self.embed_images(images)
-        logits = self.logit_scale * embedded @ self.directions(labels, templates).to(embedded.device).T
-        return [dict(zip(labels, row, strict=True)) for row in logits.softmax(dim=-1).tolist()]
+        cosines = (embedded @ self.directions(labels, templates).to(embedded.device).T).cpu().numpy()
+        return [dict(zip(labels, row, strict=True)) for row in probabilities(self, cosines).tolist()]
 
     @torch.inference_mode()
     def embed_images(self, images: Any) -> torch.Tensor:
@@ -108,8 +115,14 @@ class ClipScorer:
 
     @property
     def logit_scale(self) -> float:
-        """The factor (inverse temperature) of cosines in the softmax over labels."""
+        """The factor (inverse temperature) of cosines in the softmax or sigmoid of labels."""
         return float(self.model.logit_scale.exp())
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What SigLIP adds to a scaled cosine before the sigmoid; None for CLIP, which takes a softmax over labels."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else float(bias)
 
     def _embed(self, images: Any) -> torch.Tensor:
         if isinstance(images, torch.Tensor):
@@ -122,7 +135,10 @@ class ClipScorer:
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the unit embeddings, (B, width) float32, of preprocessed pictures."""
         vision = self.model.vision_model(pixel_values=pixels.to(self.model.dtype))
-        return normalize(self.model.visual_projection(vision.pooler_output).float(), dim=-1)
+        pooled = vision.pooler_output
+        if hasattr(self.model, "visual_projection"):  # CLIP's; SigLIP's pooling head ends in the embedding
+            pooled = self.model.visual_projection(pooled)
+        return normalize(pooled.float(), dim=-1)
 
     def preprocess(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return pictures (B, 3, H, W) resized, centre-cropped and normalised for the model, on its device."""
@@ -137,7 +153,7 @@ class ClipScorer:
         else:
             size = int(self.shortest * height / width), self.shortest
         if size != (height, width):
-            x = interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+            x = interpolate(x, size=size, mode=self.filter, antialias=True).clamp(0, 1)
         if self.crop is not None:
             top, left = (max(0, (a - b) // 2) for a, b in zip(x.shape[-2:], self.crop, strict=True))
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
@@ -145,7 +161,7 @@ class ClipScorer:
 
 
 class _TextHead:
-    """The text half of a CLIPModel as a text model whose output is the projected embedding."""
+    """The text half of a CLIPModel or SiglipModel as a text model whose output is the projected embedding."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config.text_config
@@ -156,7 +172,20 @@ class _TextHead:
 
     def __call__(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor]:
         pooled = self.model.text_model(input_ids=ids, attention_mask=attention_mask).pooler_output
-        return (self.model.text_projection(pooled),)
+        return (self.model.text_projection(pooled) if hasattr(self.model, "text_projection") else pooled,)
+
+
+def probabilities(clip: ClipScorer, cosines: np.ndarray) -> np.ndarray:
+    """Return the probabilities (…, labels) of labels by their cosines with a picture.
+
+    CLIP's are a softmax over the labels, and sum to 1; SigLIP's are a sigmoid of each, and may all be near 0.
+    """
+    bias = clip.logit_bias
+    if bias is not None:
+        return 1 / (1 + np.exp(-(clip.logit_scale * cosines + bias)))
+    logits = clip.logit_scale * cosines
+    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return odds / odds.sum(axis=-1, keepdims=True)
 
 
 def as_tensor(image: Any) -> torch.Tensor:

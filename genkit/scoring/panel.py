@@ -107,9 +107,10 @@ class Panel:
         image /= np.linalg.norm(image)
         found: dict[str, Any] = self.yardstick(image, prompt) if prompt else {}
         if labels:
-            logits = self.clip.logit_scale * (self.clip.directions(labels).cpu().numpy().astype(np.float64) @ image)
-            odds = np.exp(logits - logits.max())
-            found["p"] = dict(zip(labels, (odds / odds.sum()).round(6).tolist(), strict=True))
+            from genkit.scoring.clip import probabilities
+
+            cosines = self.clip.directions(labels).cpu().numpy().astype(np.float64) @ image
+            found["p"] = dict(zip(labels, probabilities(self.clip, cosines).round(6).tolist(), strict=True))
         if self.head is not None:
             found["aesthetic"] = self.head(image)
         return found

@@ -53,7 +53,7 @@ def score_images(
     check_out(out)
     info = _clip_model(clip)
     if aesthetic is not None:
-        check_head(Path(aesthetic), info.configs["clip"]["projection_dim"])
+        check_head(Path(aesthetic), info.embedding_width)
     others = [row.plain_prompt for row in read_rows(images)] if _is_run(images) else texts
     panel = _panel(info, device, dtype, others, aesthetic, scorers)
     failed = 0

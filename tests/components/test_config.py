@@ -14,7 +14,15 @@ import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+)
 
 from genkit.components import inspect_model, keys, load_components
 from genkit.components.geometry import Geometry
@@ -38,7 +46,10 @@ def test_tables_are_the_signatures_of_diffusers(name: str) -> None:
     assert {k: key.default for k, key in table.items()} == {k: plain(p.default) for k, p in parameters.items()}
 
 
-TRANSFORMERS = [(CLIPTextConfig, keys.CLIP_TEXT), (CLIPVisionConfig, keys.CLIP_VISION), (CLIPConfig, keys.CLIP)]
+TRANSFORMERS = [
+    (CLIPTextConfig, keys.CLIP_TEXT), (CLIPVisionConfig, keys.CLIP_VISION), (CLIPConfig, keys.CLIP),
+    (SiglipTextConfig, keys.SIGLIP_TEXT), (SiglipVisionConfig, keys.SIGLIP_VISION), (SiglipConfig, keys.SIGLIP),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("config", "table"), TRANSFORMERS, ids=lambda v: getattr(v, "__name__", ""))

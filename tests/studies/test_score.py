@@ -25,6 +25,7 @@ class Brightness:
     """A stand-in for a CLIP model of width 2: an embedding says how bright a picture is, and whether a text is."""
 
     logit_scale = 10.0
+    logit_bias = None
 
     def __init__(self) -> None:
         self.batches: list[int] = []

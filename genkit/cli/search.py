@@ -1,0 +1,90 @@
+"""Look for pictures and words: search, interrogate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genkit.cli.app import SCORE, Command, app
+from genkit.cli.options import AsJson, Clip, Device, Dtype
+from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError
+
+SearchClip = Annotated[
+    str,
+    typer.Option(help="auto: the run's own, else emoji-clip; or a folder with a CLIPModel or SiglipModel, a hub id."),
+]
+
+
+@app.command(cls=Command, rich_help_panel=SCORE)
+def search(
+    images: Annotated[Path, typer.Argument(help="A run folder, or a folder of pictures.")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="What to look for; repeated: the mean.")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", help="A picture to look for; likewise.")] = None,
+    without: Annotated[list[str] | None, typer.Option("--not", help="What to look away from.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many pictures.")] = 20,
+    clip: SearchClip = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    page: Annotated[Path | None, typer.Option(help="Write an HTML page with the pictures here.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """List the pictures of a run or folder that are nearest to texts or pictures; what is embedded is kept."""
+    from genkit.files import user_path
+    from genkit.pages.search import check_page, write_page
+    from genkit.progress import printable, printable_json
+    from genkit.studies.search import report, say
+    from genkit.studies.search import search as find
+
+    if page is not None:
+        check_page(page)
+    shows = [user_path(path) for path in image or ()]
+    found = find(images, text or (), shows, without or (), k, clip=clip, device=device, dtype=dtype, quiet=as_json)
+    if page is not None:
+        write_page(page, found.query, found.results, f"{found.pictures} pictures of {images}, by {found.clip}")
+    print(printable_json(dataclasses.asdict(found)) if as_json else "\n".join(map(printable, report(found))))
+    say(found)
+    return EXIT_SOME_FAILED if found.problems else EXIT_OK
+
+
+@app.command(cls=Command, rich_help_panel=SCORE)
+def interrogate(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or runs.")],
+    clip: Clip = "emoji-clip",
+    lists: Annotated[
+        Path | None, typer.Option(help="A folder of .txt files, a phrase a line; default: genkit's.")
+    ] = None,
+    count: Annotated[int | None, typer.Option("--generate", help="Draw so many pictures of each caption.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The run of --generate: made, or gone on with.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="What --generate draws with.")] = "emoji",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> int:
+    """Say what CLIP would call pictures: the nearest phrases of some lists, and the caption that they make."""
+    from genkit.components import inspect_model
+    from genkit.files import user_path
+    from genkit.progress import printable, printable_json
+    from genkit.rows.request import Request
+    from genkit.studies.interrogate import draw_similar, report
+    from genkit.studies.interrogate import interrogate as described
+
+    if (count is None) != (out is None):
+        raise InputError("--generate, --out: the one needs the other: how many pictures, and the run that they go to")
+    if count is not None:
+        Request(prompt="a picture", num_images=count)
+        if inspect_model(model).kind != "text-to-image":
+            raise InputError(f"--model: {model} draws no prompts")
+    found = []
+    for one in described([user_path(p) for p in images], clip=clip, lists=lists, device=device, dtype=dtype):
+        found.append(one)
+        print(printable_json(one.to_json()) if as_json else "\n".join(map(printable, report(one).splitlines())))
+    failed = any(one.error is not None for one in found)
+    if count is not None and out is not None:
+        summary = draw_similar(found, count, out, model, device, dtype)
+        return summary.exit_code or (EXIT_SOME_FAILED if failed else EXIT_OK)
+    return EXIT_SOME_FAILED if failed else EXIT_OK

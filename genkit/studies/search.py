@@ -1,0 +1,234 @@
+"""`genkit search`: the pictures of a run or of any folder that are nearest to texts and pictures, by CLIP."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genkit.components import inspect_model, weight_hashes
+from genkit.device.devices import check_device
+from genkit.errors import InputError, shown
+from genkit.files import place, read_text
+from genkit.pictures.images import check_image, list_images, natural, read_image
+from genkit.runs.embeddings import read_embeddings
+from genkit.runs.records import RESULTS, found_at, read_config, read_results
+from genkit.runs.rescore import Stored
+from genkit.selection.index import BATCH, Indexed, folder_index, top
+
+if TYPE_CHECKING:
+    from genkit.components import ModelInfo
+    from genkit.scoring.clip import ClipScorer
+
+MOST = 1000  # pictures of one answer
+LONG = 500  # characters of a caption
+CAPTION_BYTES = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found: results, nearest first, each with file, score (cosine) and caption, which may be empty.
+
+    pictures: how many were searched; new: how many of them were embedded for it. notes: what a user should know.
+    problems: a message for each picture that could not be read.
+    """
+
+    query: dict[str, Any]
+    results: list[dict[str, Any]]
+    pictures: int
+    new: int
+    clip: str
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def search(
+    images: str | Path, text: str | Sequence[str] = (), image: Any = (), without: str | Sequence[str] = (), k: int = 20,
+    *, clip: str = "auto", device: str = "auto", dtype: str = "auto", quiet: bool = True,
+) -> Found:  # fmt: skip
+    """Return the k pictures of a run or folder whose CLIP embeddings are nearest to a query.
+
+    The query is the mean of the unit embeddings of all texts and pictures, less the mean of those of `without`. image:
+    a path, a PIL image, or a list of such. clip: "auto" is the run's own model, and emoji-clip for folders. What is
+    embedded is kept: with the run, or in an index in the cache folder. Raises InputError.
+    """
+    folder = Path(images)
+    texts, negative = ([t] if isinstance(t, str) else list(t) for t in (text, without))
+    pictures = list(image) if isinstance(image, list | tuple) else [image]
+    files = _check(folder, texts, pictures, negative, k)
+    check_device(device, dtype)
+    name = _clip_name(folder, clip)
+    info = inspect_model(name)
+    if info.kind != "clip":
+        raise InputError(f"--clip: {name} is a model of kind {info.kind}, not a CLIP model")
+    shows = [read_image(picture) for picture in pictures]  # before the model is loaded
+    from genkit.scoring.clip import ClipScorer
+
+    scorer = ClipScorer.from_pretrained(name, device=device, dtype=dtype)
+    query = _query(scorer, texts, shows, negative)
+    notes = [
+        f"{shown(t, 60)}: is longer than the {scorer.texts.tokenizer.model_max_length} tokens that {name} reads: the "
+        "rest of it has no say"
+        for t in (*texts, *negative)
+        if t in scorer.texts.truncated
+    ]
+    indexed, captions = embedded(folder, files, info, scorer, notes, quiet)
+    found = [
+        {"file": str(indexed.files[at]), "score": round(score, 6), "caption": captions(indexed.files[at])}
+        for at, score in top(indexed.vectors, indexed.rows, query, k)
+    ]
+    asked = {"text": texts, "image": [str(p) if isinstance(p, str | Path) else "(a picture)" for p in pictures]}
+    asked |= {"not": negative}
+    return Found(
+        {key: value for key, value in asked.items() if value}, found, len(indexed.files), indexed.new, name,
+        tuple(notes), tuple(indexed.problems.values()),
+    )  # fmt: skip
+
+
+def _check(folder: Path, texts: list[str], pictures: list[Any], negative: list[str], k: int) -> list[Path]:
+    """Return the pictures to search. Raises InputError for a query or folder that says nothing."""
+    if not texts and not pictures:
+        raise InputError("--text, --image: nothing to search for; give one of them")
+    for option, values in (("--text", texts), ("--not", negative)):
+        for value in values:
+            if not value.strip():
+                raise InputError(f"{option}: {shown(value)} is empty")
+    if not 1 <= k <= MOST:
+        raise InputError(f"-k: {k} is not a number from 1 to {MOST}")
+    for picture in pictures:
+        if isinstance(picture, str | Path):
+            try:
+                check_image(picture)
+            except InputError as error:
+                raise InputError(f"--image: {error}") from None
+    return pictures_of(folder)
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """Return the pictures of a folder, or the finished ones of a run. Raises InputError if there are none."""
+    if not folder.is_dir():
+        raise InputError(f"{place(folder)}: is no folder; give a run, or a folder of pictures")
+    if is_run(folder):
+        files = [folder / str(r.file) for r in read_results(folder) if r.status == "done"]
+        files = sorted((file for file in files if file.is_file()), key=natural)
+    else:
+        files = list_images(folder)
+    if not files:
+        raise InputError(f"{place(folder)}: holds no PNG, JPEG, WebP or JPEG XL picture")
+    return files
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is the folder of a run."""
+    return (folder / RESULTS).is_file()
+
+
+def _run_clip(folder: Path) -> dict[str, Any]:
+    """Return the CLIP model of a run's binding; empty if there is none."""
+    config = read_config(folder) if is_run(folder) else None
+    bound = (config or {}).get("binding", {}).get("clip")
+    return bound if isinstance(bound, dict) and isinstance(bound.get("name"), str) else {}
+
+
+def _clip_name(folder: Path, clip: str) -> str:
+    if clip != "auto":
+        return clip
+    bound = _run_clip(folder)
+    return found_at(bound) if bound else "emoji-clip"
+
+
+def _query(scorer: ClipScorer, texts: list[str], shows: list[Any], negative: list[str]) -> np.ndarray:
+    """Return the unit vector (width,) float64 of what is searched for."""
+    parts = [scorer.embed_texts(texts).cpu().numpy()] if texts else []
+    parts += [scorer.embed_images(shows).cpu().numpy()] if shows else []
+    query = np.concatenate(parts).astype(np.float64).mean(axis=0)
+    if negative:
+        query = query - scorer.embed_texts(negative).cpu().numpy().astype(np.float64).mean(axis=0)
+    length = float(np.linalg.norm(query))
+    if length < 1e-3:
+        raise InputError("--not: takes away all that --text and --image ask for")
+    return query / length
+
+
+def embedded(
+    folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer, notes: list[str], quiet: bool
+) -> tuple[Indexed, Any]:
+    """Return the embeddings of the pictures of a folder or run, and a function from a picture to its caption.
+
+    What is computed is kept; notes grows by what a user should know.
+    """
+    weights = weight_hashes(info)
+    if not is_run(folder):
+        return folder_index(folder, files, weights, info.embedding_width, scorer, quiet), _beside
+    prompts = {folder / str(r.file): r.prompt for r in read_results(folder)}
+    bound = _run_clip(folder)
+    if bound.get("weights") == weights:
+        return _of_run(folder, files, info, scorer), lambda file: prompts.get(file, "")[:LONG]
+    told = f"was scored with {bound['name']}" if bound else "has no CLIP model"
+    notes.append(f"{place(folder)}: {told}: its pictures are embedded by {info.name} into an index of their own")
+    return folder_index(folder, files, weights, info.embedding_width, scorer, quiet), lambda file: prompts.get(file, "")
+
+
+def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer) -> Indexed:
+    """Return the embeddings of a run's pictures; those that it lacks are computed and stored with it."""
+    import torch
+
+    from genkit.scoring.clip import as_tensor
+    from genkit.scoring.panel import half
+
+    found: dict[Path, np.ndarray] = {}
+    problems: dict[Path, str] = {}
+    with Stored(folder, info) as stored:
+        lacking = [file for file in files if stored.vector(file) is None]
+        for start in range(0, len(lacking), BATCH):
+            pixels = {}
+            for file in lacking[start : start + BATCH]:
+                try:
+                    pixels[file] = scorer.preprocess(as_tensor(read_image(file)))
+                except InputError as error:
+                    problems[file] = str(error)
+            if pixels:
+                vectors = half(scorer.embed_pixels(torch.cat(list(pixels.values()))))
+                for file, vector in zip(pixels, vectors, strict=True):
+                    stored.add(file, vector)
+                    found[file] = vector
+    results = [r for r in read_results(folder) if r.status == "done"]
+    place_of, vectors = read_embeddings(folder, results)
+    rows = {folder / str(r.file): place_of[r.id, r.index] for r in results if (r.id, r.index) in place_of}
+    changed = {f: v for f, v in found.items() if f not in rows or not np.array_equal(vectors[rows[f]], v)}
+    kept = [file for file in files if file in rows or file in changed]
+    if changed:  # a run that is locked, or a picture that is not the one it recorded
+        base = np.array(vectors) if len(vectors) else np.empty((0, info.embedding_width), np.float16)
+        rows |= {file: len(base) + number for number, file in enumerate(changed)}
+        vectors = np.concatenate([base, np.stack(list(changed.values()))])
+    return Indexed(kept, np.array([rows[file] for file in kept], np.int64), vectors, len(found), problems)
+
+
+def _beside(file: Path) -> str:
+    """Return the caption in the text file beside a picture, or nothing."""
+    beside = file.with_suffix(".txt")
+    if not beside.is_file():
+        return ""
+    try:
+        return " ".join(read_text(beside, CAPTION_BYTES).split())[:LONG]
+    except InputError:
+        return ""
+
+
+def report(found: Found) -> list[str]:
+    """Return the lines for people: score, file and caption of each picture."""
+    return [f"{r['score']:.4f}  {r['file']}" + (f"  {r['caption']}" if r["caption"] else "") for r in found.results]
+
+
+def say(found: Found) -> None:
+    """Write notes, problems and what was searched to standard error."""
+    from genkit.progress import printable
+
+    new = f", {found.new} of them embedded now" if found.new else ""
+    last = f"{len(found.results)} of {found.pictures} pictures, by {found.clip}{new}"
+    for line in (*found.notes, *found.problems, last):
+        print(printable(line), file=sys.stderr)
