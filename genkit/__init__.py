@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from genkit.schedulers import Scheduler
     from genkit.scoring.clip import ClipScorer
     from genkit.studies.replay import replay
+    from genkit.suites.evaluate import evaluate
+    from genkit.suites.leaderboard import leaderboard
 
 # Where each public name lives: looked up on first use, so that `import genkit` costs nothing and `Request` no torch.
 _HOMES = {
@@ -30,6 +32,8 @@ _HOMES = {
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
     "replay": "genkit.studies.replay",
+    "evaluate": "genkit.suites.evaluate",
+    "leaderboard": "genkit.suites.leaderboard",
 }
 __all__ = [
     "ClipScorer",
@@ -41,7 +45,9 @@ __all__ = [
     "Scheduler",
     "TextToImage",
     "Unconditional",
+    "evaluate",
     "generate",
+    "leaderboard",
     "replay",
 ]
 
