@@ -21,15 +21,17 @@ RED_AGAIN = 345
 GREY = 0.25, 0.2
 SIDE = 128  # larger pictures are made as small as that first
 FRAME, APART = 6, 40  # of those: pixels of the edge that are background; levels that tell the thing from it
+FAINT = 0.1  # share of a thing that is coloured at least, for it to have a colour
 LEAST = 0.01  # share of the picture that a piece has at least
 
 
 def pixel_scores(pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, Any]:
     """Return the scores of uint8 pictures (B, 3, H, W), each a list of B numbers.
 
-    thing_COLOUR, back_COLOUR: the share, 0 to 1, of the pixels of the thing, and of the frame of the picture, that have
-    that colour. thing_area: the share of the picture that is no background: that is further than APART levels from the
-    frame's commonest colour. pieces: how many parts of it that touch nowhere have LEAST of the picture or more.
+    thing_COLOUR: the share, 0 to 1, that a colour has of what is coloured of the thing; white, grey and black, as
+    outlines and wheels have it, are no colour, and a thing with less than FAINT of colours has none. back_COLOUR: the
+    share of the frame of the picture. thing_area: the share of the picture that is no background: that is further than
+    APART levels from the frame's commonest colour. pieces: how many parts of it that touch nowhere have LEAST of the picture or more.
     """
     import torch
 
@@ -41,8 +43,10 @@ def pixel_scores(pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, An
     for picture, hue in zip(small, hues, strict=True):
         thing = _thing(picture, hue, frame)
         for where, inside in (("thing", thing), ("back", frame)):
-            counts = torch.bincount(hue[inside] + 1, minlength=len(COLOURS) + 1)[1:]
-            for colour, share in zip(COLOURS, (counts / max(1, int(inside.sum()))).tolist(), strict=True):
+            grey, *counts = torch.bincount(hue[inside] + 1, minlength=len(COLOURS) + 1).tolist()
+            whole = sum(counts) + (grey if where == "back" else 0)
+            shares = [n / max(1, whole) if whole >= FAINT * int(inside.sum()) else 0.0 for n in counts]
+            for colour, share in zip(COLOURS, shares, strict=True):
                 found[f"{where}_{colour}"].append(round(share, 4))
         found["thing_area"].append(round(float(thing.float().mean()), 4))
         found["pieces"].append(_pieces(thing.cpu().numpy()))

@@ -78,7 +78,9 @@ def read_suite(source: str | Path | Sequence[Mapping[str, Any]], detector: bool 
 def _checked(file: RowFile, path: Path, name: str, detector: bool) -> Suite:
     tasks: list[str] = []
     try:
-        rows = checked_rows(dataclasses.replace(file, rows=_peeled(file, path, tasks, detector)), path)
+        shared = {name: value for name, value in file.defaults.items() if name not in OWN}
+        peeled = _peeled(file, path, tasks, detector)
+        rows = checked_rows(dataclasses.replace(file, rows=peeled, defaults=shared), path)
     except InputError as error:
         raise InputError(as_verify(str(error))) from None
     return Suite(name, rows, tasks)
