@@ -1,4 +1,4 @@
-"""How often the judge of the suite `emoji` is right: on pictures composed of known drawings, OpenMoji's and the model's own.
+"""How often the judge of the suite `emoji` is right, on pictures composed of known drawings.
 
     python benchmarks/suite_judge.py [--pictures 400] [--sheet sheet.png]
 
@@ -47,9 +47,11 @@ SPOTS = {
 Case = tuple[np.ndarray, bool, Any]  # a picture (128, 128, 3), whether it shows what is asked, and what is asked
 
 
-def placed(drawings: Sequence[Image.Image], ground: tuple[int, int, int]) -> np.ndarray:
+def placed(
+    drawings: Sequence[Image.Image], ground: tuple[int, int, int], spots: Sequence[tuple[int, int, int]] | None = None
+) -> np.ndarray:
     page = Image.new("RGB", (128, 128), ground)
-    for drawing, (x, y, side) in zip(drawings, SPOTS[len(drawings)], strict=True):
+    for drawing, (x, y, side) in zip(drawings, spots or SPOTS[len(drawings)], strict=True):
         small = drawing.resize((side, side), Image.Resampling.LANCZOS)
         page.paste(small, (x, y), small)
     return np.asarray(page)
@@ -89,8 +91,10 @@ def two(drawings: Sequence[Image.Image], lot: random.Random) -> Case:
     return placed([hued(drawings, lot, c) for c in there], WHITE), shows, asked
 
 
-def judged(made: Callable[..., Case], right: Callable[[dict[str, Any], int, Any], bool], drawings: Sequence[Image.Image],
-           count: int, shown: list[np.ndarray]) -> list[tuple[bool, bool]]:  # fmt: skip
+def judged(
+    made: Callable[..., Case], right: Callable[[dict[str, Any], int, Any], bool], drawings: Sequence[Image.Image],
+    count: int, shown: list[np.ndarray],
+) -> list[tuple[bool, bool]]:  # fmt: skip
     """(shows what is asked, is called right) of `count` pictures."""
     lot = random.Random(made.__name__)
     cases = [made(drawings, lot) for _ in range(count)]
@@ -100,12 +104,18 @@ def judged(made: Callable[..., Case], right: Callable[[dict[str, Any], int, Any]
     return [(shows, right(scores, k, asked)) for k, (_, shows, asked) in enumerate(cases)]
 
 
-def things(drawings: dict[str, Image.Image], clip: ClipScorer, grounds: Sequence[tuple[int, int, int]],
-           shown: list[np.ndarray]) -> list[tuple[bool, bool]]:  # fmt: skip
-    """Every thing on every ground, asked for by its name and by that of the next thing, among the suite's labels."""
+def things(
+    drawings: dict[str, Image.Image], clip: ClipScorer, grounds: Sequence[tuple[int, int, int]],
+    shown: list[np.ndarray], half: bool = False,
+) -> list[tuple[bool, bool]]:  # fmt: skip
+    """Every thing on every ground, asked for by its name and by that of the next thing, among the suite's labels.
+
+    half: at about half the size, in the middle.
+    """
     found = []
     for ground in grounds:
-        pictures = [placed([drawings[name]], ground) for name in emoji.THINGS]
+        spots = [(34, 34, 60)] if half else SPOTS[1]
+        pictures = [placed([drawings[name]], ground, spots) for name in emoji.THINGS]
         shown += pictures[:10]
         vectors = clip.embed_images(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
         for k in range(len(pictures)):
@@ -154,6 +164,7 @@ def main() -> None:
     by_clip = {
         "thing, model's own on white": things(own, clip, [WHITE], shown),
         "thing, model's own on colours": things(own, clip, [*GROUNDS.values()], shown),
+        "thing, own at half the size": things(own, clip, [WHITE], shown, half=True),
         "thing, OpenMoji on white": things(named, clip, [WHITE], shown),
     }
     print(f"{len(drawings)} drawings; {platform.machine()}, {len(os.sched_getaffinity(0))} cores\n")

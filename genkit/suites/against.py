@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from genkit.progress import Progress
 from genkit.rows.result import Result
 from genkit.runs.embeddings import read_embeddings
 from genkit.runs.records import RESULTS
+from genkit.scoring.plugins import find_features
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +45,8 @@ def find_against(folder: Path, features: str, clip: ModelInfo | None, drawn: int
     """
     if not folder.is_dir():
         raise InputError(f"--against: {shown(str(folder))} is not a folder of pictures")
+    if features != CLIP and (features != "inception" or find_spec("torch_fidelity") is None):
+        find_features(features, "--features", None)  # raises where it is not installed
     files = list_images(folder / "images" if (folder / RESULTS).is_file() else folder)
     if min(len(files), drawn) < FEWEST:
         what = f"{shown(str(folder))} holds {len(files)} pictures" if len(files) < FEWEST else f"the run draws {drawn}"
@@ -124,7 +128,6 @@ def _by_network(against: Against, run: Path, done: Sequence[Result], device: Any
     import torch
 
     from genkit.scoring.clip import as_tensor
-    from genkit.scoring.plugins import find_features
 
     network = find_features(against.features, "--features", device)
 

@@ -94,6 +94,8 @@ def plan_evaluation(
     against: Path | None = None, features: str = CLIP,
 ) -> Plan:  # fmt: skip
     """Read the suite and check everything that needs no torch. Raises InputError as `evaluate` does."""
+    if against is None and features != CLIP:
+        raise InputError("--features: says what --against compares, and that is not given")
     asked = read_suite(suite, detector=getattr(options, "detector", None) is not None)
     own = isinstance(suite, str) and suite == "emoji" and options.clip == "auto"
     scorers = options.scorers

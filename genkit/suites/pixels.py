@@ -31,7 +31,8 @@ def pixel_scores(pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, An
     thing_COLOUR: the share, 0 to 1, that a colour has of what is coloured of the thing; white, grey and black, as
     outlines and wheels have it, are no colour, and a thing with less than FAINT of colours has none. back_COLOUR: the
     share of the frame of the picture. thing_area: the share of the picture that is no background: that is further than
-    APART levels from the frame's commonest colour. pieces: how many parts of it that touch nowhere have LEAST of the picture or more.
+    APART levels from the frame's commonest colour. pieces: how many parts of it, that touch nowhere, have LEAST of the
+    picture or more.
     """
     import torch
 

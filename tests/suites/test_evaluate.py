@@ -98,7 +98,7 @@ def test_verdicts_shares_and_intervals_are_those_of_the_scores() -> None:
 
 
 def test_the_interval_of_a_mean_of_tasks_covers_the_truth() -> None:
-    draw, covered = np.random.default_rng(1), 0
+    draw, covered = np.random.default_rng(1), 0.0
     truth = [0.1, 0.5, 0.95]
     for _ in range(300):
         found = []
@@ -106,7 +106,7 @@ def test_the_interval_of_a_mean_of_tasks_covers_the_truth() -> None:
             of_prompt = draw.beta(2 * p, 2 * (1 - p), size=25)
             found.append(share_interval([draw.binomial(1, q, size=4).tolist() for q in of_prompt]))
         _, low, high = mean_of(found)
-        covered += low <= np.mean(truth) <= high
+        covered += bool(low <= np.mean(truth) <= high)
     assert covered / 300 > 0.92
 
 
@@ -212,6 +212,8 @@ def test_python_dry_run_and_distances(
         ([{**ROWS[3], "verify": "clip > 0.1"}], ["--clip", "none"], "verify: 'clip > 0.1' needs a CLIP model"),
         ([{**ROWS[3], "verify": "sim > 0.1"}], [], "verify: 'sim > 0.1' reads sim"),
         (ROWS, ["--against", "tests"], "--against: 'tests' holds 0 pictures"),
+        (ROWS, ["--features", "inception"], "--features: says what --against compares"),
+        (ROWS, ["--against", "training", "--features", "incepton"], "no such feature network"),
         (ROWS, ["--against", "nowhere"], "--against: 'nowhere' is not a folder"),
         (ROWS, ["--num-images", "0"], "--num-images: 0 must be at least 1"),
     ],
@@ -241,8 +243,9 @@ def made(folder: Path, model: str, right: dict[str, list[int]], **changed: Any) 
     rows = [{"id": name, "task": name[0], "right": verdicts, "images": []} for name, verdicts in right.items()]
     tasks = task_table(rows)
     found = {
-        "suite": {"name": "s", "sha256": "0" * 64, "rows": len(rows)}, "model": {"name": model}, "judge": {"scorers": []},
-        "settings": {"num_images": 2}, "tasks": tasks, "overall": overall(tasks), "rows": rows, "pictures": "x",
+        "suite": {"name": "s", "sha256": "0" * 64, "rows": len(rows)}, "model": {"name": model},
+        "judge": {"scorers": []}, "settings": {"num_images": 2}, "tasks": tasks, "overall": overall(tasks),
+        "rows": rows, "pictures": "x",
     }  # fmt: skip
     folder.mkdir()
     (folder / "evaluation.json").write_text(json.dumps({**found, **changed}))
@@ -294,7 +297,7 @@ def test_other_suites_judges_and_pictures_are_refused(tmp_path: Path, run: tuple
         leaderboard([a, a])
     with pytest.raises(InputError, match="holds no evaluation"):
         leaderboard([a, tmp_path])
-    with pytest.raises(InputError, match="is not the name of an .html file"):
+    with pytest.raises(InputError, match=r"is not the name of an \.html file"):
         leaderboard([a, judged], tmp_path / "board.txt")
     broken = made(tmp_path / "d", "d", GOOD, rows=[{"id": "t0"}])
     with pytest.raises(InputError, match=r"d/evaluation\.json: is not the evaluation\.json of genkit evaluate"):
