@@ -104,8 +104,13 @@ def judged(
     return [(shows, right(scores, k, asked)) for k, (_, shows, asked) in enumerate(cases)]
 
 
+def prompt_of(thing: str, ground: str) -> str:
+    first, second = ("an" if text[0] in "aeiou" else "a" for text in (thing, ground))
+    return f"{first} {thing}" + (f" on {second} {ground} background" if ground != "white" else "")
+
+
 def things(
-    drawings: dict[str, Image.Image], clip: ClipScorer, grounds: Sequence[tuple[int, int, int]],
+    drawings: dict[str, Image.Image], clip: ClipScorer, grounds: dict[str, tuple[int, int, int]],
     shown: list[np.ndarray], half: bool = False,
 ) -> list[tuple[bool, bool]]:  # fmt: skip
     """Every thing on every ground, asked for by its name and by that of the next thing, among the suite's labels.
@@ -113,14 +118,18 @@ def things(
     half: at about half the size, in the middle.
     """
     found = []
-    for ground in grounds:
+    for name_of_ground, ground in grounds.items():
         spots = [(34, 34, 60)] if half else SPOTS[1]
         pictures = [placed([drawings[name]], ground, spots) for name in emoji.THINGS]
         shown += pictures[:10]
         vectors = clip.embed_images(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
         for k in range(len(pictures)):
             for shows, asked in ((True, emoji.THINGS[k]), (False, emoji.THINGS[k - 1])):
-                logits = clip.logit_scale * clip.directions(emoji._labels(asked)) @ vectors[k]
+                logits = (
+                    clip.logit_scale
+                    * clip.directions(emoji.labels_of(prompt_of(asked, name_of_ground), asked))
+                    @ vectors[k]
+                )
                 found.append((shows, float(logits.softmax(0)[0]) > emoji.SURE))
     return found
 
@@ -146,12 +155,14 @@ def main() -> None:
     given = parser.parse_args()
     named = {str(e.caption): e.read().convert("RGBA") for e in read_examples(Data(path=str(TAR)))}
     drawings, shown = list(named.values()), list[np.ndarray]()
-    most, some, many = emoji.MOST, emoji.SOME, given.pictures
+    most, ground, some, many = emoji.THING, emoji.GROUND, emoji.SOME, given.pictures
     clip = ClipScorer.from_pretrained("emoji-clip", device="cpu")
     own = own_drawings()
     by_pixels: dict[str, list[tuple[bool, bool]]] = {
         "colour of the thing": judged(colour, lambda s, k, c: s[f"thing_{c}"][k] > most, drawings, many, shown),
-        "colour of the background": judged(background, lambda s, k, c: s[f"back_{c}"][k] > most, drawings, many, shown),
+        "colour of the background": judged(
+            background, lambda s, k, c: s[f"back_{c}"][k] > ground, drawings, many, shown
+        ),
         "pieces, 1 to 5": judged(counting, lambda s, k, n: s["pieces"][k] == n, drawings, many, shown),
         "two things of two colours": judged(
             two,
@@ -162,10 +173,10 @@ def main() -> None:
         ),
     }
     by_clip = {
-        "thing, model's own on white": things(own, clip, [WHITE], shown),
-        "thing, model's own on colours": things(own, clip, [*GROUNDS.values()], shown),
-        "thing, own at half the size": things(own, clip, [WHITE], shown, half=True),
-        "thing, OpenMoji on white": things(named, clip, [WHITE], shown),
+        "thing, model's own on white": things(own, clip, {"white": WHITE}, shown),
+        "thing, model's own on colours": things(own, clip, GROUNDS, shown),
+        "thing, own at half the size": things(own, clip, {"white": WHITE}, shown, half=True),
+        "thing, OpenMoji on white": things(named, clip, {"white": WHITE}, shown),
     }
     print(f"{len(drawings)} drawings; {platform.machine()}, {len(os.sched_getaffinity(0))} cores\n")
     print(f"{'verdict':<30}  {'pictures':>8}  {'shows it: called right':<26}  does not: called wrong")

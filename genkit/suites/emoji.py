@@ -20,12 +20,15 @@ PAINTED = ("car", "balloon", "book", "fish", "umbrella", "butterfly", "bird")  #
 UNUSUAL = ("banana", "carrot", "strawberry", "pizza", "sunflower", "elephant", "fox")  # have a colour of their own
 OWN_COLOUR = (
     ("tomato", "red"), ("green apple", "green"), ("whale", "blue"), ("star", "yellow"), ("carrot", "orange"),
-    ("grapes", "purple"),
+    ("eggplant", "purple"),
 )  # fmt: skip
 COUNTED = ("star", "balloon", "doughnut")
 NUMBERS = ("one", "two", "three", "four", "five")
 OTHERS = 7  # labels beside the right one
-SURE, MOST, SOME = 0.5, 0.5, 0.1  # least p of the right label; least share of a colour alone; and of one of two
+SURE = 0.5  # least p of the prompt among those of other things
+# Least share of a colour in the thing, in the background, and of one of two things. The thing's is less than a half:
+# a red butterfly has orange, too.
+THING, GROUND, SOME = 0.35, 0.5, 0.1
 
 
 def rows() -> list[dict[str, Any]]:
@@ -35,10 +38,18 @@ def rows() -> list[dict[str, Any]]:
         for k, (prompt, thing, tests) in enumerate(made()):
             row: dict[str, Any] = {"id": f"{task.replace(' ', '-')}-{k:02d}", "prompt": prompt, "task": task}
             if thing:
-                row["labels"] = _labels(thing)
-                tests = [f"p['{_a(thing)}'] > {SURE}", *tests]
+                row["labels"] = labels_of(prompt, thing)
+                tests = [f"p['{prompt}'] > {SURE}", *tests]
             found.append({**row, "verify": " and ".join(tests)})
     return found
+
+
+def labels_of(prompt: str, thing: str) -> list[str]:
+    """Return the prompt, and the same of OTHERS other things: colours are the same in all, and so decide nothing."""
+    at = THINGS.index(thing) if thing in THINGS else len(thing)
+    others = [name for name in (*THINGS[at + 1 :], *THINGS[: at + 1]) if name != thing][:OTHERS]
+    texts = [prompt.replace(_a(thing), _a(name), 1).replace(f" {thing}", f" {name}", 1) for name in others]
+    return [prompt, *texts]
 
 
 def _single() -> Iterator[tuple[str, str, list[str]]]:
@@ -48,12 +59,12 @@ def _single() -> Iterator[tuple[str, str, list[str]]]:
 
 def _colour() -> Iterator[tuple[str, str, list[str]]]:
     for thing, colour in _spread(PAINTED):
-        yield _a(f"{colour} {thing}"), thing, [f"thing_{colour} > {MOST}"]
+        yield _a(f"{colour} {thing}"), thing, [f"thing_{colour} > {THING}"]
 
 
 def _background() -> Iterator[tuple[str, str, list[str]]]:
     for thing, colour in _spread(THINGS[:7]):
-        yield f"{_a(thing)} on {_a(colour)} background", thing, [f"back_{colour} > {MOST}"]
+        yield f"{_a(thing)} on {_a(colour)} background", thing, [f"back_{colour} > {GROUND}"]
 
 
 def _both() -> Iterator[tuple[str, str, list[str]]]:
@@ -67,7 +78,7 @@ def _unusual() -> Iterator[tuple[str, str, list[str]]]:
 def _coloured(things: tuple[str, ...]) -> Iterator[tuple[str, str, list[str]]]:
     for n, (thing, colour) in enumerate(_spread(things)):
         behind = COLOURS[(COLOURS.index(colour) + 1 + n % (len(COLOURS) - 1)) % len(COLOURS)]
-        tests = [f"thing_{colour} > {MOST}", f"back_{behind} > {MOST}"]
+        tests = [f"thing_{colour} > {THING}", f"back_{behind} > {GROUND}"]
         yield f"{_a(f'{colour} {thing}')} on {_a(behind)} background", thing, tests
 
 
@@ -88,13 +99,6 @@ def _spread(things: tuple[str, ...], each: int = 3) -> Iterator[tuple[str, str]]
     for n, thing in enumerate(things):
         for k in range(each):
             yield thing, COLOURS[(n + 2 * k) % len(COLOURS)]
-
-
-def _labels(thing: str) -> list[str]:
-    """Return the thing and OTHERS that follow it in a fixed order, as labels."""
-    at = THINGS.index(thing) if thing in THINGS else len(thing)
-    others = [name for name in (*THINGS[at + 1 :], *THINGS[: at + 1]) if name != thing][:OTHERS]
-    return [_a(name) for name in (thing, *others)]
 
 
 def _a(text: str) -> str:
