@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from genkit.studies.interrogate import interrogate
     from genkit.studies.replay import replay
     from genkit.studies.search import search
+    from genkit.suites.evaluate import evaluate
+    from genkit.suites.leaderboard import leaderboard
     from genkit.vision.detector import Detector
 
 # Where each public name lives: looked up on first use, so that `import genkit` costs nothing and `Request` no torch.
@@ -36,6 +38,8 @@ _HOMES = {
     "replay": "genkit.studies.replay",
     "Detector": "genkit.vision.detector",
     "search": "genkit.studies.search",
+    "evaluate": "genkit.suites.evaluate",
+    "leaderboard": "genkit.suites.leaderboard",
 }
 __all__ = [
     "ClipScorer",
@@ -48,8 +52,10 @@ __all__ = [
     "Scheduler",
     "TextToImage",
     "Unconditional",
+    "evaluate",
     "generate",
     "interrogate",
+    "leaderboard",
     "replay",
     "search",
 ]

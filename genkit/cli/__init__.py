@@ -1,6 +1,7 @@
 """The `genkit` command: arguments in, one call, an exit code out. Nothing here imports torch."""
 
-from genkit.cli import choose, generate, models, replay, score, search, train  # noqa: F401  # each adds its commands to the app
+# each adds its commands to the app
+from genkit.cli import choose, evaluate, generate, models, replay, score, search, train  # noqa: F401
 from genkit.cli.app import main, run
 
 __all__ = ["main", "run"]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,22 +70,25 @@ _WRITTEN: dict[str, tuple[Any, Any, Callable[[Any], Any]]] = {
 }
 
 
-def spread(command: Callable[..., int]) -> Callable[..., int]:
+def spread(command: Callable[..., int] | None = None, *, without: Collection[str] = ()) -> Any:
     """Turn each parameter whose type is a dataclass into one option a field, and build the dataclass from them.
 
-    A field's annotation is a typer.Option, or the text of its help; a field without either is left at its default.
+    A field's annotation is a typer.Option, or the text of its help; a field without either, and one named in `without`,
+    is left at its default.
     """
+    if command is None:
+        return functools.partial(spread, without=without)
     signature, hints = inspect.signature(command), typing.get_type_hints(command, include_extras=True)
     options: list[inspect.Parameter] = []
     for name, parameter in signature.parameters.items():
         if dataclasses.is_dataclass(hints[name]):
-            options += _fields(hints[name])
+            options += _fields(hints[name], without)
         else:
             options.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name]))
 
     @functools.wraps(command)
     def called(**values: Any) -> int:
-        given = {name: _build(kind, values) for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+        given = {name: _build(kind, values, without) for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
         return command(**values, **given)
 
     called.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
@@ -93,11 +96,11 @@ def spread(command: Callable[..., int]) -> Callable[..., int]:
     return called
 
 
-def _fields(kind: Any) -> list[inspect.Parameter]:
+def _fields(kind: Any, without: Collection[str]) -> list[inspect.Parameter]:
     found: list[inspect.Parameter] = []
-    for field, hint in _options_of(kind):
+    for field, hint in _options_of(kind, without):
         if dataclasses.is_dataclass(hint):
-            found += _fields(hint)
+            found += _fields(hint, without)
             continue
         default = field.default
         if field.name in _WRITTEN:
@@ -110,22 +113,22 @@ def _fields(kind: Any) -> list[inspect.Parameter]:
     return found
 
 
-def _build(kind: Any, values: dict[str, Any]) -> Any:
+def _build(kind: Any, values: dict[str, Any], without: Collection[str]) -> Any:
     """Return the dataclass, its fields taken out of `values`."""
     found = {}
-    for field, hint in _options_of(kind):
+    for field, hint in _options_of(kind, without):
         if dataclasses.is_dataclass(hint):
-            found[field.name] = _build(hint, values)
+            found[field.name] = _build(hint, values, without)
         else:
             value = values.pop(field.name)
             found[field.name] = _WRITTEN[field.name][2](value) if field.name in _WRITTEN else value
     return kind(**found)
 
 
-def _options_of(kind: Any) -> list[tuple[Any, Any]]:
+def _options_of(kind: Any, without: Collection[str]) -> list[tuple[Any, Any]]:
     """Return (field, its type with annotation) of the fields that are options, or dataclasses of such."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    fields = [(field, hints[field.name]) for field in dataclasses.fields(kind)]
+    fields = [(field, hints[field.name]) for field in dataclasses.fields(kind) if field.name not in without]
     return [(field, hint) for field, hint in fields if hasattr(hint, "__metadata__") or dataclasses.is_dataclass(hint)]
 
 

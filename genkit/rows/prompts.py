@@ -34,7 +34,12 @@ def read_prompts(path: str | Path, defaults: dict[str, Any] | None = None, forma
     returns.
     """
     path = user_path(path)
-    file, name = open_rows(path, format_in), place(path)
+    return checked_rows(open_rows(path, format_in), path, defaults)
+
+
+def checked_rows(file: RowFile, path: Path, defaults: dict[str, Any] | None = None) -> Rows:
+    """Return the rows of an opened prompt file, checked as `read_prompts` says; path: where it lies."""
+    name = place(path)
     own = _defaults(file, name, path.parent)
     shared = over(defaults or {}, own)
     rows, any_seed = Rows(), 0

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,11 @@ class RowFile:
     notes: list[str] = dataclasses.field(default_factory=list)  # what was assumed; whole once the rows are read
 
 
-def open_rows(path: Path, form: str = AUTO) -> RowFile:
+def open_rows(path: Path, form: str = AUTO, more: Collection[str] = ()) -> RowFile:
     """Open a .txt, .jsonl, .csv or .yaml file, or one of another tool. form: one of FORMS.
 
-    Raises InputError, now or while iterating, naming file and line.
+    more: names that a table's columns may have besides the fields of a row. Raises InputError, now or while iterating,
+    naming file and line.
     """
     name = place(path)
     if form not in (AUTO, OWN, *FORMS):
@@ -62,7 +63,7 @@ def open_rows(path: Path, form: str = AUTO) -> RowFile:
         raise InputError(
             f"{name}: holds no graph of ComfyUI as its API takes it; rows go into a .jsonl, .csv or .yaml file"
         )
-    return reader(text, name)
+    return _read_csv(text, name, more) if reader is _read_csv else reader(text, name)
 
 
 def _read_foreign(text: str, name: str, form: str) -> RowFile | None:
@@ -122,7 +123,7 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, {key: None if value != value else value for key, value in row.items()}  # NaN: a gap of pandas
 
 
-def _read_csv(text: str, name: str) -> RowFile:
+def _read_csv(text: str, name: str, more: Collection[str] = ()) -> RowFile:
     first, _, rest = text.partition("\n")
     told = re.fullmatch(r"sep=([,;\t|])\s*", first)  # a line that Excel reads, and writes
     delimiter = told[1] if told else _delimiter(first)
@@ -140,7 +141,7 @@ def _read_csv(text: str, name: str) -> RowFile:
         if len(header) == 1 and re.search("[;\t|]", header[0]):
             raise InputError(f"header: {shown(header[0])}: columns are separated by commas here")
         canonical(
-            {column: _SOME.get(field_name(column), "8x8") for column in named}
+            {column: _SOME.get(field_name(column), "8x8") for column in named if column not in more}
         )  # unknown names, fields given twice
     except InputError as error:
         raise InputError(f"{name}:{line}: {error}") from None
