@@ -228,7 +228,7 @@ def _grounding_dino(detector: Detector, pictures: torch.Tensor, words: Sequence[
     refuse_many(words, tokens["input_ids"].shape[1], detector.loaded.info)
     owner, at = torch.zeros(tokens["input_ids"].shape[1], len(words), dtype=torch.bool), 0
     for n, word in enumerate(words):
-        length = len(word.strip())
+        length = len(word.strip().lower())
         for k, (start, end) in enumerate(tokens["offset_mapping"][0].tolist()):
             owner[k, n] = at <= start < end <= at + length
         at += length + 2  # ". "

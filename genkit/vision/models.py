@@ -268,9 +268,18 @@ def read_tokenizer(info: VisionInfo) -> Any:
         return load_tokenizer(info.folder, _text(info.part.config))
     cls = getattr(importlib.import_module("transformers"), name)
     try:
-        return cls.from_pretrained(info.folder, local_files_only=True)
+        found = cls.from_pretrained(info.folder, local_files_only=True)
+        size, known = (
+            max(found.get_vocab().values()) + 1,
+            (info.part.config.get("text_config") or {}).get("vocab_size", 30522),
+        )
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise InputError(f"{place(info.folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
+    if size > known:
+        raise InputError(
+            f"{place(info.folder)}: the tokenizer has {size} tokens, but text_config has vocab_size {known}"
+        )
+    return found
 
 
 def _text(config: Mapping[str, Any]) -> dict[str, Any]:
