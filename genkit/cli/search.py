@@ -44,7 +44,8 @@ def search(
     found = find(images, text or (), shows, without or (), k, clip=clip, device=device, dtype=dtype, quiet=as_json)
     if page is not None:
         write_page(page, found.query, found.results, f"{found.pictures} pictures of {images}, by {found.clip}")
-    print(printable_json(dataclasses.asdict(found)) if as_json else "\n".join(map(printable, report(found))))
+    for line in [printable_json(dataclasses.asdict(found))] if as_json else map(printable, report(found)):
+        print(line)
     say(found)
     return EXIT_SOME_FAILED if found.problems else EXIT_OK
 

@@ -54,8 +54,7 @@ def folder_index(
     """Return the embeddings of `files`, all in `folder`; those that its index lacks are computed and kept.
 
     weights: SHA-256 of the CLIP model's weight files, which, with the folder's path, name the index; width: of its
-    embeddings. Raises HostError where the index cannot be written, or is being written by
-    another process.
+    embeddings. Raises HostError where the index cannot be written, or is being written by another process.
     """
     home = index_folder(folder, weights)
     with disk(home):

@@ -204,7 +204,7 @@ CASES = [
     case("null for a list", "sd", change(CONFIG, block_out_channels=None), CONFIG, "block_out_channels"),
     case("long list", "sd", change(CONFIG, block_out_channels=[8] * 10_000), CONFIG, "block_out_channels"),
     case("unknown activation", "sd", change(CONFIG, act_fn="eval"), CONFIG, "act_fn", "'eval'"),
-    case("no bicubic", "clip", change("preprocessor_config.json", resample=2), "resample", "is not 3"),
+    case("no bicubic", "clip", change("preprocessor_config.json", resample=0), "resample", "is not 2 or 3"),
     # Classes.
     case("os.system", "sd", change(INDEX, unet=["os", "system"]), INDEX, "unet", "'os.system'", "UNet2DConditionModel"),
     case("builtins.eval", "sd", change(INDEX, scheduler=["builtins", "eval"]), "scheduler", "'eval'"),
@@ -257,7 +257,8 @@ CASES = [
     case("class is a list", "sd", change(INDEX, _class_name=["StableDiffusionPipeline"]), INDEX, "_class_name"),
     case("part missing", "sd", change(INDEX, tokenizer=...), INDEX, "tokenizer", "missing"),
     case("wrong UNet for the pipeline", "ddpm", change(INDEX, _class_name="StableDiffusionPipeline"), INDEX, "missing"),
-    case("other model than CLIP", "clip", change("config.json", model_type="siglip"), "model_type", "'siglip'"),
+    case("other model than CLIP", "clip", change("config.json", model_type="altclip"), "model_type", "'altclip'"),
+    case("CLIP as SigLIP", "clip", change("config.json", model_type="siglip"), "architectures", "'SiglipModel'"),
     # Code.
     case("auto_map", "sd", change(CONFIG, auto_map={"AutoModel": "model.Evil"}), CONFIG, "auto_map", "never run"),
     case("auto_map, text", "sd", change(TEXT, auto_map={"AutoModel": "model.Evil"}), TEXT, "auto_map", "never run"),

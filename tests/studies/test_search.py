@@ -193,6 +193,11 @@ def test_torn_pictures_are_named_and_the_rest_is_searched(folder: Path, capsys: 
         assert cli.run(["search", str(folder), "--text", "red"]) == 1
         out, err = capsys.readouterr()
         assert len(out.splitlines()) == 4 and len(re.findall(r"torn\.png: ", err)) == 1
+    (folder / "torn").mkdir()
+    (folder / "torn.png").rename(folder / "torn" / "torn.png")
+    assert cli.run(["search", str(folder / "torn"), "--text", "red"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "0 of 0 pictures" in err
 
 
 @pytest.fixture(scope="module")
