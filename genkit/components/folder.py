@@ -115,7 +115,7 @@ def _is_whole(file: Path) -> bool:
 def _inspect_folder(name: str | Path, variant: str | None) -> ModelInfo:
     """Return the model of a folder or of the hub, or one that is built in."""
     notes: list[str] = []
-    folder, on_hub = _locate(name, notes)
+    folder, on_hub = locate(name, notes)
     if lexists(folder / "model_index.json") or lexists(folder / "unet"):
         model = _read_pipeline(folder, notes)
     elif lexists(folder / "config.json"):
@@ -150,7 +150,7 @@ def inspect_network(folder: Path, name: str) -> Part:
     return _add_weights(_read_part(name, cls, folder, []), None)
 
 
-def _locate(name: str | Path, notes: list[str]) -> tuple[Path, bool]:
+def locate(name: str | Path, notes: list[str]) -> tuple[Path, bool]:
     """Return the folder of the model called `name`, and whether it came from the hub."""
     text = str(name)
     if isinstance(name, str) and name in DEFAULTS:

@@ -14,7 +14,14 @@ _CONFIGS = [
     *(f"{part}/*.json" for part in (*COMPONENTS, "scheduler")),
     *("model_index.json", "config.json", "scheduler_config.json"),
     *("preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    ),
     *("tokenizer/merges.txt", "tokenizer_2/merges.txt", "merges.txt", "model.safetensors.index*.json"),
 ]
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-]))*"

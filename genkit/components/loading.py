@@ -118,6 +118,15 @@ def construct(part: Part) -> Any:
 
 def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *, pinned: bool) -> None:
     """Read the weights of `part` into `network`. Raises HostError when memory runs out."""
+    network.load_state_dict(read_network(part, device, dtype, pinned=pinned), strict=True, assign=True)
+    network.to(device).eval().requires_grad_(False)
+
+
+def read_network(part: Part, device: torch.device, dtype: torch.dtype, *, pinned: bool = False) -> dict[str, Any]:
+    """Return the weights of `part` on `device`, the floats among them as `dtype`.
+
+    Raises InputError for weights that are all zero or not finite, HostError when memory runs out.
+    """
     import torch
     from safetensors import SafetensorError
 
@@ -137,8 +146,7 @@ def _fill(network: Any, part: Part, device: torch.device, dtype: torch.dtype, *,
             raise HostError(f"{place(file)}: out of memory on {device} as its weights were read")
         weights |= found
     _check_values(weights, part.tensors, dtype)
-    network.load_state_dict(weights, strict=True, assign=True)
-    network.to(device).eval().requires_grad_(False)
+    return weights
 
 
 def stored_weights(part: Part) -> dict[str, torch.Tensor]:

@@ -1,0 +1,320 @@
+"""Vision models by name: folders in transformers' layout, checked and loaded; classes are from a closed list."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from genkit.components.folder import locate
+from genkit.components.hub import fetch_weights
+from genkit.components.info import Part
+from genkit.components.loading import load_tokenizer, read_network
+from genkit.components.rules import refuse_code
+from genkit.components.tokenizer import check_tokenizer
+from genkit.components.weights import Tensor, check_shapes, hash_once, read_weights, wanted_weights
+from genkit.errors import InputError, nearest, shown
+from genkit.files import place, read_json
+from genkit.vision.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor, read_processor
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+MOST_LAYERS, MOST = 1000, 2**24  # of any network here: a config must not keep its constructor busy for hours
+BATCH = 8  # pictures a call; halved when memory runs out
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A class of transformers: the sense it serves, its `model_type`, and how pictures and words reach it.
+
+    tokenizer: a class of transformers, or None where it reads no words. processor: defaults of its image processor.
+    nested: the model types that a part of its config may have. renames: as of `read_weights`, for keys that older
+    versions of transformers wrote.
+    """
+
+    sense: str
+    model_type: str
+    processor: Processor
+    tokenizer: str | None = None
+    nested: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionInfo:
+    """A vision model whose folder was checked, without torch.
+
+    part: its class (`kind`), config and weight files. processor: how pictures are prepared. revision: of the hub.
+    """
+
+    name: str
+    folder: Path
+    sense: str
+    part: Part
+    processor: Processor
+    notes: tuple[str, ...] = ()
+    revision: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The name of its class."""
+        return self.part.kind
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each weight file by its name."""
+        return {file.name: hash_once(file) or "" for file in self.part.files}
+
+    def binding(self) -> dict[str, Any]:
+        """Return what a run records of it: its weights bind, its name and folder do not."""
+        local = {} if self.revision is not None else {"folder": str(self.folder.absolute())}
+        return {"name": self.name, **local, "weights": self.hashes}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A vision model on its device, in eval mode and without gradients. tokenizer: None where it reads no words."""
+
+    info: VisionInfo
+    model: Any
+    tokenizer: Any = None
+
+    @property
+    def kind(self) -> str:
+        """The name of its class."""
+        return self.info.kind
+
+    @property
+    def processor_config(self) -> Processor:
+        """How pictures are prepared for it."""
+        return self.info.processor
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each weight file by its name."""
+        return self.info.hashes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of its files was left out or assumed, a line each."""
+        return self.info.notes
+
+
+class Sense:
+    """What all senses share: a loaded model, how many pictures it takes at once, and caches that can be dropped."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded, self.model = loaded, loaded.model
+        self.batch = BATCH
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return next(self.model.parameters()).dtype
+
+    def in_batches(self, count: int, call: Callable[[slice], T], what: str = "pictures") -> list[T]:
+        """Return call(part) for slices that cover range(count), at most `batch` long; it is halved out of memory."""
+        import torch
+
+        from genkit.device.outofmemory import in_parts
+
+        with torch.inference_mode():
+            found, self.batch = in_parts(count, self.batch, call, what)
+        return found
+
+    def pixels(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return uint8 pictures (B, 3, H, W) as the model reads them: on its device, in its dtype."""
+        from genkit.vision.preprocess import prepare
+
+        return prepare(pictures.to(self.device), self.loaded.processor_config).to(self.dtype)
+
+    def forget(self) -> None:
+        """Drop what is cached, such as embeddings of words."""
+
+
+def inspect_vision(name: str | Path, senses: Collection[str], option: str = "model") -> VisionInfo:
+    """Check a folder in transformers' layout, or a hub id, to be a model for one of `senses`; no weights are read.
+
+    option: names it in messages. Raises InputError naming file, key and value; HostError where the hub cannot be read.
+    """
+    notes: list[str] = []
+    if name in ("", "emoji", "emoji-clip"):
+        raise InputError(f"{option}: {shown(str(name))} is no {_either(senses)}: give a folder or a hub id")
+    try:
+        folder, on_hub = locate(name, notes)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
+    path = folder / "config.json"
+    if not path.exists():
+        raise InputError(f"{option}: {place(path)}: is absent: a {_either(senses)} is a folder of transformers")
+    config = read_json(path)
+    kind = _class_of(config, senses, option, place(path))
+    _check_config(config, CLASSES[kind], place(path))
+    if on_hub:
+        wanted = wanted_weights(folder, "model", None)
+        fetch_weights(str(name), folder, (file.relative_to(folder).as_posix() for file in wanted))
+    files, tensors = read_weights(folder, "model", None, CLASSES[kind].renames)
+    if CLASSES[kind].tokenizer == "CLIPTokenizer":
+        check_tokenizer(folder, _text(config), f"{place(path)}: text_config", notes)
+    processor = read_processor(folder, CLASSES[kind].processor, notes)
+    part = Part(CLASSES[kind].sense, kind, folder, config, files, tensors)
+    revision = folder.name if on_hub else None
+    return VisionInfo(str(name), folder, CLASSES[kind].sense, part, processor, tuple(notes), revision)
+
+
+def load_model(
+    name: str | Path | VisionInfo, senses: Collection[str], device: torch.device | str, dtype: torch.dtype
+) -> Loaded:
+    """Load a vision model for one of `senses`; its weights are equal to those that from_pretrained loads.
+
+    It is built without weights from its class and config, every name and shape is compared with the files, and only
+    then are they read. Raises InputError as `inspect_vision` does, and for weights that are missing, too many, of
+    another shape, all zero or not finite in `dtype`; HostError if memory runs out.
+    """
+    import torch
+
+    from genkit.device.devices import compute_dtype
+
+    info = name if isinstance(name, VisionInfo) else inspect_vision(name, senses)
+    if info.sense not in senses:
+        raise InputError(f"{info.name}: is a {info.sense}, not a {_either(senses)}")
+    target = torch.device(device)
+    model = _build(info.part)
+    tied = {k: v for k, v in dict(getattr(model, "all_tied_weights_keys", None) or {}).items() if k != v}
+    part = dataclasses.replace(info.part, tensors=_renamed(model, info.part.tensors))
+    have = part.tensors
+    shared = {key: source for key, source in tied.items() if key not in have and source in have}
+    shared |= {source: key for key, source in tied.items() if source not in have and key in have}
+    expected = {key: tuple(w.shape) for key, w in model.state_dict().items() if key not in shared}
+    check_shapes(have, expected, part.where, complete=True)
+    weights = read_network(part, target, compute_dtype(target, dtype))
+    weights |= {key: weights[source] for key, source in shared.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.to(device=target, dtype=compute_dtype(target, dtype)).eval().requires_grad_(False)
+    return Loaded(info, model, _tokenizer(info))
+
+
+def _build(part: Part) -> Any:
+    """Return the network on the meta device: its class is one of CLASSES, its config that of the same class."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    cls = getattr(transformers, part.kind)
+    try:
+        config = cls.config_class.from_dict(dict(part.config))
+        with init_empty_weights(include_buffers=False):
+            return cls(config)
+    except Exception as error:  # transformers refuses a value or a combination of them
+        raise InputError(f"{part.where}: {part.kind} cannot be built: {shown(str(error), 300)}") from None
+
+
+def _renamed(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under the names that transformers now has for what files of older versions call otherwise."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    known = model.state_dict().keys()
+    renames = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = name if name in known else rename_source_key(name, renames, [])[0]
+        if new in found:
+            raise InputError(f"{place(tensor.file)}: {shown(tensor.key)}: is given twice, also as {shown(new)}")
+        found[new] = tensor
+    return found
+
+
+def _tokenizer(info: VisionInfo) -> Any:
+    name = CLASSES[info.kind].tokenizer
+    if name is None:
+        return None
+    if name == "CLIPTokenizer":
+        return load_tokenizer(info.folder, _text(info.part.config))
+    cls = getattr(importlib.import_module("transformers"), name)
+    try:
+        return cls.from_pretrained(info.folder, local_files_only=True)
+    except Exception as error:  # the Rust tokenizers raise plain Exception
+        raise InputError(f"{place(info.folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
+
+
+def _text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return size of the vocabulary and length of the text part, with OWL's defaults in transformers."""
+    return {"vocab_size": 49408, "max_position_embeddings": 16, **(config.get("text_config") or {})}
+
+
+def _class_of(config: Mapping[str, Any], senses: Collection[str], option: str, where: str) -> str:
+    """Return the class that a config names. Raises InputError for one that is not known, or is of another sense."""
+    names = config.get("architectures")
+    stated = names[0] if isinstance(names, list) and names else None
+    if stated is None:  # some tools leave it out
+        stated = next((c for c, kind in CLASSES.items() if kind.model_type == config.get("model_type")), None)
+    known = [c for c, kind in CLASSES.items() if kind.sense in senses]
+    if not isinstance(stated, str) or stated not in CLASSES:
+        what = shown(stated if stated is not None else config.get("model_type"))
+        raise InputError(
+            f"{option}: {where}: architectures: {what} is no {_either(senses)}{nearest(what, known)}; "
+            f"supported: {', '.join(known)}"
+        )
+    if stated not in known:
+        raise InputError(f"{option}: {where}: {stated} is a {CLASSES[stated].sense}, not a {_either(senses)}")
+    if config.get("model_type") not in (None, CLASSES[stated].model_type):
+        raise InputError(
+            f"{where}: model_type: {shown(config['model_type'])} is not {CLASSES[stated].model_type!r}, of {stated}"
+        )
+    return stated
+
+
+def _check_config(config: Mapping[str, Any], kind: Kind, where: str, depth: int = 0) -> None:
+    """Raise InputError for code, networks of other places, and numbers that no such network has."""
+    refuse_code(config, where)
+    for key in ("use_timm_backbone", "use_pretrained_backbone", "backbone"):
+        if config.get(key):
+            raise InputError(f"{where}: {key}: {shown(config[key])}: a backbone that lies elsewhere is never fetched")
+    for name, types in kind.nested.items() if depth == 0 else ():
+        stated = (config.get(name) or {}).get("model_type") if isinstance(config.get(name) or {}, dict) else None
+        if stated is not None and stated not in types:
+            raise InputError(f"{where}: {name}: model_type: {shown(stated)} is not {' or '.join(types)}")
+    for key, value in config.items():
+        most = MOST_LAYERS if "layers" in key or key in ("depths", "depth") else MOST
+        numbers = value if isinstance(value, list) else [value]
+        large = next((n for n in numbers if isinstance(n, int | float) and abs(n) > most), None)
+        if large is not None:
+            raise InputError(f"{where}: {key}: {shown(large)} is more than {most}")
+        if isinstance(value, dict):
+            if depth > 8:
+                raise InputError(f"{where}: {key}: is nested too deeply")
+            _check_config(value, kind, f"{where}: {key}", depth + 1)
+
+
+def _either(senses: Collection[str]) -> str:
+    return " or ".join(senses)
+
+
+_OLD = ((r".*\.position_ids$", ""),)  # buffers that older versions of transformers saved
+CLASSES: dict[str, Kind] = {
+    "OwlViTForObjectDetection": Kind(
+        "detector", "owlvit", Processor({"height": 768, "width": 768}, "bicubic", CLIP_MEAN, CLIP_STD),
+        tokenizer="CLIPTokenizer", renames=_OLD,
+    ),
+    "Owlv2ForObjectDetection": Kind(
+        "detector", "owlv2",
+        Processor({"height": 960, "width": 960}, "bilinear", CLIP_MEAN, CLIP_STD, square=True),
+        tokenizer="CLIPTokenizer", renames=_OLD,
+    ),
+    "GroundingDinoForObjectDetection": Kind(
+        "detector", "grounding-dino",
+        Processor({"shortest_edge": 800, "longest_edge": 1333}, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
+        tokenizer="BertTokenizer",
+        nested={"backbone_config": ("swin",), "text_config": ("bert",)},
+        renames=(*_OLD, (r".*relative_position_index$", "")),
+    ),
+}  # fmt: skip

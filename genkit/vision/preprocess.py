@@ -1,0 +1,288 @@
+"""How pictures are prepared for vision models: the image processors of transformers, as tensor code on the device.
+
+Resizing is that of PIL: two passes with weights in 22 bits of fixed point, each rounded to whole levels (Resample.c of
+Pillow). OWLv2 has its own: a picture padded to a square, blurred and resampled as scipy.ndimage does it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genkit.components.rules import ANYTHING, FLAG, TEXT, Key, Rule, check_config, either, many, optional, real, whole
+from genkit.errors import InputError, shown
+from genkit.files import place, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BITS = 22  # of PIL's weights
+RESAMPLES = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """What an image processor does: resize, crop at the centre, scale, normalise.
+
+    size: {"height", "width"}, {"shortest_edge"} or {"shortest_edge", "longest_edge"}, in pixels; None leaves pictures
+    as they are. crop: (height, width) or None. scale: of levels 0 to 255. square: pad to a square with black at right
+    and below, then resize as scipy does (OWLv2).
+    """
+
+    size: Mapping[str, int] | None
+    resample: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+    crop: tuple[int, int] | None = None
+    square: bool = False
+
+
+_SIDE = whole(1, 8192)
+_SIZES = Rule(
+    "a number of pixels, [height, width], or an object of height and width or of shortest_edge and longest_edge",
+    lambda v: (
+        _SIDE.holds(v)
+        or (isinstance(v, list) and len(v) == 2 and all(map(_SIDE.holds, v)))
+        or (
+            isinstance(v, dict)
+            and v.keys() in ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"})
+            and all(map(_SIDE.holds, v.values()))
+        )
+    ),
+)
+_KEYS = {
+    "size": Key(optional(_SIZES), None),
+    "max_size": Key(optional(_SIDE), None),
+    "crop_size": Key(optional(_SIZES), None),
+    "resample": Key(Rule("1, 2 or 3 (lanczos, bilinear, bicubic)", lambda v: type(v) is int and v in RESAMPLES), None),
+    "rescale_factor": Key(optional(real(0, 1, above=True)), None),
+    "image_mean": Key(optional(many(real(-10, 10), 3, 3)), None),
+    "image_std": Key(optional(many(real(0, 10, above=True), 3, 3)), None),
+    "pad_size": Key(Rule("null: pictures of one size", lambda v: v is None), None),
+    **{name: Key(optional(FLAG), None) for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")},
+    "do_pad": Key(optional(FLAG), None),
+    "rescale": Key(optional(either(FLAG, real(0, 1))), None),
+}
+_UNUSED = {
+    **dict.fromkeys(("image_processor_type", "feature_extractor_type", "processor_class", "format"), TEXT),
+    **dict.fromkeys(("do_convert_rgb", "do_convert_annotations", "pad_and_return_pixel_mask"), ANYTHING),
+    **dict.fromkeys(
+        ("_valid_processor_keys", "data_format", "device", "input_data_format", "return_tensors"), ANYTHING
+    ),
+    **dict.fromkeys(("default_to_square", "disable_grouping", "return_segmentation_masks", "masks_path"), ANYTHING),
+}
+
+
+def read_processor(folder: Path, default: Processor, notes: list[str] | None = None) -> Processor:
+    """Return the image processor of preprocessor_config.json or processor_config.json; absent keys are `default`'s.
+
+    Raises InputError for a value that cannot be followed.
+    """
+    path, together = folder / "preprocessor_config.json", folder / "processor_config.json"
+    content: Any = {}
+    if path.exists():
+        content = read_json(path)
+    elif together.exists():
+        path, content = together, read_json(together).get("image_processor")
+        if not isinstance(content, dict):
+            raise InputError(f"{place(path)}: image_processor: {shown(content)} is not an object")
+    elif notes is not None:
+        notes.append(f"{place(path)}: is absent: pictures are prepared as transformers does it by default")
+    stated = {key: value for key, value in content.items() if value is not None}
+    found = check_config(stated, _KEYS, place(path), _UNUSED, notes)
+    if default.square and found["do_pad"] is False:
+        raise InputError(f"{place(path)}: do_pad: false: OWLv2 reads squares, and boxes would lie elsewhere")
+    size = default.size if found["size"] is None else _size(found["size"], found["max_size"], default)
+    crop = None
+    if found["do_center_crop"]:
+        side = _size(found["crop_size"] or size, None, dataclasses.replace(default, size={"height": 1, "width": 1}))
+        crop = side.get("height", 0), side.get("width", 0)
+        if 0 in crop or size is None or crop > tuple(size.get(k, size.get("shortest_edge", 0)) for k in side):
+            raise InputError(f"{place(path)}: crop_size: {shown(found['crop_size'])} does not lie within size")
+    normal, scaled = found["do_normalize"] is not False, found["do_rescale"] is not False
+    return Processor(
+        size=None if found["do_resize"] is False else size,
+        resample=default.resample if found["resample"] is None else RESAMPLES[found["resample"]],
+        mean=tuple(found["image_mean"] or default.mean) if normal else (0.0, 0.0, 0.0),
+        std=tuple(found["image_std"] or default.std) if normal else (1.0, 1.0, 1.0),
+        scale=(found["rescale_factor"] or default.scale) if scaled else 1.0,
+        crop=crop, square=default.square,
+    )  # fmt: skip
+
+
+def _size(stated: Any, most: int | None, default: Processor) -> dict[str, int]:
+    """Return a size as an object; a single number is a square where the class's own size is one, else an edge."""
+    if isinstance(stated, dict):
+        return {**stated, **({"longest_edge": most} if most and "shortest_edge" in stated else {})}
+    if isinstance(stated, list):
+        return {"height": stated[0], "width": stated[1]}
+    if "height" in (default.size or {}):
+        return {"height": stated, "width": stated}
+    longest = most or (default.size or {}).get("longest_edge")
+    return {"shortest_edge": stated, **({"longest_edge": longest} if longest else {})}
+
+
+def target_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
+    """Return (height, width) that a picture is resized to, as transformers rounds it."""
+    if "height" in size:
+        return size["height"], size["width"]
+    short, long = min(height, width), max(height, width)
+    edge: float = size["shortest_edge"]
+    raw = edge
+    if "longest_edge" in size and long / short * edge > size["longest_edge"]:
+        raw = size["longest_edge"] * short / long
+        edge = round(raw)
+    edge = int(edge)
+    if short == edge:
+        return height, width
+    return (int(raw * height / width), edge) if width < height else (edge, int(raw * width / height))
+
+
+def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
+    """Return uint8 pictures (B, 3, H, W) as a model reads them, (B, 3, h, w) float32, on their device.
+
+    Equal to what the class's processor in transformers makes of each of them alone, to 1e-4.
+    """
+    import torch
+
+    home = pictures.device
+    x = pictures.cpu() if home.type == "mps" else pictures  # which has no float64
+    x = x.double()
+    height, width = x.shape[-2:]
+    if processor.square:
+        x = _resize_square(x * processor.scale, processor)
+    else:
+        if processor.size is not None:
+            x = resize(x, target_size(height, width, processor.size), processor.resample)
+        if processor.crop is not None:
+            top, left = ((a - b) // 2 for a, b in zip(x.shape[-2:], processor.crop, strict=True))
+            x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
+        x = x * processor.scale
+    mean, std = (
+        torch.tensor(v, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for v in (processor.mean, processor.std)
+    )
+    return ((x - mean) / std).float().to(home)
+
+
+def resize(x: torch.Tensor, size: tuple[int, int], resample: str) -> torch.Tensor:
+    """Return levels (..., H, W), float64 and whole, resized to (h, w) with the result of PIL's `resize`."""
+    before = tuple(x.shape[-2:])
+    return _passes(x, size, resample, _rows_first(before, size, resample))
+
+
+def _passes(x: torch.Tensor, size: tuple[int, int], resample: str, rows_first: bool) -> torch.Tensor:
+    for axis in (1, 0) if rows_first else (0, 1):
+        before, after = x.shape[axis - 2], size[axis]
+        if before != after:
+            weights = _on_device(_pil_weights(before, after, resample), x.device)
+            x = weights @ x if axis == 0 else x @ weights.T
+            x = ((x + 2 ** (BITS - 1)) / 2**BITS).floor().clamp(0, 255)  # sums of whole numbers below 2^53: exact
+    return x
+
+
+@functools.lru_cache(64)
+def _rows_first(before: tuple[int, int], after: tuple[int, int], resample: str) -> bool:
+    """Return whether PIL resizes along the rows first, as it always did before version 13.
+
+    Which pass comes first changes the rounding between them. Version 13 chooses it by the sizes, so it is asked: both
+    orders are compared with what it makes of noise of this size.
+    """
+    import torch
+    from PIL import Image
+
+    if before[0] == after[0] or before[1] == after[1]:
+        return True
+    noise = np.random.default_rng(0).integers(0, 256, (*before, 3), dtype=np.uint8)
+    code = next(number for number, name in RESAMPLES.items() if name == resample)
+    wanted = torch.from_numpy(np.array(Image.fromarray(noise).resize(after[::-1], code))).permute(2, 0, 1)
+    x = torch.from_numpy(noise).permute(2, 0, 1).double()
+    far = [float((_passes(x, after, resample, first) - wanted).abs().sum()) for first in (True, False)]
+    return far[0] <= far[1]
+
+
+def _resize_square(x: torch.Tensor, processor: Processor) -> torch.Tensor:
+    import torch
+
+    height, width = x.shape[-2:]
+    side = max(height, width)
+    x = torch.nn.functional.pad(x, (0, side - width, 0, side - height))
+    if processor.size is None:
+        return x
+    low, high = x.amin(dim=(1, 2, 3), keepdim=True), x.amax(dim=(1, 2, 3), keepdim=True)
+    down, across = (_on_device(_scipy_weights(side, processor.size[k]), x.device) for k in ("height", "width"))
+    return (down @ x @ across.T).minimum(high).maximum(low)
+
+
+def _on_device(weights: np.ndarray, device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(weights).to(device)
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    """Keys' cubic convolution with a = -0.5."""
+    x = abs(x)
+    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
+
+
+FILTERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {  # and the half of their width
+    "bilinear": (lambda x: np.maximum(0.0, 1 - abs(x)), 1.0),
+    "bicubic": (_bicubic, 2.0),
+    "lanczos": (lambda x: np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0), 3.0),
+}
+
+
+@functools.lru_cache(16)
+def _pil_weights(before: int, after: int, resample: str) -> np.ndarray:
+    """Return the weights of PIL's resize along one axis, (after, before) float64, whole multiples of 2^-22."""
+    function, half = FILTERS[resample]
+    scale = before / after
+    stretch = max(scale, 1.0)  # antialiasing
+    found = np.zeros((after, before))
+    for row in range(after):
+        centre = (row + 0.5) * scale
+        first = max(0, int(centre - half * stretch + 0.5))
+        last = min(before, int(centre + half * stretch + 0.5))
+        weights = function((np.arange(first, last) - centre + 0.5) / stretch)
+        found[row, first:last] = weights / weights.sum()
+    return np.trunc(found * 2**BITS + np.where(found < 0, -0.5, 0.5))
+
+
+@functools.lru_cache(16)
+def _scipy_weights(before: int, after: int) -> np.ndarray:
+    """Return the weights of gaussian_filter and zoom of order 1 with grid_mode, both mirrored, (after, before)."""
+    factor = before / after
+    blur = np.eye(before)
+    sigma = max(0.0, (factor - 1) / 2)
+    if sigma > 1e-15:
+        reach = int(4 * sigma + 0.5)
+        offsets = np.arange(-reach, reach + 1)
+        kernel = np.exp(-0.5 / sigma**2 * offsets**2)
+        blur = np.zeros((before, before))
+        for row in range(before):
+            np.add.at(blur[row], _mirrored(row + offsets, before), kernel / kernel.sum())
+    zoom = np.zeros((after, before))
+    for row in range(after):
+        at = (row + 0.5) * factor - 0.5
+        if at < 0 or at > before - 1:  # where the picture is mirrored
+            at = abs(at) if at < 0 else 2 * (before - 1) - at
+        low = min(math.floor(at), before - 1)
+        np.add.at(zoom[row], _mirrored(np.array([low, low + 1]), before), [1 - (at - low), at - low])
+    return zoom @ blur
+
+
+def _mirrored(places: np.ndarray, count: int) -> np.ndarray:
+    """Return places reflected at the centres of the first and last of `count` pixels (mode "mirror")."""
+    if count == 1:
+        return np.zeros_like(places)
+    places = abs(places) % (2 * (count - 1))
+    return np.minimum(places, 2 * (count - 1) - places)

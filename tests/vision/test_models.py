@@ -1,0 +1,131 @@
+"""Vision models: loaded as from_pretrained loads them, pictures prepared as transformers' processors prepare them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import GroundingDinoForObjectDetection, Owlv2ForObjectDetection, OwlViTForObjectDetection
+from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
+from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
+from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
+
+from genkit.errors import InputError
+from genkit.vision.models import inspect_vision, load_model
+from genkit.vision.preprocess import prepare, resize
+from tests.detectors import tiny_grounding_dino, tiny_owlv2, tiny_owlvit
+
+MODELS: dict[str, tuple[Any, Any, Any]] = {
+    "owlvit": (tiny_owlvit, OwlViTForObjectDetection, OwlViTImageProcessorPil),
+    "owlv2": (tiny_owlv2, Owlv2ForObjectDetection, Owlv2ImageProcessorPil),
+    "grounding_dino": (tiny_grounding_dino, GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil),
+}
+SENSES = ("detector",)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_and_pictures_as_in_transformers(name: str, tmp_path: Path) -> None:
+    make, cls, processor = MODELS[name]
+    folder = make(tmp_path / name)
+    found = load_model(folder, SENSES, "cpu", torch.float32)
+    reference = cls.from_pretrained(folder)
+    weights = reference.state_dict()
+    assert found.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weight, weights[key]) for key, weight in found.model.state_dict().items())
+    buffers = dict(reference.named_buffers())
+    assert all(torch.equal(value, buffers[key]) for key, value in found.model.named_buffers())
+    assert list(found.hashes) == ["model.safetensors"] and found.kind == cls.__name__
+    prepares = processor.from_pretrained(folder)
+    rng = np.random.default_rng(0)
+    for height, width in ((64, 64), (100, 37), (20, 50), (11, 90), (32, 32), (300, 200)):
+        pixels = rng.integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+        prepared = prepare(torch.from_numpy(pixels).permute(0, 3, 1, 2), found.processor_config)
+        for k in range(2):
+            expected = prepares(images=Image.fromarray(pixels[k]), return_tensors="pt")["pixel_values"][0]
+            assert prepared[k].shape == expected.shape
+            assert float((prepared[k] - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "code"), [("bilinear", 2), ("bicubic", 3), ("lanczos", 1)])
+def test_resizing_is_that_of_pil(name: str, code: int) -> None:
+    rng = np.random.default_rng(1)
+    for before, after in (((100, 37), (32, 32)), ((20, 50), (60, 16)), ((33, 33), (48, 48)), ((300, 40), (17, 64))):
+        pixels = rng.integers(0, 256, (*before, 3), dtype=np.uint8)
+        expected = np.array(Image.fromarray(pixels).resize(after[::-1], code))
+        found = resize(torch.from_numpy(pixels).permute(2, 0, 1).double(), after, name)
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+def test_shards_and_old_buffers_are_read(tmp_path: Path) -> None:
+    whole = load_model(tiny_owlvit(tmp_path / "whole"), SENSES, "cpu", torch.float32).model.state_dict()
+    shards = tiny_owlvit(tmp_path / "shards", max_shard_size="20KB")
+    found = load_model(shards, SENSES, "cpu", torch.float32)
+    assert len(found.hashes) > 1
+    assert all(torch.equal(weight, whole[key]) for key, weight in found.model.state_dict().items())
+    file = tmp_path / "whole" / "model.safetensors"
+    old = "owlvit.text_model.embeddings.position_ids"
+    save_file({**load_file(file), old: torch.arange(16)[None]}, file, metadata={"format": "pt"})
+    load_model(tmp_path / "whole", SENSES, "cpu", torch.float32)
+
+
+def _config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    found = load_file(folder / "model.safetensors")
+    change(found)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _processor(folder: Path, **fields: Any) -> None:
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "code": (lambda f: _config(f, auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "wrong class": (lambda f: _config(f, architectures=["CLIPModel"]), "supported: OwlViTForObjectDetection"),
+    "wrong type": (lambda f: _config(f, model_type="owlv2"), "model_type: 'owlv2' is not 'owlvit'"),
+    "huge": (lambda f: _config(f, vision_config={"num_hidden_layers": 10**6}), "num_hidden_layers: 1000000 is more"),
+    "missing": (lambda f: _weights(f, lambda w: w.pop("layer_norm.bias")), "layer_norm.bias: is missing"),
+    "extra": (lambda f: _weights(f, lambda w: w.update(more=torch.ones(2))), "'more': has no place"),
+    "shape": (lambda f: _weights(f, lambda w: w.update({"layer_norm.bias": torch.ones(7)})), "asks for 24"),
+    "nan": (lambda f: _weights(f, lambda w: w["layer_norm.bias"].fill_(float("nan"))), "holds a NaN"),
+    "cut": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "bytes"),
+    "pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"), "LFS pointer",
+    ),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "unpickle"),
+    "resample": (lambda f: _processor(f, resample=0), "resample: 0 is not"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: is absent"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_folders_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    folder = tiny_owlvit(tmp_path / "owl")
+    spoil, message = BAD[name]
+    spoil(folder)
+    with pytest.raises(InputError) as error:
+        load_model(folder, SENSES, "cpu", torch.float32)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_models_of_another_sense_and_other_backbones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a detector, not a segmenter"):
+        inspect_vision(tiny_owlvit(tmp_path / "owl"), ("segmenter",))
+    with pytest.raises(InputError, match="emoji' is no detector"):
+        inspect_vision("emoji", SENSES)
+    folder = tiny_grounding_dino(tmp_path / "dino")
+    _config(folder, use_timm_backbone=True)
+    with pytest.raises(InputError, match="never fetched"):
+        inspect_vision(folder, SENSES)
