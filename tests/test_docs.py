@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from genkit import cli
 from genkit.cli.app import app
 from genkit.training.recipe import read_recipe
+from tests.senses import tiny_clipseg
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_refiner, tiny_sdxl, tiny_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
@@ -212,6 +213,7 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "my-clip": tiny_clip,
     "votes": _votes,
     "embeddings": _embeddings,
+    "my-clipseg": tiny_clipseg,
 }
 
 
