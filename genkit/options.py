@@ -45,6 +45,9 @@ class Options:
     ] = "auto"
     memory: Annotated[str, "auto (what fits), high (all on the device) or low (least)."] = "auto"
     clip: Annotated[str, "auto, none, emoji-clip, a folder with a CLIPModel, or a hub id."] = "auto"
+    detector: Annotated[
+        str | None, "A zero-shot detector, for count['cat'] and the like in gates: a folder or a hub id."
+    ] = None
     format: Annotated[str, "Of the pictures: png, webp, jpeg or jxl."] = "png"
     quality: Annotated[
         int | None, "Of webp, jpeg and jxl, 1 to 100; default 90; at 100 webp and jxl keep every bit."

@@ -64,8 +64,8 @@ def tiny_grounding_dino(folder: Path) -> Path:
     bert = BertConfig(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                       intermediate_size=32)  # fmt: skip
     config = GroundingDinoConfig(
-        backbone_config=SwinConfig(**swin), text_config=bert, d_model=32, encoder_layers=1, decoder_layers=2, num_queries=8,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        backbone_config=SwinConfig(**swin), text_config=bert, d_model=32, encoder_layers=1, decoder_layers=2,
+        num_queries=8, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
         encoder_n_points=2, decoder_n_points=2,
     )  # fmt: skip
     GroundingDinoForObjectDetection(config).save_pretrained(folder)

@@ -60,6 +60,7 @@ class RowOptions:
     rank_by: Annotated[str | None, "What 'best' means; default clip."] = None
     max_images: Annotated[int | None, "Draw until --keep pass, or so many are drawn."] = None
     labels: Annotated[str | None, "a,b,c: texts for zero-shot classification."] = None
+    detect: Annotated[str | None, "a,b,c: words to look for, with --detector; those of gates are, anyway."] = None
 
     def fields(self) -> dict[str, Any]:
         """Return what is given, as fields of a Request. Raises InputError, naming the option, for a bad value."""
@@ -68,7 +69,9 @@ class RowOptions:
 
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         given |= {
-            name: typed(name, given[name]) for name in ("guidance_interval", "labels", "scheduler") if name in given
+            name: typed(name, given[name])
+            for name in ("guidance_interval", "labels", "detect", "scheduler")
+            if name in given
         }
         if "loras" in given:
             given["loras"] = [beside(Path(), lora("loras", text)) for text in given["loras"]]

@@ -51,7 +51,9 @@ _SECTIONS = {
         " num_inference_steps guidance_scale guidance_interval width height original_size crop target_size image"
         " strength mask_image loras num_images seed from_images"
     ),
-    "Which pictures are kept": "keep gate rank_by max_images labels clip aesthetic scorers diverse dedupe reference",
+    "Which pictures are kept": (
+        "keep gate rank_by max_images labels detect clip detector aesthetic scorers diverse dedupe reference"
+    ),
     "How it runs": "",
 }
 

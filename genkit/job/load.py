@@ -13,6 +13,7 @@ from genkit.components.shapes import head_widths
 from genkit.components.weights import sha256
 from genkit.device.devices import DTYPES, compute_dtype, pick_device
 from genkit.device.memory import away
+from genkit.errors import InputError
 from genkit.files import user_path
 from genkit.job.plan import Job, plan_job
 from genkit.job.words import recorded_words
@@ -48,6 +49,9 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
         widths = {w for u in unets for w in head_widths(u)} if job.options.attention == "auto" else ()
         warm_up(device, compute_dtype(device, dtype), widths)
     o = job.options
+    detector = None
+    if job.detector is not None:  # before memory is planned, which it takes some of
+        detector = load_detector(job.detector, [word for row in job.rows for word in row.sought], device, dtype)
     with phase("plan memory"):
         budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
@@ -66,7 +70,22 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
         scorer.texts.hold = generator.residency.add("clip", scorer.model)
     if o.aesthetic is not None and job.clip is not None:
         head = Head.load(Path(o.aesthetic))
-    return generator, Panel(scorer, [row.plain_prompt for row in job.rows], head, job.scorers)
+    return generator, Panel(scorer, [row.plain_prompt for row in job.rows], head, job.scorers, detector)
+
+
+def load_detector(info: Any, words: list[str], device: Any, dtype: Any) -> Any:
+    """Return the detector, once all words are known to be short enough for it. Raises InputError."""
+    from genkit.vision.detector import SENSES, Detector, check_length
+    from genkit.vision.models import load_model, read_tokenizer
+
+    tokenizer = read_tokenizer(info)
+    for word in dict.fromkeys(words):
+        try:
+            check_length(tokenizer, word, info)
+        except InputError as error:
+            raise InputError(f"--detector: {error}") from None
+    with phase("detector: read weights"):
+        return Detector(load_model(info, SENSES, device, compute_dtype(device, dtype)))
 
 
 def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
@@ -84,6 +103,7 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
         model=model, clip=clip, variant=binding.get("variant"), device=device, seed=binding["seed"],
         embeddings=recorded_words(binding.get("embeddings", {}), rows),
         aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
+        detector=None if "detector" not in binding else found_at(binding["detector"]),
         refiner=None if second is None else found_at(second), refiner_start=None if second is None else second["start"],
         **recorded["info"].get("parts", {}),
     )  # fmt: skip
@@ -95,9 +115,10 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
 
 
 def hashes(job: Job) -> dict[str, dict[str, str]]:
-    """Return the SHA-256 of each weight file of "model", "clip" and "refiner"."""
+    """Return the SHA-256 of each weight file of "model", "clip", "refiner" and "detector"."""
     models = {"model": job.info, "clip": job.clip, "refiner": job.refiner}
-    return {name: weight_hashes(info) for name, info in models.items() if info is not None}
+    found = {name: weight_hashes(info) for name, info in models.items() if info is not None}
+    return found if job.detector is None else {**found, "detector": job.detector.hashes}
 
 
 def run_config(
@@ -118,6 +139,8 @@ def run_config(
     if job.refiner is not None:
         prediction = job.refiner.scheduler_config.get("prediction_type")
         binding["refiner"] |= {"start": job.refiner_start, "prediction": prediction, "zeros": job.refiner.zero_empty}
+    if job.detector is not None:
+        binding["detector"] = {**job.detector.binding(), "weights": weights["detector"]}
     binding["scheduler"] = job.info.scheduler_config
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
     before = {} if recorded is None else recorded["binding"].get("embeddings", {})

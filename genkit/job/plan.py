@@ -17,6 +17,7 @@ from genkit.files import place, user_path
 from genkit.job.words import Inversions, find_inversions
 from genkit.options import Options
 from genkit.pictures.encoders import encoding
+from genkit.rows.detecting import words_of
 from genkit.rows.plans import plan_for
 from genkit.rows.prompting import check_prompting
 from genkit.rows.refining import START, check_refiner, refined_plan
@@ -30,6 +31,7 @@ from genkit.scoring.aesthetic import check_head
 from genkit.scoring.gates import check_row
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
+from genkit.vision.models import VisionInfo, inspect_vision
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
@@ -53,6 +55,7 @@ class Job:
     inversions: Inversions = dataclasses.field(default_factory=Inversions)
     refiner: ModelInfo | None = None
     refiner_start: float = START
+    detector: VisionInfo | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
@@ -66,6 +69,7 @@ class Job:
             "model": self.info.name,
             **({} if self.refiner is None else {"refiner": self.refiner.name, "refiner_start": self.refiner_start}),
             "clip": None if self.clip is None else self.clip.name,
+            **({} if self.detector is None else {"detector": self.detector.name}),
             "format": str(encoding(self.options.format, self.options.quality)),
             **describe(
                 self.info,
@@ -104,6 +108,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     clip = None if clip_name == "none" else inspect_model(clip_name)
     if clip is not None and clip.kind != "clip":
         raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
+    detector = None if options.detector is None else inspect_vision(options.detector, ("detector",), "--detector")
     scorers, computed = _scorers(options, clip)
     options.picking.check()
     if clip is None and options.picking.needs_embeddings:
@@ -128,7 +133,8 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             guided = 1.0 if geometry.guidance_width else row.guidance_scale or 1.0
             unsaid += guided <= 1 and bool(row.negative_prompt or row.negative_prompt_2)
             calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder, guided, refined))
-            check_row(row.gate, row.rank_by, row.labels, computed)
+            check_row(row.gate, row.rank_by, row.labels, computed, detector is not None)
+            _check_sought(row, detector)
             if row.prune is not None and row.rank_by is None and "clip" not in computed:
                 raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
             if row.labels is not None and clip is None:
@@ -140,8 +146,21 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     notes += [f"negative_prompt: has no say without guidance, in {unsaid} rows"] if unsaid else []
     inversions, said = find_inversions(filled, options, info)
     notes += [*_check_loras(filled, info), *said, *info.notes]
-    notes += [note for other in (clip, refiner) if other is not None for note in other.notes]
-    return Job(filled, options, info, clip, calls, scorers, tuple(dict.fromkeys(notes)), inversions, refiner, start)
+    notes += [note for other in (clip, refiner, detector) if other is not None for note in other.notes]
+    said_once = tuple(dict.fromkeys(notes))
+    return Job(filled, options, info, clip, calls, scorers, said_once, inversions, refiner, start, detector)
+
+
+def _check_sought(row: Request, detector: VisionInfo | None) -> None:
+    """Raise InputError for words that nothing looks for, and where pruning would look at unfinished pictures."""
+    if row.detect is not None and detector is None:
+        raise InputError(f"detect: {shown(row.detect[0])} needs a detector, and there is none: give --detector")
+    if (
+        row.prune is not None
+        and row.rank_by is not None
+        and words_of(row.rank_by, None if row.labels is None else tuple(row.labels))
+    ):
+        raise InputError("prune: ranks unfinished pictures, in which no boxes are looked for: rank_by cannot read them")
 
 
 def _written(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Iterator[tuple[str, Request]]:

@@ -20,6 +20,7 @@ from genkit.phases import phase
 from genkit.pictures.encoders import encoding
 from genkit.progress import Progress
 from genkit.runs.embeddings import Store
+from genkit.runs.redetect import redetect, unseen
 from genkit.runs.rescore import rescore
 from genkit.runs.run import Run, read_config
 from genkit.runs.writers import Writers
@@ -70,7 +71,8 @@ def run_job(job: Job, out: Path) -> Summary:
         with Progress(draws.total, len(run.done), quiet=job.options.quiet) as progress:
             for line in (*job.notes, *run.notes):
                 progress.message(line)
-            if draws.has_next() or (run.stale and job.clip is not None):
+            changed = unseen(run)
+            if draws.has_next() or changed or (run.stale and job.clip is not None):
                 loaded = loaded or load(job, recorded)
                 again = rescore(run, loaded[1])
                 if again:
@@ -78,7 +80,11 @@ def run_job(job: Job, out: Path) -> Summary:
                         f"{again} images scored again, from their embeddings: labels or other prompts changed"
                     )
                     draws = Draws(job.rows, run.done, job.options.max_total_images, until)
-                stopped = _draw(job, run, draws, progress, loaded) if draws.has_next() else EXIT_OK
+                stopped = _look_again(run, loaded[1], changed, progress) if changed else EXIT_OK
+                if changed and not stopped:
+                    draws = Draws(job.rows, run.done, job.options.max_total_images, until)
+                if not stopped and draws.has_next():
+                    stopped = _draw(job, run, draws, progress, loaded)
         results = list(run.results.values())
         known = read_known(out, run.config, results, job.options.picking, [row.rank_by for row in job.rows])
         selection = decide(job.rows, results, picking=job.options.picking, known=known)
@@ -104,6 +110,22 @@ def run_job(job: Job, out: Path) -> Summary:
         hard_rows=len(selection["hard"]),
         slots_full=None if draws.slots_full is None else round(draws.slots_full, 4),
     )
+
+
+def _look_again(run: Run, panel: Any, changed: list[Any], progress: Progress) -> int:
+    """Look for the rows' new words in finished images; return 0, or the exit code of the signal that stopped it."""
+    progress.message(f"{len(changed)} images are looked at again: the words to detect in them changed")
+    with Signals(interrupt=True) as signals:
+        try:
+            signals.armed = True
+            for _ in redetect(run, panel, changed):
+                pass
+            signals.armed = False
+        except Interrupted:
+            progress.message("stopped while looking at images again; the same command goes on from here")
+    for note in panel.news():
+        progress.message(note)
+    return signals.exit_code
 
 
 def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any, Any]) -> int:

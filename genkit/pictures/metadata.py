@@ -23,7 +23,8 @@ _WRITTEN = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "width", "height", "scheduler",
     "strength", "image", "mask_image", "loras", "clip_skip",
 )  # fmt: skip
-_CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "meta")
+_LEFT_OUT = ("boxes", "detected")  # of scores: what a detector found, which is long
+_CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect", "meta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,13 @@ def texts(
     told = {name: value for name in _TOLD if (value := getattr(origin, name))}
     request = _without_folders(request)
     found = {"version": origin.version, "model": origin.model, "request": request}
-    found |= {**{name: record[name] for name in RECORDED}, **told, **({"inputs": inputs} if inputs else {})}
+    scores = {name: value for name, value in (record["scores"] or {}).items() if name not in _LEFT_OUT}
+    found |= {
+        **{name: record[name] for name in RECORDED},
+        "scores": scores,
+        **told,
+        **({"inputs": inputs} if inputs else {}),
+    }
     found |= {"embeddings": dict(learned)} if learned else {}
     room = METADATA_BYTES - len(parameters.encode())
     whole = _json(found)

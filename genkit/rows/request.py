@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_vali
 from genkit.errors import InputError, nearest, shown
 from genkit.files import user_path
 from genkit.pictures.images import as_pil, check_image
-from genkit.rows import prompting, sdxl
+from genkit.rows import detecting, prompting, sdxl
 from genkit.rows.loras import beside, check_loras, file_hash
 from genkit.rows.typed import COUNTS, whole
 from genkit.rows.yamltext import Cut
@@ -58,7 +58,7 @@ _PIXEL_FIELDS = (
 )  # fmt: skip
 
 
-class Request(sdxl.Conditioning, prompting.Prompting):
+class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting):
     """One row: what to draw, how many images, and which of them to keep.
 
     Fields left at None are filled from the command line or the model (`filled`). `image` and `mask_image` are a path,

@@ -19,9 +19,9 @@ NUMBERS = (*COUNTS, *_FLOATS, "seed")
 def typed(field: str, text: str) -> Any:
     """Return the text of a CSV cell or command-line option as the value of `field` (genkit's name for it).
 
-    Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels` are separated by commas, several seeds likewise; both
-    may be JSON lists too. `meta`, `prune`, and a `scheduler` that starts with a brace, are JSON objects. Raises
-    InputError.
+    Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels` and `detect` are separated by commas, several seeds
+    likewise; they may be JSON lists too. `meta`, `prune`, and a `scheduler` that starts with a brace, are JSON objects.
+    Raises InputError.
     """
     convert = _TYPED.get(field)
     return text if convert is None else convert(field, text)
@@ -96,6 +96,7 @@ _TYPED: dict[str, Callable[[str, str], Any]] = {
     "guidance_interval": _interval,
     "seed": _seeds,
     "labels": _labels,
+    "detect": _labels,
     "loras": _loras,
     "meta": _json,
     "template": _json,

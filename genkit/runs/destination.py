@@ -17,7 +17,17 @@ from genkit.runs.records import CONFIG, read_config
 
 LONGEST = 3800  # bytes of a path; leaves room for names of images within the usual limit of 4,096
 SHOWN = 10  # differences named in a refusal
-PLACES = ("model.name", "model.folder", "clip.name", "clip.folder", "refiner.name", "refiner.folder", ".file")
+PLACES = (
+    "model.name",
+    "model.folder",
+    "clip.name",
+    "clip.folder",
+    "refiner.name",
+    "refiner.folder",
+    "detector.name",
+    "detector.folder",
+    ".file",
+)
 
 
 def check_folder(folder: Path, prompts: Path | None = None) -> None:

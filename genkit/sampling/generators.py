@@ -280,7 +280,7 @@ def _panel(scorer: ClipScorer | Panel | None, rows: Sequence[Request]) -> Panel:
     if scorer is None or isinstance(scorer, ClipScorer):
         scorer = Panel(scorer, [row.plain_prompt for row in rows])
     for row in rows if hasattr(scorer, "names") else ():  # a caller's own scorer need not declare names
-        check_row(row.gate, row.rank_by, row.labels, scorer.names)
+        check_row(row.gate, row.rank_by, row.labels, scorer.names, getattr(scorer, "detector", None) is not None)
     return scorer
 
 

@@ -315,7 +315,10 @@ class Stream:
         if self.scorer is None:
             return [{} for _ in ended]
         requests = [t.tag[0] for t in ended]
-        return self.scorer.scores(pictures, [r.plain_prompt for r in requests], [r.labels for r in requests])
+        prompts, labels = [r.plain_prompt for r in requests], [r.labels for r in requests]
+        if getattr(self.scorer, "detector", None) is None:
+            return self.scorer.scores(pictures, prompts, labels)
+        return self.scorer.scores(pictures, prompts, labels, [r.sought for r in requests])
 
     @contextlib.contextmanager
     def _float32(self) -> Iterator[None]:

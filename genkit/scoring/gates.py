@@ -1,6 +1,7 @@
 """Expressions over an image's scores, for `gate`, `--where` and `rank_by`: parsed, checked, never evaluated as Python.
 
 "clip > 0.3 and not nan"    "p['a cat'] > 0.5 or p['a dog'] > 0.5"    "0.7 * clip + 0.3 * p['a cat']"    "-p['a dog']"
+"count['cat'] == 2 and left_of('cat', 'dog')"    "color['car', 0.3] == 'red'": what a detector found, see boxes.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,16 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
+from genkit.scoring.boxes import (
+    BRACKETS,
+    MEASURES,
+    RELATIONS,
+    check_color,
+    check_threshold,
+    check_word,
+    lacking,
+    reader,
+)
 from genkit.scoring.names import CLIP_SCORES, SCORES, check_computed, check_labels
 
 MAX_LENGTH = 2000
@@ -44,7 +55,8 @@ class Expression:
     and, or, not, comparisons (also chained), + - * /, min, max, abs, parentheses. Raises InputError for anything else,
     and for a comparison that is always true or never ("clip > 2").
 
-    Attributes names, labels: those used; needs_scorer: whether a CLIP score is used; decides: whether the value is true
+    Attributes names, labels: those used; words: to look for with a detector, in order; seen: (words, threshold) of each
+    measure of boxes; needs_scorer: whether a CLIP score is used; decides: whether the value is true
     or false, as a gate's must be, and not a number.
     """
 
@@ -56,6 +68,8 @@ class Expression:
         self._value = term.value
         self.decides = term.kind != NUMBER
         self.names, self.labels = frozenset(scope.used), frozenset(scope.used_labels)
+        self.seen = tuple(dict.fromkeys(scope.seen))
+        self.words = tuple(dict.fromkeys(word for words, _ in self.seen for word in words))
         self.needs_scorer = bool(CLIP_SCORES & self.names or self.labels)
 
     def __call__(self, scores: Scores) -> bool | float:
@@ -66,8 +80,12 @@ class Expression:
         return f"Expression({self.text!r})"
 
 
-def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str]) -> None:
-    """Raise InputError for labels that are no choice, and for a score that is unknown or not among `computed` ones."""
+def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str],
+              detector: bool = False) -> None:  # fmt: skip
+    """Raise InputError for labels that are no choice, and for a score that is unknown or not among `computed` ones.
+
+    detector: whether there is one, for the boxes that expressions read.
+    """
     if labels is not None:
         check_labels(labels)
     for field, text, there in (
@@ -80,7 +98,7 @@ def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | N
             expression = Expression(text, labels, computed)
         except InputError as error:
             raise InputError(f"{field}: {error}") from None
-        check_computed(field, text, expression.names, bool(expression.labels), there)
+        check_computed(field, text, expression.names, bool(expression.labels), there, expression.words, detector)
 
 
 @dataclasses.dataclass
@@ -90,6 +108,7 @@ class _Scope:
     anything: bool
     used: set[str] = dataclasses.field(default_factory=set)
     used_labels: set[str] = dataclasses.field(default_factory=set)
+    seen: list[tuple[tuple[str, ...], float | None]] = dataclasses.field(default_factory=list)
 
 
 def _parsed(text: str) -> ast.expr:
@@ -175,6 +194,8 @@ def _arithmetic(node: ast.BinOp, scope: _Scope, depth: int) -> Term:
 
 def _compare(node: ast.Compare, scope: _Scope, depth: int) -> Term:
     nodes = [node.left, *node.comparators]
+    if any(isinstance(part, ast.Subscript) and getattr(part.value, "id", "") == "color" for part in nodes):
+        return _color(node, scope)
     terms = [_number(part, scope, depth) for part in nodes]
     tests = []
     for i, op in enumerate(node.ops):
@@ -211,13 +232,56 @@ def _extremes(left: Term, right: Term) -> list[tuple[float, float]]:
     return pairs
 
 
+def _color(node: ast.Compare, scope: _Scope) -> Term:
+    """Build color['cat'] == 'red', or !=; false either way where there is no such box."""
+    sides = [node.left, *node.comparators]
+    if len(sides) != 2 or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
+        raise InputError(f"{_quoted(node)}: a colour is compared with == or !=, as in color['car'] == 'red'")
+    found, text = sides if isinstance(sides[0], ast.Subscript) else sides[::-1]
+    if not isinstance(text, ast.Constant):
+        raise InputError(f"{_quoted(node)}: the colour goes in quotes, as in color['car'] == 'red'")
+    assert isinstance(found, ast.Subscript)
+    value, wanted, same = _measured(found, scope), check_color(text.value), isinstance(node.ops[0], ast.Eq)
+    return Term(lambda scores: (color := value(scores)) is not None and (color == wanted) is same, TRUTH)
+
+
+def _measured(node: ast.Subscript | ast.Call, scope: _Scope) -> Value:
+    """Return what count['cat'], count['cat', 0.3] or left_of('cat', 'dog', 0.3) is of a picture's scores."""
+    if isinstance(node, ast.Subscript):
+        name, parts = (
+            getattr(node.value, "id", ""),
+            node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice],
+        )
+    else:
+        name, parts = getattr(node.func, "id", ""), node.args
+    count = MEASURES[name].words
+    usage = (
+        f"{name}['cat'] or {name}['cat', 0.3]" if count == 1 else f"{name}('cat', 'dog') or {name}('cat', 'dog', 0.3)"
+    )
+    if not all(isinstance(part, ast.Constant) for part in parts) or not count <= len(parts) <= count + 1:
+        raise InputError(f"{_quoted(node)}: is written {usage}")
+    values = [part.value for part in parts if isinstance(part, ast.Constant)]
+    try:
+        words = tuple(check_word(word) for word in values[:count])
+        threshold = check_threshold(values[count]) if len(values) > count else None
+    except InputError as error:
+        raise InputError(f"{_quoted(node)}: {error}") from None
+    if len(set(words)) < len(words):
+        raise InputError(f"{_quoted(node)}: compares {shown(words[0])} with itself")
+    scope.seen.append((words, threshold))
+    return reader(name, words, threshold)
+
+
 def _name(node: ast.Name, scope: _Scope, depth: int) -> Term:
     if node.id == "p":
         raise InputError("p: name the label, as in p['a cat']")
+    if node.id in MEASURES and node.id not in scope.known:
+        ends = "('cat', 'dog')" if node.id in RELATIONS else "['cat']"
+        raise InputError(f"{node.id}: name what is looked for, as in {node.id}{ends}")
     if node.id not in scope.known and scope.anything:
         scope.known[node.id] = Term(_score(node.id), EITHER)
     if node.id not in scope.known:
-        close = nearest(node.id, [*scope.known, "p"])
+        close = nearest(node.id, [*scope.known, "p", *MEASURES])
         there = ", ".join([*list(scope.known)[:20], "p['label']"])
         raise InputError(f"{shown(node.id)}: no such score{close}; there are {there}")
     scope.used.add(node.id)
@@ -225,8 +289,16 @@ def _name(node: ast.Name, scope: _Scope, depth: int) -> Term:
 
 
 def _label(node: ast.Subscript, scope: _Scope, depth: int) -> Term:
-    if not (isinstance(node.value, ast.Name) and node.value.id == "p"):
-        raise InputError(f"{_quoted(node)}: brackets belong to p only, as in p['a cat']")
+    name = node.value.id if isinstance(node.value, ast.Name) else ""
+    if name in BRACKETS:
+        measured = _measured(node, scope)
+        if name == "color":
+            raise InputError(f"{_quoted(node)}: is a colour: compare it, as in color['car'] == 'red'")
+        return Term(measured, NUMBER, 0.0, MEASURES[name].high)
+    if name in RELATIONS:
+        raise InputError(f"{_quoted(node)}: takes round brackets, as in {name}('cat', 'dog')")
+    if name != "p":
+        raise InputError(f"{_quoted(node)}: brackets belong to p, {', '.join(BRACKETS)} only, as in p['a cat']")
     if not (isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)):
         raise InputError(f"{_quoted(node)}: the label goes in quotes, as in p['a cat']")
     label = node.slice.value
@@ -258,8 +330,16 @@ def _constant(node: ast.Constant, scope: _Scope, depth: int) -> Term:
 
 def _call(node: ast.Call, scope: _Scope, depth: int) -> Term:
     name = node.func.id if isinstance(node.func, ast.Name) else ""
+    if name in RELATIONS and not node.keywords:
+        measure = MEASURES[name]
+        return Term(_measured(node, scope), TRUTH if measure.truth else NUMBER, 0.0, measure.high)
+    if name in BRACKETS:
+        raise InputError(f"{_quoted(node)}: takes square brackets, as in {name}['cat']")
     if name not in _FUNCTIONS:
-        raise InputError(f"{_quoted(node)}: there are no functions but {', '.join(_FUNCTIONS)}")
+        known = ", ".join([*_FUNCTIONS, *RELATIONS])
+        raise InputError(
+            f"{_quoted(node)}: there are no functions but {known}{nearest(name, [*_FUNCTIONS, *RELATIONS])}"
+        )
     function, least, most = _FUNCTIONS[name]
     if node.keywords or not least <= len(node.args) <= most:
         raise InputError(f"{_quoted(node)}: {name} takes {least if least == most else f'{least} or more'} values")
@@ -352,4 +432,14 @@ def unknown_scores(expression: Expression, scores: Mapping[str, Any]) -> list[st
     if expression.labels:
         odds = scores.get("p") or {}
         found += [f"p[{x!r}]" for x in expression.labels if (value := odds.get(x)) is None or value != value]
+    found += [f"boxes: {why}" for words, least in expression.seen if (why := lacking(scores, words, least)) is not None]
     return sorted(found) if len(found) > 1 else found
+
+
+def check_seen(option: str, expression: Expression, scores: Collection[Scores]) -> None:
+    """Raise InputError, naming the option, where boxes that an expression reads are stored for none of the images."""
+    for words, least in expression.seen:
+        reasons = [lacking(found, words, least) for found in scores]
+        if reasons and None not in reasons:
+            told = next((why for found, why in zip(scores, reasons, strict=True) if found.get("detected")), reasons[0])
+            raise InputError(f"{option}: {shown(expression.text)}: {told}, nor in any other of this run")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from genkit.errors import InputError, shown
+from genkit.scoring.boxes import FIELDS
 
 ALONE = -1.0  # `sim` of a row's first choice
 SHARPEST = 1020.0**2  # a Laplacian of 0 to 255 lies within +-4 * 255: its variance is at most that squared
@@ -59,8 +61,21 @@ def known_scores(clip: bool, aesthetic: bool = False, others: Collection[str] = 
     return frozenset({name for name, score in SCORES.items() if given[score.needs]} | set(others))
 
 
-def check_computed(field: str, text: str, names: Collection[str], labels: bool, computed: Collection[str]) -> None:
-    """Raise InputError where an expression, `text` of `field`, reads one of `names` that is not `computed`."""
+def names_of(scores: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return the names of the numbers and truth values in scores of images: without p and what a detector found."""
+    return {name for found in scores for name in found} - {"p", *FIELDS}
+
+
+def check_computed(
+    field: str, text: str, names: Collection[str], labels: bool, computed: Collection[str],
+    words: Collection[str] = (), detector: bool = True,
+) -> None:  # fmt: skip
+    """Raise InputError where an expression, `text` of `field`, reads one of `names` that is not `computed`.
+
+    labels, words: whether it reads p, and the words of which it needs boxes. detector: whether there is one.
+    """
+    if words and not detector:
+        raise InputError(f"{field}: {shown(text)} {_MISSING['detector']}")
     if labels and "clip" not in computed:
         raise InputError(f"{field}: {shown(text)} {_MISSING['clip']}")
     if "sim" in names and "sim" in computed and "clip" not in computed:
@@ -70,6 +85,7 @@ def check_computed(field: str, text: str, names: Collection[str], labels: bool, 
 
 
 _MISSING = {
+    "detector": "needs boxes of what pictures show, and there is no detector: give --detector",
     "clip": "needs a CLIP model, and there is none: give --clip",
     "aesthetic": "needs a head over CLIP embeddings, and there is none: give --aesthetic FILE and a CLIP model",
     "selection": (

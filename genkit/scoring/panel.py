@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Panel:
-    """The scorers of a run. prompts: of all rows, for the relative scores.
+    """The scorers of a run. prompts: of all rows, for the relative scores. detector: a `vision.detector.Detector`.
 
     notes: messages about plugins that failed and were not returned by `news` yet.
     """
@@ -32,8 +32,9 @@ class Panel:
         prompts: Iterable[str] = (),
         head: Head | None = None,
         scorers: Sequence[Plugin] = (),
+        detector: Any = None,
     ) -> None:
-        self.clip, self.head, self.scorers = clip, head, scorers
+        self.clip, self.head, self.scorers, self.detector = clip, head, scorers, detector
         self.yardstick = None if clip is None else Yardstick(clip, prompts)
         self.notes: list[str] = []
         self._failed: set[str] = set()
@@ -51,10 +52,12 @@ class Panel:
         return known_scores(self.clip is not None, self.head is not None, others)
 
     def scores(
-        self, pictures: torch.Tensor, prompts: Sequence[str], labels: Sequence[Sequence[str] | None]
-    ) -> list[dict[str, Any]]:
+        self, pictures: torch.Tensor, prompts: Sequence[str], labels: Sequence[Sequence[str] | None],
+        words: Sequence[Sequence[str]] = (),
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Return the scores of each of (B, 3, H, W) uint8 pictures; they do not depend on the others.
 
+        words: what a detector looks for in each.
         With a CLIP model they come with "embedding", a unit vector (width,) float16, which is no score.
         """
         found: list[dict[str, Any]] = [*measures(pictures)]
@@ -64,6 +67,33 @@ class Panel:
                 scores.update(self.of_embedding(vector, prompt, names), embedding=vector)
         for scores, others in zip(found, self.plugged_in(pictures, prompts), strict=True):
             scores.update(others)
+        for scores, seen in zip(found, self.seen(pictures, words), strict=True) if any(words) else ():
+            scores.update(seen)
+        return found
+
+    def seen(
+        self, pictures: Sequence[torch.Tensor] | torch.Tensor, words: Sequence[Sequence[str]]
+    ) -> list[dict[str, Any]]:
+        """Return what the detector sees in each uint8 picture (3, H, W): "boxes" and "detected", as boxes.py has them.
+
+        Nothing for a picture without words; null boxes, which pass no gate, where the network's result is no number.
+        """
+        if self.detector is None:
+            return [{} for _ in words]
+        found: list[dict[str, Any]] = []
+        for picture, some, seen in zip(pictures, words, self.detector.see(pictures, words), strict=True):
+            height, width = picture.shape[-2:]
+            about = {
+                "words": list(some),
+                "size": [width, height],
+                "threshold": self.detector.threshold,
+                "floor": seen.floor,
+            }
+            boxes = None if seen.broken else [box.to_json() for box in seen.boxes]
+            found.append({"boxes": boxes, "detected": about} if some else {})
+            if seen.broken and "detector" not in self._failed:
+                self._failed.add("detector")
+                self.notes.append(f"detector {self.detector.name}: scores are no numbers; such pictures have no boxes")
         return found
 
     def of_embedding(self, vector: np.ndarray, prompt: str, labels: Sequence[str] | None) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from genkit.errors import HostError, InputError, nearest, reason, shown
+from genkit.scoring.boxes import FIELDS, MEASURES
 from genkit.scoring.names import SCORES
 
 GROUP, FEATURES = "genkit.scorers", "genkit.features"
 Function = Callable[[Any, list[str]], Mapping[str, Any]]
-TAKEN = {*SCORES, "p", "min", "max", "abs", "embedding", "early"}  # early: pruning's
+TAKEN = {*SCORES, *FIELDS, *MEASURES, "p", "min", "max", "abs", "embedding", "early"}  # early: pruning's
 
 
 @dataclasses.dataclass(frozen=True)

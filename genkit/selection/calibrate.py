@@ -17,6 +17,7 @@ from genkit.files import read_json
 from genkit.rows.result import Result, value_of
 from genkit.runs.records import read_config, read_results, read_rows
 from genkit.scoring.gates import Expression, passes
+from genkit.scoring.names import names_of
 from genkit.selection.intervals import at_least, clopper_pearson
 from genkit.selection.votes import name_of, read_labels
 
@@ -172,7 +173,7 @@ def read_pictures(folder: Path) -> tuple[dict[str, Result], set[str], set[str]]:
     pictures = {name_of(r): r for r in read_results(folder) if r.status == "done" and r.id in asked}
     if not pictures:
         raise InputError(f"{shown(str(folder))}: has no finished picture")
-    known = {score for r in pictures.values() for score in r.scores} - {"p"}
+    known = names_of(r.scores for r in pictures.values())
     return pictures, known, {label for r in pictures.values() for label in r.scores.get("p") or ()}
 
 

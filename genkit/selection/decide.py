@@ -14,7 +14,7 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of
 from genkit.runs.records import SELECTION, Key
 from genkit.scoring.gates import Expression, passes, unknown_scores
-from genkit.scoring.names import ALONE
+from genkit.scoring.names import ALONE, names_of
 from genkit.selection.choose import Known, choose
 from genkit.selection.judged import Judged, Weigher, reads_sim, with_sim
 from genkit.selection.picking import NONE, Picking
@@ -44,7 +44,7 @@ def decide(
     for result in results:
         of_row[result.id].append(result)
     labels = {label for row in rows for label in row.labels or ()}
-    names = {name for found in of_row.values() for r in found for name in r.scores} - {"p"}
+    names = names_of(r.scores for found in of_row.values() for r in found)
     asked_gate, asked_order = (None if text is None else Expression(text, labels, names) for text in (where, rank_by))
     compiled = functools.cache(lambda text, labels: Expression(text, labels, names=None))
     judged = []

@@ -21,6 +21,7 @@ from genkit.pages.gallery import LOCAL, policy, within_html
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import GALLERY, read_config, read_results, read_rows
+from genkit.scoring.boxes import counts
 from genkit.selection.intervals import mean_interval, share_interval
 from genkit.selection.votes import name_of
 
@@ -28,7 +29,7 @@ PAGE, FIGURES = "compare.html", "comparison.json"
 NAMED = 10  # pictures without a partner that are named
 LINES = 30  # scores in the terminal: each row may have labels of its own
 # Fields of a row that do not decide on its pixels, or that a pair has in common anyway.
-_ASIDE = {"id", "prompt", "seed", "num_images", "keep", "rank_by", "gate", "max_images", "labels", "meta"}
+_ASIDE = {"id", "prompt", "seed", "num_images", "keep", "rank_by", "gate", "max_images", "labels", "detect", "meta"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +115,10 @@ def pair_up(a: Mapping[str, Result], b: Mapping[str, Result]) -> tuple[list[Pair
 
 
 def numbers(r: Result) -> dict[str, float]:
-    """Return the scores of an image that are finite numbers, including p['label']."""
+    """Return the scores of an image that are finite numbers, including p['label'] and count['word']."""
     odds = r.scores.get("p")
     flat = {f"p[{label!r}]": value for label, value in odds.items()} if isinstance(odds, dict) else {}
+    flat |= {f"count[{word!r}]": number for word, number in counts(r.scores).items()}
     everything = {**{name: value for name, value in r.scores.items() if name != "p"}, **flat}
     return {
         name: float(value)

@@ -15,7 +15,8 @@ from genkit.pages.gallery import write_gallery
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import read_config, read_results, read_rows
-from genkit.scoring.gates import Expression
+from genkit.scoring.gates import Expression, check_seen
+from genkit.scoring.names import names_of
 from genkit.selection.choose import read_known
 from genkit.selection.decide import decide, image_name, write_selection
 from genkit.selection.picking import NONE, Picking
@@ -87,7 +88,7 @@ def _present(folder: Path, results: list[Result]) -> list[Result]:
 def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None, rank_by: str | None) -> None:
     """Raise InputError, naming the option, for an invalid expression or one that uses a score that no image has."""
     labels = {label for row in rows for label in row.labels or ()}
-    known = {name for r in results for name in r.scores} - {"p"} | {"sim"}
+    known = names_of(r.scores for r in results) | {"sim"}
     for option, text in (("--where", where), ("--rank-by", rank_by)):
         if text is None:
             continue
@@ -99,3 +100,4 @@ def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None
             raise InputError(f"{option}: {shown(text)} is a number, not true or false; compare it with one")
         for name in sorted(expression.names - known if results else ()):
             raise InputError(f"{option}: {shown(name)}: no image of this run has that score{nearest(name, known)}")
+        check_seen(option, expression, [r.scores for r in results])

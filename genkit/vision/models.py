@@ -200,7 +200,7 @@ def load_model(
     weights |= {key: weights[source] for key, source in shared.items()}
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device=target, dtype=compute_dtype(target, dtype)).eval().requires_grad_(False)
-    return Loaded(info, model, _tokenizer(info))
+    return Loaded(info, model, read_tokenizer(info))
 
 
 def _build(part: Part) -> Any:
@@ -233,7 +233,8 @@ def _renamed(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _tokenizer(info: VisionInfo) -> Any:
+def read_tokenizer(info: VisionInfo) -> Any:
+    """Return the tokenizer of a model, or None where it reads no words. Raises InputError."""
     name = CLASSES[info.kind].tokenizer
     if name is None:
         return None

@@ -1,0 +1,269 @@
+"""Zero-shot detectors: boxes of whatever words name, in pictures. OWL-ViT, OWLv2, Grounding DINO."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genkit.device.devices import pick_device
+from genkit.errors import HostError, InputError, shown
+from genkit.pictures.images import read_image
+from genkit.scoring.boxes import Box, check_word
+from genkit.vision.colors import colors_of
+from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
+
+SENSES = ("detector",)
+FLOOR = 0.05  # boxes that score less are not stored with a run
+MOST = 300  # boxes stored of one picture, the best
+WORDS = 256  # whose embeddings are cached
+LIKE_SAME = 0.3  # of boxes like an example; transformers' default
+
+Raw = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # scores (n,), number of the word (n,), boxes (n, 4) 0 to 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a detector saw in a picture: boxes, best first; `broken` where its scores were not numbers."""
+
+    boxes: tuple[Box, ...] = ()
+    floor: float = FLOOR
+    broken: bool = False
+
+
+class Detector(Sense):
+    """A zero-shot detector. threshold: its default, that of its processor in transformers.
+
+    Attribute name: as it was loaded.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__(loaded)
+        self.name = loaded.info.name
+        self._find, self.threshold = _KINDS[loaded.kind]
+        self._words: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Detector:
+        """Load a folder in transformers' layout or a hub id. Raises InputError naming what is wrong with it."""
+        target, precision = pick_device(device, dtype)
+        return cls(load_model(name, SENSES, target, precision))
+
+    def detect(self, pictures: Any, words: Sequence[str] | Sequence[Sequence[str]],
+               threshold: float | None = None) -> list[list[Box]]:  # fmt: skip
+        """Return the boxes of each picture that score more than `threshold`, best first.
+
+        pictures: uint8 (B, 3, H, W), or PIL images, paths or arrays of any size. words: of all pictures, or a list for
+        each. Boxes are clipped to the picture. Raises InputError for words that are empty or too long, HostError where
+        the network's result is not a number.
+        """
+        tensors = self._tensors(pictures)
+        each: list[list[str]] = (
+            [[str(w) for w in words]] * len(tensors)
+            if all(isinstance(w, str) for w in words)
+            else [list(w) for w in words]
+        )
+        if len(each) != len(tensors):
+            raise InputError(f"words: {len(each)} lists for {len(tensors)} pictures; give one for each, or one for all")
+        found = self.see(tensors, each, self.threshold if threshold is None else threshold, None)
+        return [self._sound(seen) for seen in found]
+
+    def see(self, pictures: Sequence[torch.Tensor] | torch.Tensor, words: Sequence[Sequence[str]],
+            least: float = FLOOR, most: int | None = MOST) -> list[Seen]:  # fmt: skip
+        """Return what is seen in uint8 pictures (3, H, W): boxes that score more than `least`, the best `most`."""
+        self.check_words(word for some in words for word in some)
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for n, (picture, some) in enumerate(zip(pictures, words, strict=True)):
+            groups.setdefault((tuple(picture.shape), tuple(some)), []).append(n)
+        found: dict[int, Seen] = {}
+        for (_, some), places in groups.items():
+            if not some:
+                found |= dict.fromkeys(places, Seen(floor=least))
+                continue
+            batch = torch.stack([pictures[n] for n in places])
+            raw = self.in_batches(len(places), lambda part, x=batch, w=some: self._find(self, x[part], w))  # type: ignore[misc]
+            for n, one in zip(places, (r for part in raw for r in part), strict=True):
+                found[n] = self._seen(pictures[n], one, some, least, most)
+        return [found[n] for n in range(len(words))]
+
+    def detect_like(self, pictures: Any, example: Any, threshold: float = 0.6, label: str = "like") -> list[list[Box]]:
+        """Return the boxes of things like the one in the picture `example` (image-guided detection of the OWLs).
+
+        As in transformers, boxes that overlap a better one by more than 0.3 are left out, and those that score less
+        than a tenth of the best one. Raises InputError for Grounding DINO, which has no such way.
+        """
+        if not self.loaded.kind.startswith("Owl"):
+            raise InputError(f"{self.name}: {self.loaded.kind} finds by words only; OWL-ViT and OWLv2 find by example")
+        tensors = self._tensors(pictures)
+        with torch.inference_mode():
+            queries = _example(self, self._tensors([example])[0][None])
+        found = []
+        for picture in tensors:
+            [[raw]] = self.in_batches(1, lambda _, x=picture: _owl(self, x[None], ("",), queries))  # type: ignore[misc]
+            boxes = self._sound(self._seen(picture, _separate(raw), [label], 0.0, None))
+            best = boxes[0].score if boxes else 0.0
+            found.append([box for box in boxes if box.score >= threshold and box.score > 0.1 * best])
+        return found
+
+    def check_words(self, words: Any) -> None:
+        """Raise InputError for a word that is empty, or longer than the model reads."""
+        tokenizer = self.loaded.tokenizer
+        for word in dict.fromkeys(words):
+            check_word(word)
+            if word not in self._words:
+                check_length(tokenizer, word, self.loaded.info)
+
+    def forget(self) -> None:
+        """Drop the embeddings of words."""
+        self._words.clear()
+
+    def _tensors(self, pictures: Any) -> list[torch.Tensor]:
+        if isinstance(pictures, torch.Tensor):
+            if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+                raise InputError(
+                    f"pictures: {pictures.dtype} {tuple(pictures.shape)} is not uint8 of shape (B, 3, H, W)"
+                )
+            return list(pictures)
+        from genkit.scoring.clip import as_tensor
+
+        return [as_tensor(read_image(picture))[0] for picture in pictures]
+
+    def _seen(self, picture: torch.Tensor, raw: Raw, words: Sequence[str], least: float, most: int | None) -> Seen:
+        scores, numbers, boxes = (x.float().cpu() for x in raw)
+        height, width = picture.shape[-2:]
+        if bool(scores.isnan().any() | boxes.isnan().any()):
+            return Seen(floor=least, broken=True)
+        scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+        if self.loaded.processor_config.square:  # OWLv2's boxes are in its square
+            scale = torch.full((4,), float(max(width, height)))
+        order = torch.argsort(-scores, stable=True)[: int((scores > least).sum())]
+        floor = least
+        if most is not None and len(order) > most:
+            floor = float(scores[order[most]])  # of the best one that is left out
+            order = order[:most]
+        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1)[order] * scale
+        corners = corners.clamp(min=0).minimum(torch.tensor([width, height, width, height], dtype=torch.float32))
+        places = [tuple(box) for box in corners.tolist()]
+        names = [words[int(n)] for n in numbers[order].tolist()]
+        colors = colors_of(picture, places)
+        values = scores[order].tolist()
+        found = zip(names, values, places, colors, strict=True)
+        return Seen(tuple(Box(n, s, p[0], p[1], p[2], p[3], c) for n, s, p, c in found), floor)
+
+    def _sound(self, seen: Seen) -> list[Box]:
+        if seen.broken:
+            kind = str(self.dtype).removeprefix("torch.")
+            raise HostError(f"{self.name}: its scores are no numbers in {kind}: use --dtype float32")
+        return list(seen.boxes)
+
+
+def check_length(tokenizer: Any, word: str, info: VisionInfo) -> None:
+    """Raise InputError for a word with more tokens than the model's text encoder reads."""
+    most = _most_tokens(info)
+    count = len(tokenizer(word, truncation=False, verbose=False)["input_ids"])
+    if count > most:
+        raise InputError(f"{shown(word)} has {count} tokens, more than the {most} that {info.name} reads")
+
+
+def _most_tokens(info: VisionInfo) -> int:
+    config = info.part.config
+    if "max_text_len" in config or info.kind.startswith("Grounding"):
+        return int(config.get("max_text_len", 256))
+    return int((config.get("text_config") or {}).get("max_position_embeddings", 16))
+
+
+def _separate(raw: Raw) -> Raw:
+    """Return boxes, best first, without those that overlap a better one by more than LIKE_SAME."""
+    scores, numbers, boxes = raw
+    order = torch.argsort(-scores, stable=True)
+    sides = boxes[order].double().cpu()
+    low, high = sides[:, :2] - sides[:, 2:] / 2, sides[:, :2] + sides[:, 2:] / 2
+    area = sides[:, 2:].prod(dim=1)
+    left = torch.ones(len(order), dtype=torch.bool)
+    for k in range(len(order)):
+        if left[k]:
+            shared = (torch.minimum(high[k], high) - torch.maximum(low[k], low)).clamp(min=0).prod(dim=1)
+            near = shared / (area[k] + area - shared) > LIKE_SAME
+            near[: k + 1] = False
+            left &= ~near
+    kept = order[left.to(order.device)]
+    return scores[kept], numbers[kept], boxes[kept]
+
+
+def _owl(
+    detector: Detector, pictures: torch.Tensor, words: Sequence[str], queries: torch.Tensor | None = None
+) -> list[Raw]:
+    """Return what an OWL finds in uint8 pictures (B, 3, H, W). queries: embeddings (Q, width) in place of words."""
+    model = detector.model
+    features = model.image_embedder(pixel_values=detector.pixels(pictures))[0]
+    flat = features.flatten(1, 2)
+    asked = _embedded(detector, words) if queries is None else queries
+    mask = torch.ones(len(flat), len(asked), dtype=torch.bool, device=flat.device)
+    logits = model.class_predictor(flat, asked.expand(len(flat), -1, -1), mask)[0]
+    best = logits.max(dim=-1)
+    boxes = model.box_predictor(flat, features)
+    return list(zip(best.values.sigmoid(), best.indices, boxes, strict=True))
+
+
+def _embedded(detector: Detector, words: Sequence[str]) -> torch.Tensor:
+    """Return the unit embeddings of words, (len(words), width), computed once for each."""
+    new = [word for word in dict.fromkeys(words) if word not in detector._words]
+    if new:
+        owl = getattr(detector.model, "owlvit", None) or detector.model.owlv2
+        texts = detector.loaded.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").to(
+            detector.device
+        )
+        pooled = owl.text_model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).pooler_output
+        found = torch.nn.functional.normalize(owl.text_projection(pooled), dim=-1)
+        if len(detector._words) + len(new) > WORDS:
+            old = {word: detector._words[word] for word in words if word in detector._words}
+            detector._words = old
+        detector._words |= dict(zip(new, found, strict=True))
+    return torch.stack([detector._words[word] for word in words])
+
+
+def _example(detector: Detector, picture: torch.Tensor) -> torch.Tensor:
+    """Return the embedding (1, width) of the thing in a picture, as the OWLs choose it among their boxes."""
+    model = detector.model
+    features = model.image_embedder(pixel_values=detector.pixels(picture))[0]
+    found = model.embed_image_query(features.flatten(1, 2), features)[0]
+    if found is None:
+        raise InputError("example: the detector sees nothing in it")
+    return found.reshape(1, -1)
+
+
+def _grounding_dino(detector: Detector, pictures: torch.Tensor, words: Sequence[str]) -> list[Raw]:
+    """Return what Grounding DINO finds. Its text is "a cat. a dog."; a word scores as the best of its tokens does."""
+    text = ". ".join(word.strip().lower() for word in words) + "."
+    tokens = detector.loaded.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+    most = _most_tokens(detector.loaded.info)
+    if tokens["input_ids"].shape[1] > most:
+        raise InputError(
+            f"detect: {len(words)} words have {tokens['input_ids'].shape[1]} tokens together, more than the {most} "
+            f"that {detector.name} reads: look for fewer"
+        )
+    owner, at = torch.zeros(tokens["input_ids"].shape[1], len(words), dtype=torch.bool), 0
+    for n, word in enumerate(words):
+        length = len(word.strip())
+        for k, (start, end) in enumerate(tokens["offset_mapping"][0].tolist()):
+            owner[k, n] = at <= start < end <= at + length
+        at += length + 2  # ". "
+    inputs = {key: value.to(detector.device).expand(len(pictures), -1)
+              for key, value in tokens.items() if key != "offset_mapping"}  # fmt: skip
+    pixels = detector.pixels(pictures)
+    mask = torch.ones(len(pixels), *pixels.shape[-2:], dtype=torch.long, device=pixels.device)
+    out = detector.model(pixel_values=pixels, pixel_mask=mask, **inputs)
+    odds = out.logits.float().sigmoid()  # (B, boxes, tokens)
+    of_words = torch.stack([odds[..., : len(owner)][..., owner[:, n].to(odds.device)].amax(dim=-1) if owner[:, n].any()
+                            else odds.new_zeros(odds.shape[:2]) for n in range(len(words))], dim=-1)  # fmt: skip
+    return list(zip(odds.amax(dim=-1), of_words.argmax(dim=-1), out.pred_boxes, strict=True))
+
+
+_KINDS: dict[str, tuple[Callable[..., list[Raw]], float]] = {  # and the default threshold in transformers
+    "OwlViTForObjectDetection": (_owl, 0.1),
+    "Owlv2ForObjectDetection": (_owl, 0.1),
+    "GroundingDinoForObjectDetection": (_grounding_dino, 0.25),
+}
