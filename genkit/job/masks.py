@@ -51,7 +51,7 @@ def find_segmenter(
     if len(hashes) > 1:
         whole = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     for row in masked:
-        row._segmenter = whole
+        row._segmenter, row._found = whole, None  # not one of another segmenter, or of another size
     return info, list(info.notes)
 
 

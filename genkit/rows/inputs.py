@@ -60,6 +60,12 @@ class TextMask(BaseModel):
             raise ValueError("mask: needs `image`, the picture to start from")
         return self
 
+    def keep_mask(self, other: TextMask) -> None:
+        """Take over the mask that was found for another row, if it is of the same picture and words."""
+        names = ("image", *FIELDS)
+        if other._found is not None and all(getattr(self, name) is getattr(other, name) for name in names):
+            self._found = other._found
+
     @property
     def mask_source(self) -> Any:
         """The mask as `read_mask` takes it: of `mask_image`, or what was found for `mask`; None without a mask.

@@ -249,6 +249,7 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
         """Return this row with `defaults` for the fields that it does not state."""
         row = Request(**over(defaults, {name: getattr(self, name) for name in self.model_fields_set}))
         row._source = self._source
+        row.keep_mask(self)
         return row
 
     def seed_of(self, index: int, run_seed: int = 0) -> int:

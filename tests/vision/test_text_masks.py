@@ -141,6 +141,9 @@ def test_refused_without_a_segmenter_and_nothing_is_left(here: Path, tmp_path: P
         list(model.stream([one]))
     find_masks([one], Segmenter.load(here / "clipseg", "cpu"))
     assert [result.status for result in model.stream([one])] == ["done"]
+    unnamed = Request(prompt="a fox", image=str(here / "start.png"), mask="the tail", num_inference_steps=2)
+    find_masks([unnamed], Segmenter.load(here / "clipseg", "cpu"))
+    assert [result.status for result in model.stream([unnamed])] == ["done"]
 
 
 def test_tables_and_masks_of_other_tools(here: Path, tmp_path: Path) -> None:
