@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from genkit.schedulers import Scheduler
     from genkit.scoring.clip import ClipScorer
     from genkit.studies.replay import replay
+    from genkit.vision.detector import Detector
 
 # Where each public name lives: looked up on first use, so that `import genkit` costs nothing and `Request` no torch.
 _HOMES = {
@@ -30,9 +31,11 @@ _HOMES = {
     "Scheduler": "genkit.schedulers",
     "ClipScorer": "genkit.scoring.clip",
     "replay": "genkit.studies.replay",
+    "Detector": "genkit.vision.detector",
 }
 __all__ = [
     "ClipScorer",
+    "Detector",
     "HostError",
     "ImageToImage",
     "InputError",

@@ -72,7 +72,7 @@ def tiny_grounding_dino(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     BertTokenizer(vocab={word: n for n, word in enumerate(WORDS)}).save_pretrained(folder)
     mean = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    size = {"size": {"shortest_edge": 48, "longest_edge": 80}, "do_pad": True, "resample": 2}
+    size = {"size": {"shortest_edge": 80, "longest_edge": 120}, "do_pad": True, "resample": 2}
     _write(folder, {"image_processor_type": "GroundingDinoImageProcessor", "format": "coco_detection", **size, **mean})
     return folder
 

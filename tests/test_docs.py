@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from genkit import cli
 from genkit.cli.app import app
 from genkit.training.recipe import read_recipe
+from tests.detectors import tiny_owlvit
 from tests.senses import tiny_clipseg
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_refiner, tiny_sdxl, tiny_stable_diffusion
 
@@ -211,6 +212,7 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     **dict.fromkeys(("lcm-lora.safetensors", "hyper-lora.safetensors"), _lora),
     "my-ddpm": tiny_ddpm,
     "my-clip": tiny_clip,
+    "my-owl": tiny_owlvit,
     "votes": _votes,
     "embeddings": _embeddings,
     "my-clipseg": tiny_clipseg,

@@ -1,4 +1,4 @@
-"""Score pictures that exist: score, classify."""
+"""Score pictures that exist: score, classify, detect."""
 
 from __future__ import annotations
 
@@ -48,3 +48,25 @@ def classify(
     from genkit.studies.score import classify_images
 
     return classify_images(images, labels, out, clip, device, dtype, as_json)
+
+
+@app.command(cls=Command, rich_help_panel=SCORE)
+def detect(
+    images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
+    detector: Annotated[str, typer.Option(help="OWL-ViT, OWLv2 or Grounding DINO: a folder or a hub id.")],
+    words: Annotated[str | None, typer.Option(help="a cat,a dog: what to look for.")] = None,
+    like: Annotated[Path | None, typer.Option(help="A picture of what to look for, in place of words; OWLs.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="The least score; default: the detector's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+    ] = None,
+    draw: Annotated[Path | None, typer.Option(help="A folder for the pictures with their boxes.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Find what words, or a picture, name: boxes in pixels, scores and colours, one JSON line a picture."""
+    from genkit.rows.typed import typed
+    from genkit.studies.detect import detect_images
+
+    named = [] if words is None else typed("detect", words)
+    return detect_images(images, named, like, detector, threshold, out, draw, device, dtype)

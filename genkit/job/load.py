@@ -14,7 +14,6 @@ from genkit.components.shapes import head_widths
 from genkit.components.weights import sha256
 from genkit.device.devices import DTYPES, compute_dtype, pick_device
 from genkit.device.memory import away
-from genkit.errors import InputError
 from genkit.files import user_path
 from genkit.job.masks import prepare_masks
 from genkit.job.plan import Job, plan_job
@@ -58,7 +57,12 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
     prepare_masks(rows, job.segmenter, device)
     detector = None
     if job.detector is not None:  # before memory is planned, which it takes some of
-        detector = load_detector(job.detector, [word for row in job.rows for word in row.sought], device, dtype)
+        from genkit.vision.detector import SENSES, Detector
+        from genkit.vision.models import load_model
+
+        with phase("detector: read weights"):
+            detector = Detector(load_model(job.detector, SENSES, device, compute_dtype(device, dtype)))
+        detector.check_words(word for row in job.rows for word in row.sought)
     with phase("plan memory"):
         budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
@@ -78,21 +82,6 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
     if o.aesthetic is not None and job.clip is not None:
         head = Head.load(Path(o.aesthetic))
     return generator, Panel(scorer, [row.plain_prompt for row in job.rows], head, job.scorers, detector)
-
-
-def load_detector(info: Any, words: list[str], device: Any, dtype: Any) -> Any:
-    """Return the detector, once all words are known to be short enough for it. Raises InputError."""
-    from genkit.vision.detector import SENSES, Detector, check_length
-    from genkit.vision.models import load_model, read_tokenizer
-
-    tokenizer = read_tokenizer(info)
-    for word in dict.fromkeys(words):
-        try:
-            check_length(tokenizer, word, info)
-        except InputError as error:
-            raise InputError(f"--detector: {error}") from None
-    with phase("detector: read weights"):
-        return Detector(load_model(info, SENSES, device, compute_dtype(device, dtype)))
 
 
 def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:

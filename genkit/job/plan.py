@@ -33,6 +33,7 @@ from genkit.scoring.gates import check_row
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
 from genkit.vision.models import VisionInfo, inspect_vision
+from genkit.vision.words import Lengths
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
@@ -112,6 +113,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     if clip is not None and clip.kind != "clip":
         raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
     detector = None if options.detector is None else inspect_vision(options.detector, ("detector",), "--detector")
+    lengths = None if detector is None else Lengths(detector)
     scorers, computed = _scorers(options, clip)
     options.picking.check()
     if clip is None and options.picking.needs_embeddings:
@@ -137,7 +139,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             unsaid += guided <= 1 and bool(row.negative_prompt or row.negative_prompt_2)
             calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder, guided, refined))
             check_row(row.gate, row.rank_by, row.labels, computed, detector is not None)
-            _check_sought(row, detector)
+            _check_sought(row, lengths)
             if row.prune is not None and row.rank_by is None and "clip" not in computed:
                 raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
             if row.labels is not None and clip is None:
@@ -155,9 +157,11 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     return Job(filled, options, info, clip, calls, scorers, said_once, inversions, refiner, start, detector, segmenter)
 
 
-def _check_sought(row: Request, detector: VisionInfo | None) -> None:
+def _check_sought(row: Request, lengths: Lengths | None) -> None:
     """Raise InputError for words that nothing looks for, and where pruning would look at unfinished pictures."""
-    if row.detect is not None and detector is None:
+    if lengths is not None:
+        lengths.check(row.sought)
+    elif row.detect is not None:
         raise InputError(f"detect: {shown(row.detect[0])} needs a detector, and there is none: give --detector")
     if (
         row.prune is not None

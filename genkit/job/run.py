@@ -119,14 +119,11 @@ def run_job(job: Job, out: Path) -> Summary:
 def _look_again(run: Run, panel: Any, changed: list[Any], progress: Progress) -> int:
     """Look for the rows' new words in finished images; return 0, or the exit code of the signal that stopped it."""
     progress.message(f"{len(changed)} images are looked at again: the words to detect in them changed")
-    with Signals(interrupt=True) as signals:
-        try:
-            signals.armed = True
-            for _ in redetect(run, panel, changed):
-                pass
-            signals.armed = False
-        except Interrupted:
-            progress.message("stopped while looking at images again; the same command goes on from here")
+    with Signals() as signals:
+        for _ in redetect(run, panel, changed):
+            if signals.exit_code:
+                progress.message("stopped while looking at images again; the same command goes on from here")
+                break
     for note in panel.news():
         progress.message(note)
     return signals.exit_code

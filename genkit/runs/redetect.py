@@ -34,7 +34,7 @@ def redetect(run: Run, panel: Panel, stale: list[Result]) -> Iterator[int]:
     from genkit.scoring.clip import as_tensor
 
     for start in range(0, len(stale), TOGETHER):
-        part = stale[start : start + TOGETHER]
+        part = [run.done[r.id, r.index] for r in stale[start : start + TOGETHER]]  # scored again, perhaps
         pictures = []
         for r in part:
             try:

@@ -44,23 +44,23 @@ def score_images(
     """
     if prompts is not None and prompt is not None:
         raise InputError("--prompts, --prompt: give one of them, not both")
-    files = _pictures(images)
+    files = pictures_at(images)
     names = None if labels is None else _labels(typed("labels", labels))
     texts = _texts(images, files, prompts, prompt)
     if names is None and not any(texts):
         raise InputError("--prompt: nothing to score against; give --prompt, --prompts or --labels")
     check_device(device, dtype)
-    _check_out(out)
+    check_out(out)
     info = _clip_model(clip)
     if aesthetic is not None:
         check_head(Path(aesthetic), info.configs["clip"]["projection_dim"])
     others = [row.plain_prompt for row in read_rows(images)] if _is_run(images) else texts
     panel = _panel(info, device, dtype, others, aesthetic, scorers)
     failed = 0
-    with _output(out) as write, Stored(images, info) as stored:
+    with output_of(out) as write, Stored(images, info) as stored:
         for file, found in judged(files, texts, names, panel, stored):
             failed += "error" in found
-            write(_line({"file": str(file), **found}))
+            write(line_of({"file": str(file), **found}))
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
@@ -71,7 +71,7 @@ def classify_images(
 
     For pictures in folders named like the labels, a confusion table and the accuracy follow.
     """
-    files = _pictures(images)
+    files = pictures_at(images)
     truths = [_folder(images, file) for file in files]
     names = sorted({t for t in truths if t is not None}) if labels is None else typed("labels", labels)
     if labels is None and not 2 <= len(names) <= MAX_LABELS:
@@ -81,12 +81,12 @@ def classify_images(
         )
     by_name = {_text(name): name for name in _labels(names)}  # as text for CLIP
     check_device(device, dtype)
-    _check_out(out)
+    check_out(out)
     panel = _panel(_clip_model(clip), device, dtype, (), None, ())
     confusion, chosen = Confusion(names), Counter[str]()
     strangers = Counter(truth for truth in truths if truth is not None and _text(truth) not in by_name)
     lines = as_json or out is not None
-    with _output(out) as write:
+    with output_of(out) as write:
         for (file, found), truth in zip(judged(files, [""] * len(files), list(by_name), panel), truths, strict=True):
             if "error" in found:
                 chosen["(failed)"] += 1
@@ -97,9 +97,9 @@ def classify_images(
             if truth is not None and _text(truth) in by_name:
                 confusion.add(by_name[_text(truth)], best)
             record = {"file": str(file), "label": best, **({} if truth is None else {"folder": truth}), "p": p}
-            write(_line(record) if lines else printable(f"{p[best]:6.1%}  {best}  {file}") + "\n")
+            write(line_of(record) if lines else printable(f"{p[best]:6.1%}  {best}  {file}") + "\n")
         if confusion.of and lines:
-            write(_line(confusion.summary()))
+            write(line_of(confusion.summary()))
     if confusion.of and not as_json:
         print("\n".join(confusion.lines()))
     if strangers and (confusion.of or any(nearest(truth, names) for truth in strangers)):
@@ -172,7 +172,7 @@ def _measured(panel: Panel, file: Path, text: str) -> tuple[dict[str, Any], torc
     return found, panel.clip.preprocess(pixels)
 
 
-def _check_out(out: Path | None) -> None:
+def check_out(out: Path | None) -> None:
     """Raise InputError if `out` cannot be written, before the work starts."""
     if out is not None and out.is_dir():
         raise InputError(f"--out: {shown(str(out))} is a folder; name a file")
@@ -206,7 +206,7 @@ def _is_run(images: Path) -> bool:
     return (images / RESULTS).is_file()
 
 
-def _pictures(images: Path) -> list[Path]:
+def pictures_at(images: Path) -> list[Path]:
     """Return the pictures at `images`: a file, a run folder (its finished images) or any folder, sorted by name."""
     if images.is_dir():
         files = list_images(images / "images" if _is_run(images) else images)
@@ -250,12 +250,13 @@ def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | 
     return [known.get(file, "") for file in files]
 
 
-def _line(record: dict[str, Any]) -> str:
+def line_of(record: dict[str, Any]) -> str:
+    """Return a record as a line of JSON that any terminal prints."""
     return printable_json(record) + "\n"
 
 
 @contextlib.contextmanager
-def _output(out: Path | None) -> Iterator[Any]:
+def output_of(out: Path | None) -> Iterator[Any]:
     """Yield a function that writes text to standard output, or to a file that appears only when complete."""
     if out is None:
         yield sys.stdout.write

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from genkit.device.devices import pick_device
-from genkit.errors import HostError, InputError, shown
+from genkit.errors import HostError, InputError
 from genkit.pictures.images import read_image
 from genkit.scoring.boxes import Box, check_word
 from genkit.vision.colors import colors_of
 from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
+from genkit.vision.words import joined, refuse_long, refuse_many
 
 SENSES = ("detector",)
 FLOOR = 0.05  # boxes that score less are not stored with a run
@@ -114,7 +115,8 @@ class Detector(Sense):
         for word in dict.fromkeys(words):
             check_word(word)
             if word not in self._words:
-                check_length(tokenizer, word, self.loaded.info)
+                ids = tokenizer(word, truncation=False, verbose=False)["input_ids"]
+                refuse_long(word, len(ids), self.loaded.info)
 
     def forget(self) -> None:
         """Drop the embeddings of words."""
@@ -158,21 +160,6 @@ class Detector(Sense):
             kind = str(self.dtype).removeprefix("torch.")
             raise HostError(f"{self.name}: its scores are no numbers in {kind}: use --dtype float32")
         return list(seen.boxes)
-
-
-def check_length(tokenizer: Any, word: str, info: VisionInfo) -> None:
-    """Raise InputError for a word with more tokens than the model's text encoder reads."""
-    most = _most_tokens(info)
-    count = len(tokenizer(word, truncation=False, verbose=False)["input_ids"])
-    if count > most:
-        raise InputError(f"{shown(word)} has {count} tokens, more than the {most} that {info.name} reads")
-
-
-def _most_tokens(info: VisionInfo) -> int:
-    config = info.part.config
-    if "max_text_len" in config or info.kind.startswith("Grounding"):
-        return int(config.get("max_text_len", 256))
-    return int((config.get("text_config") or {}).get("max_position_embeddings", 16))
 
 
 def _separate(raw: Raw) -> Raw:
@@ -237,17 +224,11 @@ def _example(detector: Detector, picture: torch.Tensor) -> torch.Tensor:
 
 def _grounding_dino(detector: Detector, pictures: torch.Tensor, words: Sequence[str]) -> list[Raw]:
     """Return what Grounding DINO finds. Its text is "a cat. a dog."; a word scores as the best of its tokens does."""
-    text = ". ".join(word.strip().lower() for word in words) + "."
-    tokens = detector.loaded.tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
-    most = _most_tokens(detector.loaded.info)
-    if tokens["input_ids"].shape[1] > most:
-        raise InputError(
-            f"detect: {len(words)} words have {tokens['input_ids'].shape[1]} tokens together, more than the {most} "
-            f"that {detector.name} reads: look for fewer"
-        )
+    tokens = detector.loaded.tokenizer(joined(words), return_tensors="pt", return_offsets_mapping=True)
+    refuse_many(words, tokens["input_ids"].shape[1], detector.loaded.info)
     owner, at = torch.zeros(tokens["input_ids"].shape[1], len(words), dtype=torch.bool), 0
     for n, word in enumerate(words):
-        length = len(word.strip())
+        length = len(word.strip().lower())
         for k, (start, end) in enumerate(tokens["offset_mapping"][0].tolist()):
             owner[k, n] = at <= start < end <= at + length
         at += length + 2  # ". "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -190,14 +191,16 @@ def load_model(
     target = torch.device(device)
     model = _build(info.part)
     tied = {k: v for k, v in dict(getattr(model, "all_tied_weights_keys", None) or {}).items() if k != v}
-    part = dataclasses.replace(info.part, tensors=_renamed(model, info.part.tensors))
-    have = part.tensors
+    have = _known(model, _renamed(model, info.part.tensors))
+    part = dataclasses.replace(info.part, tensors=have)
     shared = {key: source for key, source in tied.items() if key not in have and source in have}
     shared |= {source: key for key, source in tied.items() if source not in have and key in have}
-    expected = {key: tuple(w.shape) for key, w in model.state_dict().items() if key not in shared}
+    fresh = _unneeded(model, have.keys() | shared.keys())
+    expected = {key: tuple(w.shape) for key, w in model.state_dict().items() if key not in (*shared, *fresh)}
     check_shapes(have, expected, part.where, complete=True)
     weights = read_network(part, target, compute_dtype(target, dtype))
     weights |= {key: weights[source] for key, source in shared.items()}
+    weights |= {key: value.to(target, compute_dtype(target, dtype)) for key, value in fresh.items()}
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device=target, dtype=compute_dtype(target, dtype)).eval().requires_grad_(False)
     return Loaded(info, model, read_tokenizer(info))
@@ -233,6 +236,29 @@ def _renamed(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _known(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without those that the class itself says files may have beyond its own."""
+    own, beyond = model.state_dict().keys(), getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in own or not any(re.search(pattern, name) for pattern in beyond)
+    }
+
+
+def _unneeded(model: Any, have: Collection[str]) -> dict[str, Any]:
+    """Return ones and zeros for norms that files may lack, as the class itself says: it computes nothing there."""
+    import torch
+
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    norms = {name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    return {
+        name: torch.ones(w.shape) if name.endswith("weight") else torch.zeros(w.shape)
+        for name, w in model.state_dict().items()
+        if name not in have and name.rpartition(".")[0] in norms and any(re.search(p, name) for p in patterns)
+    }
+
+
 def read_tokenizer(info: VisionInfo) -> Any:
     """Return the tokenizer of a model, or None where it reads no words. Raises InputError."""
     name = CLASSES[info.kind].tokenizer
@@ -242,9 +268,18 @@ def read_tokenizer(info: VisionInfo) -> Any:
         return load_tokenizer(info.folder, _text(info.part.config))
     cls = getattr(importlib.import_module("transformers"), name)
     try:
-        return cls.from_pretrained(info.folder, local_files_only=True)
+        found = cls.from_pretrained(info.folder, local_files_only=True)
+        size, known = (
+            max(found.get_vocab().values()) + 1,
+            (info.part.config.get("text_config") or {}).get("vocab_size", 30522),
+        )
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise InputError(f"{place(info.folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
+    if size > known:
+        raise InputError(
+            f"{place(info.folder)}: the tokenizer has {size} tokens, but text_config has vocab_size {known}"
+        )
+    return found
 
 
 def _text(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """How pictures are prepared for vision models: the image processors of transformers, as tensor code on the device.
 
-Resizing is that of PIL: two passes with weights in 22 bits of fixed point, each rounded to whole levels (Resample.c of
-Pillow). OWLv2 has its own: a picture padded to a square, blurred and resampled as scipy.ndimage does it.
+Resizing is that of PIL: two passes in 32 bits, with weights in 22 bits of fixed point, each rounded to whole levels
+(Resample.c of Pillow). OWLv2 has its own: a picture padded to a square, blurred and resampled as scipy.ndimage
+does it.
 """
 
 from __future__ import annotations
@@ -154,38 +155,43 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     """
     import torch
 
-    home = pictures.device
-    x = pictures.cpu() if home.type == "mps" else pictures  # which has no float64
-    x = x.double()
-    height, width = x.shape[-2:]
+    height, width = pictures.shape[-2:]
     if processor.square:
-        x = _resize_square(x * processor.scale, processor)
+        home = pictures.cpu() if pictures.device.type == "mps" else pictures  # which has no float64
+        x = _resize_square(home.double() * processor.scale, processor)
     else:
+        x = pictures.int()
         if processor.size is not None:
             x = resize(x, target_size(height, width, processor.size), processor.resample)
         if processor.crop is not None:
             top, left = ((a - b) // 2 for a, b in zip(x.shape[-2:], processor.crop, strict=True))
             x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
         x = x * processor.scale
+    x = x.float().to(pictures.device)
     mean, std = (
         torch.tensor(v, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for v in (processor.mean, processor.std)
     )
-    return ((x - mean) / std).float().to(home)
+    return (x - mean) / std
 
 
 def resize(x: torch.Tensor, size: tuple[int, int], resample: str) -> torch.Tensor:
-    """Return levels (..., H, W), float64 and whole, resized to (h, w) with the result of PIL's `resize`."""
-    before = tuple(x.shape[-2:])
+    """Return levels (..., H, W), int32, resized to (h, w) with the result of PIL's `resize`."""
+    before = int(x.shape[-2]), int(x.shape[-1])
     return _passes(x, size, resample, _rows_first(before, size, resample))
 
 
 def _passes(x: torch.Tensor, size: tuple[int, int], resample: str, rows_first: bool) -> torch.Tensor:
-    for axis in (1, 0) if rows_first else (0, 1):
-        before, after = x.shape[axis - 2], size[axis]
-        if before != after:
-            weights = _on_device(_pil_weights(before, after, resample), x.device)
-            x = weights @ x if axis == 0 else x @ weights.T
-            x = ((x + 2 ** (BITS - 1)) / 2**BITS).floor().clamp(0, 255)  # sums of whole numbers below 2^53: exact
+    import torch
+
+    for axis in (-1, -2) if rows_first else (-2, -1):
+        before, after = x.shape[axis], size[axis]
+        if before == after:
+            continue
+        places, weights = (torch.from_numpy(found).to(x.device) for found in _pil_weights(before, after, resample))
+        total: Any = 2 ** (BITS - 1)  # half a level, to round
+        for taken, weight in zip(places, weights, strict=True):
+            total = total + x.index_select(axis, taken) * (weight if axis == -1 else weight[:, None])
+        x = (total >> BITS).clamp(0, 255)
     return x
 
 
@@ -204,7 +210,7 @@ def _rows_first(before: tuple[int, int], after: tuple[int, int], resample: str) 
     noise = np.random.default_rng(0).integers(0, 256, (*before, 3), dtype=np.uint8)
     code = next(number for number, name in RESAMPLES.items() if name == resample)
     wanted = torch.from_numpy(np.array(Image.fromarray(noise).resize(after[::-1], code))).permute(2, 0, 1)
-    x = torch.from_numpy(noise).permute(2, 0, 1).double()
+    x = torch.from_numpy(noise).permute(2, 0, 1).int()
     far = [float((_passes(x, after, resample, first) - wanted).abs().sum()) for first in (True, False)]
     return far[0] <= far[1]
 
@@ -242,19 +248,22 @@ FILTERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {  # and 
 
 
 @functools.lru_cache(16)
-def _pil_weights(before: int, after: int, resample: str) -> np.ndarray:
-    """Return the weights of PIL's resize along one axis, (after, before) float64, whole multiples of 2^-22."""
+def _pil_weights(before: int, after: int, resample: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return which pixels PIL's resize along one axis adds up, and their weights in units of 2^-22, (taps, after)."""
     function, half = FILTERS[resample]
     scale = before / after
     stretch = max(scale, 1.0)  # antialiasing
-    found = np.zeros((after, before))
-    for row in range(after):
-        centre = (row + 0.5) * scale
+    taps = math.ceil(half * stretch) * 2 + 1
+    places, weights = np.zeros((taps, after), dtype=np.int64), np.zeros((taps, after), dtype=np.int32)
+    for n in range(after):
+        centre = (n + 0.5) * scale
         first = max(0, int(centre - half * stretch + 0.5))
         last = min(before, int(centre + half * stretch + 0.5))
-        weights = function((np.arange(first, last) - centre + 0.5) / stretch)
-        found[row, first:last] = weights / weights.sum()
-    return np.trunc(found * 2**BITS + np.where(found < 0, -0.5, 0.5))
+        found = function((np.arange(first, last) - centre + 0.5) / stretch)
+        found = found / found.sum()
+        places[: last - first, n] = np.arange(first, last)
+        weights[: last - first, n] = np.trunc(found * 2**BITS + np.where(found < 0, -0.5, 0.5))
+    return places, weights
 
 
 @functools.lru_cache(16)

@@ -27,6 +27,8 @@ from genkit.errors import HostError, InputError
 from genkit.scoring.boxes import COLORS
 from genkit.vision.colors import colors_of
 from genkit.vision.detector import Detector
+from genkit.vision.models import inspect_vision, read_tokenizer
+from genkit.vision.words import Lengths
 from tests.detectors import tiny_grounding_dino, tiny_owlv2, tiny_owlvit
 
 OWLS: dict[str, Any] = {
@@ -155,6 +157,17 @@ def test_bad_words_and_scores_that_are_no_numbers(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="no numbers in float32"):
         detector.detect(picture, ["a cat"])
     assert detector.see([torch.zeros(3, 8, 8, dtype=torch.uint8)], [["a cat"]])[0].broken
+
+
+@pytest.mark.parametrize("make", [tiny_owlvit, tiny_grounding_dino])
+def test_lengths_are_known_without_the_model(make: Any, tmp_path: Path) -> None:
+    info = inspect_vision(make(tmp_path / "model"), ("detector",))
+    tokenizer, lengths = read_tokenizer(info), Lengths(info)
+    lengths.check(["a cat", "a red fox"])
+    for word in ("a red fox", "two cats of 3, the Dog-house"):
+        assert lengths._count(word) == len(tokenizer(word)["input_ids"])
+    with pytest.raises(InputError, match="tokens, more than the"):
+        lengths.check(["a very long cat " * 70])
 
 
 def test_ten_thousand_boxes_are_cut_to_the_best(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_resizing_is_that_of_pil(name: str, code: int) -> None:
     for before, after in (((100, 37), (32, 32)), ((20, 50), (60, 16)), ((33, 33), (48, 48)), ((300, 40), (17, 64))):
         pixels = rng.integers(0, 256, (*before, 3), dtype=np.uint8)
         expected = np.array(Image.fromarray(pixels).resize(after[::-1], code))
-        found = resize(torch.from_numpy(pixels).permute(2, 0, 1).double(), after, name)
+        found = resize(torch.from_numpy(pixels).permute(2, 0, 1).int(), after, name)
         assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
 
 
@@ -73,6 +73,27 @@ def test_shards_and_old_buffers_are_read(tmp_path: Path) -> None:
     old = "owlvit.text_model.embeddings.position_ids"
     save_file({**load_file(file), old: torch.arange(16)[None]}, file, metadata={"format": "pt"})
     load_model(tmp_path / "whole", SENSES, "cpu", torch.float32)
+
+
+def test_weights_that_older_files_of_grounding_dino_lack_or_have_beyond(tmp_path: Path) -> None:
+    folder = tiny_grounding_dino(tmp_path / "dino")
+    whole = load_model(folder, SENSES, "cpu", torch.float32).model.state_dict()
+    stem = "model.backbone.conv_encoder.model."
+    index = {f"{stem}encoder.layers.0.blocks.0.attention.self.relative_position_index": torch.zeros(16, 16)}
+    lacking = {
+        f"{stem}layernorm.weight",
+        f"{stem}layernorm.bias",
+        f"{stem}swin.layernorm.weight",
+        f"{stem}swin.layernorm.bias",
+    }
+    tied = {
+        key for key in load_file(folder / "model.safetensors") if key.startswith(("bbox_embed.1", "model.decoder.bbox"))
+    }
+    _weights(folder, lambda w: (w.update(index), [w.pop(key, None) for key in (*lacking, *tied)]))
+    found = load_model(folder, SENSES, "cpu", torch.float32).model.state_dict()
+    assert found.keys() == whole.keys()
+    for key, weight in found.items():
+        assert torch.equal(weight, whole[key]) or "swin.layernorm" in key, key
 
 
 def _config(folder: Path, **fields: Any) -> None:
@@ -118,6 +139,15 @@ def test_bad_folders_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load_model(folder, SENSES, "cpu", torch.float32)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_with_more_words_than_the_network_is_refused(tmp_path: Path) -> None:
+    folder = tiny_grounding_dino(tmp_path / "dino")
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["horse"] = 500
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(InputError, match="has 501 tokens, but text_config has vocab_size 16"):
+        load_model(folder, SENSES, "cpu", torch.float32)
 
 
 def test_models_of_another_sense_and_other_backbones_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""`genkit detect`: boxes of words in any pictures, as JSON lines and drawn over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genkit.device.devices import check_device
+from genkit.durable import disk
+from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
+from genkit.pictures.images import read_image
+from genkit.progress import Progress
+from genkit.scoring.boxes import Box, check_word
+from genkit.studies.score import check_out, line_of, output_of, pictures_at
+from genkit.vision.models import inspect_vision
+from genkit.vision.words import Lengths
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from genkit.vision.detector import Detector
+
+BATCH = 8  # pictures in memory
+PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")  # one a word
+
+
+def detect_images(
+    images: Path, words: Sequence[str], like: Path | None, detector: str, threshold: float | None, out: Path | None,
+    draw: Path | None, device: str, dtype: str,
+) -> int:  # fmt: skip
+    """Write a JSON line for each picture: file, size, words, boxes. Returns the exit code.
+
+    like: a picture of the thing to look for, in place of words. threshold: of scores; None is the detector's own. draw:
+    a folder for the pictures with their boxes. A picture that cannot be read is a line with its error.
+    """
+    if bool(words) == (like is not None):
+        raise InputError("--words, --like: give one of them: what to look for, or a picture of it")
+    for word in words:
+        try:
+            check_word(word)
+        except InputError as error:
+            raise InputError(f"--words: {error}") from None
+    if len(set(words)) < len(words):
+        raise InputError("--words: must be different")
+    if threshold is not None and not 0 < threshold < 1:
+        raise InputError(f"--threshold: {threshold:g} is not above 0 and below 1")
+    files = pictures_at(images)
+    check_device(device, dtype)
+    check_out(out)
+    _check_draw(draw, images)
+    example = None if like is None else read_image(like)
+    info = inspect_vision(detector, ("detector",), "--detector")
+    Lengths(info).check(words)
+    from genkit.vision.detector import Detector
+
+    model = Detector.from_pretrained(info, device=device, dtype=dtype)
+    for text in info.notes:
+        _say(text)
+    least = threshold if threshold is not None else (model.threshold if like is None else 0.6)
+    failed = 0
+    with output_of(out) as write, Progress(len(files)) as progress:
+        for start in range(0, len(files), BATCH):
+            for file, found in _batch(model, files[start : start + BATCH], words, example, least, draw, images):
+                failed += "error" in found
+                if "error" in found:
+                    progress.message(found["error"])
+                progress.advance("error" in found, True, len(files))
+                write(line_of({"file": str(file), **found}))
+    return EXIT_SOME_FAILED if failed else EXIT_OK
+
+
+def _batch(
+    model: Detector, files: Sequence[Path], words: Sequence[str], example: Any, least: float, draw: Path | None,
+    images: Path,
+) -> list[tuple[Path, dict[str, Any]]]:  # fmt: skip
+    pictures: dict[Path, Any] = {}
+    found: dict[Path, dict[str, Any]] = {}
+    for file in files:
+        try:
+            pictures[file] = read_image(file)
+        except InputError as error:
+            found[file] = {"error": str(error)}
+    shots = list(pictures.values())
+    boxes = model.detect(shots, words, least) if example is None else model.detect_like(shots, example, least)
+    for (file, picture), some in zip(pictures.items(), boxes, strict=True):
+        named = {"words": list(words)} if example is None else {}
+        size = {"width": picture.width, "height": picture.height}
+        found[file] = {**size, **named, "threshold": least, "boxes": [box.to_json() for box in some]}
+        if draw is not None:
+            inside = file.relative_to(images) if images.is_dir() else Path(file.name)
+            target = (draw / inside).with_suffix(".png")
+            with disk(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                overlay(picture, some, words or ["like"]).save(target)
+    return [(file, found[file]) for file in files]
+
+
+def overlay(picture: Image.Image, boxes: Sequence[Box], words: Sequence[str]) -> Image.Image:
+    """Return a copy of a picture with its boxes, a colour a word, each with word and score."""
+    from PIL import ImageDraw
+
+    copy = picture.copy()
+    pen = ImageDraw.Draw(copy)
+    width = max(1, round(min(copy.size) / 200))
+    for box in reversed(boxes):  # the best on top
+        color = PALETTE[list(words).index(box.label) % len(PALETTE)]
+        pen.rectangle((box.x0, box.y0, max(box.x0, box.x1 - 1), max(box.y0, box.y1 - 1)), outline=color, width=width)
+        text = f"{box.label} {box.score:.2f}".encode("latin-1", "replace").decode("latin-1")  # of Pillow's small font
+        place = pen.textbbox((box.x0 + width + 1, box.y0 + width), text)
+        pen.rectangle((place[0] - 1, place[1] - 1, place[2] + 1, place[3] + 1), fill=color)
+        pen.text((box.x0 + width + 1, box.y0 + width), text, fill="white")
+    return copy
+
+
+def _check_draw(draw: Path | None, images: Path) -> None:
+    """Raise InputError for a folder for drawings that is a file, or lies where the pictures do."""
+    if draw is None:
+        return
+    if draw.exists() and not draw.is_dir():
+        raise InputError(f"--draw: {shown(str(draw))} is not a folder")
+    home = images if images.is_dir() else images.parent
+    if draw.resolve() == home.resolve() or home.resolve() in draw.resolve().parents:
+        raise InputError(f"--draw: {shown(str(draw))} lies where the pictures are: name a folder elsewhere")
+
+
+def _say(text: str) -> None:
+    import sys
+
+    from genkit.progress import printable
+
+    print(printable(text), file=sys.stderr)

@@ -1,0 +1,75 @@
+"""Whether words fit what a detector reads, found before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from genkit.errors import InputError, reason, shown
+from genkit.files import place
+from genkit.vision.models import VisionInfo
+
+ENDS = 2  # tokens that begin and end a text, of CLIP and of BERT
+
+
+def most_tokens(info: VisionInfo) -> int:
+    """Return how many tokens the text encoder of a detector reads."""
+    config = info.part.config
+    if info.kind == "GroundingDinoForObjectDetection":
+        return int(config.get("max_text_len", 256))
+    return int((config.get("text_config") or {}).get("max_position_embeddings", 16))
+
+
+def joined(words: Sequence[str]) -> str:
+    """Return the one text that Grounding DINO reads of words."""
+    return ". ".join(word.strip().lower() for word in words) + "."
+
+
+class Lengths:
+    """Checks words of rows against a detector; without a tokenizer.json, whose count is left to the detector."""
+
+    def __init__(self, info: VisionInfo) -> None:
+        self.info, self.most = info, most_tokens(info)
+        self._tokenizer: Any = None
+        self._checked: set[tuple[str, ...]] = set()
+
+    def check(self, words: Sequence[str]) -> None:
+        """Raise InputError for a word, or for Grounding DINO words together, with too many tokens."""
+        key = tuple(words)
+        path = self.info.folder / "tokenizer.json"
+        if not words or key in self._checked or not path.exists():
+            return
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            try:
+                self._tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # the Rust library raises plain Exception
+                raise InputError(f"{place(path)}: cannot be read: {reason(error)}") from None
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        for word in words:
+            refuse_long(word, self._count(word), self.info)
+        if self.info.kind == "GroundingDinoForObjectDetection":
+            refuse_many(words, self._count(joined(words)), self.info)
+        self._checked.add(key)
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids) + ENDS
+
+
+def refuse_long(word: str, count: int, info: VisionInfo) -> None:
+    """Raise InputError for a word of more tokens than the text encoder reads."""
+    if count > most_tokens(info):
+        raise InputError(
+            f"detect: {shown(word)} has {count} tokens, more than the {most_tokens(info)} that {info.name} reads"
+        )
+
+
+def refuse_many(words: Sequence[str], count: int, info: VisionInfo) -> None:
+    """Raise InputError for words that have more tokens together than the text encoder reads."""
+    if count > most_tokens(info):
+        raise InputError(
+            f"detect: {len(words)} words have {count} tokens together, more than the {most_tokens(info)} that "
+            f"{info.name} reads: look for fewer"
+        )
