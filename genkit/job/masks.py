@@ -16,6 +16,7 @@ from genkit.pictures.images import read_image
 from genkit.rows.inputs import NUMBERS
 from genkit.rows.request import Request
 from genkit.vision.models import VisionInfo, inspect_vision
+from genkit.vision.words import check_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,8 @@ def find_segmenter(
     info = inspect_vision(options.segmenter, ("segmenter",), "--segmenter")
     if not masked:
         return None, ["--segmenter: is not used: no row has a mask in words", *idle]
+    for row in masked:
+        check_lengths(info, [str(row.mask)], f"{row.source or f'row {row.id}'}: mask")
     hashes = info.hashes
     whole = next(iter(hashes.values()))
     if len(hashes) > 1:

@@ -11,8 +11,10 @@ from genkit.device.devices import check_device
 from genkit.durable import disk, json_line, write_whole
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
 from genkit.progress import printable_json
-from genkit.studies.senses import check_folder, looked_at, made_folder, names_of, pictures_at, slugs
+from genkit.studies.score import pictures_at
+from genkit.studies.senses import check_folder, looked_at, made_folder, names_of, slugs
 from genkit.vision.models import inspect_vision
+from genkit.vision.words import check_lengths
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,13 +41,14 @@ def segment_images(
     _check(texts, threshold, grow)
     if soft and (grow or invert):
         raise InputError("--soft: writes probabilities, which are neither grown nor inverted")
-    files, root = pictures_at(images)
+    files = pictures_at(images)
     check_folder(out, files)
     check_device(device, dtype)
     info = inspect_vision(model, ("segmenter",), "--model")
+    check_lengths(info, texts, "--words")
     from genkit.vision.segmenter import Segmenter, binary, enlarged
 
-    segmenter = Segmenter.load(info, device, dtype)
+    segmenter = Segmenter.from_pretrained(info, device=device, dtype=dtype)
 
     def look(pixels: torch.Tensor, sizes: list[tuple[int, int]]) -> list[tuple[np.ndarray, list[float], list[float]]]:
         found = []
@@ -57,7 +60,7 @@ def segment_images(
             found.append((levels.byte().cpu().numpy(), areas, peaks))
         return found
 
-    names = dict(zip(files, names_of(files, root), strict=True))
+    names = dict(zip(files, names_of(files, images), strict=True))
     parts = slugs(["drawn", *texts])[1:]
     records: list[dict[str, Any]] = []
     failed = 0

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 from genkit.device.devices import usable_cores
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place
-from genkit.pictures.images import check_image, list_images
 from genkit.progress import Progress
 from genkit.runs.records import RESULTS
 
@@ -25,21 +24,6 @@ T = TypeVar("T")
 
 READ = 32  # pictures prepared before the model sees them; of those at full size only as many as there are threads
 THREADS = 4
-
-
-def pictures_at(source: Path) -> tuple[list[Path], Path]:
-    """Return the pictures at `source`, sorted by name, and the folder that their names start from.
-
-    source: a picture, a folder, or a run, of which it is the finished pictures. Raises InputError if there are none.
-    """
-    if not source.is_dir():
-        check_image(source)
-        return [source], source.parent
-    root = source / "images" if (source / RESULTS).is_file() else source
-    files = list_images(root) if root.is_dir() else []
-    if not files:
-        raise InputError(f"{place(source)}: holds no PNG, JPEG, WebP or JPEG XL picture")
-    return files, root
 
 
 def check_folder(out: Path, files: Sequence[Path]) -> None:
@@ -61,8 +45,13 @@ def made_folder(folder: Path) -> Path:
     return folder
 
 
-def names_of(files: Sequence[Path], root: Path) -> list[str]:
-    """Return for each picture the path below `root` without suffix; with it where two would be alike."""
+def names_of(files: Sequence[Path], source: Path) -> list[str]:
+    """Return for each picture its path below `source` without suffix; with it where two would be alike.
+
+    source: a picture, a folder, or a run.
+    """
+    inside = source / "images" if (source / RESULTS).is_file() else source
+    root = inside if source.is_dir() else source.parent
     plain = [file.relative_to(root).with_suffix("").as_posix() for file in files]
     count = Counter(plain)
     return [

@@ -32,7 +32,7 @@ class Segmenter(Sense):
         self._embedded: dict[str, torch.Tensor] = {}
 
     @classmethod
-    def load(cls, name: str | Path | VisionInfo, device: str = "auto", dtype: str = "float32") -> Self:
+    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Self:
         """Load a segmenter by folder or hub id. Raises InputError and HostError as `load_model` does."""
         from genkit.device.devices import pick_device
 

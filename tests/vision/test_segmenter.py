@@ -38,7 +38,7 @@ def expected(folder: Path, picture: Image.Image) -> torch.Tensor:
 
 
 def test_maps_as_in_transformers(folder: Path) -> None:
-    segmenter = Segmenter.load(folder, "cpu")
+    segmenter = Segmenter.from_pretrained(folder, device="cpu")
     for height, width in ((32, 32), (50, 37), (90, 120)):
         found = segmenter(tensor(noise(1, height, width)), TEXTS)
         wanted = expected(folder, noise(1, height, width))
@@ -47,7 +47,7 @@ def test_maps_as_in_transformers(folder: Path) -> None:
 
 
 def test_any_batch_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    segmenter = Segmenter.load(folder, "cpu")
+    segmenter = Segmenter.from_pretrained(folder, device="cpu")
     pixels = torch.cat([segmenter.pixels(tensor(noise(n, 40, 40 + n))) for n in range(5)])
     alone = torch.cat([segmenter.maps(pixels[n : n + 1], [text]) for n in range(5) for text in TEXTS])
     whole = segmenter.maps(pixels, TEXTS)
@@ -76,7 +76,7 @@ def test_masks_grow_as_with_pil() -> None:
 
 @pytest.mark.parametrize("words", [[], ["a", " "], ["a", "a"], ["x"] * 200])
 def test_texts_that_say_nothing_are_refused(folder: Path, words: list[str]) -> None:
-    segmenter = Segmenter.load(folder, "cpu")
+    segmenter = Segmenter.from_pretrained(folder, device="cpu")
     with pytest.raises(InputError, match="words: "):
         segmenter(tensor(noise(1, 20, 20)), words)
 
@@ -101,7 +101,9 @@ def test_the_command_writes_masks(folder: Path, tmp_path: Path, capsys: pytest.C
     ]  # fmt: skip
     assert len(found) == 8 and lines((out / "segments.jsonl").read_text()).count({"file": str(where / "bad.png"),
         "error": f"{where / 'bad.png'}: is truncated"}) == 1  # fmt: skip
-    maps = Segmenter.load(folder, "cpu")(tensor(Image.open(where / "1.png")), ["a fox", "The sky!"])[0]
+    maps = Segmenter.from_pretrained(folder, device="cpu")(tensor(Image.open(where / "1.png")), ["a fox", "The sky!"])[
+        0
+    ]
     for one, levels in zip(found[2:4], maps, strict=True):
         mask = np.array(Image.open(one["mask"]))
         assert set(np.unique(mask)) == {0, 255} and np.array_equal(mask > 0, levels.numpy() >= 0.5)
@@ -118,6 +120,7 @@ def test_the_command_writes_masks(folder: Path, tmp_path: Path, capsys: pytest.C
         (["--words", " "], "--words: '': name 1 to 100 texts"),
         (["--words", "a", "--threshold", "1"], "--threshold: 1 is not"),
         (["--words", "a", "--grow", "-1"], "--grow: -1 is not"),
+        (["--words", "fox " * 90], "tokens, more than the 32 that"),
         (["--words", "a", "--soft", "--invert"], "--soft: writes probabilities"),
         (["--words", "a", "--out", "."], "which is to be read"),
         (["--words", "a", "--model", "emoji"], "--model: 'emoji' is no segmenter"),

@@ -54,8 +54,8 @@ def test_drawn_as_with_the_same_mask_as_a_picture(here: Path, tmp_path: Path) ->
     """The mask is that of the segmenter's map at the size of the drawn picture, and recorded."""
     rows = [row(here), row(here, "b", mask_grow=2, mask_invert=True, mask_threshold=0.6), row(here, "c", width=48)]
     found = draw(here, tmp_path / "words", rows, no_metadata=True)
-    levels = Segmenter.load(here / "clipseg", "cpu").maps
-    pixels = Segmenter.load(here / "clipseg", "cpu").pixels(tensor(Image.open(here / "start.png")))
+    levels = Segmenter.from_pretrained(here / "clipseg", device="cpu").maps
+    pixels = Segmenter.from_pretrained(here / "clipseg", device="cpu").pixels(tensor(Image.open(here / "start.png")))
     for name, (width, height), threshold in (("a", (40, 32), 0.5), ("b", (40, 32), 0.6), ("c", (48, 32), 0.5)):
         whole = torch.nn.functional.interpolate(levels(pixels, ["the tail"]), (height, width), mode="bilinear")
         wanted = Image.fromarray((whole[0, 0].numpy() >= threshold).astype(np.uint8) * 255)
@@ -139,10 +139,10 @@ def test_refused_without_a_segmenter_and_nothing_is_left(here: Path, tmp_path: P
     model = TextToImage.from_pretrained(here / "sd", device="cpu")
     with pytest.raises(InputError, match="is to be found by a segmenter first"):
         list(model.stream([one]))
-    find_masks([one], Segmenter.load(here / "clipseg", "cpu"))
+    find_masks([one], Segmenter.from_pretrained(here / "clipseg", device="cpu"))
     assert [result.status for result in model.stream([one])] == ["done"]
     unnamed = Request(prompt="a fox", image=str(here / "start.png"), mask="the tail", num_inference_steps=2)
-    find_masks([unnamed], Segmenter.load(here / "clipseg", "cpu"))
+    find_masks([unnamed], Segmenter.from_pretrained(here / "clipseg", device="cpu"))
     assert [result.status for result in model.stream([unnamed])] == ["done"]
 
 
