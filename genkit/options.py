@@ -31,6 +31,7 @@ class Options:
         None
     )
     refiner_start: Annotated[float | None, "Where --refiner takes over, a fraction of the steps; default 0.8."] = None
+    segmenter: Annotated[str | None, "A CLIPSeg model, folder or hub id, that finds masks in words, of --mask."] = None
     variant: Annotated[str | None, "Weight files to take, say fp16."] = None
     lora_dir: Annotated[str | None, "Where LoRAs that prompts and old pictures name, <lora:name:0.8>, are."] = None
     wildcards: Annotated[str | None, "Where the files of __wildcards__ are: with --syntax a1111."] = None

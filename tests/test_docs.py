@@ -42,6 +42,7 @@ from genkit import cli
 from genkit.cli.app import app
 from genkit.training.recipe import read_recipe
 from tests.detectors import tiny_owlvit
+from tests.senses import tiny_clipseg
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_refiner, tiny_sdxl, tiny_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
@@ -214,6 +215,7 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "my-owl": tiny_owlvit,
     "votes": _votes,
     "embeddings": _embeddings,
+    "my-clipseg": tiny_clipseg,
 }
 
 

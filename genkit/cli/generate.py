@@ -12,8 +12,9 @@ import typer
 from genkit import phases
 from genkit.cli.app import MAKE, Command, app, print_found
 from genkit.cli.options import AsJson, Device, Out, Variant, given_model, spread
-from genkit.errors import EXIT_OK, InputError
+from genkit.errors import EXIT_OK, InputError, shown
 from genkit.options import Options
+from genkit.rows.inputs import NUMBERS, is_picture
 
 if TYPE_CHECKING:
     from genkit.job.plan import Job
@@ -51,6 +52,12 @@ class RowOptions:
     image: Annotated[str | None, "The picture to start from."] = None
     strength: Annotated[float | None, "How much of --image to give up, 0 to 1."] = None
     mask_image: Annotated[str | None, "Draw anew only where this is white."] = None
+    mask: Annotated[str | None, "Draw anew only what this text names in --image, as --segmenter finds it."] = None
+    mask_threshold: Annotated[float | None, "The probability from which on a pixel is in --mask; default 0.5."] = None
+    mask_grow: Annotated[int | None, "Grow --mask by so many pixels."] = None
+    mask_invert: Annotated[bool | None, typer.Option("--mask-invert", help="Draw anew all but what --mask names.")] = (
+        None
+    )
     loras: Annotated[list[str] | None, typer.Option("--lora", help="A LoRA, as FILE or FILE:WEIGHT; repeatable.")] = (
         None
     )
@@ -76,6 +83,8 @@ class RowOptions:
         if "loras" in given:
             given["loras"] = [beside(Path(), lora("loras", text)) for text in given["loras"]]
         given |= {name: str(Path(given[name]).absolute()) for name in ("image", "mask_image") if name in given}
+        if is_picture(given.get("mask")):
+            raise InputError(f"--mask: {shown(given['mask'])} is a picture, and no text; --mask-image takes it")
         _check(given)
         return given
 
@@ -180,6 +189,8 @@ def _rows_of(source: Path, given: dict[str, Any], folder: Path, lora_dir: str | 
 _PARTNERS: dict[str, dict[str, Any]] = {
     "strength": {"image": "-"},
     "mask_image": {"image": "-"},
+    "mask": {"image": "-"},
+    **{name: {"image": "-", "mask": "-"} for name in NUMBERS},
     "keep": {"num_images": 100_000},
     "max_images": {"keep": 1, "gate": "not nan"},
 }

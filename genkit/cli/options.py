@@ -49,7 +49,7 @@ _SECTIONS = {
         "model vae text_encoder prediction embeddings embedding_dir refiner refiner_start variant"
         " negative_prompt prompt_2 negative_prompt_2 syntax wildcards lora_dir expansions clip_skip scheduler"
         " num_inference_steps guidance_scale guidance_interval width height original_size crop target_size image"
-        " strength mask_image loras num_images seed from_images"
+        " strength mask_image mask mask_threshold mask_grow mask_invert segmenter loras num_images seed from_images"
     ),
     "Which pictures are kept": (
         "keep gate rank_by max_images labels detect clip detector aesthetic scorers diverse dedupe reference"

@@ -50,6 +50,7 @@ def generate(
     refiner: str | None = None,
     refiner_start: float | None = None,
     detector: str | None = None,
+    segmenter: str | None = None,
 ) -> Summary:
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
@@ -59,8 +60,8 @@ def generate(
     prediction, embeddings, refiner, refiner_start: as with `TextToImage.from_pretrained`. embedding_dir: a folder of
     textual inversions, of which those are read whose file name is a word of a prompt. wildcards, lora_dir: where rows
     of syntax "a1111" find the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings.
-    format_in: as with `read_prompts`. detector: for count['cat'] in gates. Raises InputError, before anything is loaded
-    or written, for bad input, and HostError where disk, lock or device do not allow the work.
+    format_in: as with `read_prompts`. detector: for gates such as count['cat'] == 2. segmenter: for rows whose `mask` is text. Raises InputError, before anything is loaded or written, for bad input, and
+    HostError where disk, lock or device do not allow the work.
     """
     rows = read_prompts(prompts, defaults, format_in) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))
@@ -71,7 +72,7 @@ def generate(
         scorers=tuple(scorers), picking=picking, max_total_images=max_total_images, max_seconds=max_seconds,
         vae=vae, text_encoder=text_encoder, prediction=prediction, wildcards=wildcards, lora_dir=lora_dir,
         embeddings=tuple(embeddings), embedding_dir=embedding_dir, no_metadata=no_metadata, refiner=refiner,
-        refiner_start=refiner_start, detector=detector,
+        refiner_start=refiner_start, detector=detector, segmenter=segmenter,
     )  # fmt: skip
     return _unless_stopped(run_job(plan_job(rows, options, defaults or {}), user_path(out)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from genkit.components.weights import sha256
 from genkit.device.devices import DTYPES, compute_dtype, pick_device
 from genkit.device.memory import away
 from genkit.files import user_path
+from genkit.job.masks import prepare_masks
 from genkit.job.plan import Job, plan_job
 from genkit.job.words import recorded_words
 from genkit.options import Options
 from genkit.phases import phase
 from genkit.pictures.encoders import encoding
 from genkit.rows.plans import is_tuned, tuned_file
+from genkit.rows.request import Request
 from genkit.runs.destination import check_binding
 from genkit.runs.records import found_at, read_rows
 from genkit.runs.run import read_config
@@ -27,8 +30,11 @@ from genkit.scoring.aesthetic import Head
 from genkit.version import __version__
 
 
-def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
-    """Return (generator, panel of scorers), on the device and in the dtype recorded by the run's first start."""
+def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()) -> tuple[Any, Any]:
+    """Return (generator, panel of scorers), on the device and in the dtype recorded by the run's first start.
+
+    rows: those whose masks in words are found first, by a network that needs its memory only until then.
+    """
     with phase("import torch"):
         import torch  # noqa: F401
     with phase("import diffusers and transformers"):
@@ -48,6 +54,7 @@ def load(job: Job, recorded: dict[str, Any] | None) -> tuple[Any, Any]:
         widths = {w for u in unets for w in head_widths(u)} if job.options.attention == "auto" else ()
         warm_up(device, compute_dtype(device, dtype), widths)
     o = job.options
+    prepare_masks(rows, job.segmenter, device)
     detector = None
     if job.detector is not None:  # before memory is planned, which it takes some of
         from genkit.vision.detector import SENSES, Detector
@@ -93,6 +100,7 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
         embeddings=recorded_words(binding.get("embeddings", {}), rows),
         aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
         detector=None if "detector" not in binding else found_at(binding["detector"]),
+        segmenter=None if "segmenter" not in binding else found_at(binding["segmenter"]),
         refiner=None if second is None else found_at(second), refiner_start=None if second is None else second["start"],
         **recorded["info"].get("parts", {}),
     )  # fmt: skip
@@ -128,6 +136,8 @@ def run_config(
     if job.refiner is not None:
         prediction = job.refiner.scheduler_config.get("prediction_type")
         binding["refiner"] |= {"start": job.refiner_start, "prediction": prediction, "zeros": job.refiner.zero_empty}
+    if job.segmenter is not None:
+        binding["segmenter"] = job.segmenter.binding()
     if job.detector is not None:
         binding["detector"] = {**job.detector.binding(), "weights": weights["detector"]}
     binding["scheduler"] = job.info.scheduler_config

@@ -28,6 +28,7 @@ def origin_of(job: Job, binding: dict[str, Any], generator: Any) -> Origin:
         tuned=binding.get("tuned"),
         vae=vae.name if vae is not None and vae.is_file() else None,
         refiner=_refiner(job, binding),
+        segmenter=None if job.segmenter is None else job.segmenter.hashes,
         device=_device(generator.device),
         dtype=binding["dtype"],
         attention=generator.attention.text,

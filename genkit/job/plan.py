@@ -14,6 +14,7 @@ from genkit.device.devices import CPU_SLOTS, check_attention, check_device
 from genkit.device.memory import check_memory
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
+from genkit.job.masks import find_segmenter
 from genkit.job.words import Inversions, find_inversions
 from genkit.options import Options
 from genkit.pictures.encoders import encoding
@@ -57,6 +58,7 @@ class Job:
     refiner: ModelInfo | None = None
     refiner_start: float = START
     detector: VisionInfo | None = None
+    segmenter: VisionInfo | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
@@ -71,6 +73,7 @@ class Job:
             **({} if self.refiner is None else {"refiner": self.refiner.name, "refiner_start": self.refiner_start}),
             "clip": None if self.clip is None else self.clip.name,
             **({} if self.detector is None else {"detector": self.detector.name}),
+            **({} if self.segmenter is None else {"segmenter": self.segmenter.name}),
             "format": str(encoding(self.options.format, self.options.quality)),
             **describe(
                 self.info,
@@ -147,10 +150,11 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     options.picking.check_rows(any(row.keep is not None for row in filled))
     notes += [f"negative_prompt: has no say without guidance, in {unsaid} rows"] if unsaid else []
     inversions, said = find_inversions(filled, options, info)
-    notes += [*_check_loras(filled, info), *said, *info.notes]
+    segmenter, seen = find_segmenter(filled, options, defaults)
+    notes += [*_check_loras(filled, info), *said, *info.notes, *seen]
     notes += [note for other in (clip, refiner, detector) if other is not None for note in other.notes]
     said_once = tuple(dict.fromkeys(notes))
-    return Job(filled, options, info, clip, calls, scorers, said_once, inversions, refiner, start, detector)
+    return Job(filled, options, info, clip, calls, scorers, said_once, inversions, refiner, start, detector, segmenter)
 
 
 def _check_sought(row: Request, lengths: Lengths | None) -> None:

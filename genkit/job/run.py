@@ -13,12 +13,14 @@ from typing import Any
 
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED
 from genkit.job.load import hashes, load, run_config
+from genkit.job.masks import write_masks
 from genkit.job.origin import origin_of
 from genkit.job.plan import Job
 from genkit.pages.gallery import write_gallery
 from genkit.phases import phase
 from genkit.pictures.encoders import encoding
 from genkit.progress import Progress
+from genkit.rows.request import Request
 from genkit.runs.embeddings import Store
 from genkit.runs.redetect import redetect, unseen
 from genkit.runs.rescore import rescore
@@ -61,7 +63,7 @@ def run_job(job: Job, out: Path) -> Summary:
     # scans the folder first: another process may hold the lock, or nothing may be left to do.
     with ThreadPoolExecutor(1, "genkit-hash") as pool:  # reads gigabytes, while the networks are built
         weights = pool.submit(hashes, job)
-        loaded = load(job, recorded) if recorded is None else None
+        loaded = load(job, recorded, job.rows) if recorded is None else None
         with phase("hash weights"):
             config = run_config(job, loaded, recorded, weights.result())
     with Run.open(out, config, job.rows) as run:
@@ -73,7 +75,9 @@ def run_job(job: Job, out: Path) -> Summary:
                 progress.message(line)
             changed = unseen(run)
             if draws.has_next() or changed or (run.stale and job.clip is not None):
-                loaded = loaded or load(job, recorded)
+                loaded = loaded or load(job, recorded, [row for row in job.rows if _lacks(row, run)])
+                for line in write_masks(out, job.rows):
+                    progress.message(line)
                 again = rescore(run, loaded[1])
                 if again:
                     progress.message(
@@ -123,6 +127,11 @@ def _look_again(run: Run, panel: Any, changed: list[Any], progress: Progress) ->
     for note in panel.news():
         progress.message(note)
     return signals.exit_code
+
+
+def _lacks(row: Request, run: Run) -> bool:
+    """Whether images of a row may be drawn."""
+    return any((str(row.id), index) not in run.done for index in range(row.max_images or row.num_images))
 
 
 def _draw(job: Job, run: Run, draws: Draws, progress: Progress, parts: tuple[Any, Any]) -> int:

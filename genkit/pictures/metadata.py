@@ -34,6 +34,7 @@ class Origin:
     model: its name, without folders. solver: the model's own. weights: SHA-256 of each weight file, as of
     `weight_hashes`. config: `config_hash` of the model's scheduler. tuned: SHA-256 of files of tuned plans. vae: the
     name of a VAE's file in place of the model's own. refiner: name, start and weights of SDXL's.
+    segmenter: SHA-256 of each weight file of what finds masks in words.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Origin:
     tuned: Mapping[str, str] | None = None
     vae: str | None = None
     refiner: Mapping[str, Any] | None = None
+    segmenter: Mapping[str, str] | None = None
     device: str | None = None
     dtype: str | None = None
     attention: str | None = None
@@ -56,6 +58,7 @@ _TOLD = (
     "config",
     "tuned",
     "refiner",
+    "segmenter",
     "device",
     "dtype",
     "attention",

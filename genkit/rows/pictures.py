@@ -14,6 +14,7 @@ from genkit.files import place, user_path
 from genkit.pictures.images import list_images
 from genkit.rows.found import Found, base_name
 from genkit.rows.infotext import read_picture_settings
+from genkit.rows.inputs import NUMBERS
 from genkit.rows.plans import TUNED, is_tuned
 from genkit.rows.prompting import scripted
 from genkit.rows.prompts import Rows
@@ -28,7 +29,8 @@ _ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,90}")
 _HASH = re.compile("[0-9a-fA-F]{8,64}")
 # Fields that another field requires; the picture may provide them.
 _PARTNERS: dict[str, dict[str, Any]] = {
-    "strength": {"image": "-"}, "mask_image": {"image": "-"}, "keep": {"num_images": 100_000},
+    "strength": {"image": "-"}, "mask_image": {"image": "-"}, "mask": {"image": "-"},
+    **{name: {"image": "-", "mask": "-"} for name in NUMBERS}, "keep": {"num_images": 100_000},
     "max_images": {"keep": 1, "gate": "not nan"}, "prune": {"num_images": 100_000},
 }  # fmt: skip
 _COMPEL = re.compile(r"\)[-+0-9.]|\w\+\+|\w--(?=[\s,]|$)")  # weights in prompts of InvokeAI

@@ -41,6 +41,7 @@ def read_record(text: str) -> Found:
     if record.get("refiner"):
         draft.tell("refiner", record["refiner"])
         draft.lack("refiner")
+    draft.tell("segmenter", _hashes("segmenter", record.get("segmenter")))
     draft.tell("embeddings", _hashes("embeddings", record.get("embeddings")))
     if record.get("cut"):
         draft.about["cut"] = True

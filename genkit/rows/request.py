@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +12,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from genkit.errors import InputError, nearest, shown
-from genkit.files import user_path
-from genkit.pictures.images import as_pil, check_image
-from genkit.rows import detecting, prompting, sdxl
+from genkit.pictures.images import as_pil
+from genkit.rows import detecting, inputs, prompting, sdxl
 from genkit.rows.loras import beside, check_loras, file_hash
 from genkit.rows.typed import COUNTS, whole
 from genkit.rows.yamltext import Cut
@@ -37,7 +35,6 @@ ALIASES = {
     "denoising_strength": "strength",
     "init_image": "image",
     "negative": "negative_prompt",
-    "mask": "mask_image",
     **sdxl.ALIASES,
 }
 
@@ -54,11 +51,11 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for
 _PIXEL_FIELDS = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
     "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval", "loras",
-    *sdxl.FIELDS, *prompting.FIELDS,
+    *sdxl.FIELDS, *prompting.FIELDS, *inputs.FIELDS,
 )  # fmt: skip
 
 
-class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting):
+class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, inputs.TextMask):
     """One row: what to draw, how many images, and which of them to keep.
 
     Fields left at None are filled from the command line or the model (`filled`). `image` and `mask_image` are a path,
@@ -252,6 +249,7 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting):
         """Return this row with `defaults` for the fields that it does not state."""
         row = Request(**over(defaults, {name: getattr(self, name) for name in self.model_fields_set}))
         row._source = self._source
+        row.keep_mask(self)
         return row
 
     def seed_of(self, index: int, run_seed: int = 0) -> int:
@@ -282,13 +280,15 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting):
         """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
         # what older rows do not have is not hashed
-        for later in ("guidance_interval", "loras", *sdxl.FIELDS, *prompting.FIELDS):
+        for later in ("guidance_interval", "loras", *sdxl.FIELDS, *prompting.FIELDS, *inputs.FIELDS):
             if fields[later] in (None, "none"):
                 del fields[later]
         if self.loras:
             fields["loras"] = [{**lora, "file": file_hash(lora["file"])} for lora in self.loras]
         if self._words:
             fields["embeddings"] = self._words
+        if self._segmenter:
+            fields["segmenter"] = self._segmenter
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -307,6 +307,7 @@ def over(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
         filled.pop("strength", None)  # only used with an image
     if isinstance(stated.get("seed"), list):
         filled.pop("num_images", None)  # given by the number of seeds
+    filled = inputs.with_masks(filled, stated)
     return {**filled, **{name: value for name, value in stated.items() if value is not None or name not in filled}}
 
 
@@ -321,6 +322,7 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
     schedule = None
     for key, value in fields.items():
         name = field_name(key)
+        name = "mask_image" if name == "mask" and inputs.is_picture(value) else name
         empty = value is None or (value == "" and name not in ("prompt", "negative_prompt"))
         if empty and (name in Request.model_fields or name in (*SCHEDULES, "size")):
             continue
@@ -385,25 +387,10 @@ def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
                 )
     for field in ("image", "mask_image"):
         if isinstance(found.get(field), str) and found[field]:
-            found[field] = _picture(folder, field, found[field])
+            found[field] = inputs.picture_path(folder, field, found[field])
     if isinstance(found.get("loras"), list):
         found["loras"] = [beside(folder, lora) for lora in found["loras"]]
     return found
-
-
-def _picture(folder: Path, field: str, text: str) -> str:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file):", text):
-        raise InputError(f"{field}: {shown(text)} is a URL; pictures are read from local files only")
-    if len(text) > 4096:
-        raise InputError(f"{field}: {shown(text)} is too long for a path")
-    path = Path(os.path.abspath(folder), user_path(text))
-    if "\\" in text and not path.exists():  # written on Windows
-        path = Path(os.path.abspath(folder), user_path(text.replace("\\", "/")))
-    try:
-        check_image(path, contained=True, mask=field == "mask_image")
-    except InputError as error:
-        raise InputError(f"{field}: {error}") from None
-    return str(path)
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -69,9 +69,9 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
             raise InputError(f"{side}: {value}{source} is not a multiple of {g.multiple} (nearest: {fits})")
         sizes.append(value)
     guidance = defaults.get("guidance_scale", GUIDANCE) if request.guidance_scale is None else request.guidance_scale
-    if g.inpaints and request.mask_image is None:
+    if g.inpaints and request.mask_image is None and request.mask is None:
         raise InputError(
-            "mask_image: is missing: this model is made for inpainting, and needs `image` and `mask_image`"
+            "mask_image: is missing: this model is made for inpainting, and needs `image` and `mask_image`, or `mask`"
         )
     if g.guidance_width and request.guidance_interval is not None:
         raise InputError("guidance_interval: this model reads the guidance scale itself, at every step")

@@ -11,8 +11,9 @@ from genkit.files import parse_json
 
 COUNTS = (
     "num_images", "num_inference_steps", "width", "height", "keep", "max_images", "clip_skip", "expansions",
+    "mask_grow",
 )  # whole numbers  # fmt: skip
-_FLOATS = ("guidance_scale", "strength", "aesthetic_score", "negative_aesthetic_score")
+_FLOATS = ("guidance_scale", "strength", "aesthetic_score", "negative_aesthetic_score", "mask_threshold")
 NUMBERS = (*COUNTS, *_FLOATS, "seed")
 
 
@@ -44,6 +45,12 @@ def _number(field: str, text: str) -> float:
     if not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,4})?", text.strip(" ")) or len(text) > 100:
         raise InputError(f"{field}: {shown(text)} is not a number")
     return float(text)
+
+
+def _flag(field: str, text: str) -> bool:
+    if text.strip().lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise InputError(f"{field}: {shown(text)} is not true or false")
+    return text.strip().lower() in ("true", "yes", "1")
 
 
 def _seeds(field: str, text: str) -> int | list[int]:
@@ -94,6 +101,7 @@ _TYPED: dict[str, Callable[[str, str], Any]] = {
     **dict.fromkeys(COUNTS, _integer),
     **dict.fromkeys(_FLOATS, _number),
     "guidance_interval": _interval,
+    "mask_invert": _flag,
     "seed": _seeds,
     "labels": _labels,
     "detect": _labels,

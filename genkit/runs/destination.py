@@ -86,12 +86,13 @@ def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any])
     """Raise InputError naming every key in which the request differs from the run's recorded binding.
 
     Names and folders of models and embeddings do not bind: what they hold does, wherever they lie now. Embeddings that
-    the record lacks are in the fingerprints of the rows that use them.
+    the record lacks, and segmenters, are in the fingerprints of the rows that use them.
     """
     # Older runs, without a format, are of PNGs
     before, after = {"format": "png", **_flat(recorded)}, {"format": "png", **_flat(json.loads(json.dumps(asked)))}
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     keys = [key for key in keys if key in before or not key.startswith("embeddings.")]
+    keys = [key for key in keys if not key.startswith("segmenter.")]
     if any(not key.endswith(PLACES) for key in keys):
         parts = [f"{key}: {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in keys[:SHOWN]]
         more = f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""

@@ -224,4 +224,4 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _places(binding: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of models and embeddings, which say where they lie now."""
-    return {part: binding[part] for part in ("model", "clip", "detector", "embeddings") if part in binding}
+    return {part: binding[part] for part in ("model", "clip", "detector", "segmenter", "embeddings") if part in binding}

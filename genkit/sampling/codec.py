@@ -142,9 +142,9 @@ def condition(
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     tensor = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1) * 2 - 1
-    if request.mask_image is None:
+    if request.mask_source is None:
         return tensor, None, None
-    mask = read_mask(request.mask_image)
+    mask = read_mask(request.mask_source)
     if mask.size != (width, height):
         mask = mask.resize((width, height), Image.Resampling.LANCZOS)
     weight = torch.from_numpy(np.asarray(mask, dtype=np.float32) >= 127.5).float()[None, None]

@@ -134,6 +134,7 @@ class Pipeline:
     def check(self, request: Request) -> None:
         """Raise InputError for a request that cannot be drawn, before any work is done for it."""
         self.plan(request)
+        _ = request.mask_source
         encoders = [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
         check_prompting(request, min((encoder.config.num_hidden_layers for encoder in encoders), default=None))
 

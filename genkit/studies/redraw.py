@@ -12,6 +12,7 @@ import numpy as np
 
 from genkit.errors import InputError
 from genkit.job.load import reopen
+from genkit.job.masks import recall_masks
 from genkit.progress import Progress
 from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of
@@ -55,6 +56,7 @@ def redraw(run: Path, rows: Sequence[Request], device: str, quiet: bool) -> tupl
     """Draw rows of a run again, as the run drew them. Returns the early and final scores of each row's images, and
     the share of an image's time that decoding and scoring takes.
     """
+    recall_masks(run, rows)
     generator, scorer, slots, seed = reopen(run, device)
     draws = Draws(rows)
     stream = Stream(generator, draws, scorer, seed)

@@ -145,6 +145,9 @@ def _lacking(shot: Pictured, job: Job) -> list[str]:
     if isinstance(told, dict) and job.refiner is not None:
         now = {"start": job.refiner_start, "weights": weight_hashes(job.refiner)}
         lacking += [f"refiner: another {name}" for name in now if name in told and told[name] != now[name]]
+    told = shot.found.about.get("segmenter")
+    if told and job.segmenter is not None and told != job.segmenter.hashes:
+        lacking.append("segmenter: another one")
     given = {one.word: one.file.sha256 for one in job.inversions.used}
     for word, digest in shot.found.about.get("embeddings", {}).items():
         if given.get(word) != digest:

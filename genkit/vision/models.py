@@ -283,8 +283,9 @@ def read_tokenizer(info: VisionInfo) -> Any:
 
 
 def _text(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return size of the vocabulary and length of the text part, with OWL's defaults in transformers."""
-    return {"vocab_size": 49408, "max_position_embeddings": 16, **(config.get("text_config") or {})}
+    """Return size of the vocabulary and length of the text part, with the class's defaults in transformers."""
+    length = 77 if config.get("model_type") == "clipseg" else 16  # of the OWLs
+    return {"vocab_size": 49408, "max_position_embeddings": length, **(config.get("text_config") or {})}
 
 
 def _class_of(config: Mapping[str, Any], senses: Collection[str], option: str, where: str) -> str:
@@ -353,4 +354,17 @@ CLASSES: dict[str, Kind] = {
         nested={"backbone_config": ("swin",), "text_config": ("bert",)},
         renames=(*_OLD, (r".*relative_position_index$", "")),
     ),
+    "CLIPSegForImageSegmentation": Kind(
+        "segmenter", "clipseg", Processor({"height": 224, "width": 224}, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        tokenizer="CLIPTokenizer", renames=_OLD,
+        nested={"text_config": ("clipseg_text_model",), "vision_config": ("clipseg_vision_model",)},
+    ),
+    **{
+        name: Kind(
+            "captioner", "blip", Processor({"height": 384, "width": 384}, "bicubic", CLIP_MEAN, CLIP_STD),
+            tokenizer="BertTokenizer", renames=_OLD,
+            nested={"text_config": ("blip_text_model",), "vision_config": ("blip_vision_model",)},
+        )
+        for name in ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
+    },
 }  # fmt: skip

@@ -17,7 +17,8 @@ def most_tokens(info: VisionInfo) -> int:
     config = info.part.config
     if info.kind == "GroundingDinoForObjectDetection":
         return int(config.get("max_text_len", 256))
-    return int((config.get("text_config") or {}).get("max_position_embeddings", 16))
+    usual = 77 if info.kind == "CLIPSegForImageSegmentation" else 16
+    return int((config.get("text_config") or {}).get("max_position_embeddings", usual))
 
 
 def joined(words: Sequence[str]) -> str:
@@ -73,3 +74,11 @@ def refuse_many(words: Sequence[str], count: int, info: VisionInfo) -> None:
             f"detect: {len(words)} words have {count} tokens together, more than the {most_tokens(info)} that "
             f"{info.name} reads: look for fewer"
         )
+
+
+def check_lengths(info: VisionInfo, words: Sequence[str], field: str) -> None:
+    """Raise InputError, naming the field, for a text of more tokens than a segmenter or captioner reads."""
+    try:
+        Lengths(info).check(words)
+    except InputError as error:
+        raise InputError(f"{field}: {str(error).removeprefix('detect: ')}") from None

@@ -1,0 +1,33 @@
+"""Look at pictures with other models than CLIP: segment, caption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genkit.cli.app import SCORE, Command, app
+from genkit.cli.options import Device, Dtype
+
+Pictures = Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")]
+
+
+@app.command(cls=Command, rich_help_panel=SCORE)
+def segment(
+    images: Pictures,
+    words: Annotated[str, typer.Option(help="a fox,the sky: what to look for; a mask each.")],
+    model: Annotated[str, typer.Option(help="A folder or hub id of a CLIPSeg model.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for masks and segments.jsonl.")],
+    threshold: Annotated[float, typer.Option(help="The probability from which on a pixel is in the mask.")] = 0.5,
+    grow: Annotated[int, typer.Option(help="Grow the masks by so many pixels.")] = 0,
+    invert: Annotated[bool, typer.Option("--invert", help="White is all but what the words name.")] = False,
+    soft: Annotated[bool, typer.Option("--soft", help="Write probabilities, 0 to 255, in place of masks.")] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="Write the pictures with their masks in colour, too.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Write a mask of what each text names in each picture: white is what `generate --mask-image` draws anew."""
+    from genkit.studies.segment import segment_images
+
+    return segment_images(images, words, model, out, threshold, grow, invert, soft, draw, device, dtype)

@@ -1,0 +1,114 @@
+"""What the commands that look at pictures share: which pictures, how they are read, and names for what is written."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from genkit.device.devices import usable_cores
+from genkit.errors import HostError, InputError, shown
+from genkit.files import place
+from genkit.progress import Progress
+from genkit.runs.records import RESULTS
+
+if TYPE_CHECKING:
+    import torch
+
+    from genkit.vision.models import Sense
+
+T = TypeVar("T")
+
+READ = 32  # pictures prepared before the model sees them; of those at full size only as many as there are threads
+THREADS = 4
+
+
+def check_folder(out: Path, files: Sequence[Path]) -> None:
+    """Raise InputError unless `out` is, or can become, a folder that holds none of the pictures."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {shown(str(out))} is not a folder")
+    whole = out.resolve()
+    inside = next((file for file in files if file.resolve().is_relative_to(whole)), None)
+    if inside is not None:
+        raise InputError(f"--out: {place(out)} holds {place(inside)}, which is to be read; name another folder")
+
+
+def made_folder(folder: Path) -> Path:
+    """Return a folder, which is made if it is absent. Raises HostError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"{place(folder)}: cannot be made: {error.strerror or error}") from None
+    return folder
+
+
+def names_of(files: Sequence[Path], source: Path) -> list[str]:
+    """Return for each picture its path below `source` without suffix; with it where two would be alike.
+
+    source: a picture, a folder, or a run.
+    """
+    inside = source / "images" if (source / RESULTS).is_file() else source
+    root = inside if source.is_dir() else source.parent
+    plain = [file.relative_to(root).with_suffix("").as_posix() for file in files]
+    count = Counter(plain)
+    return [
+        name if count[name] == 1 else file.relative_to(root).as_posix() for file, name in zip(files, plain, strict=True)
+    ]
+
+
+def slugs(texts: Sequence[str]) -> list[str]:
+    """Return texts as parts of file names, all different."""
+    found: list[str] = []
+    for text in texts:
+        name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60].strip("-") or "text"
+        number = 1
+        while (name if number == 1 else f"{name}-{number}") in found:
+            number += 1
+        found.append(name if number == 1 else f"{name}-{number}")
+    return found
+
+
+def looked_at(
+    files: Sequence[Path], sense: Sense, look: Callable[[torch.Tensor, list[tuple[int, int]]], Sequence[T]]
+) -> Iterator[tuple[Path, T | InputError]]:
+    """Yield (file, what `look` says of it, or why it cannot be read) in order, with a line of progress.
+
+    look: is given up to READ prepared pictures (B, 3, h, w) of one shape, and the (height, width) of each; it returns
+    one result for each. Pictures are read and prepared in threads.
+    """
+    import torch
+
+    with Progress(len(files)) as progress, ThreadPoolExecutor(min(THREADS, usable_cores())) as pool:
+        for note in sense.loaded.notes:
+            progress.message(note)
+        for start in range(0, len(files), READ):
+            part = files[start : start + READ]
+            found: dict[Path, T | InputError] = {}
+            ready: dict[tuple[int, ...], list[tuple[Path, torch.Tensor, tuple[int, int]]]] = {}
+            for file, read in zip(part, pool.map(lambda file: _prepared(file, sense), part), strict=True):
+                if isinstance(read, InputError):
+                    found[file] = read
+                else:
+                    ready.setdefault(tuple(read[0].shape), []).append((file, *read))
+            for group in ready.values():
+                said = look(torch.cat([pixels for _, pixels, _ in group]), [size for _, _, size in group])
+                found |= {file: one for (file, _, _), one in zip(group, said, strict=True)}
+            for file in part:
+                one = found[file]
+                if isinstance(one, InputError):
+                    progress.message(str(one))
+                progress.advance(isinstance(one, InputError), True, len(files))
+                yield file, one
+
+
+def _prepared(file: Path, sense: Sense) -> tuple[torch.Tensor, tuple[int, int]] | InputError:
+    from genkit.scoring.clip import as_tensor
+
+    try:
+        picture = as_tensor(file)
+    except InputError as error:
+        return error
+    return sense.pixels(picture), (picture.shape[-2], picture.shape[-1])
