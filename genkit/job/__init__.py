@@ -60,8 +60,9 @@ def generate(
     prediction, embeddings, refiner, refiner_start: as with `TextToImage.from_pretrained`. embedding_dir: a folder of
     textual inversions, of which those are read whose file name is a word of a prompt. wildcards, lora_dir: where rows
     of syntax "a1111" find the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings.
-    format_in: as with `read_prompts`. detector: for gates such as count['cat'] == 2. segmenter: for rows whose `mask` is text. Raises InputError, before anything is loaded or written, for bad input, and
-    HostError where disk, lock or device do not allow the work.
+    format_in: as with `read_prompts`. detector: for gates such as count['cat'] == 2. segmenter: for rows whose `mask`
+    is text. Raises InputError, before anything is loaded or written, for bad input, and HostError where disk, lock or
+    device do not allow the work.
     """
     rows = read_prompts(prompts, defaults, format_in) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))

@@ -108,10 +108,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     )  # fmt: skip
     if info.kind == "clip":
         raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
-    clip_name = options.clip if options.clip != "auto" else "emoji-clip" if info.name == "emoji" else "none"
-    clip = None if clip_name == "none" else inspect_model(clip_name)
-    if clip is not None and clip.kind != "clip":
-        raise InputError(f"--clip: {clip_name} is a model of kind {clip.kind}, not a CLIP model")
+    clip = _clip(options, info)
     detector = None if options.detector is None else inspect_vision(options.detector, ("detector",), "--detector")
     lengths = None if detector is None else Lengths(detector)
     scorers, computed = _scorers(options, clip)
@@ -140,10 +137,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder, guided, refined))
             check_row(row.gate, row.rank_by, row.labels, computed, detector is not None)
             _check_sought(row, lengths)
-            if row.prune is not None and row.rank_by is None and "clip" not in computed:
-                raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
-            if row.labels is not None and clip is None:
-                raise InputError("labels: need a CLIP model, and there is none: give --clip")
+            _check_clip(row, clip, computed)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
@@ -155,6 +149,23 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     notes += [note for other in (clip, refiner, detector) if other is not None for note in other.notes]
     said_once = tuple(dict.fromkeys(notes))
     return Job(filled, options, info, clip, calls, scorers, said_once, inversions, refiner, start, detector, segmenter)
+
+
+def _clip(options: Options, info: ModelInfo) -> ModelInfo | None:
+    """Return the CLIP model that scores, if there is one. Raises InputError."""
+    name = options.clip if options.clip != "auto" else "emoji-clip" if info.name == "emoji" else "none"
+    clip = None if name == "none" else inspect_model(name)
+    if clip is not None and clip.kind != "clip":
+        raise InputError(f"--clip: {name} is a model of kind {clip.kind}, not a CLIP model")
+    return clip
+
+
+def _check_clip(row: Request, clip: ModelInfo | None, computed: frozenset[str]) -> None:
+    """Raise InputError for a row that needs a CLIP model where there is none."""
+    if row.prune is not None and row.rank_by is None and "clip" not in computed:
+        raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
+    if row.labels is not None and clip is None:
+        raise InputError("labels: need a CLIP model, and there is none: give --clip")
 
 
 def _check_sought(row: Request, lengths: Lengths | None) -> None:
