@@ -60,9 +60,8 @@ def generate(
     prediction, embeddings, refiner, refiner_start: as with `TextToImage.from_pretrained`. embedding_dir: a folder of
     textual inversions, of which those are read whose file name is a word of a prompt. wildcards, lora_dir: where rows
     of syntax "a1111" find the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings.
-    format_in: as with `read_prompts`. detector: a folder or hub id, for gates such as count['cat'] == 2. segmenter: one
-    for rows whose `mask` is text. Raises InputError, before anything is loaded or written, for bad input, and
-    HostError where disk, lock or device do not allow the work.
+    format_in: as with `read_prompts`. detector: for count['cat'] in gates; segmenter: for masks in words. Raises
+    InputError, before anything is loaded or written, for bad input, HostError for what disk, lock or device forbid.
     """
     rows = read_prompts(prompts, defaults, format_in) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))
@@ -72,13 +71,16 @@ def generate(
         quiet=quiet, attention=attention, format=format, quality=quality, aesthetic=aesthetic,
         scorers=tuple(scorers), picking=picking, max_total_images=max_total_images, max_seconds=max_seconds,
         vae=vae, text_encoder=text_encoder, prediction=prediction, wildcards=wildcards, lora_dir=lora_dir,
-        embeddings=tuple(embeddings), embedding_dir=embedding_dir, no_metadata=no_metadata,
-        refiner=refiner, refiner_start=refiner_start, detector=detector,
-        segmenter=segmenter,
+        embeddings=tuple(embeddings), embedding_dir=embedding_dir, no_metadata=no_metadata, refiner=refiner,
+        refiner_start=refiner_start, detector=detector, segmenter=segmenter,
     )  # fmt: skip
-    summary = run_job(plan_job(rows, options, defaults or {}), user_path(out))
+    return _unless_stopped(run_job(plan_job(rows, options, defaults or {}), user_path(out)))
+
+
+def _unless_stopped(summary: Summary) -> Summary:
+    """Return the summary, or raise what a signal means in Python; what is finished is saved: the same call goes on."""
     if summary.exit_code == EXIT_SIGINT:
-        raise KeyboardInterrupt  # what is finished is saved: the same call goes on
+        raise KeyboardInterrupt
     if summary.exit_code == EXIT_SIGTERM:
         raise SystemExit(EXIT_SIGTERM)
     return summary

@@ -188,10 +188,12 @@ def _passes(x: torch.Tensor, size: tuple[int, int], resample: str, rows_first: b
         if before == after:
             continue
         places, weights = (torch.from_numpy(found).to(x.device) for found in _pil_weights(before, after, resample))
-        total: Any = 2 ** (BITS - 1)  # half a level, to round
+        x = x.mT.contiguous() if axis == -1 else x  # whole lines are added much faster than single pixels
+        total = torch.full((*x.shape[:-2], after, x.shape[-1]), 2 ** (BITS - 1), dtype=torch.int32, device=x.device)
         for taken, weight in zip(places, weights, strict=True):
-            total = total + x.index_select(axis, taken) * (weight if axis == -1 else weight[:, None])
-        x = (total >> BITS).clamp(0, 255)
+            total += x.index_select(-2, taken).mul_(weight[:, None])
+        x = (total >> BITS).clamp_(0, 255)
+        x = x.mT if axis == -1 else x
     return x
 
 
