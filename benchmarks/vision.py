@@ -91,11 +91,7 @@ def theirs(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[
                 pictures = [Image.open(file).convert("RGB") for file in part]
                 pixels = prepare([p for p in pictures for _ in WORDS], return_tensors="pt")
                 told = {name: value.repeat(len(part), 1) for name, value in tokens.items()}
-                logits = (
-                    net(**told, **pixels)
-                    .logits.sigmoid()
-                    .view(len(part), len(WORDS), *pixels["pixel_values"].shape[2:])
-                )
+                logits = net(**told, **pixels).logits.sigmoid()
                 logits = logits.view(len(part), len(WORDS), *logits.shape[1:])
                 for picture, one in zip(pictures, logits, strict=True):
                     found.append(torch.nn.functional.interpolate(one[None], picture.size[::-1], mode="bilinear")[0])
