@@ -25,7 +25,7 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "hidden_size": 16}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"?.", "a", "picture", "of", "red", "fox", "cat", "two", "how",
-         "many", "in", "the", "snow", "on", "grass", "green", "house", "[DEC]"]  # fmt: skip
+         "many", "in", "the", "snow", "on", "grass", "green", "house"]  # fmt: skip
 
 
 def tiny_clipseg(folder: Path, seed: int = 5) -> Path:
@@ -63,8 +63,9 @@ def tiny_blip_vqa(folder: Path) -> Path:
 
 def _blip(kind: Any, folder: Path) -> Path:
     torch.manual_seed(7)
-    ids = {"bos_token_id": WORDS.index("[DEC]"), "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 3}
-    text = {**SMALL, **ids, "vocab_size": len(WORDS), "max_position_embeddings": 40}
+    # As of Salesforce: the ids of [DEC] and [ENC] are not in the vocabulary
+    ids = {"bos_token_id": len(WORDS), "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 3}
+    text = {**SMALL, **ids, "vocab_size": len(WORDS) + 2, "max_position_embeddings": 40}
     vision = {**SMALL, "image_size": 32, "patch_size": 8}
     model = kind(BlipConfig(text_config=text, vision_config=vision, projection_dim=16, image_text_hidden_size=16))
     with torch.no_grad():  # as drawn it says the same of every picture

@@ -24,3 +24,13 @@ def test_gpu_benchmark_runs_with_tiny_networks(tmp_path: Path) -> None:
     found = json.loads(out.read_text())["results"]
     assert [line["title"] for line in found] == ["genkit, all steps guided", "genkit, half of the steps guided"]
     assert all(line["images"] == 6 and line["per_second"] > 0 for line in found), done.stdout
+
+
+@pytest.mark.slow
+def test_vision_benchmark_runs_with_tiny_networks() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/vision.py", "--tiny", "--pictures", "4", "--side", "64"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in done.stdout.splitlines()[3:]] == ["segment", "caption"]

@@ -42,7 +42,7 @@ from genkit import cli
 from genkit.cli.app import app
 from genkit.training.recipe import read_recipe
 from tests.detectors import tiny_owlvit
-from tests.senses import tiny_clipseg
+from tests.senses import tiny_blip, tiny_blip_vqa, tiny_clipseg
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_refiner, tiny_sdxl, tiny_stable_diffusion
 
 ROOT = Path(__file__).parent.parent
@@ -216,6 +216,8 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "votes": _votes,
     "embeddings": _embeddings,
     "my-clipseg": tiny_clipseg,
+    "my-blip": tiny_blip,
+    "my-blip-vqa": tiny_blip_vqa,
 }
 
 

@@ -31,3 +31,26 @@ def segment(
     from genkit.studies.segment import segment_images
 
     return segment_images(images, words, model, out, threshold, grow, invert, soft, draw, device, dtype)
+
+
+@app.command(cls=Command, rich_help_panel=SCORE)
+def caption(
+    images: Pictures,
+    model: Annotated[str, typer.Option(help="A folder or hub id of a BLIP model that captions, or answers.")],
+    question: Annotated[str | None, typer.Option(help="What to ask a model that answers questions.")] = None,
+    begin: Annotated[str | None, typer.Option(help="How captions begin, say 'a photo of'.")] = None,
+    write: Annotated[
+        str | None, typer.Option(help="Write training data: txt beside each picture, or jsonl: one metadata.jsonl.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where a caption is there already.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="The most tokens of a caption.")] = 50,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Caption pictures, or ask a question about each; one JSON line a picture, or captions to train on."""
+    from genkit.studies.caption import caption_images
+
+    return caption_images(images, model, question, begin, write, overwrite, out, tokens, device, dtype)

@@ -18,40 +18,16 @@ from genkit.selection.picking import NONE, Picking
 
 
 def generate(
-    prompts: str | Path | Sequence[Request],
-    out: str | Path,
-    *,
-    model: str = "emoji",
-    clip: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int | None = None,
-    memory: str = "auto",
-    seed: int = 0,
-    defaults: dict[str, Any] | None = None,
-    quiet: bool = False,
-    attention: str = "auto",
-    format: str = "png",
-    quality: int | None = None,
-    aesthetic: str | None = None,
-    scorers: Sequence[Any] = (),
-    picking: Picking = NONE,
-    max_total_images: int | None = None,
-    max_seconds: float | None = None,
-    vae: str | None = None,
-    text_encoder: str | None = None,
-    prediction: str = "auto",
-    wildcards: str | None = None,
-    lora_dir: str | None = None,
-    embeddings: Sequence[Any] = (),
-    embedding_dir: str | None = None,
-    no_metadata: bool = False,
-    format_in: str = "auto",
-    refiner: str | None = None,
-    refiner_start: float | None = None,
-    detector: str | None = None,
-    segmenter: str | None = None,
-) -> Summary:
+    prompts: str | Path | Sequence[Request], out: str | Path, *, model: str = "emoji", clip: str = "auto",
+    device: str = "auto", dtype: str = "auto", batch_size: int | None = None, memory: str = "auto", seed: int = 0,
+    defaults: dict[str, Any] | None = None, quiet: bool = False, attention: str = "auto", format: str = "png",
+    quality: int | None = None, aesthetic: str | None = None, scorers: Sequence[Any] = (), picking: Picking = NONE,
+    max_total_images: int | None = None, max_seconds: float | None = None, vae: str | None = None,
+    text_encoder: str | None = None, prediction: str = "auto", wildcards: str | None = None,
+    lora_dir: str | None = None, embeddings: Sequence[Any] = (), embedding_dir: str | None = None,
+    no_metadata: bool = False, format_in: str = "auto", refiner: str | None = None,
+    refiner_start: float | None = None, detector: str | None = None, segmenter: str | None = None,
+) -> Summary:  # fmt: skip
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
     defaults: fields (num_inference_steps, guidance_scale, …) for rows that do not state them. format: png, webp, jpeg
@@ -60,9 +36,8 @@ def generate(
     prediction, embeddings, refiner, refiner_start: as with `TextToImage.from_pretrained`. embedding_dir: a folder of
     textual inversions, of which those are read whose file name is a word of a prompt. wildcards, lora_dir: where rows
     of syntax "a1111" find the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings.
-    format_in: as with `read_prompts`. detector: for gates such as count['cat'] == 2. segmenter: for rows whose `mask`
-    is text. Raises InputError, before anything is loaded or written, for bad input, and HostError where disk, lock or
-    device do not allow the work.
+    format_in: as with `read_prompts`. detector: for count['cat'] in gates; segmenter: for masks in words. Raises
+    InputError, before anything is loaded or written, for bad input, HostError for what disk, lock or device forbid.
     """
     rows = read_prompts(prompts, defaults, format_in) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))

@@ -95,6 +95,7 @@ def test_articles() -> None:
     assert joined("", "a cat") == "a cat" and joined("a cat", "at night") == "a cat, at night"
 
 
+@pytest.mark.slow
 def test_pictures_like_these_are_drawn_and_gone_on_with(
     drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

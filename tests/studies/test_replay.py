@@ -331,6 +331,7 @@ def test_models_without_prompts_and_rows_of_several_pictures(tmp_path: Path) -> 
     assert replay(tmp_path / "run", tmp_path / "out", options=options())["identical"] == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(demo: Path, tmp_path: Path) -> None:
     pictures = sorted(map(str, (demo / "images").iterdir()))[:6]
     command = ["replay", *pictures, "-o", str(tmp_path / "out"), "--clip", "none", "--batch-size", "1", "steps=8"]

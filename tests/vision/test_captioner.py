@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from PIL import Image
 from transformers import BertTokenizer, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from genkit.cli import run
 from genkit.errors import InputError
 from genkit.vision.captioner import Captioner
-from tests.senses import noise, tensor, tiny_blip, tiny_blip_vqa
+from tests.senses import noise, pictures, tensor, tiny_blip, tiny_blip_vqa
 
 QUESTION = "how many cats in the picture?"
 
@@ -62,3 +64,80 @@ def test_what_a_model_cannot_read_is_refused(blip: Path, vqa: Path) -> None:
         Captioner.from_pretrained(blip, device="cpu")(picture, " ")
     with pytest.raises(InputError, match="tokens, more than the 40 read"):
         Captioner.from_pretrained(blip, device="cpu")(picture, "fox " * 50)
+
+
+def caption(*words: Any) -> int:
+    return run(["caption", *map(str, words), "--device", "cpu"])
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_captions_are_written_once(blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = pictures(tmp_path / "pictures", 3)
+    (where / "1.txt").write_text("mine\n")
+    assert caption(where, "--model", blip, "--write", "txt") == 0
+    printed = capsys.readouterr()
+    found = {Path(one["file"]).name: one["caption"] for one in lines(printed.out)}
+    assert list(found) == ["0.png", "2.png"] and "1 of 3 pictures have a caption and keep it" in printed.err
+    assert (where / "1.txt").read_text() == "mine\n" and (where / "0.txt").read_text() == found["0.png"] + "\n"
+    assert caption(where, "--model", blip, "--write", "txt") == 0 and capsys.readouterr().out == ""
+    assert caption(where, "--model", blip, "--write", "txt", "--overwrite") == 0
+    assert (where / "1.txt").read_text() != "mine\n"
+
+
+def test_metadata_keeps_what_it_has(blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = pictures(tmp_path / "pictures", 3)
+    (where / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    mine = [{"file_name": "1.png", "text": "mine"}, {"file_name": "2.png", "artist": "me"}]
+    (where / "metadata.jsonl").write_text("\n".join(map(json.dumps, mine)))
+    assert caption(where, "--model", blip, "--write", "jsonl", "--begin", "a picture of") == 1
+    found = {Path(one["file"]).name: one.get("caption") for one in lines(capsys.readouterr().out)}
+    assert lines((where / "metadata.jsonl").read_text()) == [
+        mine[0], {**mine[1], "text": found["2.png"]}, {"file_name": "0.png", "text": found["0.png"]},
+    ]  # fmt: skip
+    assert str(found["0.png"]).startswith("a picture of")
+    (where / "metadata.jsonl").write_text('{"file_name": "1.png"}\n{"file_name": "1.png"}\n')
+    assert caption(where, "--model", blip, "--write", "jsonl") == 2
+    assert "metadata.jsonl:2: file_name: '1.png' is there twice" in capsys.readouterr().err
+
+
+def test_a_stopped_command_goes_on(
+    blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = pictures(tmp_path / "pictures", 5)
+    monkeypatch.setattr("genkit.studies.senses.READ", 2)
+    say, calls = Captioner.captions, []
+
+    def stopped(self: Captioner, *words: Any) -> list[str]:
+        calls.append(words)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return say(self, *words)
+
+    monkeypatch.setattr(Captioner, "captions", stopped)
+    assert caption(where, "--model", blip, "--write", "jsonl") == 130
+    assert [one["file_name"] for one in lines((where / "metadata.jsonl").read_text())] == ["0.png", "1.png"]
+    assert caption(where, "--model", blip, "--write", "jsonl") == 0
+    assert [one["file_name"] for one in lines((where / "metadata.jsonl").read_text())] == [f"{n}.png" for n in range(5)]
+
+
+def test_answers_and_refusals(blip: Path, vqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = pictures(tmp_path / "pictures", 2)
+    assert caption(where, "--model", vqa, "--question", QUESTION, "-o", tmp_path / "answers.jsonl") == 0
+    assert [one["question"] for one in lines((tmp_path / "answers.jsonl").read_text())] == [QUESTION] * 2
+    refused = {
+        "--question: is missing": ["--model", vqa],
+        "--begin: 'a': ": ["--model", vqa, "--begin", "a", "--question", "b"],
+        "captions; a BlipForQuestionAnswering answers questions": ["--model", blip, "--question", "how many?"],
+        "--write: 'json' is not txt or jsonl (did you mean 'jsonl'?)": ["--model", blip, "--write", "json"],
+        "--overwrite: needs --write": ["--model", blip, "--overwrite"],
+        "--tokens: 0 is not": ["--model", blip, "--tokens", "0"],
+        "--begin: ' ' is no text": ["--model", blip, "--begin", " "],
+        "--begin: 'fox": ["--model", blip, "--begin", "fox " * 50],
+    }
+    for message, words in refused.items():
+        capsys.readouterr()
+        assert caption(where, *words) == 2
+        assert message in capsys.readouterr().err

@@ -14,9 +14,10 @@ from PIL import Image, ImageFilter
 
 from genkit import InputError, Request, TextToImage, generate
 from genkit.cli import run as command
-from genkit.job.masks import find_masks
+from genkit.job.load import reopen
+from genkit.job.masks import find_masks, recall_masks
 from genkit.rows.prompts import read_prompts
-from genkit.runs.records import read_results
+from genkit.runs.records import read_results, read_rows
 from genkit.vision.segmenter import Segmenter
 from tests.senses import noise, tensor, tiny_clipseg
 from tests.tiny import tiny_stable_diffusion
@@ -187,3 +188,17 @@ def test_the_command(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "--mask: 'gone.png' is a picture" in capsys.readouterr().err
     assert command(["generate", *words, "--mask-grow", "3", "-o", str(tmp_path / "new")]) == 0
     assert "mask_grow: is not used: no row has a mask in words" in capsys.readouterr().err
+
+
+def test_a_reopened_run_draws_with_the_recorded_masks(here: Path, tmp_path: Path) -> None:
+    """As `redraw` does it for early scores: the same generator, and the masks of the run's folder."""
+    found = draw(here, tmp_path / "run", [row(here)], no_metadata=True)
+    generator, scorer, slots, seed = reopen(tmp_path / "run")
+    rows = read_rows(tmp_path / "run")
+    recall_masks(tmp_path / "run", rows)
+    result = next(generator.stream(rows, scorer=scorer, slots=slots, seed=seed))
+    picture = np.array(Image.open(tmp_path / "run" / "images" / "a-00.png").convert("RGB"))
+    assert found and np.array_equal(np.asarray(result.pixels), picture)
+    (tmp_path / "run" / "masks" / "a.png").unlink()
+    with pytest.raises(InputError, match=r"a\.png: is absent: the mask of row a"):
+        recall_masks(tmp_path / "run", read_rows(tmp_path / "run"))

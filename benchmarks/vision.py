@@ -1,0 +1,167 @@
+"""Pictures a second of `genkit segment` and `genkit caption` beside transformers' model and processor, same batch size.
+
+    python benchmarks/vision.py [--pictures 16] [--side 1024] [--batch 8] [--tiny] [--only segment]
+
+Networks have random weights and the shapes of the published ones: CLIPSeg ViT-B/16 at 352 pixels, BLIP base at 384
+(captions of 8 tokens). Both sides read the same JPEG files and keep the results in memory; transformers has no pipeline
+for CLIPSeg, so each batch is what its documentation shows: a picture for every text. Each side runs in a process of its
+own, once to warm up and once for the time; memory is that process's peak, weights included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+WORDS = ["a fox", "the sky"]
+TOKENS = 8
+SENSES = ("segment", "caption")
+
+
+def make(folder: Path, sense: str, tiny: bool) -> Path:
+    """Write a model folder: tiny, or of the published shape."""
+    from tests import senses
+    from tests import tiny as others
+
+    path = (senses.tiny_clipseg if sense == "segment" else senses.tiny_blip)(folder / sense)
+    if tiny:
+        return path
+    from transformers import BlipConfig, BlipForConditionalGeneration, CLIPSegConfig, CLIPSegForImageSegmentation
+
+    if sense == "segment":
+        text = {**others.TOKENS, "max_position_embeddings": 77}
+        vision = {"image_size": 352, "patch_size": 16}
+        CLIPSegForImageSegmentation(CLIPSegConfig(text_config=text, vision_config=vision)).save_pretrained(path)
+    else:
+        BlipForConditionalGeneration(BlipConfig()).save_pretrained(path)
+    processor = json.loads((path / "preprocessor_config.json").read_text())
+    side = 352 if sense == "segment" else 384
+    size = {"height": side, "width": side}
+    (path / "preprocessor_config.json").write_text(json.dumps({**processor, "size": size}))
+    return path
+
+
+def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
+    """Return genkit's work on the pictures, as its commands do it."""
+    from genkit.studies.senses import looked_at
+    from genkit.vision.captioner import Captioner
+    from genkit.vision.segmenter import Segmenter, enlarged
+
+    if sense == "segment":
+        segmenter = Segmenter.from_pretrained(model, device="cpu")
+        segmenter.batch = batch
+
+        def maps(pixels: Any, sizes: list[tuple[int, int]]) -> list[Any]:
+            found = segmenter.maps(pixels, WORDS)
+            return [enlarged(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
+
+        return lambda: [one for _, one in looked_at(files, segmenter, maps)]
+    captioner = Captioner.from_pretrained(model, device="cpu")
+    captioner.batch = batch
+    return lambda: [one for _, one in looked_at(files, captioner, lambda x, _: captioner.captions(x, None, TOKENS))]
+
+
+def theirs(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
+    """Return the same by transformers' model and processor."""
+    import torch
+    import transformers
+    from PIL import Image
+
+    parts = [files[start : start + batch] for start in range(0, len(files), batch)]
+    if sense == "segment":
+        net: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(model).eval()
+        prepare = transformers.ViTImageProcessor.from_pretrained(model)
+        tokens = transformers.CLIPTokenizer.from_pretrained(model)(WORDS, padding=True, return_tensors="pt")
+
+        @torch.inference_mode()
+        def maps() -> list[Any]:
+            found = []
+            for part in parts:
+                pictures = [Image.open(file).convert("RGB") for file in part]
+                pixels = prepare([p for p in pictures for _ in WORDS], return_tensors="pt")
+                told = {name: value.repeat(len(part), 1) for name, value in tokens.items()}
+                logits = net(**told, **pixels).logits.sigmoid()
+                logits = logits.view(len(part), len(WORDS), *logits.shape[1:])
+                for picture, one in zip(pictures, logits, strict=True):
+                    found.append(torch.nn.functional.interpolate(one[None], picture.size[::-1], mode="bilinear")[0])
+            return found
+
+        return maps
+    blip: Any = transformers.BlipForConditionalGeneration.from_pretrained(model).eval()
+    tokenizer = transformers.BertTokenizer.from_pretrained(model)
+    prepares = transformers.BlipImageProcessor.from_pretrained(model)
+
+    @torch.inference_mode()
+    def captions() -> list[str]:
+        found: list[str] = []
+        for part in parts:
+            pixels = prepares([Image.open(file).convert("RGB") for file in part], return_tensors="pt")
+            found += tokenizer.batch_decode(blip.generate(**pixels, max_new_tokens=TOKENS), skip_special_tokens=True)
+        return found
+
+    return captions
+
+
+def measure(side: str, sense: str, model: Path, files: list[Path], batch: int) -> None:
+    """Print seconds and peak memory of one side as JSON."""
+    work = {"genkit": ours, "transformers": theirs}[side](sense, model, files, batch)
+    work()
+    began = time.perf_counter()
+    assert len(work()) == len(files)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": seconds, "gib": peak}))
+
+
+def main() -> None:
+    """Measure each sense on both sides and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", choices=SENSES)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        side, sense, folder = options.measure
+        measure(side, sense, Path(folder) / sense, sorted(Path(folder, "pictures").iterdir()), options.batch)
+        return
+    from tests.senses import noise
+
+    print(f"{options.pictures} pictures of {options.side}x{options.side}, batches of {options.batch}, on the CPU")
+    print(
+        "| sense | transformers, pictures/s | genkit | times | transformers, GiB | genkit |\n|---|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as temp:
+        (Path(temp) / "pictures").mkdir()
+        for n in range(options.pictures):
+            noise(n, options.side, options.side).save(Path(temp, "pictures", f"{n:04d}.jpg"), quality=90)
+        for sense in [options.only] if options.only else SENSES:
+            make(Path(temp), sense, options.tiny)
+            found = {}
+            for side in ("transformers", "genkit"):
+                words = [sys.executable, __file__, "--batch", str(options.batch), "--measure", side, sense, temp]
+                done = subprocess.run(words, capture_output=True, text=True, env=os.environ)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                found[side] = json.loads(done.stdout.splitlines()[-1])
+            rates = [options.pictures / found[side]["seconds"] for side in ("transformers", "genkit")]
+            memory = [found[side]["gib"] for side in ("transformers", "genkit")]
+            figures = [f"{value:.2f}" for value in (*rates, rates[1] / rates[0], *memory)]
+            print(f"| {sense} | {' | '.join(figures)} |")
+
+
+if __name__ == "__main__":
+    main()
