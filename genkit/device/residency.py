@@ -111,15 +111,20 @@ class Residency:
 
     def _settle(self, unet: Any) -> None:
         """Bring the weights of a UNet that is moved back to RAM, where they can be changed."""
-        name = next((name for name, network in self._networks.items() if network is unet), None)
+        name = self._name_of(unet)
         if name is not None and self.level == LAYERS:
             _whole(unet)
         elif name is not None:
             self.park(name)
 
     def _resume(self, unet: Any) -> None:
-        if self.level == LAYERS and any(network is unet for network in self._networks.values()):
+        if self.level == LAYERS and self._name_of(unet) is not None:
             _by_layer(unet, self.device)
+
+    def _name_of(self, unet: Any) -> str | None:
+        """Return the name of a network that is moved, or of one within a wrapper around it."""
+        inside = {id(module) for module in unet.modules()}
+        return next((name for name, network in self._networks.items() if id(network) in inside), None)
 
 
 def _tensors(network: Any) -> list[torch.Tensor]:

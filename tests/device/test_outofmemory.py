@@ -103,6 +103,7 @@ def test_unet_rows(gen: TextToImage, expected: dict[str, Any], caplog: pytest.Lo
     assert "out of memory at 8 rows: from now on at most 4 at once" in caplog.text
 
 
+@pytest.mark.slow
 def test_vae_batch_then_strips_then_failure(
     gen: TextToImage, expected: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

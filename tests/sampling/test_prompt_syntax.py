@@ -28,7 +28,7 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     return (tiny_sdxl if request.param == "sdxl" else tiny_stable_diffusion)(folder)

@@ -75,6 +75,7 @@ def test_other_steps_guidance_or_strength_are_refused(folder: Path, quick: None)
         plan_for(base, "tuned", 4)
 
 
+@pytest.mark.slow
 def test_generate_takes_it_and_a_changed_file_is_noticed(folder: Path, quick: None, tmp_path: Path) -> None:
     tune_model(str(folder), 4, guidance=2.0, noises=12)
     command = [sys.executable, "-m", "genkit", "generate", "--prompt", "a cat", "--model", str(folder), "-o",

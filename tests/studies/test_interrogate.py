@@ -36,6 +36,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_embedded_models_pictures_are_called_what_they_are(drawn: Path) -> None:
     found = {Path(one.file).stem: one for one in genkit.interrogate(drawn)}
     assert found.keys() == PROMPTS.keys()
