@@ -11,7 +11,7 @@ from genkit.components import inspect_model
 from genkit.components.geometry import Geometry
 from genkit.components.needs import describe
 from genkit.device.devices import CPU_SLOTS, check_attention, check_device
-from genkit.device.memory import check_memory
+from genkit.device.memory import TEXTS, check_memory
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
 from genkit.job.masks import find_segmenter
@@ -125,11 +125,11 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     filled: list[Request] = []
     notes = list(getattr(rows, "notes", ()))
     calls = unsaid = 0
-    depths = [config["num_hidden_layers"] for part, config in info.configs.items() if part.startswith("text_encoder")]
+    layers = min((info.configs[name]["num_hidden_layers"] for name in TEXTS if name in info.configs), default=None)
     for where, stated in _written(rows, options, defaults):
         try:
             row = _complete(stated, geometry, info.defaults)
-            check_prompting(row, min(depths, default=None))
+            check_prompting(row, layers)
             notes += [f"{where}: {line}" for line in assumed(stated, row)]
             given_up = 0.0 if row.prune is None else row.prune["after"] * (row.num_images - row.whole)
             guided = 1.0 if geometry.guidance_width else row.guidance_scale or 1.0

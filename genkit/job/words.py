@@ -11,6 +11,7 @@ from genkit.components.words import Embedding, Words, names_in, used_embeddings
 from genkit.errors import InputError, shown
 from genkit.options import Options
 from genkit.rows.request import Request
+from genkit.rows.sdxl import stated_prompts
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
@@ -69,19 +70,19 @@ def find_inversions(rows: Sequence[Request], options: Options, info: ModelInfo) 
 
     Raises InputError for a file that cannot be used, and, naming the row, for embedding:NAME of no file.
     """
-    texts = dict.fromkeys(text for row in rows for _, text in _texts(row))
+    texts = dict.fromkeys(text for row in rows for _, text in stated_prompts(row))
     found = used_embeddings(options.embeddings, options.embedding_dir, texts, info.configs)
     words = Words({one.word: one.file.vectors for one in found})
     folder = () if options.embedding_dir is None else names_in(options.embedding_dir)
     hashes = {one.word: one.file.sha256 for one in found}
     users: dict[str, list[str]] = {}
     for row in rows:
-        for field, text in _texts(row):
+        for field, text in stated_prompts(row):
             try:
                 words.check(text, folder)
             except InputError as error:
                 raise InputError(f"{row.source or f'row {row.id}'}: {field}: {error}") from None
-        for word in dict.fromkeys(word for _, text in _texts(row) for word in words.found(text)):
+        for word in dict.fromkeys(word for _, text in stated_prompts(row) for word in words.found(text)):
             users.setdefault(word, []).append(str(row.id))
             row._words[word.lower()] = hashes[word]
     used = tuple(one for one in found if one.word in users)
@@ -100,14 +101,8 @@ def find_inversions(rows: Sequence[Request], options: Options, info: ModelInfo) 
 def recorded_words(recorded: Mapping[str, Any], rows: Sequence[Request]) -> tuple[tuple[str, str], ...]:
     """Return (file, word) of the textual inversions in run.json whose word rows have."""
     words = Words(dict.fromkeys(recorded, 1))
-    used = {word for row in rows for _, text in _texts(row) for word in words.found(text)}
+    used = {word for row in rows for _, text in stated_prompts(row) for word in words.found(text)}
     return tuple((recorded[word]["file"], word) for word in recorded if word in used)
-
-
-def _texts(row: Request) -> list[tuple[str, str]]:
-    """Return (field, text) of each prompt of a row."""
-    fields = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
-    return [(field, getattr(row, field)) for field in fields if getattr(row, field)]
 
 
 def _rows(count: int) -> str:

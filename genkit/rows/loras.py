@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from genkit.components.weights import read_file, sha256
+from genkit.components.weights import read_file
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, user_path
 
@@ -41,20 +41,6 @@ def beside(folder: Path, lora: Any) -> Any:
     if isinstance(lora, dict) and isinstance(lora.get("file"), str) and lora["file"]:
         return {**lora, "file": os.path.join(os.path.abspath(folder), user_path(lora["file"]))}
     return lora
-
-
-def file_hash(file: str) -> str:
-    """Return the SHA-256 of a file, computed once as long as it does not change; its name if it is gone."""
-    try:
-        stat = os.stat(file)
-    except OSError:
-        return file
-    return _hash_of(file, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(1024)
-def _hash_of(file: str, size: int, changed: int) -> str:
-    return sha256(Path(file))
 
 
 def find_lora(folder: Path | None, name: str) -> Path:

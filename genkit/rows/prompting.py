@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, field_validator
 
 from genkit.errors import InputError, nearest, shown
 from genkit.rows.syntax import composed, scheduled, weighted
 
+if TYPE_CHECKING:
+    from genkit.components.chunks import Chunks
+
 SYNTAXES = ("none", "a1111")
 FIELDS = ("syntax", "clip_skip")  # of those below, what determines pixels
 PROMPTS = ("prompt", "negative_prompt")
-
-Chunks = tuple[tuple[tuple[str, float], ...], ...]  # (text, weight) pieces of each chunk that BREAK separates
 
 
 class Prompting(BaseModel):
@@ -66,6 +67,7 @@ def within(field: str, read: Callable[[], Any]) -> Any:
         raise InputError(f"{field}: {error}") from None
 
 
+@functools.lru_cache(256)
 def scripted(prompt: str, negative: str, steps: int, calls: int) -> Script:
     """Return what each call of the network reads of two prompts. steps: of the sampler; calls: of the network.
 

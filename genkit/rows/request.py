@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from genkit.components.weights import hash_once
 from genkit.errors import InputError, nearest, shown
 from genkit.pictures.images import as_pil
 from genkit.rows import detecting, inputs, prompting, sdxl
-from genkit.rows.loras import beside, check_loras, file_hash
+from genkit.rows.loras import beside, check_loras
 from genkit.rows.typed import COUNTS, whole
 from genkit.rows.yamltext import Cut
 
@@ -284,7 +285,7 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
             if fields[later] in (None, "none"):
                 del fields[later]
         if self.loras:
-            fields["loras"] = [{**lora, "file": file_hash(lora["file"])} for lora in self.loras]
+            fields["loras"] = [{**lora, "file": hash_once(lora["file"]) or lora["file"]} for lora in self.loras]
         if self._words:
             fields["embeddings"] = self._words
         if self._segmenter:

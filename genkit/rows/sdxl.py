@@ -98,6 +98,12 @@ def check_conditioning(row: Conditioning, geometry: Geometry) -> None:
             raise InputError(f"{field}: {shown(value)}: only SDXL reads it, and this model is none")
 
 
+def stated_prompts(row: Any) -> list[tuple[str, str]]:
+    """Return (field, text) of each prompt that a row states."""
+    fields = ("prompt", "negative_prompt", *PROMPTS)
+    return [(field, getattr(row, field)) for field in fields if getattr(row, field)]
+
+
 def texts_of(row: Any) -> tuple[list[str], list[str]]:
     """Return [prompt, negative prompt] of the first text encoder, and of the second; one not stated is the other's."""
     firsts = [row.prompt, row.negative_prompt]

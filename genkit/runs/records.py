@@ -58,6 +58,11 @@ def read_rows(folder: Path) -> list[Request]:
     return rows
 
 
+def is_run(folder: Path) -> bool:
+    """Whether this is the folder of a run."""
+    return (folder / RESULTS).is_file()
+
+
 def read_results(folder: Path) -> list[Result]:
     """Return the newest record of every image, in order of first appearance, without those moved to replaced/."""
     path = folder / RESULTS

@@ -22,7 +22,7 @@ from genkit.rows.plans import plan_for
 from genkit.rows.prompting import check_prompting
 from genkit.rows.refining import refined_plan
 from genkit.rows.request import Request
-from genkit.rows.sdxl import time_ids
+from genkit.rows.sdxl import stated_prompts, time_ids
 from genkit.rows.settings import Settings, settings
 from genkit.rows.syntax import composed
 from genkit.sampling.adapters import Adapters
@@ -110,8 +110,8 @@ class Pipeline:
     def settings(self, request: Request) -> Settings:
         """Return the request with this model's defaults; raises InputError if the model cannot draw it."""
         words = getattr(self.tokenizer, "words", None) or Words({})
-        for text in (request.prompt, request.negative_prompt, request.prompt_2, request.negative_prompt_2):
-            words.check(text or "")
+        for _, text in stated_prompts(request):
+            words.check(text)
         return settings(request, self.geometry, self.defaults)
 
     def cost(self, request: Request) -> float:

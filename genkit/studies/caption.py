@@ -12,6 +12,7 @@ from genkit.durable import disk, json_line, write_whole
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, nearest, shown
 from genkit.files import parse_json, place, read_text
 from genkit.progress import printable
+from genkit.runs.records import is_run
 from genkit.studies.score import check_out, line_of, output_of, pictures_at
 from genkit.studies.senses import READ, looked_at
 from genkit.vision.models import VisionInfo, inspect_vision
@@ -138,7 +139,7 @@ class Metadata(Nowhere):
     """Captions in metadata.jsonl: {"file_name": below the folder, "text": caption}; other lines and keys stay."""
 
     def __init__(self, images: Path, files: Sequence[Path], overwrite: bool) -> None:
-        root = images / "images" if (images / "results.jsonl").is_file() else images
+        root = images / "images" if is_run(images) else images
         self.root = root if images.is_dir() else images.parent
         self.path, self.overwrite = self.root / METADATA, overwrite
         self.records: dict[str, dict[str, Any]] = {}

@@ -15,7 +15,7 @@ from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, nearest, shown
 from genkit.pictures.images import check_image, list_images, read_image
 from genkit.progress import Progress, printable, printable_json
 from genkit.rows.prompts import read_prompts, typed
-from genkit.runs.records import RESULTS, read_results, read_rows
+from genkit.runs.records import is_run, read_results, read_rows
 from genkit.runs.rescore import Stored
 from genkit.scoring.aesthetic import Head, check_head
 from genkit.scoring.names import check_labels
@@ -54,7 +54,7 @@ def score_images(
     info = _clip_model(clip)
     if aesthetic is not None:
         check_head(Path(aesthetic), info.embedding_width)
-    others = [row.plain_prompt for row in read_rows(images)] if _is_run(images) else texts
+    others = [row.plain_prompt for row in read_rows(images)] if is_run(images) else texts
     panel = _panel(info, device, dtype, others, aesthetic, scorers)
     failed = 0
     with output_of(out) as write, Stored(images, info) as stored:
@@ -202,14 +202,10 @@ def _panel(
     return Panel(clip, prompts, head, plugins)
 
 
-def _is_run(images: Path) -> bool:
-    return (images / RESULTS).is_file()
-
-
 def pictures_at(images: Path) -> list[Path]:
     """Return the pictures at `images`: a file, a run folder (its finished images) or any folder, sorted by name."""
     if images.is_dir():
-        files = list_images(images / "images" if _is_run(images) else images)
+        files = list_images(images / "images" if is_run(images) else images)
         if not files:
             raise InputError(f"{images}: holds no PNG, JPEG, WebP or JPEG XL picture")
         return files
@@ -219,7 +215,7 @@ def pictures_at(images: Path) -> list[Path]:
 
 def _folder(images: Path, file: Path) -> str | None:
     """Return the subfolder of `images` that contains a picture; None for a run, whose subfolders mean nothing."""
-    if not images.is_dir() or _is_run(images):
+    if not images.is_dir() or is_run(images):
         return None
     parts = file.relative_to(images).parts
     return parts[0] if len(parts) > 1 else None
@@ -246,7 +242,7 @@ def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | 
         if len(rows) != len(files):
             raise InputError(f"{prompts}: has {len(rows)} rows for {len(files)} pictures in {images}")
         return [row.plain_prompt for row in rows]
-    known = {images / str(r.file): r.prompt for r in (read_results(images) if _is_run(images) else [])}
+    known = {images / str(r.file): r.prompt for r in (read_results(images) if is_run(images) else [])}
     return [known.get(file, "") for file in files]
 
 

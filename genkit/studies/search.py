@@ -16,7 +16,7 @@ from genkit.errors import InputError, shown
 from genkit.files import place, read_text
 from genkit.pictures.images import check_image, list_images, natural, read_image
 from genkit.runs.embeddings import read_embeddings
-from genkit.runs.records import RESULTS, found_at, read_config, read_results
+from genkit.runs.records import found_at, is_run, read_config, read_results
 from genkit.runs.rescore import Stored
 from genkit.selection.index import BATCH, Indexed, folder_index, top
 
@@ -120,11 +120,6 @@ def pictures_of(folder: Path) -> list[Path]:
     if not files:
         raise InputError(f"{place(folder)}: holds no PNG, JPEG, WebP or JPEG XL picture")
     return files
-
-
-def is_run(folder: Path) -> bool:
-    """Whether this is the folder of a run."""
-    return (folder / RESULTS).is_file()
 
 
 def _run_clip(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from genkit.device.devices import usable_cores
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place
 from genkit.progress import Progress
-from genkit.runs.records import RESULTS
+from genkit.rows.pictures import check_apart
+from genkit.runs.records import is_run
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +31,7 @@ def check_folder(out: Path, files: Sequence[Path]) -> None:
     """Raise InputError unless `out` is, or can become, a folder that holds none of the pictures."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {shown(str(out))} is not a folder")
-    whole = out.resolve()
-    inside = next((file for file in files if file.resolve().is_relative_to(whole)), None)
-    if inside is not None:
-        raise InputError(f"--out: {place(out)} holds {place(inside)}, which is to be read; name another folder")
+    check_apart(files, out)
 
 
 def made_folder(folder: Path) -> Path:
@@ -50,7 +48,7 @@ def names_of(files: Sequence[Path], source: Path) -> list[str]:
 
     source: a picture, a folder, or a run.
     """
-    inside = source / "images" if (source / RESULTS).is_file() else source
+    inside = source / "images" if is_run(source) else source
     root = inside if source.is_dir() else source.parent
     plain = [file.relative_to(root).with_suffix("").as_posix() for file in files]
     count = Counter(plain)
