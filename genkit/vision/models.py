@@ -1,4 +1,4 @@
-"""Vision models by name: folders in transformers' layout, checked and loaded; classes are from a closed list."""
+"""Vision models by name: folders in transformers' layout, checked and loaded; classes are those of classes.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import Tensor, check_shapes, hash_once, read_weights, wanted_weights
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json
-from genkit.vision.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor, read_processor
+from genkit.vision.classes import CLASSES, Kind
+from genkit.vision.preprocess import Processor, read_processor
 
 if TYPE_CHECKING:
     import torch
@@ -26,23 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MOST_LAYERS, MOST = 1000, 2**24  # of any network here: a config must not keep its constructor busy for hours
 BATCH = 8  # pictures a call; halved when memory runs out
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A class of transformers: the sense it serves, its `model_type`, and how pictures and words reach it.
-
-    tokenizer: a class of transformers, or None where it reads no words. processor: defaults of its image processor.
-    nested: the model types that a part of its config may have. renames: as of `read_weights`, for keys that older
-    versions of transformers wrote.
-    """
-
-    sense: str
-    model_type: str
-    processor: Processor
-    tokenizer: str | None = None
-    nested: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    renames: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,37 +318,3 @@ def _check_config(config: Mapping[str, Any], kind: Kind, where: str, depth: int 
 
 def _either(senses: Collection[str]) -> str:
     return " or ".join(senses)
-
-
-_OLD = ((r".*\.position_ids$", ""),)  # buffers that older versions of transformers saved
-CLASSES: dict[str, Kind] = {
-    "OwlViTForObjectDetection": Kind(
-        "detector", "owlvit", Processor({"height": 768, "width": 768}, "bicubic", CLIP_MEAN, CLIP_STD),
-        tokenizer="CLIPTokenizer", renames=_OLD,
-    ),
-    "Owlv2ForObjectDetection": Kind(
-        "detector", "owlv2",
-        Processor({"height": 960, "width": 960}, "bilinear", CLIP_MEAN, CLIP_STD, square=True),
-        tokenizer="CLIPTokenizer", renames=_OLD,
-    ),
-    "GroundingDinoForObjectDetection": Kind(
-        "detector", "grounding-dino",
-        Processor({"shortest_edge": 800, "longest_edge": 1333}, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
-        tokenizer="BertTokenizer",
-        nested={"backbone_config": ("swin",), "text_config": ("bert",)},
-        renames=(*_OLD, (r".*relative_position_index$", "")),
-    ),
-    "CLIPSegForImageSegmentation": Kind(
-        "segmenter", "clipseg", Processor({"height": 224, "width": 224}, "bilinear", (0.5,) * 3, (0.5,) * 3),
-        tokenizer="CLIPTokenizer", renames=_OLD,
-        nested={"text_config": ("clipseg_text_model",), "vision_config": ("clipseg_vision_model",)},
-    ),
-    **{
-        name: Kind(
-            "captioner", "blip", Processor({"height": 384, "width": 384}, "bicubic", CLIP_MEAN, CLIP_STD),
-            tokenizer="BertTokenizer", renames=_OLD,
-            nested={"text_config": ("blip_text_model",), "vision_config": ("blip_vision_model",)},
-        )
-        for name in ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
-    },
-}  # fmt: skip

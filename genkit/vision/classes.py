@@ -1,0 +1,59 @@
+"""The closed list of transformers' classes that may be loaded as vision models, and what each needs to know."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from genkit.vision.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A class of transformers: the sense it serves, its `model_type`, and how pictures and words reach it.
+
+    tokenizer: a class of transformers, or None where it reads no words. processor: defaults of its image processor.
+    nested: the model types that a part of its config may have. renames: as of `read_weights`, for keys that older
+    versions of transformers wrote.
+    """
+
+    sense: str
+    model_type: str
+    processor: Processor
+    tokenizer: str | None = None
+    nested: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+_OLD = ((r".*\.position_ids$", ""),)  # buffers that older versions of transformers saved
+CLASSES: dict[str, Kind] = {
+    "OwlViTForObjectDetection": Kind(
+        "detector", "owlvit", Processor({"height": 768, "width": 768}, "bicubic", CLIP_MEAN, CLIP_STD),
+        tokenizer="CLIPTokenizer", renames=_OLD,
+    ),
+    "Owlv2ForObjectDetection": Kind(
+        "detector", "owlv2",
+        Processor({"height": 960, "width": 960}, "bilinear", CLIP_MEAN, CLIP_STD, square=True),
+        tokenizer="CLIPTokenizer", renames=_OLD,
+    ),
+    "GroundingDinoForObjectDetection": Kind(
+        "detector", "grounding-dino",
+        Processor({"shortest_edge": 800, "longest_edge": 1333}, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
+        tokenizer="BertTokenizer",
+        nested={"backbone_config": ("swin",), "text_config": ("bert",)},
+        renames=(*_OLD, (r".*relative_position_index$", "")),
+    ),
+    "CLIPSegForImageSegmentation": Kind(
+        "segmenter", "clipseg", Processor({"height": 224, "width": 224}, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        tokenizer="CLIPTokenizer", renames=_OLD,
+        nested={"text_config": ("clipseg_text_model",), "vision_config": ("clipseg_vision_model",)},
+    ),
+    **{
+        name: Kind(
+            "captioner", "blip", Processor({"height": 384, "width": 384}, "bicubic", CLIP_MEAN, CLIP_STD),
+            tokenizer="BertTokenizer", renames=_OLD,
+            nested={"text_config": ("blip_text_model",), "vision_config": ("blip_vision_model",)},
+        )
+        for name in ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
+    },
+}  # fmt: skip
