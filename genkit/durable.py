@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from genkit.errors import HostError
 
 TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may have the id ".tmp-fox"
+_PROCESS = f"-{secrets.token_hex(4)}"  # of two machines that share a folder, processes may have one number
 PIECE = 2000  # items serialised at a time
 # Line breaks to str.splitlines and to JavaScript, though not to JSON: written as escapes so that a line stays a line.
 _BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -81,7 +83,7 @@ def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
     The new name survives a power cut only after `sync_folder(path.parent)`. Raises OSError, after removing the
     temporary file if possible.
     """
-    temp = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}{TEMP_SUFFIX}")
+    temp = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}{_PROCESS}{TEMP_SUFFIX}")
     try:
         with open(temp, "wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)

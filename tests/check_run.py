@@ -30,7 +30,8 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def newest(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The last record of each image, those whose picture was set aside left out."""
-    records = [line for line in lines_of(folder / "results.jsonl") if "id" in line and "status" in line]
+    files = [folder / "results.jsonl", *sorted(folder.glob("results-*.jsonl"))]
+    records = [line for file in files for line in lines_of(file) if "id" in line and "status" in line]
     found = {(line["id"], line["index"]): line for line in records}
     return {key: line for key, line in found.items() if line["status"] != "replaced"}
 
@@ -45,7 +46,7 @@ def check(folder: Path, finished: bool = True) -> list[str]:
     wrong: list[str] = []
     rows = {row["id"]: row for row in lines_of(folder / "requests.jsonl")}
     records = newest(folder)
-    if records and not (folder / "results.jsonl").read_bytes().endswith(b"\n"):
+    if (folder / "results.jsonl").exists() and not (b"\n" + (folder / "results.jsonl").read_bytes()).endswith(b"\n"):
         wrong.append("I7 results.jsonl ends in a torn line")
     for row_id, row in rows.items() if finished else ():
         for index in range(row["num_images"]):

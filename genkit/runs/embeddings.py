@@ -7,6 +7,7 @@ not synced to disk. Records beyond the count in the header are read, too; a torn
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from genkit.durable import disk, write_whole
-from genkit.errors import InputError
+from genkit.errors import HostError, InputError
 from genkit.rows.result import Result
 from genkit.runs.records import Key, read_results
 
 EMBEDDINGS = "embeddings.npy"
+PARTS = "embeddings-*.npy"  # of the workers of a run that many draw
 RECENT = 1024  # newest records whose vectors are checked: a power cut may have left zeros
 EVERY = 64  # records between two updates of the header's count
 
@@ -32,7 +34,7 @@ def read_embeddings(folder: Path, results: Iterable[Result] | None = None) -> tu
     Unit CLIP embeddings of the images whose newest record is done and has the picture's SHA-256. results: the run's
     records, if read already. Empty if a run has no embeddings. Raises InputError for a file of another kind.
     """
-    records, _ = _records(folder / EMBEDDINGS)
+    records = _together(folder)
     if not len(records):
         return {}, np.empty((0, 0), np.float16)
     done = {
@@ -48,6 +50,20 @@ def read_embeddings(folder: Path, results: Iterable[Result] | None = None) -> tu
         if row not in unsound and done.get(key) == digest.decode("ascii", "replace"):
             found[key] = row
     return found, records["vector"]
+
+
+def fold_embeddings(folder: Path) -> list[Path]:
+    """Append the embeddings of all workers to the run's; return the workers' files, which are needed no more.
+
+    Raises InputError for a file of another kind.
+    """
+    paths = sorted(folder.glob(PARTS))
+    for path in paths:
+        records, _ = _records(path)
+        if len(records):
+            with Store(folder, records.dtype["vector"].shape[0]) as store:
+                store.extend(records)
+    return paths
 
 
 def by_content(folder: Path) -> tuple[dict[str, int], np.ndarray]:
@@ -66,9 +82,12 @@ def by_content(folder: Path) -> tuple[dict[str, int], np.ndarray]:
 class Store:
     """The embeddings of a locked run, open for appending; thread-safe. A context manager."""
 
-    def __init__(self, folder: Path, width: int) -> None:
-        """Open or create the file and truncate a torn record. Raises InputError for another kind of file or width."""
-        self.path = folder / EMBEDDINGS
+    def __init__(self, folder: Path, width: int, worker: str | None = None) -> None:
+        """Open or create the file and truncate a torn record. Raises InputError for another kind of file or width.
+
+        worker: one of many, whose embeddings are in a file of its own.
+        """
+        self.path = folder / (EMBEDDINGS if worker is None else f"embeddings-{worker}.npy")
         self.dtype = _dtype(width)
         with disk(self.path):
             if not self.path.exists():
@@ -100,6 +119,17 @@ class Store:
             self.count += 1
             if self.count % EVERY == 0:
                 os.pwrite(self._handle, _header(self.dtype, self.count), 0)
+
+    def extend(self, records: np.ndarray) -> None:
+        """Append the records of another file. Raises HostError."""
+        with self._lock, disk(self.path):
+            for start in range(0, len(records), RECENT):
+                piece, at = records[start : start + RECENT], self._end
+                data = memoryview(piece.tobytes())
+                while data:
+                    written = os.pwrite(self._handle, data, at)
+                    data, at = data[written:], at + written
+                self.count += len(piece)
 
     def close(self) -> None:
         """Write the count, sync, and close."""
@@ -144,6 +174,18 @@ def _records(path: Path) -> tuple[np.ndarray, int]:
         start = file.tell()
         count = (os.fstat(file.fileno()).st_size - start) // dtype.itemsize
         return (np.memmap(file, dtype, "r", start, (count,)) if count else np.empty(0, dtype)), start
+
+
+def _together(folder: Path) -> np.ndarray:
+    """Return the records of a run: memory-mapped, or, while workers' files are not folded yet, in memory."""
+    found = [_records(folder / EMBEDDINGS)[0]]
+    for path in sorted(folder.glob(PARTS)):
+        with contextlib.suppress(HostError):  # folded meanwhile
+            found.append(_records(path)[0])
+    found = [records for records in found if len(records)] or found[:1]
+    if len(found) == 1:
+        return found[0]
+    return np.concatenate([records for records in found if records.dtype == found[0].dtype])
 
 
 def _unsound(records: np.ndarray) -> list[int]:

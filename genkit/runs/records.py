@@ -25,6 +25,10 @@ Key = tuple[str, int]  # (row id, image number)
 # Valid paths of pictures, relative to the run folder: a record must not refer to other files.
 PICTURE = re.compile(r"images/(?:[0-9]{3,}/)?[A-Za-z0-9._-]+-[0-9]{2,}\.(?:png|webp|jpg|jxl)")
 
+# A part of the records, written by one of many workers; `folding.fold` makes one file of them
+PART = re.compile(r"results-([A-Za-z0-9_]{1,40})\.jsonl")
+RANK = {"failed": 0, "pruned": 1, "done": 2}
+
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return run.json of a run folder, or None if there is none. Raises InputError if it is something else."""
@@ -63,14 +67,55 @@ def is_run(folder: Path) -> bool:
     return (folder / RESULTS).is_file()
 
 
+def part_of(folder: Path, worker: str) -> Path:
+    """Return where a worker's records are."""
+    return folder / f"results-{worker}.jsonl"
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """Return the parts that workers left, or are writing, in order of their names."""
+    return sorted(path for path in folder.glob("results-*.jsonl") if PART.fullmatch(path.name))
+
+
 def read_results(folder: Path) -> list[Result]:
     """Return the newest record of every image, in order of first appearance, without those moved to replaced/."""
     path = folder / RESULTS
     if not path.is_file():
         return []
     with disk(path):
+        parts = parts_of(folder)
         records, _ = newest(each_line(path))
+        while parts:
+            try:
+                found, _ = read_parts(parts)
+                if all(map(Path.exists, parts)):
+                    records |= found
+                    break
+            except FileNotFoundError:
+                pass
+            parts = parts_of(folder)  # they were folded meanwhile
+            records, _ = newest(each_line(path))
     return [r for r in records.values() if r.status != REPLACED]
+
+
+def read_parts(paths: Iterable[Path]) -> tuple[dict[Key, Result], list[tuple[str, int]]]:
+    """Return the record of each image in the parts, and (file name, number) of invalid lines. Raises OSError.
+
+    Of an image that several workers recorded, as when one was taken for dead, the same record counts in any order.
+    """
+    found: dict[Key, Result] = {}
+    bad: list[tuple[str, int]] = []
+    for path in paths:
+        records, wrong = newest(each_line(path))
+        bad += [(path.name, number) for number in wrong]
+        for key, result in records.items():
+            if key not in found or _order(result) > _order(found[key]):
+                found[key] = result
+    return found, bad
+
+
+def _order(result: Result) -> tuple[Any, ...]:
+    return RANK.get(result.status, -1), result.sha256 or "", json.dumps(result.to_json(), sort_keys=True)
 
 
 def newest(lines: Iterable[Any]) -> tuple[dict[Key, Result], list[int]]:

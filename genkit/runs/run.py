@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,31 +14,28 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.destination import check_binding, check_folder, free_name
 from genkit.runs.embeddings import read_embeddings
+from genkit.runs.folding import fold
 from genkit.runs.outdated import NEW_LABELS, announcements, damaged, outdated
+from genkit.runs.recorder import Recorder
 from genkit.runs.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
 
 __all__ = ["Run", "check_folder", "free_name", "read_config", "read_results"]
 
-BLOCK = 1000  # rows in a subfolder of images/, in a run of more rows than that
 SHOWN = 10  # notes of one kind
 
 
-class Run:
+class Run(Recorder):
     """A run folder locked by this process: a context manager, made by `Run.open`.
 
-    rows: the current rows by id; results: the newest record of each of their images; done: those that need no drawing;
     notes: messages about what was found changed, damaged or unfinished; stale: whether scores may be based on other
     labels or prompts than the current ones; config: run.json. `save` and `fail` are thread-safe.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], rows: Sequence[Request], lock: int) -> None:
         """For `Run.open`, which checks the folder and takes the lock."""
-        self.folder, self.config, self._lock = folder, config, lock
-        self.rows = {str(row.id): row for row in rows}
-        self._place = {row_id: n for n, row_id in enumerate(self.rows)}
+        super().__init__(folder, rows)
+        self.config, self._lock = config, lock
         self._fingerprints = {row_id: row.fingerprint() for row_id, row in self.rows.items()}
-        self.results: dict[Key, Result] = {}
-        self.done: dict[Key, Result] = {}
         self.notes: list[str] = []
         self.stale = False
 
@@ -69,36 +65,20 @@ class Run:
                 os.close(lock)
                 raise
 
-    def path_for(self, row_id: str, index: int, suffix: str = ".png") -> Path:
-        """Return the path of image `index` of a row; it depends only on the rows."""
-        block = f"{self._place[row_id] // BLOCK:03d}" if len(self.rows) > BLOCK else ""
-        return self.folder / "images" / block / f"{row_id}-{index:02d}{suffix}"
-
-    def save(self, result: Result, data: bytes, suffix: str = ".png") -> None:
-        """Save a finished image: `data` in its file, then its record with the file's name, size and SHA-256.
-
-        Both are on disk on return. Raises HostError if the disk is full, read-only or gone; no file or line is torn.
-        """
-        key = result.id, result.index
-        if key in self.done:
-            raise ValueError(f"image {result.index} of row {result.id} is saved already")
-        path = self.path_for(*key, suffix)
-        result.file = path.relative_to(self.folder).as_posix()
-        result.bytes, result.sha256 = len(data), hashlib.sha256(data).hexdigest()
-        with disk(path):
-            write_whole(path, data)
-        self._record(result, path.parent)
-
-    def fail(self, result: Result) -> None:
-        """Record an image that failed (tried again on resume) or was pruned (not tried again). Raises HostError."""
-        self._record(result)
-
     def rescore(self, results: Sequence[Result]) -> None:
         """Record new scores of finished images. Raises HostError."""
         with disk(self._journal.path):
             self._journal.append([r.to_json() for r in results])
         for r in results:
             self._count(r)
+
+    def fold(self) -> None:
+        """Take over what other writers, which have ended, left in parts of their own. Raises HostError."""
+        records: dict[Key, Result] = {}
+        self._note(fold(self.folder, self._journal, records))
+        for result in records.values():
+            if result.id in self.rows:
+                self._count(result)
 
     def close(self) -> None:
         """Release the lock. Everything saved is on disk already."""
@@ -111,22 +91,9 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _record(self, result: Result, *folders: Path) -> None:
-        result.fingerprint = self._fingerprints[result.id]
-        with disk(self._journal.path):
-            self._journal.append([result.to_json()], folders)
-        self._count(dataclasses.replace(result, pixels=None, embedding=None))
-
-    def _count(self, result: Result) -> None:
-        key = result.id, result.index
-        self.results[key] = result
-        if result.status in ("done", "pruned"):
-            self.done[key] = result
-
     def _begin(self) -> None:
         """Check what is there, move damaged and outdated images aside, and write the rows."""
-        blocks = range(-(-len(self.rows) // BLOCK)) if len(self.rows) > BLOCK else ()
-        for name in ("", *(f"{n:03d}" for n in blocks)):
+        for name in self.blocks():
             (self.folder / "images" / name).mkdir(exist_ok=True)
         sync_folder(self.folder / "images")
         self._journal = Journal(self.folder / RESULTS)
@@ -134,6 +101,7 @@ class Run:
             records, bad = newest(self._journal.lines)
             self._journal.lines.clear()
             self._note(f"{RESULTS}:{line}: damaged; its image is drawn again" for line in bad)
+            self._note(fold(self.folder, self._journal, records))
             self._tidy({r.file for r in records.values() if r.status == "done"})
             self._take_stock([r for r in records.values() if r.id in self.rows and r.status != REPLACED])
             data = "".join(json_line(row.to_json()) for row in self.rows.values()).encode()

@@ -14,7 +14,7 @@ from genkit.rows.plans import is_tuned, scheduler_options
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.embeddings import Store
-from genkit.runs.run import Run
+from genkit.runs.recorder import Recorder
 
 # Images that may wait for a writer before denoising waits for the disk, and the bytes of their pixels: 64 of 1024x1024
 QUEUE, QUEUE_BYTES = 64, 2**28
@@ -31,8 +31,8 @@ class Writers:
     """
 
     def __init__(
-        self, run: Run, rows: Iterable[Request], encoding: Encoding, origin: Origin | None, store: Store | None = None,
-        words: Mapping[str, Mapping[str, str]] | None = None,
+        self, run: Recorder, rows: Iterable[Request], encoding: Encoding, origin: Origin | None,
+        store: Store | None = None, words: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:  # fmt: skip
         self.words = words or {}
         self.run, self.encoding, self.origin, self.store = run, encoding, origin, store

@@ -17,7 +17,7 @@ from PIL import Image
 from genkit.errors import HostError, InputError
 from genkit.rows.request import Request
 from genkit.runs import outdated as stock
-from genkit.runs import run as run_module
+from genkit.runs import recorder
 from genkit.runs.records import read_results, read_rows
 from genkit.runs.run import Run, check_folder, free_name, read_config
 from tests.check_run import check, grown, lines_of, newest, outcome
@@ -266,7 +266,7 @@ def test_failed_images_are_tried_again_and_pruned_ones_are_not(tmp_path: Path) -
 
 
 def test_past_a_thousand_rows_images_go_to_subfolders_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "BLOCK", 3)
+    monkeypatch.setattr(recorder, "BLOCK", 3)
     draw(tmp_path / "flat", rows_of(3))
     assert (tmp_path / "flat/images/r2-00.png").is_file()
     draw(tmp_path / "run", rows_of(7), threads=3)

@@ -1,0 +1,69 @@
+"""Fold the parts that many writers left of a run into the files that one writer has."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from genkit.durable import Journal, disk, sync_folder
+from genkit.errors import HostError
+from genkit.rows.result import Result
+from genkit.runs.embeddings import fold_embeddings
+from genkit.runs.recorder import lock_part
+from genkit.runs.records import PART, Key, parts_of, read_parts
+
+WAIT = 30.0  # seconds for the workers of a driver that was killed, which end when they miss it
+PIECE = 10_000  # records appended at a time
+
+
+def fold(folder: Path, journal: Journal, records: dict[Key, Result], wait: float = WAIT) -> list[str]:
+    """Append what the parts of a locked run hold to its journal, add it to `records`, and remove the parts.
+
+    A crash in between leaves the parts: the next fold finds what is appended already, and removes them. Returns what
+    to say of damaged lines. Raises HostError for a part whose writer has not ended after `wait` seconds.
+    """
+    paths = parts_of(folder)
+    if not paths and not any(folder.glob("embeddings-*.npy")):
+        return []
+    with disk(folder):
+        handles = [_claimed(path, time.monotonic() + wait) for path in paths]
+        try:
+            found, bad = read_parts(paths)
+            new = [result for key, result in found.items() if records.get(key) != result]
+            for start in range(0, len(new), PIECE):
+                journal.append(result.to_json() for result in new[start : start + PIECE])
+            records.update(found)
+            embedded = fold_embeddings(folder)
+            for path in (*paths, *embedded):
+                path.unlink(missing_ok=True)
+            sync_folder(folder)  # a part that came back after a power cut would undo what replaced its records
+        finally:
+            for handle in handles:
+                os.close(handle)
+    return [f"{name}:{line}: damaged; its image is drawn again" for name, line in bad]
+
+
+def free_workers(folder: Path, count: int, taken: Iterable[str] = ()) -> list[str]:
+    """Return `count` names of workers that no part in the folder has, nor `taken`: w0000, w0001, …"""
+    used = {PART.fullmatch(path.name)[1] for path in parts_of(folder)} | set(taken)  # type: ignore[index]
+    used |= {path.stem.removeprefix("embeddings-") for path in folder.glob("embeddings-*.npy")}
+    names: list[str] = []
+    number = 0
+    while len(names) < count:
+        if (name := f"w{number:04d}") not in used:
+            names.append(name)
+        number += 1
+    return names
+
+
+def _claimed(path: Path, until: float) -> int:
+    """Return the open file of a part, locked."""
+    handle = os.open(path, os.O_RDWR)
+    while not lock_part(handle):
+        if time.monotonic() > until:
+            os.close(handle)
+            raise HostError(f"{path}: a worker of an earlier start still writes to it; end it first")
+        time.sleep(0.05)
+    return handle
