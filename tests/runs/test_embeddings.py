@@ -94,6 +94,7 @@ def test_zeros_that_a_power_cut_left_are_no_vectors(tmp_path: Path) -> None:
     assert set(read_embeddings(tmp_path, results)[0]) == {("r0", 0), ("r1", 1), ("r2", 2)}
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_none(tmp_path: Path) -> None:
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom tests.runs.test_embeddings import unit, WIDTH\n"

@@ -263,6 +263,7 @@ def test_prompts_with_syntax_are_read_by_both(both: TextToImage) -> None:
     assert_same([mixed["0"].image], plain)
 
 
+@pytest.mark.slow
 def test_pictures_masks_intervals_and_pruning(both: TextToImage, base: Path) -> None:
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (16, 0, 32, 32))

@@ -156,6 +156,7 @@ def test_a_torn_index_is_mended(folder: Path, scorer: ClipScorer, torn: str) -> 
     assert indexed(folder, scorer).new == 0
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_kill_9(tmp_path: Path, cache: Path, scorer: ClipScorer) -> None:
     folder = tmp_path / "many"
     folder.mkdir()

@@ -149,6 +149,7 @@ def test_another_verify_is_judged_without_drawing(run: tuple[Path, Path], tmp_pa
         (folder / "evaluation.json").write_text(json.dumps(old))
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(run: tuple[Path, Path], tmp_path: Path) -> None:
     suite, whole = run
     words = ["evaluate", "emoji", "--suite", str(suite), "-o", str(tmp_path / "k"), *QUICK, "--batch-size", "1"]

@@ -82,6 +82,7 @@ def colours(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.float().mean(dim=(2, 3)) / 255
 
 
+@pytest.mark.slow
 def test_unconditional_pictures_get_the_colours_of_the_data(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
