@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import math
 import operator
 import re
@@ -16,35 +15,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
-from genkit.scoring.boxes import (
-    BRACKETS,
-    MEASURES,
-    RELATIONS,
-    check_color,
-    check_threshold,
-    check_word,
-    lacking,
-    reader,
-)
+from genkit.scoring.boxes import BRACKETS, MEASURES, RELATIONS, lacking
 from genkit.scoring.names import CLIP_SCORES, SCORES, check_computed, check_labels
+from genkit.scoring.seen import color, measured
+from genkit.scoring.terms import EITHER, NUMBER, TRUTH, Scope, Scores, Term, quoted, score
 
 MAX_LENGTH = 2000
 MAX_DEPTH = 100
 MAX_NUMBER = 1e9
-
-Scores = Mapping[str, Any]
-Value = Callable[[Scores], Any]
-NUMBER, TRUTH, EITHER = "number", "truth", "either"
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """A compiled subexpression: its value as a function of the scores, its kind, and the range of a number."""
-
-    value: Value
-    kind: str = NUMBER
-    low: float = -math.inf
-    high: float = math.inf
 
 
 class Expression:
@@ -62,8 +40,8 @@ class Expression:
 
     def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] | None = ()) -> None:
         self.text = text
-        added = {name: Term(_score(name), EITHER) for name in names or () if name not in _KNOWN}
-        scope = _Scope(labels, {**_KNOWN, **added}, anything=names is None)
+        added = {name: Term(score(name), EITHER) for name in names or () if name not in _KNOWN}
+        scope = Scope(labels, {**_KNOWN, **added}, anything=names is None)
         term = _build(_parsed(text), scope, 0)
         self._value = term.value
         self.decides = term.kind != NUMBER
@@ -101,16 +79,6 @@ def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | N
         check_computed(field, text, expression.names, bool(expression.labels), there, expression.words, detector)
 
 
-@dataclasses.dataclass
-class _Scope:
-    labels: Collection[str] | None
-    known: dict[str, Term]
-    anything: bool
-    used: set[str] = dataclasses.field(default_factory=set)
-    used_labels: set[str] = dataclasses.field(default_factory=set)
-    seen: list[tuple[tuple[str, ...], float | None]] = dataclasses.field(default_factory=list)
-
-
 def _parsed(text: str) -> ast.expr:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{shown(text)} is no expression; write for example clip > 0.3")
@@ -132,58 +100,58 @@ def _meant(text: str) -> str:
     return "" if found is None else f"; {found}"
 
 
-def _build(node: ast.AST, scope: _Scope, depth: int) -> Term:
+def _build(node: ast.AST, scope: Scope, depth: int) -> Term:
     builder = _BUILDERS.get(type(node))
     if builder is None:
         raise InputError(
-            f"{_quoted(node)}: {_REFUSED.get(type(node), 'only scores, numbers, comparisons, + - * / and or not')}"
+            f"{quoted(node)}: {_REFUSED.get(type(node), 'only scores, numbers, comparisons, + - * / and or not')}"
         )
     if depth > MAX_DEPTH:
         raise InputError(f"more than {MAX_DEPTH} levels of nesting")
     return builder(node, scope, depth + 1)
 
 
-def _number(node: ast.AST, scope: _Scope, depth: int) -> Term:
+def _number(node: ast.AST, scope: Scope, depth: int) -> Term:
     """Build a part that must be a number."""
     term = _build(node, scope, depth)
     if term.kind == TRUTH:
-        raise InputError(f"{_quoted(node)} is true or false, not a number")
+        raise InputError(f"{quoted(node)} is true or false, not a number")
     return term
 
 
-def _truth(node: ast.AST, scope: _Scope, depth: int) -> Term:
+def _truth(node: ast.AST, scope: Scope, depth: int) -> Term:
     """Build a part that must be true or false."""
     term = _build(node, scope, depth)
     if term.kind == NUMBER:
-        raise InputError(f"{_quoted(node)} is a number, not true or false; compare it with one")
+        raise InputError(f"{quoted(node)} is a number, not true or false; compare it with one")
     return term
 
 
-def _bool_op(node: ast.BoolOp, scope: _Scope, depth: int) -> Term:
+def _bool_op(node: ast.BoolOp, scope: Scope, depth: int) -> Term:
     values = [_truth(part, scope, depth).value for part in node.values]
     every = all if isinstance(node.op, ast.And) else any
     return Term(lambda scores: every(value(scores) for value in values), TRUTH)
 
 
-def _unary(node: ast.UnaryOp, scope: _Scope, depth: int) -> Term:
+def _unary(node: ast.UnaryOp, scope: Scope, depth: int) -> Term:
     if isinstance(node.op, ast.Not):
         truth = _truth(node.operand, scope, depth).value
         return Term(lambda scores: not truth(scores), TRUTH)
     if isinstance(node.op, ast.Invert):
-        raise InputError(f"{_quoted(node)}: write `not`")
+        raise InputError(f"{quoted(node)}: write `not`")
     term = _number(node.operand, scope, depth)
     if isinstance(node.op, ast.UAdd):
         return term
     return Term(lambda scores: -term.value(scores), NUMBER, -term.high, -term.low)
 
 
-def _arithmetic(node: ast.BinOp, scope: _Scope, depth: int) -> Term:
+def _arithmetic(node: ast.BinOp, scope: Scope, depth: int) -> Term:
     apply = _ARITHMETIC.get(type(node.op))
     if apply is None:
-        raise InputError(f"{_quoted(node)}: {_REFUSED.get(type(node.op), 'of arithmetic there is + - * / only')}")
+        raise InputError(f"{quoted(node)}: {_REFUSED.get(type(node.op), 'of arithmetic there is + - * / only')}")
     left, right = _number(node.left, scope, depth), _number(node.right, scope, depth)
     if apply is _divide and right.low == right.high == 0:
-        raise InputError(f"{_quoted(node)}: division by zero")
+        raise InputError(f"{quoted(node)}: division by zero")
     if apply is _divide and right.low <= 0 <= right.high:
         low, high = -math.inf, math.inf
     else:
@@ -192,27 +160,27 @@ def _arithmetic(node: ast.BinOp, scope: _Scope, depth: int) -> Term:
     return Term(lambda scores: apply(left.value(scores), right.value(scores)), NUMBER, low, high)
 
 
-def _compare(node: ast.Compare, scope: _Scope, depth: int) -> Term:
+def _compare(node: ast.Compare, scope: Scope, depth: int) -> Term:
     nodes = [node.left, *node.comparators]
     if any(isinstance(part, ast.Subscript) and getattr(part.value, "id", "") == "color" for part in nodes):
-        return _color(node, scope)
+        return color(node, scope)
     terms = [_number(part, scope, depth) for part in nodes]
     tests = []
     for i, op in enumerate(node.ops):
         test = _COMPARISONS.get(type(op))
         if test is None:
-            raise InputError(f"{_quoted(node)}: to compare there is < <= > >= == != only")
+            raise InputError(f"{quoted(node)}: to compare there is < <= > >= == != only")
         left, right = terms[i], terms[i + 1]
         outcomes = {test(a, b) for a, b in _extremes(left, right)}
         if len(outcomes) == 1:
             always = "always" if outcomes.pop() else "never"
             known = [
-                f"{_quoted(n)} is {t.low:g} to {t.high:g}"
+                f"{quoted(n)} is {t.low:g} to {t.high:g}"
                 for n, t in zip(nodes[i:], (left, right), strict=False)
                 if t.low < t.high
             ]
             because = f": {', '.join(known)}" if known else ""
-            raise InputError(f"{_quoted(ast.Compare(nodes[i], [op], [nodes[i + 1]]))} is {always} true{because}")
+            raise InputError(f"{quoted(ast.Compare(nodes[i], [op], [nodes[i + 1]]))} is {always} true{because}")
         tests.append(test)
     values = [term.value for term in terms]
 
@@ -232,54 +200,14 @@ def _extremes(left: Term, right: Term) -> list[tuple[float, float]]:
     return pairs
 
 
-def _color(node: ast.Compare, scope: _Scope) -> Term:
-    """Build color['cat'] == 'red', or !=; false either way where there is no such box."""
-    sides = [node.left, *node.comparators]
-    if len(sides) != 2 or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
-        raise InputError(f"{_quoted(node)}: a colour is compared with == or !=, as in color['car'] == 'red'")
-    found, text = sides if isinstance(sides[0], ast.Subscript) else sides[::-1]
-    if not isinstance(text, ast.Constant):
-        raise InputError(f"{_quoted(node)}: the colour goes in quotes, as in color['car'] == 'red'")
-    assert isinstance(found, ast.Subscript)
-    value, wanted, same = _measured(found, scope), check_color(text.value), isinstance(node.ops[0], ast.Eq)
-    return Term(lambda scores: (color := value(scores)) is not None and (color == wanted) is same, TRUTH)
-
-
-def _measured(node: ast.Subscript | ast.Call, scope: _Scope) -> Value:
-    """Return what count['cat'], count['cat', 0.3] or left_of('cat', 'dog', 0.3) is of a picture's scores."""
-    if isinstance(node, ast.Subscript):
-        name, parts = (
-            getattr(node.value, "id", ""),
-            node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice],
-        )
-    else:
-        name, parts = getattr(node.func, "id", ""), node.args
-    count = MEASURES[name].words
-    usage = (
-        f"{name}['cat'] or {name}['cat', 0.3]" if count == 1 else f"{name}('cat', 'dog') or {name}('cat', 'dog', 0.3)"
-    )
-    if not all(isinstance(part, ast.Constant) for part in parts) or not count <= len(parts) <= count + 1:
-        raise InputError(f"{_quoted(node)}: is written {usage}")
-    values = [part.value for part in parts if isinstance(part, ast.Constant)]
-    try:
-        words = tuple(check_word(word) for word in values[:count])
-        threshold = check_threshold(values[count]) if len(values) > count else None
-    except InputError as error:
-        raise InputError(f"{_quoted(node)}: {error}") from None
-    if len(set(words)) < len(words):
-        raise InputError(f"{_quoted(node)}: compares {shown(words[0])} with itself")
-    scope.seen.append((words, threshold))
-    return reader(name, words, threshold)
-
-
-def _name(node: ast.Name, scope: _Scope, depth: int) -> Term:
+def _name(node: ast.Name, scope: Scope, depth: int) -> Term:
     if node.id == "p":
         raise InputError("p: name the label, as in p['a cat']")
     if node.id in MEASURES and node.id not in scope.known:
         ends = "('cat', 'dog')" if node.id in RELATIONS else "['cat']"
         raise InputError(f"{node.id}: name what is looked for, as in {node.id}{ends}")
     if node.id not in scope.known and scope.anything:
-        scope.known[node.id] = Term(_score(node.id), EITHER)
+        scope.known[node.id] = Term(score(node.id), EITHER)
     if node.id not in scope.known:
         close = nearest(node.id, [*scope.known, "p", *MEASURES])
         there = ", ".join([*list(scope.known)[:20], "p['label']"])
@@ -288,19 +216,19 @@ def _name(node: ast.Name, scope: _Scope, depth: int) -> Term:
     return scope.known[node.id]
 
 
-def _label(node: ast.Subscript, scope: _Scope, depth: int) -> Term:
+def _label(node: ast.Subscript, scope: Scope, depth: int) -> Term:
     name = node.value.id if isinstance(node.value, ast.Name) else ""
     if name in BRACKETS:
-        measured = _measured(node, scope)
+        found = measured(node, scope)
         if name == "color":
-            raise InputError(f"{_quoted(node)}: is a colour: compare it, as in color['car'] == 'red'")
-        return Term(measured, NUMBER, 0.0, MEASURES[name].high)
+            raise InputError(f"{quoted(node)}: is a colour: compare it, as in color['car'] == 'red'")
+        return Term(found, NUMBER, 0.0, MEASURES[name].high)
     if name in RELATIONS:
-        raise InputError(f"{_quoted(node)}: takes round brackets, as in {name}('cat', 'dog')")
+        raise InputError(f"{quoted(node)}: takes round brackets, as in {name}('cat', 'dog')")
     if name != "p":
-        raise InputError(f"{_quoted(node)}: brackets belong to p, {', '.join(BRACKETS)} only, as in p['a cat']")
+        raise InputError(f"{quoted(node)}: brackets belong to p, {', '.join(BRACKETS)} only, as in p['a cat']")
     if not (isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)):
-        raise InputError(f"{_quoted(node)}: the label goes in quotes, as in p['a cat']")
+        raise InputError(f"{quoted(node)}: the label goes in quotes, as in p['a cat']")
     label = node.slice.value
     if scope.labels is None:
         raise InputError(f"p[{shown(label)}]: there are no labels; give them in `labels`")
@@ -317,32 +245,32 @@ def _label(node: ast.Subscript, scope: _Scope, depth: int) -> Term:
     return Term(value, NUMBER, 0.0, 1.0)
 
 
-def _constant(node: ast.Constant, scope: _Scope, depth: int) -> Term:
+def _constant(node: ast.Constant, scope: Scope, depth: int) -> Term:
     number = node.value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise InputError(
-            f"{_quoted(node)}: is not a number; labels stand in p['…'], and true and false need no comparing"
+            f"{quoted(node)}: is not a number; labels stand in p['…'], and true and false need no comparing"
         )
     if not abs(number) <= MAX_NUMBER:
-        raise InputError(f"{_quoted(node)}: is larger than {MAX_NUMBER:g}")
+        raise InputError(f"{quoted(node)}: is larger than {MAX_NUMBER:g}")
     return Term(lambda scores: number, NUMBER, number, number)
 
 
-def _call(node: ast.Call, scope: _Scope, depth: int) -> Term:
+def _call(node: ast.Call, scope: Scope, depth: int) -> Term:
     name = node.func.id if isinstance(node.func, ast.Name) else ""
     if name in RELATIONS and not node.keywords:
         measure = MEASURES[name]
-        return Term(_measured(node, scope), TRUTH if measure.truth else NUMBER, 0.0, measure.high)
+        return Term(measured(node, scope), TRUTH if measure.truth else NUMBER, 0.0, measure.high)
     if name in BRACKETS:
-        raise InputError(f"{_quoted(node)}: takes square brackets, as in {name}['cat']")
+        raise InputError(f"{quoted(node)}: takes square brackets, as in {name}['cat']")
     if name not in _FUNCTIONS:
         known = ", ".join([*_FUNCTIONS, *RELATIONS])
         raise InputError(
-            f"{_quoted(node)}: there are no functions but {known}{nearest(name, [*_FUNCTIONS, *RELATIONS])}"
+            f"{quoted(node)}: there are no functions but {known}{nearest(name, [*_FUNCTIONS, *RELATIONS])}"
         )
     function, least, most = _FUNCTIONS[name]
     if node.keywords or not least <= len(node.args) <= most:
-        raise InputError(f"{_quoted(node)}: {name} takes {least if least == most else f'{least} or more'} values")
+        raise InputError(f"{quoted(node)}: {name} takes {least if least == most else f'{least} or more'} values")
     terms = [_number(part, scope, depth) for part in node.args]
     values = [term.value for term in terms]
     low, high = (function(*ends) for ends in ([t.low for t in terms], [t.high for t in terms]))
@@ -355,24 +283,7 @@ def _divide(a: float, b: float) -> float:
     return a / b if b else math.nan  # NaN passes no gate
 
 
-def _score(name: str) -> Value:
-    def value(scores: Scores) -> Any:
-        found = scores.get(name)
-        if found is None:
-            raise InputError(f"{name}: this image has no such score; was it scored?")
-        return found
-
-    return value
-
-
-def _quoted(node: ast.AST) -> str:
-    try:
-        return shown(ast.unparse(node))
-    except (ValueError, RecursionError):
-        return "this"
-
-
-_KNOWN = {name: Term(_score(name), TRUTH if s.truth else NUMBER, s.low, s.high) for name, s in SCORES.items()}
+_KNOWN = {name: Term(score(name), TRUTH if s.truth else NUMBER, s.low, s.high) for name, s in SCORES.items()}
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -409,7 +320,7 @@ _SPELLINGS = {
     r"(?<![<>=!])=(?!=)": "to compare write ==",
     r"\b(AND|OR|NOT)\b": "write and, or, not in small letters",
 }
-_BUILDERS: dict[type[ast.AST], Callable[[Any, _Scope, int], Term]] = {
+_BUILDERS: dict[type[ast.AST], Callable[[Any, Scope, int], Term]] = {
     ast.BoolOp: _bool_op,
     ast.UnaryOp: _unary,
     ast.BinOp: _arithmetic,
