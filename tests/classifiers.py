@@ -15,7 +15,8 @@ _VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 _SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 _CONV = {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}
 _FOUR = {"depths": [1, 1, 1, 1], "hidden_sizes": [4, 8, 12, 16]}
-_PVT = {"image_size": 32, "num_hidden_layers": 4, "depths": [1, 1, 1, 1], "hidden_sizes": [4, 8, 12, 16], "num_attention_heads": [1, 1, 1, 1],
+_PVT = {"image_size": 32, "num_hidden_layers": 4, "depths": [1, 1, 1, 1], "hidden_sizes": [4, 8, 12, 16],
+        "num_attention_heads": [1, 1, 1, 1],
         "mlp_ratios": [2, 2, 2, 2], "sequence_reduction_ratios": [2, 2, 2, 1], "patch_sizes": [4, 2, 2, 2]}  # fmt: skip
 _LEVIT = {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1],
           "key_dim": [8, 8, 8], "mlp_ratio": [2, 2, 2], "attention_ratio": [2, 2, 2],
@@ -40,7 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Data2VecVisionForImageClassification": ({**_VIT, "use_shared_relative_position_bias": True}, BEIT),
     "SwinForImageClassification": (_SWIN, {"size": 32, "resample": 3, **IMAGENET}),
     "Swinv2ForImageClassification": (_SWIN, SQUARE),
-    "SwiftFormerForImageClassification": ({"depths": [1, 1, 1, 1], "embed_dims": [8, 8, 16, 16]}, {**SQUARE, "size": 64}),
+    "SwiftFormerForImageClassification": ({"depths": [1, 1, 1, 1], "embed_dims": [8, 8, 16, 16]},
+                                          {**SQUARE, "size": 64}),
     "ConvNextForImageClassification": (_FOUR, CONVNEXT),
     "ConvNextV2ForImageClassification": (_FOUR, WARPED),
     "ResNetForImageClassification": ({"embedding_size": 8, **_CONV, "layer_type": "basic"}, CONVNEXT),

@@ -316,9 +316,10 @@ class Stream:
             return [{} for _ in ended]
         requests = [t.tag[0] for t in ended]
         prompts, labels = [r.plain_prompt for r in requests], [r.labels for r in requests]
-        if getattr(self.scorer, "detector", None) is None:
+        senses = getattr(self.scorer, "senses", None)  # a caller's own scorer need not have any
+        if senses is None or not senses.names:
             return self.scorer.scores(pictures, prompts, labels)
-        return self.scorer.scores(pictures, prompts, labels, [r.sought for r in requests])
+        return self.scorer.scores(pictures, prompts, labels, [r.asked for r in requests])
 
     @contextlib.contextmanager
     def _float32(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 "clip > 0.3 and not nan"    "p['a cat'] > 0.5 or p['a dog'] > 0.5"    "0.7 * clip + 0.3 * p['a cat']"    "-p['a dog']"
 "count['cat'] == 2 and left_of('cat', 'dog')"    "color['car', 0.3] == 'red'": what a detector found, see boxes.py.
+"p_class['tabby'] > 0.5 and answer['is it asleep?'] == 'yes'": what other models say of a picture, see said.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 from genkit.errors import InputError, nearest, shown
 from genkit.scoring.boxes import BRACKETS, MEASURES, RELATIONS, lacking
 from genkit.scoring.names import CLIP_SCORES, SCORES, check_computed, check_labels
-from genkit.scoring.seen import color, measured
+from genkit.scoring.said import check_classes, unanswered, unclassified
+from genkit.scoring.seen import COMPARED, class_of, measured, reads
 from genkit.scoring.terms import EITHER, NUMBER, TRUTH, Scope, Scores, Term, quoted, score
 
 MAX_LENGTH = 2000
@@ -34,8 +36,9 @@ class Expression:
     and for a comparison that is always true or never ("clip > 2").
 
     Attributes names, labels: those used; words: to look for with a detector, in order; seen: (words, threshold) of each
-    measure of boxes; needs_scorer: whether a CLIP score is used; decides: whether the value is true
-    or false, as a gate's must be, and not a number.
+    measure of boxes; classes: labels of p_class; questions: those of answer; senses: the vision models that it needs;
+    needs_scorer: whether a CLIP score is used; decides: whether the value is true or false, as a gate's must be, and
+    not a number.
     """
 
     def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] | None = ()) -> None:
@@ -48,6 +51,9 @@ class Expression:
         self.names, self.labels = frozenset(scope.used), frozenset(scope.used_labels)
         self.seen = tuple(dict.fromkeys(scope.seen))
         self.words = tuple(dict.fromkeys(word for words, _ in self.seen for word in words))
+        self.classes, self.questions = tuple(dict.fromkeys(scope.classes)), tuple(dict.fromkeys(scope.questions))
+        used = {"detector": self.words, "classifier": self.classes, "captioner": self.questions}
+        self.senses = tuple(name for name, what in used.items() if what)
         self.needs_scorer = bool(CLIP_SCORES & self.names or self.labels)
 
     def __call__(self, scores: Scores) -> bool | float:
@@ -59,10 +65,11 @@ class Expression:
 
 
 def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str],
-              detector: bool = False) -> None:  # fmt: skip
+              senses: Collection[str] = (), classes: Collection[str] | None = None) -> None:  # fmt: skip
     """Raise InputError for labels that are no choice, and for a score that is unknown or not among `computed` ones.
 
-    detector: whether there is one, for the boxes that expressions read.
+    senses: the vision models that there are, of "detector", "classifier", "captioner". classes: the classifier's
+    labels, where they are known.
     """
     if labels is not None:
         check_labels(labels)
@@ -74,9 +81,11 @@ def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | N
             continue
         try:
             expression = Expression(text, labels, computed)
+            if classes is not None:
+                check_classes(expression.classes, classes)
         except InputError as error:
             raise InputError(f"{field}: {error}") from None
-        check_computed(field, text, expression.names, bool(expression.labels), there, expression.words, detector)
+        check_computed(field, text, expression.names, bool(expression.labels), there, expression.senses, senses)
 
 
 def _parsed(text: str) -> ast.expr:
@@ -162,8 +171,9 @@ def _arithmetic(node: ast.BinOp, scope: Scope, depth: int) -> Term:
 
 def _compare(node: ast.Compare, scope: Scope, depth: int) -> Term:
     nodes = [node.left, *node.comparators]
-    if any(isinstance(part, ast.Subscript) and getattr(part.value, "id", "") == "color" for part in nodes):
-        return color(node, scope)
+    for name, build in COMPARED.items():
+        if any(reads(part, name) for part in nodes):
+            return build(node, scope)
     terms = [_number(part, scope, depth) for part in nodes]
     tests = []
     for i, op in enumerate(node.ops):
@@ -171,6 +181,9 @@ def _compare(node: ast.Compare, scope: Scope, depth: int) -> Term:
         if test is None:
             raise InputError(f"{quoted(node)}: to compare there is < <= > >= == != only")
         left, right = terms[i], terms[i + 1]
+        for one, other in ((left, right), (right, left)):
+            if 0 < other.low == other.high < one.floor:
+                raise InputError(f"{quoted(node)}: what is below {one.floor:g} is stored as 0: compare with more")
         outcomes = {test(a, b) for a, b in _extremes(left, right)}
         if len(outcomes) == 1:
             always = "always" if outcomes.pop() else "never"
@@ -203,13 +216,15 @@ def _extremes(left: Term, right: Term) -> list[tuple[float, float]]:
 def _name(node: ast.Name, scope: Scope, depth: int) -> Term:
     if node.id == "p":
         raise InputError("p: name the label, as in p['a cat']")
+    if node.id in _BRACKETED and node.id not in scope.known:
+        raise InputError(f"{node.id}: {_BRACKETED[node.id]}")
     if node.id in MEASURES and node.id not in scope.known:
         ends = "('cat', 'dog')" if node.id in RELATIONS else "['cat']"
         raise InputError(f"{node.id}: name what is looked for, as in {node.id}{ends}")
     if node.id not in scope.known and scope.anything:
         scope.known[node.id] = Term(score(node.id), EITHER)
     if node.id not in scope.known:
-        close = nearest(node.id, [*scope.known, "p", *MEASURES])
+        close = nearest(node.id, [*scope.known, "p", *_BRACKETED, *MEASURES])
         there = ", ".join([*list(scope.known)[:20], "p['label']"])
         raise InputError(f"{shown(node.id)}: no such score{close}; there are {there}")
     scope.used.add(node.id)
@@ -225,8 +240,13 @@ def _label(node: ast.Subscript, scope: Scope, depth: int) -> Term:
         return Term(found, NUMBER, 0.0, MEASURES[name].high)
     if name in RELATIONS:
         raise InputError(f"{quoted(node)}: takes round brackets, as in {name}('cat', 'dog')")
+    if name == "p_class":
+        return class_of(node, scope)
+    if name == "answer":
+        raise InputError(f"{quoted(node)}: is a text: compare it, as in answer['is it red?'] == 'yes'")
     if name != "p":
-        raise InputError(f"{quoted(node)}: brackets belong to p, {', '.join(BRACKETS)} only, as in p['a cat']")
+        known = ", ".join(["p", *_BRACKETED, *BRACKETS])
+        raise InputError(f"{quoted(node)}: brackets belong to {known} only, as in p['a cat']")
     if not (isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)):
         raise InputError(f"{quoted(node)}: the label goes in quotes, as in p['a cat']")
     label = node.slice.value
@@ -303,6 +323,10 @@ _FUNCTIONS: dict[str, tuple[Callable[..., float], int, int]] = {
     "max": (max, 2, 20),
     "abs": (abs, 1, 1),
 }
+_BRACKETED = {
+    "p_class": "name the label, as in p_class['tabby']",
+    "answer": "name the question, as in answer['is it red?'] == 'yes'",
+}
 _REFUSED: dict[type[ast.AST], str] = {
     ast.Attribute: "there are no attributes; a label is p['a cat']",
     ast.NamedExpr: "nothing can be assigned",
@@ -344,13 +368,32 @@ def unknown_scores(expression: Expression, scores: Mapping[str, Any]) -> list[st
         odds = scores.get("p") or {}
         found += [f"p[{x!r}]" for x in expression.labels if (value := odds.get(x)) is None or value != value]
     found += [f"boxes: {why}" for words, least in expression.seen if (why := lacking(scores, words, least)) is not None]
+    if expression.classes and (why := unclassified(scores)) is not None:
+        found.append(f"p_class: {why}")
+    found += [f"answer: {why}" for q in expression.questions if (why := unanswered(scores, q)) is not None]
     return sorted(found) if len(found) > 1 else found
 
 
-def check_seen(option: str, expression: Expression, scores: Collection[Scores]) -> None:
-    """Raise InputError, naming the option, where boxes that an expression reads are stored for none of the images."""
-    for words, least in expression.seen:
-        reasons = [lacking(found, words, least) for found in scores]
+def check_seen(
+    option: str, expression: Expression, scores: Collection[Scores], classes: Collection[str] | None = None
+) -> None:
+    """Raise InputError, naming the option, where what an expression reads of vision models is stored for no image.
+
+    classes: the labels of the run's classifier, where it has one.
+    """
+    if classes is not None:
+        try:
+            check_classes(expression.classes, classes)
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from None
+    checks: list[tuple[str, Callable[[Scores], str | None]]] = [
+        ("detected", lambda found, words=words, least=least: lacking(found, words, least))  # type: ignore[misc]
+        for words, least in expression.seen
+    ]
+    checks += [("classes", unclassified)] if expression.classes else []
+    checks += [("answers", lambda found, q=q: unanswered(found, q)) for q in expression.questions]  # type: ignore[misc]
+    for field, check in checks:
+        reasons = [check(found) for found in scores]
         if reasons and None not in reasons:
-            told = next((why for found, why in zip(scores, reasons, strict=True) if found.get("detected")), reasons[0])
+            told = next((why for found, why in zip(scores, reasons, strict=True) if found.get(field)), reasons[0])
             raise InputError(f"{option}: {shown(expression.text)}: {told}, nor in any other of this run")

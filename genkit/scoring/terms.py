@@ -17,12 +17,16 @@ NUMBER, TRUTH, EITHER = "number", "truth", "either"
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A compiled subexpression: its value as a function of the scores, its kind, and the range of a number."""
+    """A compiled subexpression: its value as a function of the scores, its kind, and the range of a number.
+
+    floor: values below it are not stored, and read as 0.
+    """
 
     value: Value
     kind: str = NUMBER
     low: float = -math.inf
     high: float = math.inf
+    floor: float = 0.0
 
 
 @dataclasses.dataclass
@@ -35,6 +39,8 @@ class Scope:
     used: set[str] = dataclasses.field(default_factory=set)
     used_labels: set[str] = dataclasses.field(default_factory=set)
     seen: list[tuple[tuple[str, ...], float | None]] = dataclasses.field(default_factory=list)
+    classes: list[str] = dataclasses.field(default_factory=list)
+    questions: list[str] = dataclasses.field(default_factory=list)
 
 
 def score(name: str) -> Value:

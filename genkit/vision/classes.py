@@ -15,7 +15,7 @@ class Kind:
 
     tokenizer: a class of transformers, or None where it reads no words. processor: defaults of its image processor.
     nested: the model types that a part of its config may have. renames: as of `read_weights`, for keys that older
-    versions of transformers wrote.
+    versions of transformers wrote. answers: whether it answers questions, and does not caption.
     """
 
     sense: str
@@ -24,6 +24,7 @@ class Kind:
     tokenizer: str | None = None
     nested: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
+    answers: bool = False
 
 
 _OLD = ((r".*\.position_ids$", ""), (r".*\brelative_position_index$", ""))  # buffers that older files have
@@ -87,6 +88,7 @@ CLASSES: dict[str, Kind] = {
             "captioner", "blip", Processor({"height": 384, "width": 384}, "bicubic", CLIP_MEAN, CLIP_STD),
             tokenizer="BertTokenizer", renames=_OLD,
             nested={"text_config": ("blip_text_model",), "vision_config": ("blip_vision_model",)},
+            answers=name == "BlipForQuestionAnswering",
         )
         for name in ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
     },

@@ -81,15 +81,3 @@ def _check_back(stated: Any, labels: list[str], twice: Collection[str], where: s
         if label not in twice and str(stated.get(label)) != str(n):
             said = shown(stated[label]) if label in stated else "absent"
             raise InputError(f"{where}: label2id: {shown(label)} is {said}, and {n} by id2label")
-
-
-def no_such(label: str, labels: Collection[str]) -> str:
-    """Return "no such label", and which was perhaps meant: the nearest, or one of several names, as ImageNet has."""
-    close = nearest(label, labels)
-    plain = label.casefold().strip()
-    if not close and plain:
-        named = [x for x in labels if plain in [part.strip() for part in x.casefold().split(",")]]
-        within = named or [x for x in labels if plain in x.casefold()]
-        close = f" (did you mean {within[0]!r}?)" if within else ""
-    first = ", ".join(shown(x) for x in list(labels)[:3])
-    return f"no such label of the classifier{close or f'; it has {len(labels)}, such as {first}'}"

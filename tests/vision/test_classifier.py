@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SIZES = [(40, 56), (72, 45), (33, 33), (90, 128)]
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("kind", thinned(CASES, 1000, ["ConvNextForImageClassification"]))
 def test_p_as_in_the_pipeline_of_transformers(kind: str, several: bool, tmp_path: Path) -> None:
-    problem = {"problem_type": "multi_label_classification"} if several else {}
+    problem: Any = {"problem_type": "multi_label_classification"} if several else {}
     folder = tiny_classifier(tmp_path / "model", kind, **problem)
     model = Classifier.from_pretrained(folder, device="cpu")
     pictures = [noise(n, *size) for n, size in enumerate(SIZES)]
