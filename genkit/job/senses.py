@@ -60,7 +60,8 @@ class Checks:
             raise InputError(f"detect: {shown(row.detect[0])} needs a detector, and there is none: give --detector")
         if "captioner" in self.senses:
             new = [question for question in row.questions if question not in self._asked]
-            check_lengths(self.senses["captioner"], new, "ask")
+            for question in new:
+                check_lengths(self.senses["captioner"], [question], "ask" if question in (row.ask or ()) else "answer")
             self._asked.update(new)
         elif row.ask is not None:
             raise InputError(
