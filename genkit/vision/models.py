@@ -321,6 +321,8 @@ def _check_config(config: Mapping[str, Any], kind: Kind, where: str, depth: int 
         if stated is not None and stated not in types:
             raise InputError(f"{where}: {name}: model_type: {shown(stated)} is not {' or '.join(types)}")
     for key, value in config.items():
+        if key in ("id2label", "label2id"):
+            continue  # whose keys are labels, of any text
         most = MOST_LAYERS if "layers" in key or key in ("depths", "depth") else MOST
         numbers = value if isinstance(value, list) else [value]
         large = next((n for n in numbers if isinstance(n, int | float) and abs(n) > most), None)

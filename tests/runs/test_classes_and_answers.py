@@ -145,6 +145,21 @@ def test_pruning_cannot_rank_by_what_is_not_asked_of_unfinished_pictures(models:
         generate([row], tmp_path / "run", classifier=str(models / "cls"))
 
 
+def test_unfinished_pictures_are_not_looked_at(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    classify = Classifier.__call__
+
+    def counted(self: Classifier, pictures: torch.Tensor) -> torch.Tensor:
+        looked.append(len(pictures))
+        return classify(self, pictures)
+
+    monkeypatch.setattr(Classifier, "__call__", counted)
+    size = {"num_inference_steps": 4, "width": 64, "height": 64}
+    row = Request(id="a", prompt="a fox", num_images=4, prune={}, gate="p_class['dog'] < 0.99", **size)
+    generate([row], tmp_path / "run", classifier=str(models / "cls"), device="cpu", quiet=True)
+    assert sum(looked) == row.whole == 2
+
+
 def test_a_run_is_bound_to_weights_and_labels_and_python_does_the_same(models: Path, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"num_inference_steps": 1, "width": 64, "height": 64}
     tables = {"rows.jsonl": json.dumps({"prompt": "a fox", "ask": [HOW, WHAT]}),

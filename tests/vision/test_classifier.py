@@ -84,6 +84,9 @@ def test_labels_that_are_there_twice_and_labels_that_are_absent(tmp_path: Path) 
     info = inspect_vision(folder, ("classifier",))
     assert info.labels == ("crane (0)", "dog", "crane (2)", "house", "apple")
     assert "have their number: 'crane (0)', 'crane (2)'" in info.notes[0]
+    backbone = {**cranes, "0": "backbone", "2": "layers"}  # which are names of settings elsewhere
+    _config(folder, id2label=backbone, label2id={"backbone": 0, "dog": 1, "layers": 2, "house": 3, "apple": 4})
+    assert inspect_vision(folder, ("classifier",)).labels[0] == "backbone"
     _config(folder, id2label=..., label2id=..., num_labels=5)
     info = inspect_vision(folder, ("classifier",))
     assert info.labels[0] == "LABEL_0" and "labels are called LABEL_0 to LABEL_4" in info.notes[0]
