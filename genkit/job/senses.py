@@ -42,6 +42,7 @@ class Checks:
     def __init__(self, senses: Mapping[str, VisionInfo]) -> None:
         self.senses = senses
         self._lengths = None if "detector" not in senses else Lengths(senses["detector"])
+        self._questions = None if "captioner" not in senses else Lengths(senses["captioner"])
         self._asked: set[str] = set()
 
     @property
@@ -61,7 +62,8 @@ class Checks:
         if "captioner" in self.senses:
             new = [question for question in row.questions if question not in self._asked]
             for question in new:
-                check_lengths(self.senses["captioner"], [question], "ask" if question in (row.ask or ()) else "answer")
+                field = "ask" if question in (row.ask or ()) else "answer"
+                check_lengths(self.senses["captioner"], [question], field, self._questions)
             self._asked.update(new)
         elif row.ask is not None:
             raise InputError(

@@ -61,8 +61,10 @@ class VisionInfo:
     def binding(self) -> dict[str, Any]:
         """Return what a run records of it: its weights bind, its name and folder do not."""
         local = {} if self.revision is not None else {"folder": str(self.folder.absolute())}
-        labels = {"labels": list(self.labels)} if self.labels else {}
-        return {"name": self.name, **local, "weights": self.hashes, **labels}
+        said: dict[str, Any] = {"labels": list(self.labels)} if self.labels else {}
+        problem = self.part.config.get("problem_type") if self.labels else None
+        said |= {} if problem is None else {"problem_type": problem}
+        return {"name": self.name, **local, "weights": self.hashes, **said}
 
 
 @dataclasses.dataclass(frozen=True)
