@@ -19,10 +19,12 @@ from genkit.rows.request import Request
 from genkit.runs.records import read_results
 from genkit.scoring.panel import Panel
 from genkit.scoring.senses import Asked, Senses
+from genkit.selection.calibrate import calibrate
 from genkit.studies.compare import compare_runs
 from genkit.vision.captioner import Captioner
 from genkit.vision.classifier import Classifier
 from tests.classifiers import LABELS, tiny_classifier
+from tests.judged_run import judged_run
 from tests.senses import noise, tensor, tiny_blip, tiny_blip_vqa
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +205,20 @@ def test_answers_are_those_of_captions_and_no_numbers_are_null_and_said_once(
     assert all(one["classes"] is None and one["answers"] == {HOW: None, WHAT: None} for one in broken)
     told = panel.news()
     assert len(told) == 2 and "such pictures have no classes" in told[0] and "no answers" in told[1]
+
+
+def test_gates_are_fitted_to_classes(tmp_path: Path) -> None:
+    def scores(n: int, k: int) -> dict[str, Any]:
+        return {"classes": {"dog": round(0.1 * n + 0.01 * k, 4)}, "answers": {"is it red?": "Yes." if k else "no"}}
+
+    run = judged_run(tmp_path / "run", scores, rows=10)
+    for name, rows in (("good", range(5, 10)), ("bad", range(5))):
+        (tmp_path / name).write_text("\n".join(f"r{n}-{k:02d}" for n in rows for k in range(5)))
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    assert calibrate(run, good, 0.9, "p_class['dog']", bad=bad)["expression"] == "p_class['dog'] > 0.44"
+    assert calibrate(run, good, 0.9, "p_class['dog']", "answer['is it red?'] == 'yes'", bad=bad)["score"]
+    with pytest.raises(InputError, match=r"--where: .*'is it big\?' was not asked of this image"):
+        calibrate(run, good, 0.9, "p_class['dog']", "answer['is it big?'] == 'yes'", bad=bad)
 
 
 @pytest.mark.slow
