@@ -110,11 +110,13 @@ def same_pixels(folder: Path, a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def same_boxes(a: list[Any], b: list[Any]) -> bool:
     """Whether boxes are equal in any order, in which those of one score may come; those at the floor may be absent."""
-    return all(
-        any(alike(box[:6], other[:6]) for other in others) or box[1] < 0.06
-        for boxes, others in ((a, b), (b, a))
-        for box in boxes
-    )
+
+    def same(one: list[Any], other: list[Any]) -> bool:
+        near = all(abs(x - y) <= 0.1 for x, y in zip(one[2:6], other[2:6], strict=True))  # pixels
+        return one[0] == other[0] and abs(one[1] - other[1]) <= 2e-3 and near
+
+    both = ((a, b), (b, a))
+    return all(any(same(box, x) for x in others) or box[1] < 0.06 for boxes, others in both for box in boxes)
 
 
 def alike(a: Any, b: Any) -> bool:
