@@ -119,14 +119,26 @@ def same_boxes(a: list[Any], b: list[Any]) -> bool:
     return all(any(same(box, x) for x in others) or box[1] < 0.06 for boxes, others in both for box in boxes)
 
 
-def alike(a: Any, b: Any) -> bool:
-    """Whether scores are equal: numbers but for the rounding of a batch of another size, some units of 1e-5."""
+def alike(a: Any, b: Any, most: float) -> bool:
+    """Whether scores are equal: numbers but for a share of `most`, of the rounding of a batch of another size."""
     if isinstance(a, dict) and isinstance(b, dict):
-        same = a.keys() == b.keys() and all(alike(a[name], b[name]) for name in a if name != "boxes")
+        same = a.keys() == b.keys() and all(alike(a[name], b[name], most) for name in a if name != "boxes")
         return same and same_boxes(a.get("boxes", []), b.get("boxes", []))
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return abs(a - b) <= 2e-3 * max(1, abs(a)) if isinstance(a, float) and isinstance(b, float) else a == b
+        return len(a) == len(b) and all(alike(x, y, most) for x, y in zip(a, b, strict=True))
+    return abs(a - b) <= most * max(1, abs(a)) if isinstance(a, float) and isinstance(b, float) else a == b
+
+
+def check_alike(folder: Path, whole: dict[str, Any], killed: dict[str, Any]) -> None:
+    """Raise AssertionError naming the picture that is another one, or has other scores.
+
+    A random network may make some hundredths of the last bit of a pixel.
+    """
+    assert whole.keys() == killed.keys()
+    for name, r in whole.items():
+        other, bytes_too = killed[name], r["sha256"] == killed[name]["sha256"]
+        assert same_pixels(folder, r, other), name
+        assert alike(r["scores"], other["scores"], 2e-3 if bytes_too else 0.03), (name, r["scores"], other["scores"])
 
 
 def compared(folder: Path, images: int, kills: int, seed: int = 3) -> dict[str, Any]:
@@ -142,20 +154,18 @@ def compared(folder: Path, images: int, kills: int, seed: int = 3) -> dict[str, 
     whole, _ = records(folder / "whole")
     parts, count = records(folder / "killed")
     found["records"], found["most_of_one"] = sum(count.values()), max(count.values())
-    assert whole.keys() == parts.keys() and len(whole) == images
-    for name, r in whole.items():
-        assert same_pixels(folder, r, parts[name]), name
-        assert alike(r["scores"], parts[name]["scores"]), (name, r["scores"], parts[name]["scores"])
-        assert {"boxes", "classes", "answers", "clip", "p"} <= r["scores"].keys()
+    assert len(whole) == images
+    assert all({"boxes", "classes", "answers", "clip", "p"} <= r["scores"].keys() for r in whole.values())
+    check_alike(folder, whole, parts)
     ended(start(folder, "more.jsonl", "whole"))
     before = lines(folder / "killed" / "results.jsonl")
     found["kills_asking"] = killed(folder, "more.jsonl", "killed", 3, max(1, images // 4), moment)
     (whole, _), (parts, count) = records(folder / "whole"), records(folder / "killed")
     found["asked_again"] = lines(folder / "killed" / "results.jsonl") - before
     found["most_of_one_asked"] = max(count.values())
-    for name, r in whole.items():
-        assert same_pixels(folder, r, parts[name]) and alike(r["scores"], parts[name]["scores"]), name
+    for r in whole.values():
         assert len(r["scores"]["answers"]) == 2 and len(r["scores"]["detected"]["words"]) == 3
+    check_alike(folder, whole, parts)
     return found
 
 
