@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from genkit.studies.search import search
     from genkit.suites.evaluate import evaluate
     from genkit.suites.leaderboard import leaderboard
+    from genkit.vision.classifier import Classifier
     from genkit.vision.detector import Detector
 
 # Where each public name lives: looked up on first use, so that `import genkit` costs nothing and `Request` no torch.
@@ -36,12 +37,14 @@ _HOMES = {
     "ClipScorer": "genkit.scoring.clip",
     "interrogate": "genkit.studies.interrogate",
     "replay": "genkit.studies.replay",
+    "Classifier": "genkit.vision.classifier",
     "Detector": "genkit.vision.detector",
     "search": "genkit.studies.search",
     "evaluate": "genkit.suites.evaluate",
     "leaderboard": "genkit.suites.leaderboard",
 }
 __all__ = [
+    "Classifier",
     "ClipScorer",
     "Detector",
     "HostError",

@@ -49,6 +49,12 @@ class Options:
     detector: Annotated[
         str | None, "A zero-shot detector, for count['cat'] and the like in gates: a folder or a hub id."
     ] = None
+    classifier: Annotated[str | None, "An image classifier, for p_class['tabby'] in gates: a folder or a hub id."] = (
+        None
+    )
+    captioner: Annotated[
+        str | None, "A model that answers questions, for answer['is it red?'] in gates: a folder or a hub id."
+    ] = None
     format: Annotated[str, "Of the pictures: png, webp, jpeg or jxl."] = "png"
     quality: Annotated[
         int | None, "Of webp, jpeg and jxl, 1 to 100; default 90; at 100 webp and jxl keep every bit."

@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 from genkit import cli
 from genkit.cli.app import app
 from genkit.training.recipe import read_recipe
+from tests.classifiers import tiny_classifier
 from tests.detectors import tiny_owlvit
 from tests.grids import thinned
 from tests.senses import tiny_blip, tiny_blip_vqa, tiny_clipseg
@@ -220,6 +221,7 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "my-clipseg": tiny_clipseg,
     "my-blip": tiny_blip,
     "my-blip-vqa": tiny_blip_vqa,
+    "my-classifier": tiny_classifier,
 }
 
 

@@ -68,6 +68,7 @@ class RowOptions:
     max_images: Annotated[int | None, "Draw until --keep pass, or so many are drawn."] = None
     labels: Annotated[str | None, "a,b,c: texts for zero-shot classification."] = None
     detect: Annotated[str | None, "a,b,c: words to look for, with --detector; those of gates are, anyway."] = None
+    ask: Annotated[str | None, "Questions, a comma behind each question mark: with --captioner; as with detect."] = None
 
     def fields(self) -> dict[str, Any]:
         """Return what is given, as fields of a Request. Raises InputError, naming the option, for a bad value."""
@@ -77,7 +78,7 @@ class RowOptions:
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         given |= {
             name: typed(name, given[name])
-            for name in ("guidance_interval", "labels", "detect", "scheduler")
+            for name in ("guidance_interval", "labels", "detect", "ask", "scheduler")
             if name in given
         }
         if "loras" in given:

@@ -52,7 +52,8 @@ _SECTIONS = {
         " strength mask_image mask mask_threshold mask_grow mask_invert segmenter loras num_images seed from_images"
     ),
     "Which pictures are kept": (
-        "keep gate rank_by max_images labels detect clip detector aesthetic scorers diverse dedupe reference"
+        "keep gate rank_by max_images labels detect ask clip detector classifier captioner aesthetic scorers diverse"
+        " dedupe reference"
     ),
     "How it runs": "",
 }

@@ -9,6 +9,7 @@ import typer
 
 from genkit.cli.app import SCORE, Command, app
 from genkit.cli.options import Aesthetic, AsJson, Clip, Device, Dtype, Labels, Scorers
+from genkit.errors import InputError
 
 
 @app.command(cls=Command, rich_help_panel=SCORE)
@@ -34,20 +35,43 @@ def score(
 
 @app.command(cls=Command, rich_help_panel=SCORE)
 def classify(
+    ctx: typer.Context,
     images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
     labels: Annotated[
         str | None, typer.Option(help="a,b,c: the texts to choose from; default: the names of the subfolders.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A classifier with labels of its own, in place of CLIP: a folder or a hub id.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="With --model: how many labels a picture.")] = 5,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of a table.")] = None,
     clip: Clip = "emoji-clip",
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Say which of some labels each picture shows; with a folder for each label, how often that is right."""
-    from genkit.studies.score import classify_images
+    """Say which of some labels each picture shows; with a folder for each label, how often that is right.
 
-    return classify_images(images, labels, out, clip, device, dtype, as_json)
+    With --model JSON lines, of the labels that a classifier has.
+    """
+    given = {name for name in ("labels", "clip", "top") if _stated(ctx, name)}
+    if model is None:
+        if "top" in given:
+            raise InputError(f"--top: {top} needs --model; with --labels p of every label is given")
+        from genkit.studies.score import classify_images
+
+        return classify_images(images, labels, out, clip, device, dtype, as_json)
+    for name in ("labels", "clip"):
+        if name in given:
+            raise InputError(f"--{name}: has no use with --model, whose labels are its own")
+    from genkit.studies.classify import label_images
+
+    return label_images(images, model, top, out, device, dtype)
+
+
+def _stated(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command(cls=Command, rich_help_panel=SCORE)

@@ -27,6 +27,7 @@ def generate(
     lora_dir: str | None = None, embeddings: Sequence[Any] = (), embedding_dir: str | None = None,
     no_metadata: bool = False, format_in: str = "auto", refiner: str | None = None,
     refiner_start: float | None = None, detector: str | None = None, segmenter: str | None = None,
+    classifier: str | None = None, captioner: str | None = None,
 ) -> Summary:  # fmt: skip
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
@@ -36,7 +37,8 @@ def generate(
     prediction, embeddings, refiner, refiner_start: as with `TextToImage.from_pretrained`. embedding_dir: a folder of
     textual inversions, of which those are read whose file name is a word of a prompt. wildcards, lora_dir: where rows
     of syntax "a1111" find the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings.
-    format_in: as with `read_prompts`. detector: for count['cat'] in gates; segmenter: for masks in words. Raises
+    format_in: as with `read_prompts`. detector, classifier, captioner: for count['cat'], p_class['tabby'] and
+    answer['is it red?'] in gates; segmenter: for masks in words. Raises
     InputError, before anything is loaded or written, for bad input, HostError for what disk, lock or device forbid.
     """
     rows = read_prompts(prompts, defaults, format_in) if isinstance(prompts, str | Path) else list(prompts)
@@ -48,7 +50,8 @@ def generate(
         scorers=tuple(scorers), picking=picking, max_total_images=max_total_images, max_seconds=max_seconds,
         vae=vae, text_encoder=text_encoder, prediction=prediction, wildcards=wildcards, lora_dir=lora_dir,
         embeddings=tuple(embeddings), embedding_dir=embedding_dir, no_metadata=no_metadata, refiner=refiner,
-        refiner_start=refiner_start, detector=detector, segmenter=segmenter,
+        refiner_start=refiner_start, detector=detector, segmenter=segmenter, classifier=classifier,
+        captioner=captioner,
     )  # fmt: skip
     return _unless_stopped(run_job(plan_job(rows, options, defaults or {}), user_path(out)))
 

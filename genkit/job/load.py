@@ -17,6 +17,7 @@ from genkit.device.memory import away
 from genkit.files import user_path
 from genkit.job.masks import prepare_masks
 from genkit.job.plan import Job, plan_job
+from genkit.job.senses import load_senses
 from genkit.job.words import recorded_words
 from genkit.options import Options
 from genkit.phases import phase
@@ -27,6 +28,7 @@ from genkit.runs.destination import check_binding
 from genkit.runs.records import found_at, read_rows
 from genkit.runs.run import read_config
 from genkit.scoring.aesthetic import Head
+from genkit.scoring.senses import NAMES as SENSES
 from genkit.version import __version__
 
 
@@ -55,14 +57,8 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
         warm_up(device, compute_dtype(device, dtype), widths)
     o = job.options
     prepare_masks(rows, job.segmenter, device)
-    detector = None
-    if job.detector is not None:  # before memory is planned, which it takes some of
-        from genkit.vision.detector import SENSES, Detector
-        from genkit.vision.models import load_model
-
-        with phase("detector: read weights"):
-            detector = Detector(load_model(job.detector, SENSES, device, compute_dtype(device, dtype)))
-        detector.check_words(word for row in job.rows for word in row.sought)
+    # before memory is planned, which they take some of
+    senses = load_senses(job.senses, job.rows, device, compute_dtype(device, dtype))
     with phase("plan memory"):
         budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
@@ -81,7 +77,7 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
         scorer.texts.hold = generator.residency.add("clip", scorer.model)
     if o.aesthetic is not None and job.clip is not None:
         head = Head.load(Path(o.aesthetic))
-    return generator, Panel(scorer, [row.plain_prompt for row in job.rows], head, job.scorers, detector)
+    return generator, Panel(scorer, [row.plain_prompt for row in job.rows], head, job.scorers, senses)
 
 
 def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
@@ -95,11 +91,12 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
     rows = read_rows(folder)
     model, clip = (found_at(binding.get(part) or {"name": "none"}) for part in ("model", "clip"))
     second = binding.get("refiner")
+    senses = {name: found_at(binding[name]) for name in SENSES if name in binding}
     options = Options(
         model=model, clip=clip, variant=binding.get("variant"), device=device, seed=binding["seed"],
         embeddings=recorded_words(binding.get("embeddings", {}), rows),
         aesthetic=recorded["info"].get("aesthetic"), scorers=tuple(binding.get("scorers", ())),
-        detector=None if "detector" not in binding else found_at(binding["detector"]),
+        detector=senses.get("detector"), classifier=senses.get("classifier"), captioner=senses.get("captioner"),
         segmenter=None if "segmenter" not in binding else found_at(binding["segmenter"]),
         refiner=None if second is None else found_at(second), refiner_start=None if second is None else second["start"],
         **recorded["info"].get("parts", {}),
@@ -112,10 +109,10 @@ def reopen(folder: Path, device: str = "auto") -> tuple[Any, Any, int, int]:
 
 
 def hashes(job: Job) -> dict[str, dict[str, str]]:
-    """Return the SHA-256 of each weight file of "model", "clip", "refiner" and "detector"."""
+    """Return the SHA-256 of each weight file of "model", "clip", "refiner", and of the vision models by their names."""
     models = {"model": job.info, "clip": job.clip, "refiner": job.refiner}
     found = {name: weight_hashes(info) for name, info in models.items() if info is not None}
-    return found if job.detector is None else {**found, "detector": job.detector.hashes}
+    return found | {name: info.hashes for name, info in job.senses.items()}
 
 
 def run_config(
@@ -138,8 +135,8 @@ def run_config(
         binding["refiner"] |= {"start": job.refiner_start, "prediction": prediction, "zeros": job.refiner.zero_empty}
     if job.segmenter is not None:
         binding["segmenter"] = job.segmenter.binding()
-    if job.detector is not None:
-        binding["detector"] = {**job.detector.binding(), "weights": weights["detector"]}
+    for name, vision in job.senses.items():
+        binding[name] = {**vision.binding(), "weights": weights[name]}
     binding["scheduler"] = job.info.scheduler_config
     binding |= {"tuned": {file.name: sha256(file) for file in sorted(used)}} if used else {}
     before = {} if recorded is None else recorded["binding"].get("embeddings", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,10 @@ from genkit.device.memory import TEXTS, check_memory
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
 from genkit.job.masks import find_segmenter
+from genkit.job.senses import Checks, find_senses, idle_notes
 from genkit.job.words import Inversions, find_inversions
 from genkit.options import Options
 from genkit.pictures.encoders import encoding
-from genkit.rows.detecting import words_of
 from genkit.rows.plans import plan_for
 from genkit.rows.prompting import check_prompting
 from genkit.rows.refining import START, check_refiner, refined_plan
@@ -32,8 +32,7 @@ from genkit.scoring.aesthetic import check_head
 from genkit.scoring.gates import check_row
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
-from genkit.vision.models import VisionInfo, inspect_vision
-from genkit.vision.words import Lengths
+from genkit.vision.models import VisionInfo
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
@@ -57,7 +56,7 @@ class Job:
     inversions: Inversions = dataclasses.field(default_factory=Inversions)
     refiner: ModelInfo | None = None
     refiner_start: float = START
-    detector: VisionInfo | None = None
+    senses: Mapping[str, VisionInfo] = dataclasses.field(default_factory=dict)  # detector, classifier, captioner
     segmenter: VisionInfo | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -72,7 +71,7 @@ class Job:
             "model": self.info.name,
             **({} if self.refiner is None else {"refiner": self.refiner.name, "refiner_start": self.refiner_start}),
             "clip": None if self.clip is None else self.clip.name,
-            **({} if self.detector is None else {"detector": self.detector.name}),
+            **{name: info.name for name, info in self.senses.items()},
             **({} if self.segmenter is None else {"segmenter": self.segmenter.name}),
             "format": str(encoding(self.options.format, self.options.quality)),
             **describe(
@@ -109,8 +108,8 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     if info.kind == "clip":
         raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
     clip = _clip(options, info)
-    detector = None if options.detector is None else inspect_vision(options.detector, ("detector",), "--detector")
-    lengths = None if detector is None else Lengths(detector)
+    senses = find_senses(options)
+    looked = Checks(senses)
     scorers, computed = _scorers(options, clip)
     options.picking.check()
     if clip is None and options.picking.needs_embeddings:
@@ -135,8 +134,8 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
             guided = 1.0 if geometry.guidance_width else row.guidance_scale or 1.0
             unsaid += guided <= 1 and bool(row.negative_prompt or row.negative_prompt_2)
             calls += round((row.whole + given_up) * _calls_for(row, scheduler, plans, info.folder, guided, refined))
-            check_row(row.gate, row.rank_by, row.labels, computed, detector is not None)
-            _check_sought(row, lengths)
+            check_row(row.gate, row.rank_by, row.labels, computed, senses, looked.labels)
+            looked.check(row)
             _check_clip(row, clip, computed)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -146,9 +145,10 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     inversions, said = find_inversions(filled, options, info)
     segmenter, seen = find_segmenter(filled, options, defaults)
     notes += [*_check_loras(filled, info), *said, *info.notes, *seen]
-    notes += [note for other in (clip, refiner, detector) if other is not None for note in other.notes]
+    notes += [note for other in (clip, refiner, *senses.values()) if other is not None for note in other.notes]
+    notes += idle_notes(senses, filled)
     said_once = tuple(dict.fromkeys(notes))
-    return Job(filled, options, info, clip, calls, scorers, said_once, inversions, refiner, start, detector, segmenter)
+    return Job(filled, options, info, clip, calls, scorers, said_once, inversions, refiner, start, senses, segmenter)
 
 
 def _clip(options: Options, info: ModelInfo) -> ModelInfo | None:
@@ -166,20 +166,6 @@ def _check_clip(row: Request, clip: ModelInfo | None, computed: frozenset[str]) 
         raise InputError("prune: ranks by clip, which needs a CLIP model, and there is none: give --clip")
     if row.labels is not None and clip is None:
         raise InputError("labels: need a CLIP model, and there is none: give --clip")
-
-
-def _check_sought(row: Request, lengths: Lengths | None) -> None:
-    """Raise InputError for words that nothing looks for, and where pruning would look at unfinished pictures."""
-    if lengths is not None:
-        lengths.check(row.sought)
-    elif row.detect is not None:
-        raise InputError(f"detect: {shown(row.detect[0])} needs a detector, and there is none: give --detector")
-    if (
-        row.prune is not None
-        and row.rank_by is not None
-        and words_of(row.rank_by, None if row.labels is None else tuple(row.labels))
-    ):
-        raise InputError("prune: ranks unfinished pictures, in which no boxes are looked for: rank_by cannot read them")
 
 
 def _written(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Iterator[tuple[str, Request]]:

@@ -22,7 +22,7 @@ from genkit.pictures.encoders import encoding
 from genkit.progress import Progress
 from genkit.rows.request import Request
 from genkit.runs.embeddings import Store
-from genkit.runs.redetect import redetect, unseen
+from genkit.runs.look_again import look_again, unseen
 from genkit.runs.rescore import rescore
 from genkit.runs.run import Run, read_config
 from genkit.runs.writers import Writers
@@ -117,10 +117,10 @@ def run_job(job: Job, out: Path) -> Summary:
 
 
 def _look_again(run: Run, panel: Any, changed: list[Any], progress: Progress) -> int:
-    """Look for the rows' new words in finished images; return 0, or the exit code of the signal that stopped it."""
-    progress.message(f"{len(changed)} images are looked at again: the words to detect in them changed")
+    """Look for what rows newly ask of finished images; return 0, or the exit code of the signal that stopped it."""
+    progress.message(f"{len(changed)} images are looked at again: rows ask other words or questions about them")
     with Signals() as signals:
-        for _ in redetect(run, panel, changed):
+        for _ in look_again(run, panel, changed):
             if signals.exit_code:
                 progress.message("stopped while looking at images again; the same command goes on from here")
                 break

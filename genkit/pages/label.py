@@ -27,7 +27,7 @@ from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
 from genkit.pages.gallery import policy
 from genkit.rows.result import Result
 from genkit.scoring.gates import passes
-from genkit.selection.calibrate import checked_gate, read_pictures
+from genkit.selection.calibrate import check_asked, checked_gate, read_pictures
 from genkit.selection.votes import COLUMNS, MEANING, UNDO, VOTES, header, read_votes, standing
 
 LONG = 2000  # characters of a prompt that are shown
@@ -301,6 +301,7 @@ def label(folder: Path, where: str | None = None, seed: int = 0, port: int = 0) 
     pictures, known, texts = read_pictures(folder)
     if where is not None:
         gate = checked_gate(where, known, texts)
+        check_asked(folder, "--where", where, pictures)
         pictures = {name: r for name, r in pictures.items() if passes(gate, r.scores)}
         if not pictures:
             raise InputError(f"--where: {shown(where)}: no picture passes")

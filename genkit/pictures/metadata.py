@@ -23,8 +23,8 @@ _WRITTEN = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "width", "height", "scheduler",
     "strength", "image", "mask_image", "loras", "clip_skip",
 )  # fmt: skip
-_LEFT_OUT = ("boxes", "detected")  # of scores: what a detector found, which is long
-_CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect", "meta")
+_LEFT_OUT = ("boxes", "detected", "classes", "answers")  # of scores: what vision models saw, which is long
+_CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect", "ask", "meta")
 
 
 @dataclasses.dataclass(frozen=True)

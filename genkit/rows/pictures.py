@@ -23,7 +23,7 @@ from genkit.rows.syntax import lora_tags, weighted
 from genkit.rows.typed import typed
 
 # What of a row does not make a picture: which of several are kept, and their scores. A picture is a row of its own.
-_CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect")
+_CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect", "ask")
 _INPUTS = ("image", "mask_image")
 _ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,90}")
 _HASH = re.compile("[0-9a-fA-F]{8,64}")

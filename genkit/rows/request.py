@@ -379,7 +379,7 @@ def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     prompt = found.get("prompt", "-")
     if isinstance(prompt, str) and not prompt.strip():
         raise InputError(f"prompt: {shown(prompt)} is empty; leave the field out for a model without prompts")
-    for field in ("prompt", "negative_prompt", *sdxl.PROMPTS, "labels"):
+    for field in ("prompt", "negative_prompt", *sdxl.PROMPTS, "labels", "ask"):
         value = found.get(field)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, Cut):

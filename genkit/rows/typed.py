@@ -21,8 +21,8 @@ def typed(field: str, text: str) -> Any:
     """Return the text of a CSV cell or command-line option as the value of `field` (genkit's name for it).
 
     Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels` and `detect` are separated by commas, several seeds
-    likewise; they may be JSON lists too. `meta`, `prune`, and a `scheduler` that starts with a brace, are JSON objects.
-    Raises InputError.
+    likewise, `ask` by those behind a question mark; they may be JSON lists too. `meta`, `prune`, and a `scheduler` that
+    starts with a brace, are JSON objects. Raises InputError.
     """
     convert = _TYPED.get(field)
     return text if convert is None else convert(field, text)
@@ -68,6 +68,13 @@ def _labels(field: str, text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
+def _questions(field: str, text: str) -> list[str]:
+    """Return questions, separated by the commas that follow question marks: others belong to a question."""
+    if text.lstrip().startswith("["):
+        return _labels(field, text)
+    return [part.strip() for part in re.split(r"(?<=\?)\s*,", text)]
+
+
 def _interval(field: str, text: str) -> list[float] | dict[str, Any]:
     if text.lstrip().startswith("{"):
         return _json(field, text)
@@ -105,6 +112,7 @@ _TYPED: dict[str, Callable[[str, str], Any]] = {
     "seed": _seeds,
     "labels": _labels,
     "detect": _labels,
+    "ask": _questions,
     "loras": _loras,
     "meta": _json,
     "template": _json,

@@ -14,6 +14,7 @@ from genkit.durable import is_temporary
 from genkit.errors import HostError, InputError, shown
 from genkit.rows.request import SEED_LIMIT
 from genkit.runs.records import CONFIG, read_config
+from genkit.scoring.senses import NAMES as SENSES
 
 LONGEST = 3800  # bytes of a path; leaves room for names of images within the usual limit of 4,096
 SHOWN = 10  # differences named in a refusal
@@ -24,8 +25,7 @@ PLACES = (
     "clip.folder",
     "refiner.name",
     "refiner.folder",
-    "detector.name",
-    "detector.folder",
+    *(f"{sense}.{place}" for sense in SENSES for place in ("name", "folder")),
     ".file",
 )
 

@@ -16,7 +16,7 @@ from genkit.runs.records import Key
 
 HASHED = 8 * 2**30  # bytes of images whose hash is checked, newest first; of the rest only the size
 # Fields that affect only which images are kept.
-_DECIDING = {"num_images", "keep", "gate", "rank_by", "max_images", "meta", "prune", "detect"}
+_DECIDING = {"num_images", "keep", "gate", "rank_by", "max_images", "meta", "prune", "detect", "ask"}
 
 
 NEW_LABELS = "labels changed"

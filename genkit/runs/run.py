@@ -18,6 +18,7 @@ from genkit.runs.folding import fold
 from genkit.runs.outdated import NEW_LABELS, announcements, damaged, outdated
 from genkit.runs.recorder import Recorder
 from genkit.runs.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
+from genkit.scoring.senses import NAMES as SENSES
 
 __all__ = ["Run", "check_folder", "free_name", "read_config", "read_results"]
 
@@ -192,4 +193,4 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _places(binding: dict[str, Any]) -> dict[str, Any]:
     """Return the entries of models and embeddings, which say where they lie now."""
-    return {part: binding[part] for part in ("model", "clip", "detector", "segmenter", "embeddings") if part in binding}
+    return {part: binding[part] for part in ("model", "clip", *SENSES, "segmenter", "embeddings") if part in binding}

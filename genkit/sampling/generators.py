@@ -276,11 +276,13 @@ def _panel(scorer: ClipScorer | Panel | None, rows: Sequence[Request]) -> Panel:
     from genkit.scoring.clip import ClipScorer
     from genkit.scoring.gates import check_row
     from genkit.scoring.panel import Panel
+    from genkit.scoring.senses import Senses
 
     if scorer is None or isinstance(scorer, ClipScorer):
         scorer = Panel(scorer, [row.plain_prompt for row in rows])
     for row in rows if hasattr(scorer, "names") else ():  # a caller's own scorer need not declare names
-        check_row(row.gate, row.rank_by, row.labels, scorer.names, getattr(scorer, "detector", None) is not None)
+        senses = getattr(scorer, "senses", None) or Senses()
+        check_row(row.gate, row.rank_by, row.labels, scorer.names, senses.names, senses.labels)
     return scorer
 
 

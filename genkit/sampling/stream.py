@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -56,7 +57,7 @@ class Stream:
         self.half = generator.unet.dtype != torch.float32
         # A caller's own scorer need not declare names
         scored = "clip" in getattr(scorer, "names", ("clip",))
-        self.pruning = Pruning(draws.earlier, self._finish, scored=scored)
+        self.pruning = Pruning(draws.earlier, functools.partial(self._finish, look=False), scored=scored)
 
     def run(self, slots: float) -> Iterator[Result]:
         """Yield the results as they finish. Passes repeat as long as gated rows draw more after their results."""
@@ -272,8 +273,11 @@ class Stream:
                 attempt(lambda: clip.embed_images(pictures))
 
     @torch.inference_mode()
-    def _finish(self, ended: list[Trajectory]) -> list[Result]:
-        """Decode, check and score trajectories of one shape; those to be redone in float32 are not in the results."""
+    def _finish(self, ended: list[Trajectory], look: bool = True) -> list[Result]:
+        """Decode, check and score trajectories of one shape; those to be redone in float32 are not in the results.
+
+        look: whether vision models beside CLIP look at them, too: not where unfinished pictures are ranked.
+        """
         results = [_result(t.tag, "failed", t.error, since=t.began) for t in ended if t.error]
         whole = []
         for trajectory in (t for t in ended if not t.error):
@@ -288,7 +292,7 @@ class Stream:
         with phase("decode", self.generator.device):
             decoded = attempt(lambda: quantise(self.generator.codec.decode(torch.stack([t.latent for t in whole]))))
         with phase("score", self.generator.device):
-            scores = None if decoded is None else attempt(lambda: self._score(whole, decoded[0]))
+            scores = None if decoded is None else attempt(lambda: self._score(whole, decoded[0], look))
         if decoded is None or scores is None:
             return results + [_result(t.tag, "failed", "out of memory", since=t.began) for t in whole]
         pictures, bad = decoded
@@ -311,14 +315,15 @@ class Stream:
             results.append(result)
         return results
 
-    def _score(self, ended: list[Trajectory], pictures: torch.Tensor) -> list[dict[str, Any]]:
+    def _score(self, ended: list[Trajectory], pictures: torch.Tensor, look: bool) -> list[dict[str, Any]]:
         if self.scorer is None:
             return [{} for _ in ended]
         requests = [t.tag[0] for t in ended]
         prompts, labels = [r.plain_prompt for r in requests], [r.labels for r in requests]
-        if getattr(self.scorer, "detector", None) is None:
+        senses = getattr(self.scorer, "senses", None)  # a caller's own scorer need not have any
+        if senses is None or not senses.names or not look:
             return self.scorer.scores(pictures, prompts, labels)
-        return self.scorer.scores(pictures, prompts, labels, [r.sought for r in requests])
+        return self.scorer.scores(pictures, prompts, labels, [r.asked for r in requests])
 
     @contextlib.contextmanager
     def _float32(self) -> Iterator[None]:

@@ -2,12 +2,12 @@
 
 "clip > 0.3 and not nan"    "p['a cat'] > 0.5 or p['a dog'] > 0.5"    "0.7 * clip + 0.3 * p['a cat']"    "-p['a dog']"
 "count['cat'] == 2 and left_of('cat', 'dog')"    "color['car', 0.3] == 'red'": what a detector found, see boxes.py.
+"p_class['tabby'] > 0.5 and answer['is it asleep?'] == 'yes'": what other models say of a picture, see said.py.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import math
 import operator
 import re
@@ -16,35 +16,15 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
-from genkit.scoring.boxes import (
-    BRACKETS,
-    MEASURES,
-    RELATIONS,
-    check_color,
-    check_threshold,
-    check_word,
-    lacking,
-    reader,
-)
+from genkit.scoring.boxes import BRACKETS, MEASURES, RELATIONS, lacking
 from genkit.scoring.names import CLIP_SCORES, SCORES, check_computed, check_labels
+from genkit.scoring.said import check_classes, unanswered, unclassified
+from genkit.scoring.seen import COMPARED, class_of, measured, reads
+from genkit.scoring.terms import EITHER, NUMBER, TRUTH, Scope, Scores, Term, quoted, score
 
 MAX_LENGTH = 2000
 MAX_DEPTH = 100
 MAX_NUMBER = 1e9
-
-Scores = Mapping[str, Any]
-Value = Callable[[Scores], Any]
-NUMBER, TRUTH, EITHER = "number", "truth", "either"
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """A compiled subexpression: its value as a function of the scores, its kind, and the range of a number."""
-
-    value: Value
-    kind: str = NUMBER
-    low: float = -math.inf
-    high: float = math.inf
 
 
 class Expression:
@@ -56,20 +36,24 @@ class Expression:
     and for a comparison that is always true or never ("clip > 2").
 
     Attributes names, labels: those used; words: to look for with a detector, in order; seen: (words, threshold) of each
-    measure of boxes; needs_scorer: whether a CLIP score is used; decides: whether the value is true
-    or false, as a gate's must be, and not a number.
+    measure of boxes; classes: labels of p_class; questions: those of answer; senses: the vision models that it needs;
+    needs_scorer: whether a CLIP score is used; decides: whether the value is true or false, as a gate's must be, and
+    not a number.
     """
 
     def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] | None = ()) -> None:
         self.text = text
-        added = {name: Term(_score(name), EITHER) for name in names or () if name not in _KNOWN}
-        scope = _Scope(labels, {**_KNOWN, **added}, anything=names is None)
+        added = {name: Term(score(name), EITHER) for name in names or () if name not in _KNOWN}
+        scope = Scope(labels, {**_KNOWN, **added}, anything=names is None)
         term = _build(_parsed(text), scope, 0)
         self._value = term.value
         self.decides = term.kind != NUMBER
         self.names, self.labels = frozenset(scope.used), frozenset(scope.used_labels)
         self.seen = tuple(dict.fromkeys(scope.seen))
         self.words = tuple(dict.fromkeys(word for words, _ in self.seen for word in words))
+        self.classes, self.questions = tuple(dict.fromkeys(scope.classes)), tuple(dict.fromkeys(scope.questions))
+        used = {"detector": self.words, "classifier": self.classes, "captioner": self.questions}
+        self.senses = tuple(name for name, what in used.items() if what)
         self.needs_scorer = bool(CLIP_SCORES & self.names or self.labels)
 
     def __call__(self, scores: Scores) -> bool | float:
@@ -81,10 +65,11 @@ class Expression:
 
 
 def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str],
-              detector: bool = False) -> None:  # fmt: skip
+              senses: Collection[str] = (), classes: Collection[str] | None = None) -> None:  # fmt: skip
     """Raise InputError for labels that are no choice, and for a score that is unknown or not among `computed` ones.
 
-    detector: whether there is one, for the boxes that expressions read.
+    senses: the vision models that there are, of "detector", "classifier", "captioner". classes: the classifier's
+    labels, where they are known.
     """
     if labels is not None:
         check_labels(labels)
@@ -96,19 +81,11 @@ def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | N
             continue
         try:
             expression = Expression(text, labels, computed)
+            if classes is not None:
+                check_classes(expression.classes, classes)
         except InputError as error:
             raise InputError(f"{field}: {error}") from None
-        check_computed(field, text, expression.names, bool(expression.labels), there, expression.words, detector)
-
-
-@dataclasses.dataclass
-class _Scope:
-    labels: Collection[str] | None
-    known: dict[str, Term]
-    anything: bool
-    used: set[str] = dataclasses.field(default_factory=set)
-    used_labels: set[str] = dataclasses.field(default_factory=set)
-    seen: list[tuple[tuple[str, ...], float | None]] = dataclasses.field(default_factory=list)
+        check_computed(field, text, expression.names, bool(expression.labels), there, expression.senses, senses)
 
 
 def _parsed(text: str) -> ast.expr:
@@ -132,58 +109,58 @@ def _meant(text: str) -> str:
     return "" if found is None else f"; {found}"
 
 
-def _build(node: ast.AST, scope: _Scope, depth: int) -> Term:
+def _build(node: ast.AST, scope: Scope, depth: int) -> Term:
     builder = _BUILDERS.get(type(node))
     if builder is None:
         raise InputError(
-            f"{_quoted(node)}: {_REFUSED.get(type(node), 'only scores, numbers, comparisons, + - * / and or not')}"
+            f"{quoted(node)}: {_REFUSED.get(type(node), 'only scores, numbers, comparisons, + - * / and or not')}"
         )
     if depth > MAX_DEPTH:
         raise InputError(f"more than {MAX_DEPTH} levels of nesting")
     return builder(node, scope, depth + 1)
 
 
-def _number(node: ast.AST, scope: _Scope, depth: int) -> Term:
+def _number(node: ast.AST, scope: Scope, depth: int) -> Term:
     """Build a part that must be a number."""
     term = _build(node, scope, depth)
     if term.kind == TRUTH:
-        raise InputError(f"{_quoted(node)} is true or false, not a number")
+        raise InputError(f"{quoted(node)} is true or false, not a number")
     return term
 
 
-def _truth(node: ast.AST, scope: _Scope, depth: int) -> Term:
+def _truth(node: ast.AST, scope: Scope, depth: int) -> Term:
     """Build a part that must be true or false."""
     term = _build(node, scope, depth)
     if term.kind == NUMBER:
-        raise InputError(f"{_quoted(node)} is a number, not true or false; compare it with one")
+        raise InputError(f"{quoted(node)} is a number, not true or false; compare it with one")
     return term
 
 
-def _bool_op(node: ast.BoolOp, scope: _Scope, depth: int) -> Term:
+def _bool_op(node: ast.BoolOp, scope: Scope, depth: int) -> Term:
     values = [_truth(part, scope, depth).value for part in node.values]
     every = all if isinstance(node.op, ast.And) else any
     return Term(lambda scores: every(value(scores) for value in values), TRUTH)
 
 
-def _unary(node: ast.UnaryOp, scope: _Scope, depth: int) -> Term:
+def _unary(node: ast.UnaryOp, scope: Scope, depth: int) -> Term:
     if isinstance(node.op, ast.Not):
         truth = _truth(node.operand, scope, depth).value
         return Term(lambda scores: not truth(scores), TRUTH)
     if isinstance(node.op, ast.Invert):
-        raise InputError(f"{_quoted(node)}: write `not`")
+        raise InputError(f"{quoted(node)}: write `not`")
     term = _number(node.operand, scope, depth)
     if isinstance(node.op, ast.UAdd):
         return term
     return Term(lambda scores: -term.value(scores), NUMBER, -term.high, -term.low)
 
 
-def _arithmetic(node: ast.BinOp, scope: _Scope, depth: int) -> Term:
+def _arithmetic(node: ast.BinOp, scope: Scope, depth: int) -> Term:
     apply = _ARITHMETIC.get(type(node.op))
     if apply is None:
-        raise InputError(f"{_quoted(node)}: {_REFUSED.get(type(node.op), 'of arithmetic there is + - * / only')}")
+        raise InputError(f"{quoted(node)}: {_REFUSED.get(type(node.op), 'of arithmetic there is + - * / only')}")
     left, right = _number(node.left, scope, depth), _number(node.right, scope, depth)
     if apply is _divide and right.low == right.high == 0:
-        raise InputError(f"{_quoted(node)}: division by zero")
+        raise InputError(f"{quoted(node)}: division by zero")
     if apply is _divide and right.low <= 0 <= right.high:
         low, high = -math.inf, math.inf
     else:
@@ -192,27 +169,31 @@ def _arithmetic(node: ast.BinOp, scope: _Scope, depth: int) -> Term:
     return Term(lambda scores: apply(left.value(scores), right.value(scores)), NUMBER, low, high)
 
 
-def _compare(node: ast.Compare, scope: _Scope, depth: int) -> Term:
+def _compare(node: ast.Compare, scope: Scope, depth: int) -> Term:
     nodes = [node.left, *node.comparators]
-    if any(isinstance(part, ast.Subscript) and getattr(part.value, "id", "") == "color" for part in nodes):
-        return _color(node, scope)
+    for name, build in COMPARED.items():
+        if any(reads(part, name) for part in nodes):
+            return build(node, scope)
     terms = [_number(part, scope, depth) for part in nodes]
     tests = []
     for i, op in enumerate(node.ops):
         test = _COMPARISONS.get(type(op))
         if test is None:
-            raise InputError(f"{_quoted(node)}: to compare there is < <= > >= == != only")
+            raise InputError(f"{quoted(node)}: to compare there is < <= > >= == != only")
         left, right = terms[i], terms[i + 1]
+        for one, other in ((left, right), (right, left)):
+            if 0 < other.low == other.high < one.floor:
+                raise InputError(f"{quoted(node)}: what is below {one.floor:g} is stored as 0: compare with more")
         outcomes = {test(a, b) for a, b in _extremes(left, right)}
         if len(outcomes) == 1:
             always = "always" if outcomes.pop() else "never"
             known = [
-                f"{_quoted(n)} is {t.low:g} to {t.high:g}"
+                f"{quoted(n)} is {t.low:g} to {t.high:g}"
                 for n, t in zip(nodes[i:], (left, right), strict=False)
                 if t.low < t.high
             ]
             because = f": {', '.join(known)}" if known else ""
-            raise InputError(f"{_quoted(ast.Compare(nodes[i], [op], [nodes[i + 1]]))} is {always} true{because}")
+            raise InputError(f"{quoted(ast.Compare(nodes[i], [op], [nodes[i + 1]]))} is {always} true{because}")
         tests.append(test)
     values = [term.value for term in terms]
 
@@ -232,75 +213,42 @@ def _extremes(left: Term, right: Term) -> list[tuple[float, float]]:
     return pairs
 
 
-def _color(node: ast.Compare, scope: _Scope) -> Term:
-    """Build color['cat'] == 'red', or !=; false either way where there is no such box."""
-    sides = [node.left, *node.comparators]
-    if len(sides) != 2 or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
-        raise InputError(f"{_quoted(node)}: a colour is compared with == or !=, as in color['car'] == 'red'")
-    found, text = sides if isinstance(sides[0], ast.Subscript) else sides[::-1]
-    if not isinstance(text, ast.Constant):
-        raise InputError(f"{_quoted(node)}: the colour goes in quotes, as in color['car'] == 'red'")
-    assert isinstance(found, ast.Subscript)
-    value, wanted, same = _measured(found, scope), check_color(text.value), isinstance(node.ops[0], ast.Eq)
-    return Term(lambda scores: (color := value(scores)) is not None and (color == wanted) is same, TRUTH)
-
-
-def _measured(node: ast.Subscript | ast.Call, scope: _Scope) -> Value:
-    """Return what count['cat'], count['cat', 0.3] or left_of('cat', 'dog', 0.3) is of a picture's scores."""
-    if isinstance(node, ast.Subscript):
-        name, parts = (
-            getattr(node.value, "id", ""),
-            node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice],
-        )
-    else:
-        name, parts = getattr(node.func, "id", ""), node.args
-    count = MEASURES[name].words
-    usage = (
-        f"{name}['cat'] or {name}['cat', 0.3]" if count == 1 else f"{name}('cat', 'dog') or {name}('cat', 'dog', 0.3)"
-    )
-    if not all(isinstance(part, ast.Constant) for part in parts) or not count <= len(parts) <= count + 1:
-        raise InputError(f"{_quoted(node)}: is written {usage}")
-    values = [part.value for part in parts if isinstance(part, ast.Constant)]
-    try:
-        words = tuple(check_word(word) for word in values[:count])
-        threshold = check_threshold(values[count]) if len(values) > count else None
-    except InputError as error:
-        raise InputError(f"{_quoted(node)}: {error}") from None
-    if len(set(words)) < len(words):
-        raise InputError(f"{_quoted(node)}: compares {shown(words[0])} with itself")
-    scope.seen.append((words, threshold))
-    return reader(name, words, threshold)
-
-
-def _name(node: ast.Name, scope: _Scope, depth: int) -> Term:
+def _name(node: ast.Name, scope: Scope, depth: int) -> Term:
     if node.id == "p":
         raise InputError("p: name the label, as in p['a cat']")
+    if node.id in _BRACKETED and node.id not in scope.known:
+        raise InputError(f"{node.id}: {_BRACKETED[node.id]}")
     if node.id in MEASURES and node.id not in scope.known:
         ends = "('cat', 'dog')" if node.id in RELATIONS else "['cat']"
         raise InputError(f"{node.id}: name what is looked for, as in {node.id}{ends}")
     if node.id not in scope.known and scope.anything:
-        scope.known[node.id] = Term(_score(node.id), EITHER)
+        scope.known[node.id] = Term(score(node.id), EITHER)
     if node.id not in scope.known:
-        close = nearest(node.id, [*scope.known, "p", *MEASURES])
+        close = nearest(node.id, [*scope.known, "p", *_BRACKETED, *MEASURES])
         there = ", ".join([*list(scope.known)[:20], "p['label']"])
         raise InputError(f"{shown(node.id)}: no such score{close}; there are {there}")
     scope.used.add(node.id)
     return scope.known[node.id]
 
 
-def _label(node: ast.Subscript, scope: _Scope, depth: int) -> Term:
+def _label(node: ast.Subscript, scope: Scope, depth: int) -> Term:
     name = node.value.id if isinstance(node.value, ast.Name) else ""
     if name in BRACKETS:
-        measured = _measured(node, scope)
+        found = measured(node, scope)
         if name == "color":
-            raise InputError(f"{_quoted(node)}: is a colour: compare it, as in color['car'] == 'red'")
-        return Term(measured, NUMBER, 0.0, MEASURES[name].high)
+            raise InputError(f"{quoted(node)}: is a colour: compare it, as in color['car'] == 'red'")
+        return Term(found, NUMBER, 0.0, MEASURES[name].high)
     if name in RELATIONS:
-        raise InputError(f"{_quoted(node)}: takes round brackets, as in {name}('cat', 'dog')")
+        raise InputError(f"{quoted(node)}: takes round brackets, as in {name}('cat', 'dog')")
+    if name == "p_class":
+        return class_of(node, scope)
+    if name == "answer":
+        raise InputError(f"{quoted(node)}: is a text: compare it, as in answer['is it red?'] == 'yes'")
     if name != "p":
-        raise InputError(f"{_quoted(node)}: brackets belong to p, {', '.join(BRACKETS)} only, as in p['a cat']")
+        known = ", ".join(["p", *_BRACKETED, *BRACKETS])
+        raise InputError(f"{quoted(node)}: brackets belong to {known} only, as in p['a cat']")
     if not (isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)):
-        raise InputError(f"{_quoted(node)}: the label goes in quotes, as in p['a cat']")
+        raise InputError(f"{quoted(node)}: the label goes in quotes, as in p['a cat']")
     label = node.slice.value
     if scope.labels is None:
         raise InputError(f"p[{shown(label)}]: there are no labels; give them in `labels`")
@@ -317,32 +265,32 @@ def _label(node: ast.Subscript, scope: _Scope, depth: int) -> Term:
     return Term(value, NUMBER, 0.0, 1.0)
 
 
-def _constant(node: ast.Constant, scope: _Scope, depth: int) -> Term:
+def _constant(node: ast.Constant, scope: Scope, depth: int) -> Term:
     number = node.value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise InputError(
-            f"{_quoted(node)}: is not a number; labels stand in p['…'], and true and false need no comparing"
+            f"{quoted(node)}: is not a number; labels stand in p['…'], and true and false need no comparing"
         )
     if not abs(number) <= MAX_NUMBER:
-        raise InputError(f"{_quoted(node)}: is larger than {MAX_NUMBER:g}")
+        raise InputError(f"{quoted(node)}: is larger than {MAX_NUMBER:g}")
     return Term(lambda scores: number, NUMBER, number, number)
 
 
-def _call(node: ast.Call, scope: _Scope, depth: int) -> Term:
+def _call(node: ast.Call, scope: Scope, depth: int) -> Term:
     name = node.func.id if isinstance(node.func, ast.Name) else ""
     if name in RELATIONS and not node.keywords:
         measure = MEASURES[name]
-        return Term(_measured(node, scope), TRUTH if measure.truth else NUMBER, 0.0, measure.high)
+        return Term(measured(node, scope), TRUTH if measure.truth else NUMBER, 0.0, measure.high)
     if name in BRACKETS:
-        raise InputError(f"{_quoted(node)}: takes square brackets, as in {name}['cat']")
+        raise InputError(f"{quoted(node)}: takes square brackets, as in {name}['cat']")
     if name not in _FUNCTIONS:
         known = ", ".join([*_FUNCTIONS, *RELATIONS])
         raise InputError(
-            f"{_quoted(node)}: there are no functions but {known}{nearest(name, [*_FUNCTIONS, *RELATIONS])}"
+            f"{quoted(node)}: there are no functions but {known}{nearest(name, [*_FUNCTIONS, *RELATIONS])}"
         )
     function, least, most = _FUNCTIONS[name]
     if node.keywords or not least <= len(node.args) <= most:
-        raise InputError(f"{_quoted(node)}: {name} takes {least if least == most else f'{least} or more'} values")
+        raise InputError(f"{quoted(node)}: {name} takes {least if least == most else f'{least} or more'} values")
     terms = [_number(part, scope, depth) for part in node.args]
     values = [term.value for term in terms]
     low, high = (function(*ends) for ends in ([t.low for t in terms], [t.high for t in terms]))
@@ -355,24 +303,7 @@ def _divide(a: float, b: float) -> float:
     return a / b if b else math.nan  # NaN passes no gate
 
 
-def _score(name: str) -> Value:
-    def value(scores: Scores) -> Any:
-        found = scores.get(name)
-        if found is None:
-            raise InputError(f"{name}: this image has no such score; was it scored?")
-        return found
-
-    return value
-
-
-def _quoted(node: ast.AST) -> str:
-    try:
-        return shown(ast.unparse(node))
-    except (ValueError, RecursionError):
-        return "this"
-
-
-_KNOWN = {name: Term(_score(name), TRUTH if s.truth else NUMBER, s.low, s.high) for name, s in SCORES.items()}
+_KNOWN = {name: Term(score(name), TRUTH if s.truth else NUMBER, s.low, s.high) for name, s in SCORES.items()}
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -392,6 +323,10 @@ _FUNCTIONS: dict[str, tuple[Callable[..., float], int, int]] = {
     "max": (max, 2, 20),
     "abs": (abs, 1, 1),
 }
+_BRACKETED = {
+    "p_class": "name the label, as in p_class['tabby']",
+    "answer": "name the question, as in answer['is it red?'] == 'yes'",
+}
 _REFUSED: dict[type[ast.AST], str] = {
     ast.Attribute: "there are no attributes; a label is p['a cat']",
     ast.NamedExpr: "nothing can be assigned",
@@ -409,7 +344,7 @@ _SPELLINGS = {
     r"(?<![<>=!])=(?!=)": "to compare write ==",
     r"\b(AND|OR|NOT)\b": "write and, or, not in small letters",
 }
-_BUILDERS: dict[type[ast.AST], Callable[[Any, _Scope, int], Term]] = {
+_BUILDERS: dict[type[ast.AST], Callable[[Any, Scope, int], Term]] = {
     ast.BoolOp: _bool_op,
     ast.UnaryOp: _unary,
     ast.BinOp: _arithmetic,
@@ -433,13 +368,32 @@ def unknown_scores(expression: Expression, scores: Mapping[str, Any]) -> list[st
         odds = scores.get("p") or {}
         found += [f"p[{x!r}]" for x in expression.labels if (value := odds.get(x)) is None or value != value]
     found += [f"boxes: {why}" for words, least in expression.seen if (why := lacking(scores, words, least)) is not None]
+    if expression.classes and (why := unclassified(scores)) is not None:
+        found.append(f"p_class: {why}")
+    found += [f"answer: {why}" for q in expression.questions if (why := unanswered(scores, q)) is not None]
     return sorted(found) if len(found) > 1 else found
 
 
-def check_seen(option: str, expression: Expression, scores: Collection[Scores]) -> None:
-    """Raise InputError, naming the option, where boxes that an expression reads are stored for none of the images."""
-    for words, least in expression.seen:
-        reasons = [lacking(found, words, least) for found in scores]
+def check_seen(
+    option: str, expression: Expression, scores: Collection[Scores], classes: Collection[str] | None = None
+) -> None:
+    """Raise InputError, naming the option, where what an expression reads of vision models is stored for no image.
+
+    classes: the labels of the run's classifier, where it has one.
+    """
+    if classes is not None:
+        try:
+            check_classes(expression.classes, classes)
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from None
+    checks: list[tuple[str, Callable[[Scores], str | None]]] = [
+        ("detected", lambda found, words=words, least=least: lacking(found, words, least))  # type: ignore[misc]
+        for words, least in expression.seen
+    ]
+    checks += [("classes", unclassified)] if expression.classes else []
+    checks += [("answers", lambda found, q=q: unanswered(found, q)) for q in expression.questions]  # type: ignore[misc]
+    for field, check in checks:
+        reasons = [check(found) for found in scores]
         if reasons and None not in reasons:
-            told = next((why for found, why in zip(scores, reasons, strict=True) if found.get("detected")), reasons[0])
+            told = next((why for found, why in zip(scores, reasons, strict=True) if found.get(field)), reasons[0])
             raise InputError(f"{option}: {shown(expression.text)}: {told}, nor in any other of this run")

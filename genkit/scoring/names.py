@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from genkit.errors import InputError, shown
-from genkit.scoring.boxes import FIELDS
+from genkit.scoring import boxes, said
 
 ALONE = -1.0  # `sim` of a row's first choice
 SHARPEST = 1020.0**2  # a Laplacian of 0 to 255 lies within +-4 * 255: its variance is at most that squared
@@ -62,20 +62,21 @@ def known_scores(clip: bool, aesthetic: bool = False, others: Collection[str] = 
 
 
 def names_of(scores: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Return the names of the numbers and truth values in scores of images: without p and what a detector found."""
-    return {name for found in scores for name in found} - {"p", *FIELDS}
+    """Return the names of the numbers and truth values in scores of images: without p and what vision models saw."""
+    return {name for found in scores for name in found} - {"p", *boxes.FIELDS, *said.FIELDS}
 
 
 def check_computed(
     field: str, text: str, names: Collection[str], labels: bool, computed: Collection[str],
-    words: Collection[str] = (), detector: bool = True,
+    needed: Collection[str] = (), senses: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Raise InputError where an expression, `text` of `field`, reads one of `names` that is not `computed`.
 
-    labels, words: whether it reads p, and the words of which it needs boxes. detector: whether there is one.
+    labels: whether it reads p. needed, senses: vision models that it needs, and those that there are.
     """
-    if words and not detector:
-        raise InputError(f"{field}: {shown(text)} {_MISSING['detector']}")
+    for sense in needed:
+        if sense not in senses:
+            raise InputError(f"{field}: {shown(text)} {_MISSING[sense]}")
     if labels and "clip" not in computed:
         raise InputError(f"{field}: {shown(text)} {_MISSING['clip']}")
     if "sim" in names and "sim" in computed and "clip" not in computed:
@@ -86,6 +87,8 @@ def check_computed(
 
 _MISSING = {
     "detector": "needs boxes of what pictures show, and there is no detector: give --detector",
+    "classifier": "needs the labels of a classifier, and there is none: give --classifier",
+    "captioner": "needs answers to questions, and there is no model that gives them: give --captioner",
     "clip": "needs a CLIP model, and there is none: give --clip",
     "aesthetic": "needs a head over CLIP embeddings, and there is none: give --aesthetic FILE and a CLIP model",
     "selection": (

@@ -1,4 +1,4 @@
-"""All scorers of a run together: CLIP, an aesthetic head, measures of the pixels, plugins."""
+"""All scorers of a run together: CLIP, an aesthetic head, measures of the pixels, plugins, other vision models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from genkit.scoring.measures import measures
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin
 from genkit.scoring.relative import Yardstick
+from genkit.scoring.senses import Asked, Senses
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Panel:
-    """The scorers of a run. prompts: of all rows, for the relative scores. detector: a `vision.detector.Detector`.
+    """The scorers of a run. prompts: of all rows, for the relative scores. senses: vision models beside CLIP.
 
     notes: messages about plugins that failed and were not returned by `news` yet.
     """
@@ -32,17 +33,20 @@ class Panel:
         prompts: Iterable[str] = (),
         head: Head | None = None,
         scorers: Sequence[Plugin] = (),
-        detector: Any = None,
+        senses: Senses | None = None,
     ) -> None:
-        self.clip, self.head, self.scorers, self.detector = clip, head, scorers, detector
+        self.clip, self.head, self.scorers, self.senses = clip, head, scorers, senses or Senses()
         self.yardstick = None if clip is None else Yardstick(clip, prompts)
         self.notes: list[str] = []
         self._failed: set[str] = set()
 
     def news(self) -> list[str]:
         """Return and clear the new notes. A gate that uses the score of a failed plugin passes nothing."""
-        new = list(self.notes)
-        del self.notes[: len(new)]  # another thread may append meanwhile
+        new = []
+        for notes in (self.notes, self.senses.notes):
+            taken = list(notes)
+            del notes[: len(taken)]  # another thread may append meanwhile
+            new += taken
         return new
 
     @property
@@ -53,11 +57,11 @@ class Panel:
 
     def scores(
         self, pictures: torch.Tensor, prompts: Sequence[str], labels: Sequence[Sequence[str] | None],
-        words: Sequence[Sequence[str]] = (),
+        asked: Sequence[Asked] = (),
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Return the scores of each of (B, 3, H, W) uint8 pictures; they do not depend on the others.
 
-        words: what a detector looks for in each.
+        asked: what of vision models about each; nothing without it.
         With a CLIP model they come with "embedding", a unit vector (width,) float16, which is no score.
         """
         found: list[dict[str, Any]] = [*measures(pictures)]
@@ -67,33 +71,8 @@ class Panel:
                 scores.update(self.of_embedding(vector, prompt, names), embedding=vector)
         for scores, others in zip(found, self.plugged_in(pictures, prompts), strict=True):
             scores.update(others)
-        for scores, seen in zip(found, self.seen(pictures, words), strict=True) if any(words) else ():
+        for scores, seen in zip(found, self.senses.look(pictures, asked), strict=True) if asked else ():
             scores.update(seen)
-        return found
-
-    def seen(
-        self, pictures: Sequence[torch.Tensor] | torch.Tensor, words: Sequence[Sequence[str]]
-    ) -> list[dict[str, Any]]:
-        """Return what the detector sees in each uint8 picture (3, H, W): "boxes" and "detected", as boxes.py has them.
-
-        Nothing for a picture without words; null boxes, which pass no gate, where the network's result is no number.
-        """
-        if self.detector is None:
-            return [{} for _ in words]
-        found: list[dict[str, Any]] = []
-        for picture, some, seen in zip(pictures, words, self.detector.see(pictures, words), strict=True):
-            height, width = picture.shape[-2:]
-            about = {
-                "words": list(some),
-                "size": [width, height],
-                "threshold": self.detector.threshold,
-                "floor": seen.floor,
-            }
-            boxes = None if seen.broken else [box.to_json() for box in seen.boxes]
-            found.append({"boxes": boxes, "detected": about} if some else {})
-            if seen.broken and "detector" not in self._failed:
-                self._failed.add("detector")
-                self.notes.append(f"detector {self.detector.name}: scores are no numbers; such pictures have no boxes")
         return found
 
     def of_embedding(self, vector: np.ndarray, prompt: str, labels: Sequence[str] | None) -> dict[str, Any]:

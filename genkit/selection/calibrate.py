@@ -16,7 +16,7 @@ from genkit.errors import InputError, nearest, shown
 from genkit.files import read_json
 from genkit.rows.result import Result, value_of
 from genkit.runs.records import read_config, read_results, read_rows
-from genkit.scoring.gates import Expression, passes
+from genkit.scoring.gates import Expression, check_seen, passes
 from genkit.scoring.names import names_of
 from genkit.selection.intervals import at_least, clopper_pearson
 from genkit.selection.votes import name_of, read_labels
@@ -143,6 +143,8 @@ def calibrate(
     pictures, known, texts = read_pictures(folder)
     score = score or _default(pictures)
     order, gate = _expressions(score, where, known, texts)
+    check_asked(folder, "--score", score, pictures)
+    check_asked(folder, "--where", where, pictures)
     found = read_labels(labels, bad, others_bad, pictures)
     values = {key: value_of(r, order) for key, r in pictures.items() if passes(gate, r.scores)}
     judged = [(values[key], good) for key, good in found.good.items() if key in values]
@@ -163,6 +165,16 @@ def calibrate(
     summary |= _described(best, score, where, values, len(pictures), scored)
     save_gate(folder, name, summary)
     return {"name": name, **summary}
+
+
+def check_asked(folder: Path, option: str, text: str | None, pictures: Mapping[str, Result]) -> None:
+    """Raise InputError, naming the option, for what vision models were not asked about any picture of a run."""
+    config = read_config(folder)
+    if text is None or config is None:
+        return
+    classes = (config["binding"].get("classifier") or {}).get("labels")
+    labels = {label for r in pictures.values() for label in r.scores.get("p") or ()}
+    check_seen(option, Expression(text, labels, names=None), [r.scores for r in pictures.values()], classes)
 
 
 def read_pictures(folder: Path) -> tuple[dict[str, Result], set[str], set[str]]:

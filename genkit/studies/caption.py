@@ -15,6 +15,7 @@ from genkit.progress import printable
 from genkit.runs.records import is_run
 from genkit.studies.score import check_out, line_of, output_of, pictures_at
 from genkit.studies.senses import READ, looked_at
+from genkit.vision.classes import CLASSES
 from genkit.vision.models import VisionInfo, inspect_vision
 from genkit.vision.words import check_lengths
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 WRITES = ("txt", "jsonl")
 METADATA = "metadata.jsonl"
-ANSWERS = "BlipForQuestionAnswering"
 
 
 def caption_images(
@@ -81,13 +81,14 @@ def caption_images(
 
 def _text(info: VisionInfo, question: str | None, begin: str | None) -> str | None:
     """Return what the model reads beside the picture. Raises InputError for what is of the other kind of model."""
-    answers = info.kind == ANSWERS
+    answers = CLASSES[info.kind].answers
     if answers and begin is not None:
         raise InputError(f"--begin: {shown(begin)}: {info.name} answers questions: give --question")
     if answers and question is None:
         raise InputError(f"--question: is missing: {info.name} answers questions, and writes no captions")
     if not answers and question is not None:
-        raise InputError(f"--question: {shown(question)}: {info.name} captions; a {ANSWERS} answers questions")
+        able = " or ".join(kind for kind, about in CLASSES.items() if about.answers)
+        raise InputError(f"--question: {shown(question)}: {info.name} captions; a {able} answers questions")
     name, text = ("--question", question) if answers else ("--begin", begin)
     if text is None:
         return None

@@ -22,6 +22,7 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import GALLERY, read_config, read_results, read_rows
 from genkit.scoring.boxes import counts
+from genkit.scoring.said import NOTHING, Said, said_of
 from genkit.selection.intervals import mean_interval, share_interval
 from genkit.selection.votes import name_of
 
@@ -29,7 +30,7 @@ PAGE, FIGURES = "compare.html", "comparison.json"
 NAMED = 10  # pictures without a partner that are named
 LINES = 30  # scores in the terminal: each row may have labels of its own
 # Fields of a row that do not decide on its pixels, or that a pair has in common anyway.
-_ASIDE = {"id", "prompt", "seed", "num_images", "keep", "rank_by", "gate", "max_images", "labels", "detect", "meta"}
+_ASIDE = {*"id prompt seed num_images keep rank_by gate max_images labels detect ask meta".split()}  # noqa: SIM905
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,27 +115,30 @@ def pair_up(a: Mapping[str, Result], b: Mapping[str, Result]) -> tuple[list[Pair
     return pairs, dict(alone)
 
 
-def numbers(r: Result) -> dict[str, float]:
-    """Return the scores of an image that are finite numbers, including p['label'] and count['word']."""
+def numbers(r: Result, said: Said = NOTHING) -> dict[str, float]:
+    """Return the finite scores of an image, including p['label'], count['word'] and those of `said`."""
     odds = r.scores.get("p")
     flat = {f"p[{label!r}]": value for label, value in odds.items()} if isinstance(odds, dict) else {}
     flat |= {f"count[{word!r}]": number for word, number in counts(r.scores).items()}
     everything = {**{name: value for name, value in r.scores.items() if name != "p"}, **flat}
-    return {
+    found = {
         name: float(value)
         for name, value in everything.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
+    return found | said.numbers(r.scores)
 
 
 def score_table(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
     """Return for each score: how often B is above A (ties count half), and the mean of B - A.
 
+    Of classes those that are most probable on the whole, of answers how often they are the most frequent one.
     With 95 % intervals, which allow for correlation between images of the same prompt, see `grouped`.
     """
+    said = said_of([r.scores for pair in pairs for r in (pair.a, pair.b)])
     groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
-        one, two = numbers(pair.a), numbers(pair.b)
+        one, two = numbers(pair.a, said), numbers(pair.b, said)
         for name in one.keys() & two.keys():
             groups[name][pair.group].append((one[name], two[name]))
     of = {name: sum(map(len, groups[name].values())) for name in groups}
@@ -204,9 +208,10 @@ def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pai
     with disk(folder):
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
+        said = said_of([r.scores for pair in pairs for r in (pair.a, pair.b)])
         links = [_links(side, letter, out, folder) for side, letter in ((one, "a"), (two, "b"))]
-        shown_pairs = ({**_shown(pair), "a": {**_half(pair.a), "file": links[0](pair.a)},
-                        "b": {**_half(pair.b), "file": links[1](pair.b)}} for pair in pairs)  # fmt: skip
+        shown_pairs = ({**_shown(pair), "a": {**_half(pair.a, said), "file": links[0](pair.a)},
+                        "b": {**_half(pair.b, said), "file": links[1](pair.b)}} for pair in pairs)  # fmt: skip
         template = files("genkit.pages").joinpath("compare.html").read_text("utf-8")
         names = [side.folder.resolve().name for side in (one, two)]
         parts = {"policy": policy(template, LOCAL), "title": html.escape(f"{names[0]} and {names[1]}")}
@@ -226,8 +231,8 @@ def _shown(pair: Pair) -> dict[str, Any]:
     return {"name": pair.name, "prompt": prompt if len(prompt) <= 2000 else prompt[:2000] + "…", "seed": pair.a.seed}
 
 
-def _half(r: Result) -> dict[str, Any]:
-    return {"scores": numbers(r), "width": r.width, "height": r.height}
+def _half(r: Result, said: Said) -> dict[str, Any]:
+    return {"scores": numbers(r, said), "width": r.width, "height": r.height}
 
 
 def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[Result], str]:

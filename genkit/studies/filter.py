@@ -51,7 +51,8 @@ def refilter(
         rows = read_rows(folder)
         asked = {str(row.id) for row in rows}
         results = _present(folder, [r for r in read_results(folder) if r.id in asked])
-        _check(rows, results, where, rank_by)
+        classes = (config["binding"].get("classifier") or {}).get("labels")
+        _check(rows, results, where, rank_by, classes)
         picking.check_rows(keep is not None or any(row.keep is not None for row in rows))
         known = read_known(folder, config, results, picking, [where, rank_by, *(row.rank_by for row in rows)])
         selection = decide(rows, results, where, rank_by, keep, picking, known)
@@ -85,7 +86,8 @@ def _present(folder: Path, results: list[Result]) -> list[Result]:
     return results
 
 
-def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None, rank_by: str | None) -> None:
+def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None, rank_by: str | None,
+           classes: Sequence[str] | None) -> None:  # fmt: skip
     """Raise InputError, naming the option, for an invalid expression or one that uses a score that no image has."""
     labels = {label for row in rows for label in row.labels or ()}
     known = names_of(r.scores for r in results) | {"sim"}
@@ -100,4 +102,4 @@ def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None
             raise InputError(f"{option}: {shown(text)} is a number, not true or false; compare it with one")
         for name in sorted(expression.names - known if results else ()):
             raise InputError(f"{option}: {shown(name)}: no image of this run has that score{nearest(name, known)}")
-        check_seen(option, expression, [r.scores for r in results])
+        check_seen(option, expression, [r.scores for r in results], classes)

@@ -18,6 +18,7 @@ from genkit.options import Options
 from genkit.pages.evaluation import evaluation_page
 from genkit.runs.destination import check_folder, run_seed
 from genkit.runs.records import read_config, read_results
+from genkit.scoring.senses import NAMES as SENSES
 from genkit.suites import pixels
 from genkit.suites.against import CLIP, Against, distances, find_against
 from genkit.suites.suite import Suite, as_verify, read_suite
@@ -154,8 +155,8 @@ def _judge(plan: Plan, binding: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if plan.suite.needs_clip():
         found["clip"] = (binding.get("clip") or {}).get("weights")
-    for name in ("aesthetic", "detector"):
-        if name in binding and (name == "detector" or name in plan.suite.reads):
+    for name in ("aesthetic", *SENSES):
+        if name in binding and (name in SENSES or name in plan.suite.reads):
             found[name] = binding[name]
     found["scorers"] = [plugin.name for plugin in plan.job.scorers if plan.suite.reads & set(plugin.names)]
     return found

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from genkit.vision.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor
+from genkit.vision.processors import PROCESSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Kind:
 
     tokenizer: a class of transformers, or None where it reads no words. processor: defaults of its image processor.
     nested: the model types that a part of its config may have. renames: as of `read_weights`, for keys that older
-    versions of transformers wrote.
+    versions of transformers wrote. answers: whether it answers questions, and does not caption.
     """
 
     sense: str
@@ -23,9 +24,43 @@ class Kind:
     tokenizer: str | None = None
     nested: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
+    answers: bool = False
 
 
-_OLD = ((r".*\.position_ids$", ""),)  # buffers that older versions of transformers saved
+_OLD = ((r".*\.position_ids$", ""), (r".*\brelative_position_index$", ""))  # buffers that older files have
+# Classes of transformers with a closed set of labels: model_type, and the processor where a folder names none.
+_CLASSIFIERS = {
+    "ViTForImageClassification": ("vit", "ViT"),
+    "ViTMSNForImageClassification": ("vit_msn", "ViT"),
+    "IJepaForImageClassification": ("ijepa", "ViT"),
+    "DeiTForImageClassification": ("deit", "DeiT"),
+    "DeiTForImageClassificationWithTeacher": ("deit", "DeiT"),
+    "BeitForImageClassification": ("beit", "Beit"),
+    "Data2VecVisionForImageClassification": ("data2vec-vision", "Beit"),
+    "SwinForImageClassification": ("swin", "ViT"),
+    "Swinv2ForImageClassification": ("swinv2", "ViT"),
+    "SwiftFormerForImageClassification": ("swiftformer", "ViT"),
+    "ConvNextForImageClassification": ("convnext", "ConvNext"),
+    "ConvNextV2ForImageClassification": ("convnextv2", "ConvNext"),
+    "ResNetForImageClassification": ("resnet", "ConvNext"),
+    "RegNetForImageClassification": ("regnet", "ConvNext"),
+    "BitForImageClassification": ("bit", "Bit"),
+    "Dinov2ForImageClassification": ("dinov2", "Bit"),
+    "Dinov2WithRegistersForImageClassification": ("dinov2_with_registers", "Bit"),
+    "FocalNetForImageClassification": ("focalnet", "Bit"),
+    "HieraForImageClassification": ("hiera", "Bit"),
+    "CLIPForImageClassification": ("clip", "CLIP"),
+    "SiglipForImageClassification": ("siglip", "Siglip"),
+    "PvtV2ForImageClassification": ("pvt_v2", "Pvt"),
+    "SegformerForImageClassification": ("segformer", "Segformer"),
+    "LevitForImageClassification": ("levit", "Levit"),
+    "LevitForImageClassificationWithTeacher": ("levit", "Levit"),
+    "PoolFormerForImageClassification": ("poolformer", "PoolFormer"),
+    "MobileNetV1ForImageClassification": ("mobilenet_v1", "MobileNetV1"),
+    "MobileNetV2ForImageClassification": ("mobilenet_v2", "MobileNetV2"),
+    "MobileViTForImageClassification": ("mobilevit", "MobileViT"),
+    "MobileViTV2ForImageClassification": ("mobilevitv2", "MobileViT"),
+}
 CLASSES: dict[str, Kind] = {
     "OwlViTForObjectDetection": Kind(
         "detector", "owlvit", Processor({"height": 768, "width": 768}, "bicubic", CLIP_MEAN, CLIP_STD),
@@ -41,7 +76,7 @@ CLASSES: dict[str, Kind] = {
         Processor({"shortest_edge": 800, "longest_edge": 1333}, "bilinear", IMAGENET_MEAN, IMAGENET_STD),
         tokenizer="BertTokenizer",
         nested={"backbone_config": ("swin",), "text_config": ("bert",)},
-        renames=(*_OLD, (r".*relative_position_index$", "")),
+        renames=_OLD,
     ),
     "CLIPSegForImageSegmentation": Kind(
         "segmenter", "clipseg", Processor({"height": 224, "width": 224}, "bilinear", (0.5,) * 3, (0.5,) * 3),
@@ -53,7 +88,12 @@ CLASSES: dict[str, Kind] = {
             "captioner", "blip", Processor({"height": 384, "width": 384}, "bicubic", CLIP_MEAN, CLIP_STD),
             tokenizer="BertTokenizer", renames=_OLD,
             nested={"text_config": ("blip_text_model",), "vision_config": ("blip_vision_model",)},
+            answers=name == "BlipForQuestionAnswering",
         )
         for name in ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
+    },
+    **{
+        name: Kind("classifier", model_type, PROCESSORS[processor], renames=_OLD)
+        for name, (model_type, processor) in _CLASSIFIERS.items()
     },
 }  # fmt: skip

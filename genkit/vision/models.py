@@ -19,7 +19,9 @@ from genkit.components.weights import Tensor, check_shapes, hash_once, read_weig
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json
 from genkit.vision.classes import CLASSES, Kind
+from genkit.vision.labels import read_labels, refuse_timm
 from genkit.vision.preprocess import Processor, read_processor
+from genkit.vision.processors import read_classifier_processor
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,7 @@ class VisionInfo:
     """A vision model whose folder was checked, without torch.
 
     part: its class (`kind`), config and weight files. processor: how pictures are prepared. revision: of the hub.
+    labels: of a classifier, in the order of its logits.
     """
 
     name: str
@@ -43,6 +46,7 @@ class VisionInfo:
     processor: Processor
     notes: tuple[str, ...] = ()
     revision: str | None = None
+    labels: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -57,7 +61,10 @@ class VisionInfo:
     def binding(self) -> dict[str, Any]:
         """Return what a run records of it: its weights bind, its name and folder do not."""
         local = {} if self.revision is not None else {"folder": str(self.folder.absolute())}
-        return {"name": self.name, **local, "weights": self.hashes}
+        said: dict[str, Any] = {"labels": list(self.labels)} if self.labels else {}
+        problem = self.part.config.get("problem_type") if self.labels else None
+        said |= {} if problem is None else {"problem_type": problem}
+        return {"name": self.name, **local, "weights": self.hashes, **said}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +157,12 @@ def inspect_vision(name: str | Path, senses: Collection[str], option: str = "mod
     files, tensors = read_weights(folder, "model", None, CLASSES[kind].renames)
     if CLASSES[kind].tokenizer == "CLIPTokenizer":
         check_tokenizer(folder, _text(config), f"{place(path)}: text_config", notes)
-    processor = read_processor(folder, CLASSES[kind].processor, notes)
+    labels = read_labels(config, place(path), notes) if CLASSES[kind].sense == "classifier" else ()
+    read = read_classifier_processor if labels else read_processor
+    processor = read(folder, CLASSES[kind].processor, notes)
     part = Part(CLASSES[kind].sense, kind, folder, config, files, tensors)
     revision = folder.name if on_hub else None
-    return VisionInfo(str(name), folder, CLASSES[kind].sense, part, processor, tuple(notes), revision)
+    return VisionInfo(str(name), folder, CLASSES[kind].sense, part, processor, tuple(notes), revision, labels)
 
 
 def load_model(
@@ -184,7 +193,10 @@ def load_model(
     check_shapes(have, expected, part.where, complete=True)
     weights = read_network(part, target, compute_dtype(target, dtype))
     weights |= {key: weights[source] for key, source in shared.items()}
-    weights |= {key: value.to(target, compute_dtype(target, dtype)) for key, value in fresh.items()}
+    weights |= {
+        key: value.to(target, compute_dtype(target, dtype) if value.is_floating_point() else value.dtype)
+        for key, value in fresh.items()
+    }
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device=target, dtype=compute_dtype(target, dtype)).eval().requires_grad_(False)
     return Loaded(info, model, read_tokenizer(info))
@@ -231,16 +243,21 @@ def _known(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unneeded(model: Any, have: Collection[str]) -> dict[str, Any]:
-    """Return ones and zeros for norms that files may lack, as the class itself says: it computes nothing there."""
+    """Return ones and zeros for norms that files may lack, as the class itself says: it computes nothing there.
+
+    And zeros for the counters of batch norms, which only training reads.
+    """
     import torch
 
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     norms = {name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
-    return {
+    found = {
         name: torch.ones(w.shape) if name.endswith("weight") else torch.zeros(w.shape)
         for name, w in model.state_dict().items()
         if name not in have and name.rpartition(".")[0] in norms and any(re.search(p, name) for p in patterns)
     }
+    counters = [n for n in model.state_dict() if n.endswith(".num_batches_tracked") and n not in have]  # of training
+    return found | {name: torch.zeros((), dtype=torch.long) for name in counters}
 
 
 def read_tokenizer(info: VisionInfo) -> Any:
@@ -274,6 +291,7 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _class_of(config: Mapping[str, Any], senses: Collection[str], option: str, where: str) -> str:
     """Return the class that a config names. Raises InputError for one that is not known, or is of another sense."""
+    refuse_timm(config, option, where)
     names = config.get("architectures")
     stated = names[0] if isinstance(names, list) and names else None
     if stated is None:  # some tools leave it out
@@ -305,6 +323,8 @@ def _check_config(config: Mapping[str, Any], kind: Kind, where: str, depth: int 
         if stated is not None and stated not in types:
             raise InputError(f"{where}: {name}: model_type: {shown(stated)} is not {' or '.join(types)}")
     for key, value in config.items():
+        if key in ("id2label", "label2id"):
+            continue  # whose keys are labels, of any text
         most = MOST_LAYERS if "layers" in key or key in ("depths", "depth") else MOST
         numbers = value if isinstance(value, list) else [value]
         large = next((n for n in numbers if isinstance(n, int | float) and abs(n) > most), None)

@@ -35,7 +35,7 @@ class Processor:
 
     size: {"height", "width"}, {"shortest_edge"} or {"shortest_edge", "longest_edge"}, in pixels; None leaves pictures
     as they are. crop: (height, width) or None. scale: of levels 0 to 255. square: pad to a square with black at right
-    and below, then resize as scipy does (OWLv2).
+    and below, then resize as scipy does (OWLv2). bgr: blue first, red last (MobileViT).
     """
 
     size: Mapping[str, int] | None
@@ -45,6 +45,7 @@ class Processor:
     scale: float = 1 / 255
     crop: tuple[int, int] | None = None
     square: bool = False
+    bgr: bool = False
 
 
 _SIDE = whole(1, 8192)
@@ -83,29 +84,42 @@ _UNUSED = {
 }
 
 
-def read_processor(folder: Path, default: Processor, notes: list[str] | None = None) -> Processor:
+def processor_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return what preprocessor_config.json or processor_config.json says of pictures, and that file; {} if absent."""
+    path, together = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if path.exists():
+        return path, read_json(path)
+    if not together.exists():
+        return path, {}
+    content = read_json(together).get("image_processor")
+    if not isinstance(content, dict):
+        raise InputError(f"{place(together)}: image_processor: {shown(content)} is not an object")
+    return together, content
+
+
+def read_processor(
+    folder: Path, default: Processor, notes: list[str] | None = None, more: Mapping[str, Key] | None = None,
+    found_more: dict[str, Any] | None = None,
+) -> Processor:  # fmt: skip
     """Return the image processor of preprocessor_config.json or processor_config.json; absent keys are `default`'s.
 
-    Raises InputError for a value that cannot be followed.
+    more: keys beyond those that all processors have, whose values are put into `found_more`. Raises InputError for a
+    value that cannot be followed.
     """
-    path, together = folder / "preprocessor_config.json", folder / "processor_config.json"
-    content: Any = {}
-    if path.exists():
-        content = read_json(path)
-    elif together.exists():
-        path, content = together, read_json(together).get("image_processor")
-        if not isinstance(content, dict):
-            raise InputError(f"{place(path)}: image_processor: {shown(content)} is not an object")
-    elif notes is not None:
+    path, content = processor_config(folder)
+    if not path.exists() and notes is not None:
         notes.append(f"{place(path)}: is absent: pictures are prepared as transformers does it by default")
     stated = {key: value for key, value in content.items() if value is not None}
-    found = check_config(stated, _KEYS, place(path), _UNUSED, notes)
+    found = check_config(stated, {**_KEYS, **(more or {})}, place(path), _UNUSED, notes)
+    if found_more is not None:
+        found_more |= {name: found[name] for name in more or ()}
     if default.square and found["do_pad"] is False:
         raise InputError(f"{place(path)}: do_pad: false: OWLv2 reads squares, and boxes would lie elsewhere")
     size = default.size if found["size"] is None else _size(found["size"], found["max_size"], default)
     crop = None
-    if found["do_center_crop"]:
-        side = _size(found["crop_size"] or size, None, dataclasses.replace(default, size={"height": 1, "width": 1}))
+    if default.crop is not None if found["do_center_crop"] is None else found["do_center_crop"]:
+        stated_crop = found["crop_size"] or (list(default.crop) if default.crop else size)
+        side = _size(stated_crop, None, dataclasses.replace(default, size={"height": 1, "width": 1}))
         crop = side.get("height", 0), side.get("width", 0)
         if 0 in crop or size is None or crop > tuple(size.get(k, size.get("shortest_edge", 0)) for k in side):
             raise InputError(f"{place(path)}: crop_size: {shown(found['crop_size'])} does not lie within size")
@@ -116,7 +130,7 @@ def read_processor(folder: Path, default: Processor, notes: list[str] | None = N
         mean=tuple(found["image_mean"] or default.mean) if normal else (0.0, 0.0, 0.0),
         std=tuple(found["image_std"] or default.std) if normal else (1.0, 1.0, 1.0),
         scale=(found["rescale_factor"] or default.scale) if scaled else 1.0,
-        crop=crop, square=default.square,
+        crop=crop, square=default.square, bgr=default.bgr,
     )  # fmt: skip
 
 
@@ -167,7 +181,7 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
             top, left = ((a - b) // 2 for a, b in zip(x.shape[-2:], processor.crop, strict=True))
             x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
         x = x * processor.scale
-    x = x.float().to(pictures.device)
+    x = (x.flip(1) if processor.bgr else x).float().to(pictures.device)
     mean, std = (
         torch.tensor(v, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for v in (processor.mean, processor.std)
     )

@@ -76,9 +76,12 @@ def refuse_many(words: Sequence[str], count: int, info: VisionInfo) -> None:
         )
 
 
-def check_lengths(info: VisionInfo, words: Sequence[str], field: str) -> None:
-    """Raise InputError, naming the field, for a text of more tokens than a segmenter or captioner reads."""
+def check_lengths(info: VisionInfo, words: Sequence[str], field: str, lengths: Lengths | None = None) -> None:
+    """Raise InputError, naming the field, for a text of more tokens than a segmenter or captioner reads.
+
+    lengths: of this model, where there is one already, which has read its tokenizer.
+    """
     try:
-        Lengths(info).check(words)
+        (lengths or Lengths(info)).check(words)
     except InputError as error:
         raise InputError(f"{field}: {str(error).removeprefix('detect: ')}") from None

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from genkit import cli
-from genkit.runs.redetect import redetect, unseen
+from genkit.runs.look_again import look_again, unseen
 from genkit.runs.run import Run
+from genkit.scoring.senses import Asked
 from tests.detectors import tiny_owlv2, tiny_owlvit
 from tests.null_run import CONFIG, draw, rows_of
 
@@ -108,11 +109,15 @@ class Eye:
     def __init__(self) -> None:
         self.looked = 0
 
-    def seen(self, pictures: Sequence[torch.Tensor], words: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    @property
+    def senses(self) -> Any:
+        return self
+
+    def look(self, pictures: Sequence[torch.Tensor], asked: Sequence[Asked]) -> list[dict[str, Any]]:
         self.looked += len(pictures)
         return [
-            {"boxes": [], "detected": {"words": list(w), "size": [1, 1], "threshold": 0.1, "floor": 0.05}}
-            for w in words
+            {"boxes": [], "detected": {"words": list(a.words), "size": [1, 1], "threshold": 0.1, "floor": 0.05}}
+            for a in asked
         ]
 
 
@@ -121,9 +126,9 @@ def test_looking_again_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     rows, eye = rows_of(20, detect=["a cat"]), Eye()
     with Run.open(tmp_path, CONFIG, rows) as run:
         assert len(stale := unseen(run)) == 20
-        assert next(redetect(run, eye, stale)) == 8  # type: ignore[arg-type]
+        assert next(look_again(run, eye, stale)) == 8  # type: ignore[arg-type]
     with Run.open(tmp_path, CONFIG, rows) as run:
-        assert list(redetect(run, eye, unseen(run))) == [8, 12]  # type: ignore[arg-type]
+        assert list(look_again(run, eye, unseen(run))) == [8, 12]  # type: ignore[arg-type]
         assert unseen(run) == [] and eye.looked == 20
 
 

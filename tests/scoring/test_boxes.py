@@ -82,7 +82,7 @@ REFUSED = [
     ("color['cat'] == 'crimson'", "'crimson' is no basic colour"),
     ("color['cat'] == 'gren'", "did you mean 'green'?"),
     ("left_of('cat', 'dog') + 1 > 2", "is true or false, not a number"),
-    ("width['cat'] > 2", "brackets belong to p, count, area, color only"),
+    ("width['cat'] > 2", "brackets belong to p, p_class, answer, count, area, color only"),
 ]
 
 
@@ -124,7 +124,7 @@ def test_words_of_rows() -> None:
     for words, message in ((["a", "a"], "must be different"), ([" "], "nothing to look for"), ([], "")):
         with pytest.raises(InputError, match=rf"detect: .*{message}"):
             Request(prompt="x", detect=words)
-    check_row("count['cat'] == 2", None, None, (), detector=True)
+    check_row("count['cat'] == 2", None, None, (), {"detector"})
     with pytest.raises(
         InputError, match="needs boxes of what pictures show, and there is no detector: give --detector"
     ):

@@ -1,0 +1,69 @@
+"""Classifiers with a closed set of labels: how probable each of them is for a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genkit.device.devices import pick_device
+from genkit.errors import HostError, InputError
+from genkit.pictures.images import read_image
+from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
+
+SENSES = ("classifier",)
+
+
+class Classifier(Sense):
+    """An image classifier of transformers. labels: in the order of its logits; several: each is asked for by itself.
+
+    Attribute name: as it was loaded.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__(loaded)
+        self.name, self.labels = loaded.info.name, loaded.info.labels
+        stated = loaded.info.part.config.get("problem_type")
+        self.several = stated == "multi_label_classification" or len(self.labels) == 1
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Classifier:
+        """Load a folder in transformers' layout or a hub id. Raises InputError naming what is wrong with it."""
+        return cls(load_model(name, SENSES, *pick_device(device, dtype)))
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return p of uint8 pictures (B, 3, H, W), (B, len(labels)) float32 in memory; NaN where logits are NaN."""
+        return self.odds(self.pixels(pictures))
+
+    def odds(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return p of pictures (B, 3, h, w) as `pixels` prepares them, as `__call__` does.
+
+        Softmax; sigmoid where `problem_type` is multi_label_classification, as in transformers' pipeline.
+        """
+        found = self.in_batches(len(pixels), lambda part: self._logits(pixels[part]))
+        logits = torch.cat(found) if found else torch.empty(0, len(self.labels))
+        return logits.sigmoid() if self.several else logits.softmax(dim=-1)
+
+    def classify(self, pictures: Sequence[Any], top: int = 5) -> list[list[tuple[str, float]]]:
+        """Return for each picture, a path, a PIL image or an array, its `top` most probable labels with their p.
+
+        Raises HostError where the network's result is not a number.
+        """
+        if top < 1:
+            raise InputError(f"top: {top} is not 1 or more")
+        from genkit.scoring.clip import as_tensor
+
+        return [self.best(self(as_tensor(read_image(picture)))[0], top) for picture in pictures]
+
+    def best(self, odds: torch.Tensor, top: int) -> list[tuple[str, float]]:
+        """Return the `top` most probable labels of one picture, with their p. odds: (len(labels),)."""
+        if bool(odds.isnan().any()):
+            kind = str(self.dtype).removeprefix("torch.")
+            raise HostError(f"{self.name}: its scores are no numbers in {kind}: use --dtype float32")
+        order = torch.argsort(-odds, stable=True)[:top].tolist()
+        return [(self.labels[n], round(float(odds[n]), 6)) for n in order]
+
+    def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixels.to(self.device)).logits.float().cpu()

@@ -1,0 +1,83 @@
+"""The labels of a classifier, from its config: checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from genkit.errors import InputError, nearest, shown
+
+MOST = 100_000  # labels
+LONGEST = 1000  # characters of one
+PROBLEMS = ("single_label_classification", "multi_label_classification")
+
+
+def refuse_timm(config: Mapping[str, Any], option: str, where: str) -> None:
+    """Raise InputError for a model of timm, by name: its networks are not among those that transformers has."""
+    names = config.get("architectures")
+    stated = config.get("architecture") or (names[0] if isinstance(names, list) and names else None)
+    wrapped = config.get("model_type") == "timm_wrapper" or stated == "TimmWrapperForImageClassification"
+    if wrapped or ("architecture" in config and ("pretrained_cfg" in config or "num_classes" in config)):
+        raise InputError(
+            f"{option}: {where}: {shown(stated)} is a model of timm, which genkit does not load: "
+            "take one that transformers has itself, such as a ViTForImageClassification"
+        )
+
+
+def read_labels(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[str, ...]:
+    """Return the labels of id2label, in the order of the logits.
+
+    Two of one name, as ImageNet has with its cranes, get their numbers behind them, noted. Raises InputError for
+    labels that are empty, or that num_labels or label2id contradict, and for a config that is no classifier's.
+    """
+    problem = config.get("problem_type")
+    if problem not in (None, *PROBLEMS):
+        raise InputError(
+            f"{where}: problem_type: {shown(problem)} is not {' or '.join(PROBLEMS)}{nearest(problem, PROBLEMS)}"
+        )
+    found = _texts(config.get("id2label"), config.get("num_labels"), where, notes)
+    number = config.get("num_labels")
+    if number is not None and number != len(found):
+        raise InputError(f"{where}: num_labels: {shown(number)} is not {len(found)}, the number of id2label")
+    twice = {label for label, count in Counter(found).items() if count > 1}
+    _check_back(config.get("label2id"), found, twice, where)
+    if twice:
+        found = [f"{label} ({n})" if label in twice else label for n, label in enumerate(found)]
+        if len(set(found)) < len(found):
+            raise InputError(f"{where}: id2label: {shown(sorted(twice)[0])} is there more than once")
+        told = ", ".join(shown(label) for label in found if label.rpartition(" (")[0] in twice)
+        notes.append(f"{where}: id2label: labels that are there more than once have their number: {told[:200]}")
+    return tuple(found)
+
+
+def _texts(stated: Any, number: Any, where: str, notes: list[str]) -> list[str]:
+    if stated is None:  # as transformers names them, which does not write the names of two
+        count = 2 if number is None else number
+        if type(count) is not int or not 1 <= count <= MOST:
+            raise InputError(f"{where}: num_labels: {shown(count)} is not a number from 1 to {MOST}")
+        notes.append(f"{where}: id2label: is absent: labels are called LABEL_0 to LABEL_{count - 1}")
+        return [f"LABEL_{n}" for n in range(count)]
+    if not isinstance(stated, Mapping) or not 1 <= len(stated) <= MOST:
+        raise InputError(f"{where}: id2label: {shown(stated)} is not an object of 1 to {MOST} labels")
+    found: list[str] = []
+    for n in range(len(stated)):
+        if str(n) not in stated:
+            raise InputError(f"{where}: id2label: has {len(stated)} labels, and none of the number {n}")
+        label = stated[str(n)]
+        if not isinstance(label, str) or not label.strip() or len(label) > LONGEST or "\x00" in label:
+            raise InputError(f"{where}: id2label: {n}: {shown(label)} is no label, a text of 1 to {LONGEST} characters")
+        found.append(label)
+    return found
+
+
+def _check_back(stated: Any, labels: list[str], twice: Collection[str], where: str) -> None:
+    """Raise InputError where label2id says otherwise than id2label."""
+    if stated is None:
+        return
+    if not isinstance(stated, Mapping):
+        raise InputError(f"{where}: label2id: {shown(stated)} is not an object")
+    for n, label in enumerate(labels):
+        if label not in twice and str(stated.get(label)) != str(n):
+            said = shown(stated[label]) if label in stated else "absent"
+            raise InputError(f"{where}: label2id: {shown(label)} is {said}, and {n} by id2label")
