@@ -91,7 +91,8 @@ class Train(Section):
 
     batch_size: pictures a device and pass; gradient_accumulation_steps passes make a step, whose pictures
     weigh alike. lr_scheduler: after lr_warmup_steps, constant, or falling to zero. ema: decay of the averaged weights,
-    which are what is saved; 0 saves the weights themselves. text_encoder: train it too, SDXL's both.
+    which are what is saved; 0 saves the weights themselves. text_encoder: train it too, SDXL's both. sharding: "full"
+    spreads weights, gradients, averages and moments over the processes (FSDP).
     """
 
     steps: Some = 1000
@@ -109,6 +110,7 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     text_encoder: bool = False
     compile: bool = False
+    sharding: Literal["none", "full"] = "none"
 
 
 class Evaluate(Section):
@@ -212,6 +214,15 @@ class Recipe(Section):
         for wrong, complaint in (
             (self.train.text_encoder and not whole, f"train.text_encoder: {told}{place}"),
             (self.prior is not None and self.data.buckets, "data.buckets: not with prior: a batch has one shape"),
+            (
+                self.train.sharding == "full" and self.train.mixed_precision == "fp16",
+                "train.sharding: full is not for mixed_precision fp16; take bf16",
+            ),
+            (self.train.sharding == "full" and self.train.compile, "train.compile: not with train.sharding full"),
+            (
+                self.train.sharding == "full" and self.task == "textual-inversion",
+                "train.sharding: has no use in task textual-inversion, of which a few vectors learn",
+            ),
             (goal.debiased and goal.snr_gamma, "objective: snr_gamma and debiased are two weights; take one"),
             (goal.density == "uniform" and (goal.mean, goal.std) != (0, 1), "objective.mean, std: are of logit_normal"),
         ):
