@@ -28,13 +28,16 @@ class Checkpoints:
         self.sign = 1 if lower_is_better else -1
 
     def steps(self) -> list[int]:
-        """The steps of the existing checkpoints, oldest first; unfinished ones are deleted."""
+        """The steps of the existing checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        for path in self.folder.iterdir():
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
+
+    def sweep(self) -> None:
+        """Delete what an earlier start left unfinished; of several processes, in the one that writes."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if is_temporary(path.name):
                 shutil.rmtree(path, ignore_errors=True)
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
     def write(
         self, state: State, scaler: dict[str, Any] | None, tensors: dict[str, dict[str, Any]] | None = None

@@ -62,7 +62,7 @@ def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
         failed = [(i, child.returncode) for i, child in enumerate(children) if child.poll()]
         if failed and not code:
-            number, code = failed[0]
+            number, code = min(failed, key=lambda one: one[1] > 0)  # who was killed, before who lost it
             until = time.monotonic() + GRACE
             if code < 0:
                 name = signal.Signals(-code).name

@@ -97,9 +97,8 @@ def passes_of(before: Mapping[str, Any] | None, recipe: Recipe, processes: int, 
     key = "recipe.train.gradient_accumulation_steps"
     batch = f"a step of this run is {passes} passes of {recipe.train.batch_size}"
     if own != first:
-        fits = f"with {processes} processes it would be {passes // processes}" if passes % processes == 0 else ""
-        fits = fits or f"which {processes} processes cannot share equally"
-        raise InputError(f"{where}: {key}: was {first}, is now {own}: {batch}; {fits}")
+        fits = passes // processes if passes % processes == 0 else first
+        raise InputError(f"{where}: {key}: was {first}, is now {own}: {batch}; take {fits}")
     fair = [n for n in range(1, passes + 1) if passes % n == 0]
     much = ", ".join(map(str, fair[:8])) + (", …" if len(fair) > 8 else "")
     raise InputError(f"{where}: {processes} processes: {batch}, which they cannot share equally: take {much}")
@@ -139,7 +138,8 @@ def as_one() -> Iterator[None]:
     except Exception as error:
         if world() == 1:
             raise
-        code = EXIT_INPUT if isinstance(error, InputError) else EXIT_HOST if isinstance(error, HostError) else 1
+        codes = {InputError: EXIT_INPUT, HostError: EXIT_HOST}
+        code = next((code for kind, code in codes.items() if isinstance(error, kind)), EXIT_SOME_FAILED)
         if isinstance(error, HostError | InputError) or not is_lost(error):
             if _first(code):
                 raise

@@ -147,6 +147,7 @@ class Save(Section):
 
 
 TASKS = ("unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip")
+SMALL = ("textual-inversion", "clip")  # a few vectors learn, or a number that cannot be spread
 # Section -> the tasks that read it; the others are read by all.
 READ_BY = {
     "lora": ("lora", "dreambooth"), "token": ("textual-inversion",), "prior": ("dreambooth",),
@@ -204,7 +205,7 @@ class Recipe(Section):
 
     def _check_unread(self) -> None:
         """Refuse settings that the task does not use."""
-        goal, told = self.objective, f"has no say in task {self.task}"
+        goal, told, full = self.objective, f"has no say in task {self.task}", self.train.sharding == "full"
         for key, tasks in UNREAD.items():
             section, name = key.split(".")
             if (value := getattr(getattr(self, section), name)) and self.task in tasks:
@@ -214,14 +215,11 @@ class Recipe(Section):
         for wrong, complaint in (
             (self.train.text_encoder and not whole, f"train.text_encoder: {told}{place}"),
             (self.prior is not None and self.data.buckets, "data.buckets: not with prior: a batch has one shape"),
+            (full and self.train.mixed_precision == "fp16", "train.sharding: full is not with fp16; take bf16"),
+            (full and self.train.compile, "train.compile: not with train.sharding full"),
             (
-                self.train.sharding == "full" and self.train.mixed_precision == "fp16",
-                "train.sharding: full is not for mixed_precision fp16; take bf16",
-            ),
-            (self.train.sharding == "full" and self.train.compile, "train.compile: not with train.sharding full"),
-            (
-                self.train.sharding == "full" and self.task == "textual-inversion",
-                "train.sharding: has no use in task textual-inversion, of which a few vectors learn",
+                full and self.task in SMALL,
+                f"train.sharding: full is not for task {self.task}: it is small",
             ),
             (goal.debiased and goal.snr_gamma, "objective: snr_gamma and debiased are two weights; take one"),
             (goal.density == "uniform" and (goal.mean, goal.std) != (0, 1), "objective.mean, std: are of logit_normal"),

@@ -128,6 +128,8 @@ class Setup:
         self.stepper = self.accelerator.prepare(self.state.optimizer)
         if self.recipe.save.tensorboard:
             self.accelerator.init_trackers("tensorboard")
+        if self.accelerator.is_main_process:
+            self.checkpoints.sweep()
         manifest = self.checkpoints.restore(self.state, self.message)
         if manifest is not None:
             if self.accelerator.scaler is not None and manifest["scaler"] is not None:
@@ -270,6 +272,8 @@ class Setup:
         main = self.accelerator.is_main_process
         if not main and not self.sharded:
             return
+        if self.sharded:  # the last checkpoint is being written
+            self.accelerator.wait_for_everyone()
         self.message("writing the model")
         best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[: min(1, self.recipe.save.keep_best)]
         scores = dict(self.state.scores)

@@ -40,10 +40,14 @@ def train(
     if processes is not None:
         from genkit.training.launch import launch
 
+        if not first:  # under torchrun, which the first one refuses
+            return EXIT_INPUT
         told = [str(recipe), *(changes or ()), *(("-o", str(out)) if out else ()), "--device", device]
         told += [*(("--push-to-hub", push_to_hub) if push_to_hub else ()), *(("--json",) if as_json else ())]
         return launch(processes, ["train", *told])
     folder = Path("runs") / recipe.stem if out is None else out
+    # Of a connection that ends torch's C++ prints a page in every process.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from genkit.training.loop import Diverged
     from genkit.training.loop import train as run
     from genkit.training.processes import Silent, leave
@@ -58,7 +62,7 @@ def train(
     except HostError as error:
         return leave(fail(str(error), EXIT_HOST))
     except Silent as error:
-        return leave(error.code)
+        return leave(int(str(error.code)))
     if not first:
         return outcome.exit_code
     if push_to_hub is not None and outcome.exit_code == EXIT_OK:
