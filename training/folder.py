@@ -66,6 +66,15 @@ def facts_of(recipe: Recipe, info: ModelInfo, examples: list[Example]) -> dict[s
     }  # fmt: skip
 
 
+def alike(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be the same in all processes of a run, by name: all of it but where things lie."""
+    told: dict[str, Any] = {k: v for k, v in facts.items() if k != "recipe"}
+    for name, section in facts["recipe"].items():
+        parts = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
+        told |= parts or {name: section}
+    return {k: v for k, v in told.items() if k not in (*PLACES, "data.workers", "data.cache_folder")}
+
+
 def same_run(out: Path, recipe: Recipe, now: dict[str, Any], processes: int) -> int:
     """Write run.json, or raise InputError if the recorded recipe or data differ; return the passes of a step.
 

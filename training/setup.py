@@ -32,7 +32,7 @@ from genkit.training.checkpoint import Checkpoints
 from genkit.training.data import Feed, Pictures
 from genkit.training.doctor import check_data
 from genkit.training.evaluate import LOWER_IS_BETTER, Evaluation
-from genkit.training.folder import facts_of, free_or_own, locked, same_run
+from genkit.training.folder import alike, facts_of, free_or_own, locked, same_run
 from genkit.training.output import write_model
 from genkit.training.processes import check_alike, make_accelerator
 from genkit.training.recipe import Recipe
@@ -80,7 +80,7 @@ class Setup:
             out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             facts = facts_of(recipe, info, examples)
-            check_alike(accelerator, {"torch": torch.__version__, "genkit": __version__, **facts})
+            check_alike(accelerator, {"torch": torch.__version__, "genkit": __version__, **alike(facts)})
             with accelerator.main_process_first():
                 if accelerator.is_main_process:
                     free_or_own(out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,12 +23,16 @@ def shard(networks: Mapping[str, torch.nn.Module], device: torch.device) -> None
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # Of outputs that are views: it is about changing them in place, which nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for network in networks.values():
-        for module in reversed(list(network.modules())):  # inner ones first
-            if module is not network and BLOCK.search(type(module).__name__) and any(True for _ in module.parameters()):
-                fully_shard(module, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        inner = [m for m in network.modules() if m is not network and BLOCK.search(type(m).__name__)]
+        for module in [*reversed([m for m in inner if any(True for _ in m.parameters())]), network]:
+            before = type(module)
+            fully_shard(module, mesh=mesh)
+            # transformers looks its classes up by how they print.
+            type(module).__module__, type(module).__qualname__ = before.__module__, before.__qualname__
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -68,15 +73,17 @@ def whole(networks: Mapping[str, Any], averaged: Mapping[str, torch.Tensor], mai
                     own.append((module, key.rpartition(".")[2], parameter))
                     module._parameters[own[-1][1]] = torch.nn.Parameter(data, parameter.requires_grad)
             for module in [m for m in network.modules() if main and isinstance(m, FSDPModule)]:
-                for found in (
-                    vars(module)["_forward_pre_hooks"],
-                    vars(module)["_forward_hooks"],
-                ):  # which wait for the others
+                for kind in ("_forward_pre_hooks", "_forward_hooks"):
+                    found = vars(module)[kind]
                     hooks.append((found, dict(found)))
-                    found.clear()
+                    for key, hook in hooks[-1][1].items():  # those that wait for the others
+                        if type(getattr(hook, "__self__", None)).__name__ == "FSDPState":
+                            del found[key]
         yield
     finally:
         for module, key, parameter in own:
             module._parameters[key] = parameter
         for found, kept in hooks:
-            found.update(kept)
+            merged = {**kept, **found}  # in their order; networks of transformers have got their own meanwhile
+            found.clear()
+            found.update(merged)
