@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -55,17 +56,26 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             signal.signal(number, old)
 
 
+def end_with_launcher() -> None:
+    """Let this process be told to stop, by SIGTERM, when `launch` is killed; on Linux alone."""
+    if LAUNCHED in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all, or for the first to fail and then a while for the others; return the exit code."""
     code, until = EXIT_OK, float("inf")
-    while time.monotonic() < until and any(child.poll() is None for child in children):
-        time.sleep(0.05)
+    while True:
         failed = [(i, child.returncode) for i, child in enumerate(children) if child.poll()]
         if failed and not code:
             number, code = min(failed, key=lambda one: one[1] > 0)  # who was killed, before who lost it
             until = time.monotonic() + GRACE
-            if code < 0:
+            if code in (-signal.SIGINT, -signal.SIGTERM):  # before it was ready to save
+                code = 128 - code
+            elif code < 0:
                 name = signal.Signals(-code).name
                 print(f"genkit: process {number} of {len(children)} was ended by {name}", file=sys.stderr)
                 code = EXIT_HOST
-    return code or next((child.returncode for child in children if child.returncode), EXIT_OK)
+        if time.monotonic() > until or all(child.poll() is not None for child in children):
+            return code or next((EXIT_HOST for child in children if child.returncode), EXIT_OK)
+        time.sleep(0.05)

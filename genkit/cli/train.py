@@ -37,7 +37,7 @@ def train(
         read = read_recipe(recipe, changes or ())
     except InputError as error:
         return fail(str(error), EXIT_INPUT) if first else EXIT_INPUT
-    if processes is not None:
+    if processes is not None and processes > 1:
         from genkit.training.launch import launch
 
         if not first:  # under torchrun, which the first one refuses
@@ -45,6 +45,10 @@ def train(
         told = [str(recipe), *(changes or ()), *(("-o", str(out)) if out else ()), "--device", device]
         told += [*(("--push-to-hub", push_to_hub) if push_to_hub else ()), *(("--json",) if as_json else ())]
         return launch(processes, ["train", *told])
+    if "WORLD_SIZE" in os.environ:
+        from genkit.training.launch import end_with_launcher
+
+        end_with_launcher()
     folder = Path("runs") / recipe.stem if out is None else out
     # Of a connection that ends torch's C++ prints a page in every process.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -55,12 +59,9 @@ def train(
 
     try:
         outcome = run(read, folder, device=device, quiet=as_json)
-    except Diverged as error:
-        return leave(fail(str(error), EXIT_SOME_FAILED))
-    except InputError as error:
-        return leave(fail(str(error), EXIT_INPUT))
-    except HostError as error:
-        return leave(fail(str(error), EXIT_HOST))
+    except (Diverged, InputError, HostError) as error:
+        codes = {InputError: EXIT_INPUT, HostError: EXIT_HOST}
+        return leave(fail(str(error), codes.get(type(error), EXIT_SOME_FAILED)))
     except Silent as error:
         return leave(int(str(error.code)))
     if not first:
