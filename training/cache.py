@@ -61,11 +61,13 @@ class _Shard:
 
 
 def encoded(
-    pictures: Pictures, encode: Callable[[Batch], dict[str, torch.Tensor]], folder: Path, fingerprint: Any, quiet: bool
-) -> Cached:
+    pictures: Pictures, encode: Callable[[Batch], dict[str, torch.Tensor]], folder: Path, fingerprint: Any, quiet: bool,
+    rank: int = 0, world: int = 1,
+) -> Cached:  # fmt: skip
     """Return `pictures` with the outputs of `encode` cached in `folder`; missing or damaged ones are computed.
 
-    fingerprint: what else the tensors depend on, as JSON. Raises HostError when the disk does not do.
+    fingerprint: what else the tensors depend on, as JSON. rank, world: which of so many processes this is, that share
+    the work. Raises HostError when the disk does not do.
     """
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def encoded(
                 ]
                 name = hashlib.sha256(json.dumps([base, variant, shape, sources], default=str).encode()).hexdigest()
                 plan.append(_Shard(folder / name[:2] / f"{name}.safetensors", part, variant))
-    _fill([shard for shard in plan if not _whole(shard.path)], pictures, encode, quiet)
+    _fill([shard for shard in plan[rank::world] if not _whole(shard.path)], pictures, encode, quiet)
     return Cached(pictures, {(i, s.variant): (s.path, row) for s in plan for row, i in enumerate(s.members)})
 
 

@@ -28,16 +28,24 @@ class Checkpoints:
         self.sign = 1 if lower_is_better else -1
 
     def steps(self) -> list[int]:
-        """The steps of the existing checkpoints, oldest first; unfinished ones are deleted."""
+        """The steps of the existing checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        for path in self.folder.iterdir():
-            if is_temporary(path.name):
-                shutil.rmtree(path, ignore_errors=True)
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
-    def write(self, state: State, scaler: dict[str, Any] | None) -> Path:
-        """Save `state` durably, check it by reading it back, then drop what is not to be kept. Raises HostError."""
+    def sweep(self) -> None:
+        """Delete what an earlier start left unfinished; of several processes, in the one that writes."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if is_temporary(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def write(
+        self, state: State, scaler: dict[str, Any] | None, tensors: dict[str, dict[str, Any]] | None = None
+    ) -> Path:
+        """Save `state` durably, check it by reading it back, then drop what is not to be kept. Raises HostError.
+
+        tensors: those of the state, where they are already gathered.
+        """
         from safetensors.torch import save_file
 
         final = self.folder / f"{state.step:06d}"
@@ -51,7 +59,7 @@ class Checkpoints:
         try:
             with disk(final):
                 temporary.mkdir(parents=True)
-                tensors = state.tensors()
+                tensors = state.tensors() if tensors is None else tensors
                 for name, group in tensors.items():
                     contiguous = {key: value.contiguous() for key, value in group.items()}
                     save_file(contiguous, temporary / f"{name}.safetensors", metadata={"format": "pt"})
@@ -104,7 +112,7 @@ class Checkpoints:
                 say(f"checkpoint {number} is damaged and passed over: {error}")
                 continue
             state.check({n: tuple(t.shape) for n, t in tensors["weights"].items()}, place(path))
-            missing = [f for f in state.tensors() if f != "optimizer" and f not in tensors]
+            missing = [f for f in ("weights", *(["ema"] if state.ema else [])) if f not in tensors]
             if missing:
                 raise InputError(f"{place(path)}: has no {missing[0]}, which the recipe asks for")
             state.load(tensors)

@@ -16,6 +16,7 @@ from genkit.components.loading import construct, load_tokenizer
 from genkit.errors import InputError
 from genkit.schedulers import Scheduler
 from genkit.training.data import Batch
+from genkit.training.processes import world
 from genkit.training.recipe import Recipe
 from genkit.training.tasks import make_task
 
@@ -47,7 +48,7 @@ def _scheduler(info: ModelInfo) -> Scheduler | None:
 
 
 def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int, int]) -> dict[str, int]:
-    """Return the bytes of training on pictures of `size` (width, height), by what takes them.
+    """Return the bytes of training on pictures of `size` (width, height), by what takes them; of each process.
 
     task: of `task_on_shapes`. weights: float32 where they learn, else of the recipe's precision. gradients, Adam (two
     moments) and average (EMA): 4, 8 and 4 bytes for each weight that learns. activations: what the loss of a batch
@@ -56,15 +57,19 @@ def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int,
     """
     item = 4 if recipe.train.mixed_precision == "fp32" else 2
     every = {id(p): p for network in task.everything for p in network.parameters()}
-    learns = sum(p.numel() for p in every.values() if p.requires_grad)
-    rest = sum(p.numel() for p in every.values()) - learns
+    share = world() if recipe.train.sharding == "full" else 1
+    spread = {id(p) for network in task.networks.values() for p in network.parameters()}
+    learns = sum(p.numel() for p in every.values() if p.requires_grad) // share
+    weights = sum(
+        p.numel() * (4 if p.requires_grad else item) // (share if key in spread else 1) for key, p in every.items()
+    )
     activations = _kept(task, size, {p.untyped_storage()._cdata for p in every.values()}) * item // 4
     vae = info.configs.get("vae")
     if vae is not None and recipe.task != "autoencoder" and not recipe.data.cache:
         scale = 2 ** (len(vae["block_out_channels"]) - 1)
         activations = max(activations, item * vae_encode(vae, size[1] // scale, size[0] // scale))
     return {
-        "weights": 4 * learns + item * rest, "gradients": 4 * learns, "Adam": 8 * learns,
+        "weights": weights, "gradients": 4 * learns, "Adam": 8 * learns,
         "average": 4 * learns * bool(recipe.train.ema), "activations": activations * recipe.train.batch_size,
     }  # fmt: skip
 

@@ -15,6 +15,8 @@ from genkit.errors import EXIT_OK
 from genkit.signals import Signals
 from genkit.training.checkpoint import open_log
 from genkit.training.evaluate import overfit_since
+from genkit.training.gradients import accumulate, contrast
+from genkit.training.processes import as_one
 from genkit.training.recipe import Recipe
 from genkit.training.setup import Setup
 from genkit.training.state import learning_rate
@@ -44,13 +46,13 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
     Raises InputError before the first step for whatever is wrong with recipe or data, HostError where the disk does not
     do, Diverged for a loss that is not finite.
     """
-    with Setup.prepared(recipe, out, device, quiet) as s:
+    with as_one(), Setup.prepared(recipe, out, device, quiet) as s:
         state, plan = s.state, recipe.train
         pause = LOOK_BACK if s.device.type == "cuda" else 1
         pending: list[tuple[int, torch.Tensor, float, torch.Tensor, list[str]]] = []
         code, began, first = EXIT_OK, time.monotonic() - state.seconds, state.step
         ended = _ended(s, code) or s.enough()  # as it was when it stopped by itself
-        feed = s.feed(state.step * plan.gradient_accumulation_steps)
+        feed = s.feed(state.step * s.passes)
         silent: Any = contextlib.nullcontext(lambda values: None)
         log_file = open_log(out / "log.jsonl", state.step) if s.accelerator.is_main_process else silent
         with log_file as log, Signals() as signals, s.bar as bar:
@@ -58,22 +60,13 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                 rate = learning_rate(plan, state.step, state.seconds)
                 for group in state.optimizer.param_groups:
                     group["lr"] = rate
-                losses, keys = [], []
-                for part in range(plan.gradient_accumulation_steps):
-                    tensors, names, weight = next(feed)
-                    generator = s.seeded(state.step, part)
-                    last = part == plan.gradient_accumulation_steps - 1
-                    with contextlib.nullcontext() if last else s.unsynced(), s.accelerator.autocast():
-                        loss = (s.task.loss(tensors, generator) * tensors["weights"]).mean()
-                        s.accelerator.backward(loss * weight)
-                    losses.append(loss.detach() * weight)
-                    keys += names
+                loss, keys = (contrast if hasattr(s.task, "contrast") else accumulate)(s, feed)
                 norm = s.step_optimizer(plan.max_grad_norm)
                 state.step += 1
                 state.average()
                 if not s.shared or state.step % pause == 0:  # they stop together
                     state.seconds, code = s.agreed(time.monotonic() - began, signals.exit_code)
-                pending.append((state.step, torch.stack(losses).sum(), rate, norm, keys))
+                pending.append((state.step, loss, rate, norm, keys))
                 ended = _ended(s, code)
                 # What ends by its time is looked at as well: else an earlier step would be the best.
                 save, look = (
@@ -85,8 +78,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                 if look:
                     s.evaluate()
                     ended, save = ended or s.enough(), save or s.is_best()
-                if (save or ended or state.step == plan.steps) and s.accelerator.is_main_process:
-                    s.checkpoints.write(state, s.scaler_state())
+                if save or ended or state.step == plan.steps:
+                    s.save()
         step, rate = state.step, s.rate(state.step - first)
         if not code:
             s.finish()

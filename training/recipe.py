@@ -91,7 +91,8 @@ class Train(Section):
 
     batch_size: pictures a device and pass; gradient_accumulation_steps passes make a step, whose pictures
     weigh alike. lr_scheduler: after lr_warmup_steps, constant, or falling to zero. ema: decay of the averaged weights,
-    which are what is saved; 0 saves the weights themselves. text_encoder: train it too, SDXL's both.
+    which are what is saved; 0 saves the weights themselves. text_encoder: train it too, SDXL's both. sharding: "full"
+    spreads weights, gradients, averages and moments over the processes (FSDP).
     """
 
     steps: Some = 1000
@@ -109,6 +110,7 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     text_encoder: bool = False
     compile: bool = False
+    sharding: Literal["none", "full"] = "none"
 
 
 class Evaluate(Section):
@@ -145,6 +147,7 @@ class Save(Section):
 
 
 TASKS = ("unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip")
+SMALL = ("textual-inversion", "clip")  # a few vectors learn, or a number that cannot be spread
 # Section -> the tasks that read it; the others are read by all.
 READ_BY = {
     "lora": ("lora", "dreambooth"), "token": ("textual-inversion",), "prior": ("dreambooth",),
@@ -202,7 +205,7 @@ class Recipe(Section):
 
     def _check_unread(self) -> None:
         """Refuse settings that the task does not use."""
-        goal, told = self.objective, f"has no say in task {self.task}"
+        goal, told, full = self.objective, f"has no say in task {self.task}", self.train.sharding == "full"
         for key, tasks in UNREAD.items():
             section, name = key.split(".")
             if (value := getattr(getattr(self, section), name)) and self.task in tasks:
@@ -212,6 +215,12 @@ class Recipe(Section):
         for wrong, complaint in (
             (self.train.text_encoder and not whole, f"train.text_encoder: {told}{place}"),
             (self.prior is not None and self.data.buckets, "data.buckets: not with prior: a batch has one shape"),
+            (full and self.train.mixed_precision == "fp16", "train.sharding: full is not with fp16; take bf16"),
+            (full and self.train.compile, "train.compile: not with train.sharding full"),
+            (
+                full and self.task in SMALL,
+                f"train.sharding: full is not for task {self.task}: it is small",
+            ),
             (goal.debiased and goal.snr_gamma, "objective: snr_gamma and debiased are two weights; take one"),
             (goal.density == "uniform" and (goal.mean, goal.std) != (0, 1), "objective.mean, std: are of logit_normal"),
         ):

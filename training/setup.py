@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
-import os
 import re
 import sys
 import time
@@ -25,29 +21,28 @@ from genkit.components.compose import compose_model
 from genkit.components.text import as_word
 from genkit.components.weights import sha256
 from genkit.datasets.duplicates import fingerprint_all
-from genkit.datasets.example import Example
 from genkit.datasets.sources import read_examples, repeated, split
 from genkit.device.devices import compute_dtype, peak_memory, pick_device
-from genkit.durable import disk, json_line, lock_folder, write_whole
+from genkit.durable import disk
 from genkit.errors import HostError, InputError, shown
-from genkit.files import place, read_json
+from genkit.files import place
 from genkit.progress import Steps, printable
 from genkit.training.cache import encoded
 from genkit.training.checkpoint import Checkpoints
 from genkit.training.data import Feed, Pictures
 from genkit.training.doctor import check_data
 from genkit.training.evaluate import LOWER_IS_BETTER, Evaluation
+from genkit.training.folder import alike, facts_of, free_or_own, locked, same_run
 from genkit.training.output import write_model
+from genkit.training.processes import check_alike, make_accelerator
 from genkit.training.recipe import Recipe
 from genkit.training.report import write_page
+from genkit.training.sharding import full, shard, whole
 from genkit.training.state import State, fold
 from genkit.training.tasks import KINDS, MIXED, Tensors, make_task
+from genkit.version import __version__
 
 log = logging.getLogger("genkit")
-# What may change between the starts of a run; the rest decides on what comes of it.
-FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", "data.cache_folder", "data.broken")
-# Where data and model lie: what they hold decides, by hashes.
-PLACES = ("data.path", "model", "prior.path", "data.validation")
 
 
 @dataclasses.dataclass
@@ -64,6 +59,7 @@ class Setup:
     evaluation: Evaluation
     feeds: list[Feed]
     bar: Steps
+    passes: int  # of a step, in this process
     began: float = 0.0
     first: int = 0
 
@@ -71,33 +67,26 @@ class Setup:
     @contextlib.contextmanager
     def prepared(cls, recipe: Recipe, out: Path, device: str, quiet: bool) -> Iterator[Self]:
         """Check the recipe and data, load the networks, restore the newest checkpoint; locks the folder."""
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-
+        target, _ = pick_device(device, "float32")
+        if recipe.save.tensorboard and find_spec("tensorboard") is None:
+            raise InputError("save.tensorboard: tensorboard is not installed: pip install 'genkit-diffusion[train]'")
+        accelerator = make_accelerator(recipe, target, out)
         kind = KINDS.get(recipe.task, "text-to-image")
         info = compose_model(kind, recipe.model, recipe.networks, recipe.scheduler)
         _check_channels(info)
         read = read_examples(recipe.data)
         examples, held = split(read, recipe.data)
-        target, _ = pick_device(device, "float32")
         with disk(out):
             out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
-            if recipe.save.tensorboard and find_spec("tensorboard") is None:
-                raise InputError(
-                    "save.tensorboard: tensorboard is not installed: pip install 'genkit-diffusion[train]'"
-                )
-            AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
-            accelerator = Accelerator(
-                mixed_precision=recipe.train.mixed_precision.replace("fp32", "no"), cpu=target.type == "cpu",
-                log_with="tensorboard" if recipe.save.tensorboard else None, project_dir=out,
-            )  # fmt: skip
+        with locked(out):
+            facts = facts_of(recipe, info, examples)
+            check_alike(accelerator, {"torch": torch.__version__, "genkit": __version__, **alike(facts)})
             with accelerator.main_process_first():
                 if accelerator.is_main_process:
-                    _free_or_own(out)
+                    free_or_own(out)
                     say = functools.partial(_message, quiet=quiet)
                     check_data(recipe, examples, held, info, out, say, read=read, quiet=quiet)
-                _same_run(out, recipe, info, examples, accelerator.num_processes)
+                passes = same_run(out, recipe, facts, accelerator.num_processes)
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
             components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
@@ -105,6 +94,8 @@ class Setup:
             if recipe.token and not any(re.search(as_word(recipe.token.placeholder), t) for t in pictures.names()):
                 raise InputError(f"data.captions: none has the new word {shown(recipe.token.placeholder)} in it")
             validation = pictures.plain(held) if held else None
+            if recipe.train.sharding == "full":
+                shard(task.networks, _placed(accelerator.device))
             state = State(task.networks, recipe.train)
             metric = recipe.evaluate.best
             checkpoints = Checkpoints(out / "checkpoints", recipe.save, metric in LOWER_IS_BETTER, metric)
@@ -115,7 +106,8 @@ class Setup:
                     sources.append(_prior(recipe, task, out, device, accelerator.is_main_process))
             feeds = [_feed(recipe, source, task, info, out, accelerator) for source in sources]
             bar = Steps(quiet=quiet or not accelerator.is_main_process)
-            found = cls(recipe, out, info, accelerator, task, state, checkpoints, evaluation, feeds, bar)
+            shares = passes // accelerator.num_processes
+            found = cls(recipe, out, info, accelerator, task, state, checkpoints, evaluation, feeds, bar, shares)
             try:
                 found._prepare()
                 yield found
@@ -130,10 +122,14 @@ class Setup:
             self.task.nets = {name: torch.compile(net) for name, net in self.task.nets.items()}
         for network in self.task.networks.values():
             network.train()
-        self.task.nets = {name: self.accelerator.prepare(net) for name, net in self.task.nets.items()}
+        prepare = self.accelerator.prepare_model if self.sharded else self.accelerator.prepare
+        how = {"evaluation_mode": True} if self.sharded else {}  # for precision alone
+        self.task.nets = {name: prepare(net, **how) for name, net in self.task.nets.items()}
         self.stepper = self.accelerator.prepare(self.state.optimizer)
         if self.recipe.save.tensorboard:
             self.accelerator.init_trackers("tensorboard")
+        if self.accelerator.is_main_process:
+            self.checkpoints.sweep()
         manifest = self.checkpoints.restore(self.state, self.message)
         if manifest is not None:
             if self.accelerator.scaler is not None and manifest["scaler"] is not None:
@@ -141,8 +137,7 @@ class Setup:
             self.message(f"going on from step {self.state.step} of {self.recipe.train.steps}")
             if self.wants_evaluation(self.state.step) and self.state.step not in self.state.scores:
                 self.evaluate()  # it was stopped before it could
-                if self.accelerator.is_main_process:
-                    self.checkpoints.write(self.state, manifest["scaler"])
+                self.save()
         elif self.recipe.evaluate.every and self.recipe.model is not None:
             self.evaluate()  # of what it starts from: the first row of the report
         self.began, self.first = time.monotonic(), self.state.step
@@ -155,6 +150,11 @@ class Setup:
     def shared(self) -> bool:
         """Whether several processes train together."""
         return self.accelerator.num_processes > 1
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a share of the weights alone."""
+        return self.recipe.train.sharding == "full"
 
     def agreed(self, seconds: float, stop: int) -> tuple[float, int]:
         """Return the maximum time and exit code over all processes."""
@@ -173,7 +173,6 @@ class Setup:
 
         The loss of a step is the weighted sum of the mean losses of its micro-steps.
         """
-        passes = self.recipe.train.gradient_accumulation_steps
         every = zip(*(feed.from_micro_step(start) for feed in self.feeds), strict=True)
         for number, parts in enumerate(every, start):
             tensors = [self._tensors(batch) for _, batch in parts]
@@ -182,35 +181,42 @@ class Setup:
                 for found, weight in zip(tensors, (1.0, prior.weight), strict=True):
                     found["weights"] *= count / len(found["weights"]) * weight
             joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
-            yield joined, [key for _, batch in parts for key in batch.keys], self.feeds[0].weight_of(number, passes)
+            yield (
+                joined,
+                [key for _, batch in parts for key in batch.keys],
+                self.feeds[0].weight_of(number, self.passes),
+            )
 
     def _tensors(self, batch: Any) -> Tensors:
         found = self.task.encode(batch) if batch.tensors is None else batch.tensors
         found = {name: tensor.to(self.device, non_blocking=True) for name, tensor in found.items()}
         return found | {"weights": batch.weights.to(self.device), "dropped": batch.dropped.to(self.device)}
 
+    def place_of(self, part: int) -> int:
+        """Return the place of this process's pass in the step."""
+        return int(part * self.accelerator.num_processes + self.accelerator.process_index)
+
     def seeded(self, step: int, part: int) -> torch.Generator:
-        """Return the generator of one micro-step and seed dropout, both from the step number only."""
-        seed = fold(self.recipe.seed, step, part, self.accelerator.process_index)
+        """Return the generator of a pass and seed dropout, from the step and the pass's place in it only."""
+        seed = fold(self.recipe.seed, step, self.place_of(part), 0)
         torch.manual_seed(seed)
         return torch.Generator(self.device).manual_seed(seed)
 
-    @contextlib.contextmanager
-    def unsynced(self) -> Iterator[None]:
-        """Accumulate gradients without synchronising processes."""
-        with contextlib.ExitStack() as stack:
-            for net in self.task.nets.values():
-                stack.enter_context(self.accelerator.no_sync(net))
-            yield
-
     def step_optimizer(self, most: float) -> torch.Tensor:
         """Clip the gradients to norm `most`, take a step, and return the norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(list(self.state.params.values()), most)
+        norm = full(self.accelerator.clip_grad_norm_(list(self.state.params.values()), most))
         self.stepper.step()
         self.state.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def scaler_state(self) -> dict[str, Any] | None:
+    def save(self) -> None:
+        """Write a checkpoint, in one process."""
+        main = self.accelerator.is_main_process
+        tensors = self.state.tensors(keep=main) if self.sharded else None
+        if main:
+            self.checkpoints.write(self.state, self._scaler_state(), tensors)
+
+    def _scaler_state(self) -> dict[str, Any] | None:
         """Return the loss scale of fp16."""
         return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
@@ -222,13 +228,13 @@ class Setup:
     def evaluate(self) -> None:
         """Evaluate the averaged weights in one process, share the scores with the others, and update index.html."""
         shared: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            nets = self.task.nets
-            if self.shared:  # as they are without the wrapping, whose forward waits for the others
-                self.task.nets = dict(self.task.networks)
-            with self.state.averaged():
+        with self._averaged():
+            if self.accelerator.is_main_process:
+                nets = self.task.nets
+                if self.shared:  # as they are without the wrapping, whose forward waits for the others
+                    self.task.nets = dict(self.task.networks)
                 shared = [self.evaluation(self.state.step)]
-            self.task.nets = nets
+                self.task.nets = nets
         if self.shared:
             from accelerate.utils import broadcast_object_list
 
@@ -238,6 +244,12 @@ class Setup:
         if self.accelerator.is_main_process:
             best = self.ranked()[:1] or [self.state.step]
             write_page(self.out, self.out.name, self.state.scores, self.recipe.evaluate.prompts, best[0])
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Let the networks of the first process have the averaged weights, whole."""
+        if self.sharded:
+            return whole(self.task.networks, self.state.ema, self.accelerator.is_main_process)
+        return self.state.averaged()
 
     def is_best(self) -> bool:
         """Return whether this step's score is among the best that are kept."""
@@ -257,17 +269,21 @@ class Setup:
 
     def finish(self) -> None:
         """Write the model of the best checkpoint, or of the last step if no best one is kept."""
-        if not self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if not main and not self.sharded:
             return
+        if self.sharded:  # the last checkpoint is being written
+            self.accelerator.wait_for_everyone()
         self.message("writing the model")
         best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[: min(1, self.recipe.save.keep_best)]
         scores = dict(self.state.scores)
         if best and best[0] != self.state.step:
             self.checkpoints.restore(self.state, self.message, best[0])
             self.state.scores = scores
-        with self.state.averaged():
+        with self._averaged():
             facts = {"step": self.state.step, **scores.get(self.state.step, {})}
-            write_model(self.recipe, self.info, self.task, self.out, facts)
+            if main:
+                write_model(self.recipe, self.info, self.task, self.out, facts)
 
     def track(self, values: dict[str, float], step: int) -> None:
         """Log to TensorBoard, if the recipe asks for it."""
@@ -285,7 +301,7 @@ class Setup:
 
     def rate(self, steps: int) -> float:
         """Pictures a second since the first step of this start."""
-        each = sum(feed.batch_size * feed.world for feed in self.feeds) * self.recipe.train.gradient_accumulation_steps
+        each = sum(feed.batch_size * feed.world for feed in self.feeds) * self.passes
         return steps * each / max(1e-9, time.monotonic() - self.began)
 
     def best(self) -> dict[str, Any]:
@@ -348,8 +364,11 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
         words = [_words(folder) for folder in (info.tokenizer, info.tokenizer_2) if folder is not None]
         fingerprint = [weights, configs, words, recipe.token and recipe.token.names, recipe.train.mixed_precision]
         folder = out / "cache" if recipe.data.cache_folder is None else Path(recipe.data.cache_folder)
-        with accelerator.main_process_first():
-            source = encoded(pictures, task.encode, folder, fingerprint, quiet=not accelerator.is_main_process)
+        fill = functools.partial(encoded, pictures, task.encode, folder, fingerprint)
+        source = fill(not accelerator.is_main_process, accelerator.process_index, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        if accelerator.num_processes > 1:  # what another one should have encoded, if its disk is not this one
+            source = fill(not accelerator.is_main_process)
     rank, world = accelerator.process_index, accelerator.num_processes
     return Feed(source, recipe.train.batch_size, recipe.data.workers, rank, world, accelerator.device.type == "cuda")
 
@@ -357,71 +376,3 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
 def _words(folder: Path) -> list[str]:
     """Return the SHA-256 of a tokenizer's files."""
     return [sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt", ".model")]
-
-
-_HELD: set[int] = set()  # handles of locks
-# Processes that read pictures are copies of this one: when it is killed, they must not hold its folder for it.
-os.register_at_fork(after_in_child=lambda: collections.deque(map(os.close, _HELD), maxlen=0))
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first holds it for all
-        yield
-        return
-    with disk(out):
-        handle = lock_folder(out)
-    _HELD.add(handle)
-    try:
-        yield
-    finally:
-        _HELD.discard(handle)
-        os.close(handle)
-
-
-def _free_or_own(out: Path) -> None:
-    others = ("model_index.json", "checkpoints", "results.jsonl")
-    if not (out / "run.json").exists() and any((out / name).exists() for name in others):
-        raise InputError(f"{place(out)}: holds something else than a training run: take another folder")
-
-
-def _same_run(out: Path, recipe: Recipe, info: ModelInfo, examples: list[Example], processes: int) -> None:
-    """Write run.json, or raise InputError if the recorded recipe or data differ."""
-    data = hashlib.sha256()
-    for e in examples:
-        more = [list(e.captions), e.repeat] if e.captions or e.repeat > 1 else []
-        data.update(json.dumps([e.key, e.caption, e.fields, *more], default=str).encode())
-    now = {
-        "recipe": recipe.plain, "weights": weight_hashes(info), "pictures": len(examples), "data": data.hexdigest(),
-        "processes": processes,
-    }  # fmt: skip
-    path = out / "run.json"
-    if path.exists():
-        before = read_json(path)
-        differs = _difference(before, now)
-        if differs is not None:
-            key, old, new = differs
-            raise InputError(
-                f"{place(path)}: {key}: was {shown(old)}, is now {shown(new)}: take another folder, or change it back"
-            )
-        first, train = before["recipe"]["train"]["steps"], recipe.train
-        if train.steps != first and train.lr_scheduler != "constant":
-            falls = f"lr_scheduler {train.lr_scheduler} falls over all of them, so the learning rate changes at once"
-            log.warning("train.steps: was %d at first, is now %d: %s", first, train.steps, falls)
-        return
-    with disk(path):
-        write_whole(path, json_line(now).encode())
-
-
-def _difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    field = key.removeprefix("recipe.") if key.startswith("recipe.") else ""
-    moved = field in PLACES and not isinstance(old, int | float) and not isinstance(new, int | float)
-    if field in FREE or moved:
-        return None
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(n for n in new if n not in old)]:
-            found = _difference(old.get(name), new.get(name), f"{key}.{name}".strip("."))
-            if found is not None:
-                return found
-        return None
-    return None if old == new else (key, old, new)

@@ -16,6 +16,7 @@ import torch
 
 from genkit.errors import InputError, nearest
 from genkit.training.recipe import Train
+from genkit.training.sharding import as_sharded, full, is_sharded
 
 
 def fold(*numbers: int | str) -> int:
@@ -65,7 +66,7 @@ class State:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Let the networks use the averaged weights within this context, for evaluation and saving."""
+        """Let the networks use the averaged weights within this context, for evaluation and saving; if not sharded."""
         own = {name: self.params[name].data for name in self.ema}
         try:
             for name, shadow in self.ema.items():
@@ -75,15 +76,22 @@ class State:
             for name, data in own.items():
                 self.params[name].data = data
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the state as named tensors, by checkpoint file."""
+    def tensors(self, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the state as named tensors, by checkpoint file; sharded ones whole, for which all processes must ask.
+
+        keep: False in a process that only gives its shares.
+        """
         moments = {
             f"{name}.{key}": torch.as_tensor(value)
             for name, parameter in self.params.items()
             for key, value in self.optimizer.state[parameter].items()
         }
         found = {"weights": {n: p.detach() for n, p in self.params.items()}, "ema": self.ema, "optimizer": moments}
-        return {file: tensors for file, tensors in found.items() if tensors}
+        return {
+            file: {name: whole for name, tensor in tensors.items() if (whole := _gathered(tensor, keep)) is not None}
+            for file, tensors in found.items()
+            if tensors
+        }
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Raise InputError, naming the first weight that differs, for a checkpoint of another architecture."""
@@ -99,16 +107,26 @@ class State:
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Restore what `tensors` returned, bit for bit."""
         for name, parameter in self.params.items():
-            parameter.data.copy_(tensors["weights"][name])
+            parameter.data.copy_(as_sharded(tensors["weights"][name], parameter))
             kept = {k: v for k, v in tensors.get("optimizer", {}).items() if k.rpartition(".")[0] == name}
             fused = parameter.is_cuda
             self.optimizer.state[parameter] = {
                 # A step count stays where Adam keeps it: on the CPU, or beside the weights when fused.
-                key.rpartition(".")[2]: value.to(parameter.device if value.ndim or fused else "cpu", copy=True)
+                key.rpartition(".")[2]: as_sharded(value, parameter)
+                if value.ndim
+                else value.to(parameter.device if fused else "cpu", copy=True)
                 for key, value in kept.items()
             }
         for name, shadow in self.ema.items():
-            shadow.copy_(tensors["ema"][name])
+            shadow.copy_(as_sharded(tensors["ema"][name], shadow))
+
+
+def _gathered(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
+    """Return a whole tensor, in memory of the host if it was sharded: one device may not hold them all."""
+    if not is_sharded(tensor):
+        return tensor if keep else None
+    found = full(tensor)
+    return found.cpu() if keep else None
 
 
 CURVES = {

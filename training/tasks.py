@@ -233,11 +233,24 @@ class Contrastive:
         self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
     ) -> torch.Tensor:
         """Return the mean of both cross-entropies; equal captions in a batch all count as correct."""
+        return self.contrast(*self.embed(tensors), tensors["ids"], self.scale)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The logarithm of the logits' scale, which is learnt."""
+        return self.parts.clip.logit_scale
+
+    def embed(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the unit embeddings of pictures and captions, (B, D) each."""
         out = self.nets["clip"](input_ids=tensors["ids"], pixel_values=tensors["pixel_values"])
-        images, texts = out.image_embeds.float(), out.text_embeds.float()
-        scale = self.parts.clip.logit_scale.float().exp().clamp(max=MOST_SCALE)
-        logits = scale * images @ texts.T
-        same = (tensors["ids"][:, None] == tensors["ids"][None]).all(dim=2).float()
+        return out.image_embeds.float(), out.text_embeds.float()
+
+    def contrast(
+        self, images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of each picture, (B,), of embeddings (B, D) and tokens (B, T) of all that are compared."""
+        logits = scale.float().exp().clamp(max=MOST_SCALE) * images @ texts.T
+        same = (ids[:, None] == ids[None]).all(dim=2).float()
         wanted = same / same.sum(dim=1, keepdim=True)
         return (cross_entropy(logits, wanted, reduction="none") + cross_entropy(logits.T, wanted, reduction="none")) / 2
 

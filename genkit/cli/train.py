@@ -12,7 +12,7 @@ import typer
 
 from genkit.cli.app import TRAIN, Command, app, fail
 from genkit.cli.options import AsJson, Device
-from genkit.errors import EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED
+from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED, HostError, InputError
 
 
 @app.command(cls=Command, rich_help_panel=TRAIN)
@@ -24,22 +24,47 @@ def train(
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the model when it is done.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Start so many on this machine, which train together.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Train a model, or go on with it: the same command goes on exactly where the last one stopped."""
     from genkit.training.recipe import read_recipe
 
-    read = read_recipe(recipe, changes or ())
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, which speaks and writes
+    try:
+        read = read_recipe(recipe, changes or ())
+    except InputError as error:
+        return fail(str(error), EXIT_INPUT) if first else EXIT_INPUT
+    if processes is not None and processes > 1:
+        from genkit.training.launch import launch
+
+        if not first:  # under torchrun, which the first one refuses
+            return EXIT_INPUT
+        told = [str(recipe), *(changes or ()), *(("-o", str(out)) if out else ()), "--device", device]
+        told += [*(("--push-to-hub", push_to_hub) if push_to_hub else ()), *(("--json",) if as_json else ())]
+        return launch(processes, ["train", *told])
+    if "WORLD_SIZE" in os.environ:
+        from genkit.training.launch import end_with_launcher
+
+        end_with_launcher()
     folder = Path("runs") / recipe.stem if out is None else out
+    # Of a connection that ends torch's C++ prints a page in every process.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from genkit.training.loop import Diverged
     from genkit.training.loop import train as run
+    from genkit.training.processes import Silent, leave
     from genkit.training.report import described
 
     try:
         outcome = run(read, folder, device=device, quiet=as_json)
-    except Diverged as error:
-        return fail(str(error), EXIT_SOME_FAILED)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+    except (Diverged, InputError, HostError) as error:
+        codes = {InputError: EXIT_INPUT, HostError: EXIT_HOST}
+        return leave(fail(str(error), codes.get(type(error), EXIT_SOME_FAILED)))
+    except Silent as error:
+        return leave(int(str(error.code)))
+    if not first:
         return outcome.exit_code
     if push_to_hub is not None and outcome.exit_code == EXIT_OK:
         from genkit.training.output import push
