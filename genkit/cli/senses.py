@@ -1,4 +1,4 @@
-"""Look at pictures with other models than CLIP: segment, caption."""
+"""Look at pictures with other models than CLIP: segment, caption, depth."""
 
 from __future__ import annotations
 
@@ -54,3 +54,22 @@ def caption(
     from genkit.studies.caption import caption_images
 
     return caption_images(images, model, question, begin, write, overwrite, out, tokens, device, dtype)
+
+
+@app.command(cls=Command, rich_help_panel=SCORE)
+def depth(
+    images: Pictures,
+    model: Annotated[str, typer.Option(help="A folder or hub id of a DPT or Depth Anything model.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for depth and depth.jsonl.")],
+    npy: Annotated[
+        bool, typer.Option("--npy", help="Write the values as float32 .npy in place of 16-bit PNG.")
+    ] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="Write the depth in colours, too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where the depth is there already.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Write how near or far each pixel of each picture is, as 16-bit grey PNG."""
+    from genkit.studies.depth import depth_images
+
+    return depth_images(images, model, out, npy, draw, overwrite, device, dtype)

@@ -56,4 +56,14 @@ CLASSES: dict[str, Kind] = {
         )
         for name in ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
     },
+    "DPTForDepthEstimation": Kind(
+        "depth estimator", "dpt",
+        Processor({"height": 384, "width": 384}, "bicubic", (0.5,) * 3, (0.5,) * 3, multiple=1),
+        nested={"backbone_config": ("dinov2", "bit")},
+    ),
+    "DepthAnythingForDepthEstimation": Kind(
+        "depth estimator", "depth_anything",
+        Processor({"height": 384, "width": 384}, "bicubic", (0.5,) * 3, (0.5,) * 3, multiple=1),
+        nested={"backbone_config": ("dinov2",)},
+    ),
 }  # fmt: skip

@@ -35,7 +35,8 @@ class Processor:
 
     size: {"height", "width"}, {"shortest_edge"} or {"shortest_edge", "longest_edge"}, in pixels; None leaves pictures
     as they are. crop: (height, width) or None. scale: of levels 0 to 255. square: pad to a square with black at right
-    and below, then resize as scipy does (OWLv2).
+    and below, then resize as scipy does (OWLv2). multiple: of DPT's processor: sides become multiples of it, of the
+    picture's own proportions where keep_ratio is set. pad: fill up to multiples of it with zeros on all sides.
     """
 
     size: Mapping[str, int] | None
@@ -45,6 +46,9 @@ class Processor:
     scale: float = 1 / 255
     crop: tuple[int, int] | None = None
     square: bool = False
+    multiple: int | None = None
+    keep_ratio: bool = False
+    pad: int | None = None
 
 
 _SIDE = whole(1, 8192)
@@ -73,6 +77,11 @@ _KEYS = {
     "do_pad": Key(optional(FLAG), None),
     "rescale": Key(optional(either(FLAG, real(0, 1))), None),
 }
+_DPT_KEYS = {
+    **{name: Key(optional(whole(1, 1024)), None) for name in ("ensure_multiple_of", "size_divisor")},
+    "keep_aspect_ratio": Key(optional(FLAG), None),
+    **{name: Key(optional(many(real(-1000, 1000), 3, 3)), None) for name in ("image_mean", "image_std")},  # of levels
+}
 _UNUSED = {
     **dict.fromkeys(("image_processor_type", "feature_extractor_type", "processor_class", "format"), TEXT),
     **dict.fromkeys(("do_convert_rgb", "do_convert_annotations", "pad_and_return_pixel_mask"), ANYTHING),
@@ -80,6 +89,7 @@ _UNUSED = {
         ("_valid_processor_keys", "data_format", "device", "input_data_format", "return_tensors"), ANYTHING
     ),
     **dict.fromkeys(("default_to_square", "disable_grouping", "return_segmentation_masks", "masks_path"), ANYTHING),
+    **dict.fromkeys(("image_seq_length", "do_reduce_labels"), ANYTHING),
 }
 
 
@@ -99,7 +109,8 @@ def read_processor(folder: Path, default: Processor, notes: list[str] | None = N
     elif notes is not None:
         notes.append(f"{place(path)}: is absent: pictures are prepared as transformers does it by default")
     stated = {key: value for key, value in content.items() if value is not None}
-    found = check_config(stated, _KEYS, place(path), _UNUSED, notes)
+    keys = _KEYS if default.multiple is None else _KEYS | _DPT_KEYS
+    found = check_config(stated, keys, place(path), _UNUSED, notes)
     if default.square and found["do_pad"] is False:
         raise InputError(f"{place(path)}: do_pad: false: OWLv2 reads squares, and boxes would lie elsewhere")
     size = default.size if found["size"] is None else _size(found["size"], found["max_size"], default)
@@ -116,8 +127,21 @@ def read_processor(folder: Path, default: Processor, notes: list[str] | None = N
         mean=tuple(found["image_mean"] or default.mean) if normal else (0.0, 0.0, 0.0),
         std=tuple(found["image_std"] or default.std) if normal else (1.0, 1.0, 1.0),
         scale=(found["rescale_factor"] or default.scale) if scaled else 1.0,
-        crop=crop, square=default.square,
+        crop=crop, square=default.square, **({} if default.multiple is None else _dpt(found, size, place(path))),
     )  # fmt: skip
+
+
+def _dpt(found: Mapping[str, Any], size: Mapping[str, int] | None, where: str) -> dict[str, Any]:
+    """Return what only DPT's processor has. Raises InputError for what it cannot follow."""
+    if found["do_center_crop"] or (size is not None and "height" not in size):
+        raise InputError(f"{where}: size: depth is read of pictures of a height and width, which are not cropped")
+    if found["image_std"] and 0 in found["image_std"]:
+        raise InputError(f"{where}: image_std: {shown(found['image_std'])} holds a 0")
+    return {
+        "multiple": found["ensure_multiple_of"] or 1,
+        "keep_ratio": bool(found["keep_aspect_ratio"]),
+        "pad": found["size_divisor"] if found["do_pad"] else None,
+    }
 
 
 def _size(stated: Any, most: int | None, default: Processor) -> dict[str, int]:
@@ -148,6 +172,31 @@ def target_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, 
     return (int(raw * height / width), edge) if width < height else (edge, int(raw * width / height))
 
 
+def fitted_size(height: int, width: int, processor: Processor) -> tuple[int, int]:
+    """Return (height, width) that DPT's processor resizes a picture to, 0 where a side is too narrow for `multiple`."""
+    assert processor.size is not None
+    scales = [processor.size["height"] / height, processor.size["width"] / width]
+    if processor.keep_ratio:  # whichever changes the picture less
+        scales = [scales[1]] * 2 if abs(1 - scales[1]) < abs(1 - scales[0]) else [scales[0]] * 2
+    multiple = processor.multiple or 1
+    down, across = (
+        round(scale * side / multiple) * multiple for scale, side in zip(scales, (height, width), strict=True)
+    )
+    return down, across
+
+
+def read_size(height: int, width: int, processor: Processor) -> tuple[int, int]:
+    """Return (height, width) that a picture has for a model when it is prepared."""
+    if processor.size is not None and processor.multiple is not None:
+        height, width = fitted_size(height, width, processor)
+    elif processor.size is not None:
+        height, width = target_size(height, width, processor.size)
+    if processor.crop is not None:
+        height, width = processor.crop
+    pad = processor.pad or 1
+    return math.ceil(height / pad) * pad, math.ceil(width / pad) * pad
+
+
 def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     """Return uint8 pictures (B, 3, H, W) as a model reads them, (B, 3, h, w) float32, on their device.
 
@@ -162,7 +211,10 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     else:
         x = pictures.int()
         if processor.size is not None:
-            x = resize(x, target_size(height, width, processor.size), processor.resample)
+            fit = target_size(height, width, processor.size)
+            x = resize(
+                x, fit if processor.multiple is None else fitted_size(height, width, processor), processor.resample
+            )
         if processor.crop is not None:
             top, left = ((a - b) // 2 for a, b in zip(x.shape[-2:], processor.crop, strict=True))
             x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
@@ -171,7 +223,11 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     mean, std = (
         torch.tensor(v, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for v in (processor.mean, processor.std)
     )
-    return (x - mean) / std
+    x = (x - mean) / std
+    if processor.pad is None:
+        return x
+    down, across = (-side % processor.pad for side in x.shape[-2:])
+    return torch.nn.functional.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
 
 
 def resize(x: torch.Tensor, size: tuple[int, int], resample: str) -> torch.Tensor:
