@@ -36,9 +36,9 @@ def segment(
 @app.command(cls=Command, rich_help_panel=SCORE)
 def caption(
     images: Pictures,
-    model: Annotated[str, typer.Option(help="A folder or hub id of a BLIP model that captions, or answers.")],
+    model: Annotated[str, typer.Option(help="A folder or hub id of a BLIP, Florence-2 or ViT-GPT2 model.")],
     question: Annotated[str | None, typer.Option(help="What to ask a model that answers questions.")] = None,
-    begin: Annotated[str | None, typer.Option(help="How captions begin, say 'a photo of'.")] = None,
+    begin: Annotated[str | None, typer.Option(help="How captions of BLIP begin, say 'a photo of'.")] = None,
     write: Annotated[
         str | None, typer.Option(help="Write training data: txt beside each picture, or jsonl: one metadata.jsonl.")
     ] = None,
@@ -46,14 +46,19 @@ def caption(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="The most tokens of a caption.")] = 50,
+    tokens: Annotated[
+        int | None, typer.Option(help="The most tokens of a caption: 50; of Florence's details 200 and 1000.")
+    ] = None,
+    detail: Annotated[
+        str | None, typer.Option(help="How much Florence-2 says: caption, detailed or more-detailed.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
     """Caption pictures, or ask a question about each; one JSON line a picture, or captions to train on."""
     from genkit.studies.caption import caption_images
 
-    return caption_images(images, model, question, begin, write, overwrite, out, tokens, device, dtype)
+    return caption_images(images, model, question, begin, write, overwrite, out, tokens, device, dtype, detail)
 
 
 @app.command(cls=Command, rich_help_panel=SCORE)

@@ -14,7 +14,8 @@ class Kind:
 
     tokenizer: a class of transformers, or None where it reads no words. processor: defaults of its image processor.
     nested: the model types that a part of its config may have. renames: as of `read_weights`, for keys that older
-    versions of transformers wrote.
+    versions of transformers wrote. words: the part of its config that says how many tokens it knows, and how many it
+    does by default. generates: whether generation_config.json says how text is generated.
     """
 
     sense: str
@@ -23,6 +24,8 @@ class Kind:
     tokenizer: str | None = None
     nested: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
+    words: tuple[str, int] = ("text_config", 30522)
+    generates: bool = False
 
 
 _OLD = ((r".*\.position_ids$", ""),)  # buffers that older versions of transformers saved
@@ -56,6 +59,18 @@ CLASSES: dict[str, Kind] = {
         )
         for name in ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
     },
+    "Florence2ForConditionalGeneration": Kind(
+        "captioner", "florence2", Processor({"height": 768, "width": 768}, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
+        tokenizer="BartTokenizer", words=("text_config", 50265), generates=True,
+        nested={"text_config": ("bart",), "vision_config": ("florence_vision",)},
+    ),
+    "VisionEncoderDecoderModel": Kind(
+        "captioner", "vision-encoder-decoder",
+        Processor({"height": 224, "width": 224}, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        tokenizer="GPT2Tokenizer", words=("decoder", 50257), generates=True,
+        nested={"encoder": ("vit",), "decoder": ("gpt2",)},
+        renames=(*_OLD, (r".*\.(attn|crossattention)\.(masked_)?bias$", "")),
+    ),
     "DPTForDepthEstimation": Kind(
         "depth estimator", "dpt",
         Processor({"height": 384, "width": 384}, "bicubic", (0.5,) * 3, (0.5,) * 3, multiple=1),

@@ -19,6 +19,7 @@ from genkit.components.weights import Tensor, check_shapes, hash_once, read_weig
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json
 from genkit.vision.classes import CLASSES, Kind
+from genkit.vision.generation import read_generation
 from genkit.vision.preprocess import Processor, read_processor
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class VisionInfo:
     """A vision model whose folder was checked, without torch.
 
     part: its class (`kind`), config and weight files. processor: how pictures are prepared. revision: of the hub.
+    generation: of classes that write text, what generation_config.json states; None without that file.
     """
 
     name: str
@@ -43,6 +45,7 @@ class VisionInfo:
     processor: Processor
     notes: tuple[str, ...] = ()
     revision: str | None = None
+    generation: Mapping[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -153,7 +156,8 @@ def inspect_vision(name: str | Path, senses: Collection[str], option: str = "mod
     processor = read_processor(folder, CLASSES[kind].processor, notes)
     part = Part(CLASSES[kind].sense, kind, folder, config, files, tensors)
     revision = folder.name if on_hub else None
-    return VisionInfo(str(name), folder, CLASSES[kind].sense, part, processor, tuple(notes), revision)
+    generation = read_generation(folder, notes) if CLASSES[kind].generates else None
+    return VisionInfo(str(name), folder, CLASSES[kind].sense, part, processor, tuple(notes), revision, generation)
 
 
 def load_model(
@@ -253,16 +257,13 @@ def read_tokenizer(info: VisionInfo) -> Any:
     cls = getattr(importlib.import_module("transformers"), name)
     try:
         found = cls.from_pretrained(info.folder, local_files_only=True)
-        size, known = (
-            max(found.get_vocab().values()) + 1,
-            (info.part.config.get("text_config") or {}).get("vocab_size", 30522),
-        )
+        part, usual = CLASSES[info.kind].words
+        known = (info.part.config.get(part) or {}).get("vocab_size", usual)
+        size = max(found.get_vocab().values()) + 1
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise InputError(f"{place(info.folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
     if size > known:
-        raise InputError(
-            f"{place(info.folder)}: the tokenizer has {size} tokens, but text_config has vocab_size {known}"
-        )
+        raise InputError(f"{place(info.folder)}: the tokenizer has {size} tokens, but {part} has vocab_size {known}")
     return found
 
 
