@@ -1,4 +1,4 @@
-"""Look at pictures with other models than CLIP: segment, caption, depth."""
+"""Look at pictures with other models than CLIP: segment, caption, depth, video."""
 
 from __future__ import annotations
 
@@ -78,3 +78,20 @@ def depth(
     from genkit.studies.depth import depth_images
 
     return depth_images(images, model, out, npy, draw, overwrite, device, dtype)
+
+
+@app.command("classify-video", cls=Command, rich_help_panel=SCORE)
+def classify_video(
+    clips: Annotated[list[Path], typer.Argument(help="Animated GIF or WebP files, or a folder of frames each.")],
+    labels: Annotated[str, typer.Option(help="a dog runs,a dog sleeps: what it could be.")],
+    model: Annotated[str, typer.Option(help="A folder or hub id of an X-CLIP model.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> int:
+    """Say which label fits each clip best; one JSON line a clip."""
+    from genkit.studies.video import classify_clips
+
+    return classify_clips(clips, labels, model, out, device, dtype)

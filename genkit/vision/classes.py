@@ -71,6 +71,12 @@ CLASSES: dict[str, Kind] = {
         nested={"encoder": ("vit",), "decoder": ("gpt2",)},
         renames=(*_OLD, (r".*\.(attn|crossattention)\.(masked_)?bias$", "")),
     ),
+    "XCLIPModel": Kind(
+        "video classifier", "xclip",
+        Processor({"shortest_edge": 224}, "bilinear", IMAGENET_MEAN, IMAGENET_STD, crop=(224, 224)),
+        tokenizer="CLIPTokenizer", renames=_OLD,
+        nested={"text_config": ("xclip_text_model",), "vision_config": ("xclip_vision_model",)},
+    ),
     "DPTForDepthEstimation": Kind(
         "depth estimator", "dpt",
         Processor({"height": 384, "width": 384}, "bicubic", (0.5,) * 3, (0.5,) * 3, multiple=1),

@@ -269,7 +269,7 @@ def read_tokenizer(info: VisionInfo) -> Any:
 
 def _text(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return size of the vocabulary and length of the text part, with the class's defaults in transformers."""
-    length = 77 if config.get("model_type") == "clipseg" else 16  # of the OWLs
+    length = 77 if config.get("model_type") in ("clipseg", "xclip") else 16  # of the OWLs
     return {"vocab_size": 49408, "max_position_embeddings": length, **(config.get("text_config") or {})}
 
 

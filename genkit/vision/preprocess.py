@@ -115,8 +115,9 @@ def read_processor(folder: Path, default: Processor, notes: list[str] | None = N
         raise InputError(f"{place(path)}: do_pad: false: OWLv2 reads squares, and boxes would lie elsewhere")
     size = default.size if found["size"] is None else _size(found["size"], found["max_size"], default)
     crop = None
-    if found["do_center_crop"]:
-        side = _size(found["crop_size"] or size, None, dataclasses.replace(default, size={"height": 1, "width": 1}))
+    if found["do_center_crop"] or (found["do_center_crop"] is None and default.crop is not None):
+        stated_crop = found["crop_size"] or (size if default.crop is None else list(default.crop))
+        side = _size(stated_crop, None, dataclasses.replace(default, size={"height": 1, "width": 1}))
         crop = side.get("height", 0), side.get("width", 0)
         if 0 in crop or size is None or crop > tuple(size.get(k, size.get("shortest_edge", 0)) for k in side):
             raise InputError(f"{place(path)}: crop_size: {shown(found['crop_size'])} does not lie within size")
