@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 LINES = "depth.jsonl"
+SHADES = 1024
 # From low to high, in equal steps: inferno of matplotlib (CC0)
 COLOURS = ((0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
            (249, 201, 50), (252, 255, 164))  # fmt: skip
@@ -142,8 +143,9 @@ def _coloured(share: np.ndarray) -> np.ndarray:
     import numpy as np
 
     steps = np.linspace(0, 1, len(COLOURS))
-    channels = [np.interp(share, steps, channel) for channel in zip(*COLOURS, strict=True)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
+    fine = np.linspace(0, 1, SHADES)
+    table = np.stack([np.interp(fine, steps, channel) for channel in zip(*COLOURS, strict=True)], axis=-1)
+    return table.round().astype(np.uint8)[(share * (SHADES - 1)).round().astype(np.uint16)]
 
 
 def _write(path: Path, values: np.ndarray) -> None:

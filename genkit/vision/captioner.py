@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +68,21 @@ class Captioner(Sense):
     def _say(self, pixels: torch.Tensor, text: str | None, tokens: int) -> list[str]:
         given, most = _KINDS[self.loaded.kind](self, pixels, text)
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max(1, min(tokens, most))}
-        ids = self.model.generate(pixel_values=pixels, **given, **options)
+        with _quiet():
+            ids = self.model.generate(pixel_values=pixels, **given, **options)
         return [text.strip() for text in self.loaded.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning that pictures have no attention mask: they need none."""
+    log = logging.getLogger("transformers.generation.utils")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def check_text(info: VisionInfo, text: str | None) -> None:

@@ -266,10 +266,10 @@ def _rows_first(before: tuple[int, int], after: tuple[int, int], resample: str) 
 
     if before[0] == after[0] or before[1] == after[1]:
         return True
-    noise = np.random.default_rng(0).integers(0, 256, (*before, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, before, dtype=np.uint8)
     code = next(number for number, name in RESAMPLES.items() if name == resample)
-    wanted = torch.from_numpy(np.array(Image.fromarray(noise).resize(after[::-1], code))).permute(2, 0, 1)
-    x = torch.from_numpy(noise).permute(2, 0, 1).int()
+    wanted = torch.from_numpy(np.array(Image.fromarray(noise).resize(after[::-1], code)))
+    x = torch.from_numpy(noise).int()
     far = [float((_passes(x, after, resample, first) - wanted).abs().sum()) for first in (True, False)]
     return far[0] <= far[1]
 

@@ -101,7 +101,7 @@ def test_captions_of_florence_as_in_transformers(florence: Path) -> None:
     assert captioner.captions(pixels, None, 12, "more-detailed") == said[6:]
 
 
-@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("stated", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_captions_of_a_vit_before_a_gpt2_as_in_transformers(stated: bool, gpt2: Path, tmp_path: Path) -> None:
     folder = gpt2 if stated else Path(shutil.copytree(gpt2, tmp_path / "old"))
     if not stated:  # as folders from before there was such a file

@@ -36,7 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_depth_anything(tmp_path_factory.mktemp("depth"))
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("dpt-hybrid", "metric")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODELS])
 def test_depth_as_in_transformers(name: str, tmp_path: Path) -> None:
     home = MODELS[name](tmp_path)
     found = Depth.from_pretrained(home, device="cpu")
