@@ -1,11 +1,12 @@
-"""Pictures a second of `genkit segment` and `genkit caption` beside transformers' model and processor, same batch size.
+"""Pictures a second of `genkit segment`, `caption` and `depth` beside transformers' own, at the same batch size.
 
     python benchmarks/vision.py [--pictures 16] [--side 1024] [--batch 8] [--tiny] [--only segment]
 
-Networks have random weights and the shapes of the published ones: CLIPSeg ViT-B/16 at 352 pixels, BLIP base at 384
-(captions of 8 tokens). Both sides read the same JPEG files and keep the results in memory; transformers has no pipeline
-for CLIPSeg, so each batch is what its documentation shows: a picture for every text. Each side runs in a process of its
-own, once to warm up and once for the time; memory is that process's peak, weights included.
+Networks have random weights and the shapes of the published ones: CLIPSeg ViT-B/16 at 352 pixels, BLIP base at 384,
+Florence-2 base at 768 (captions of 8 tokens, three beams), Depth Anything small at 518 beside the pipeline. Both sides
+read the same JPEG files and keep the results in memory; transformers has no pipeline for CLIPSeg, so each batch is what
+its documentation shows: a picture for every text. Each side runs in a process of its own, once to warm up and once for
+the time; memory is that process's peak, weights included.
 """
 
 from __future__ import annotations
@@ -26,36 +27,71 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 WORDS = ["a fox", "the sky"]
 TOKENS = 8
-SENSES = ("segment", "caption")
+SENSES = ("segment", "caption", "florence", "depth")
 
 
 def make(folder: Path, sense: str, tiny: bool) -> Path:
     """Write a model folder: tiny, or of the published shape."""
-    from tests import senses
-    from tests import tiny as others
+    from tests import captioners, depths, senses
 
-    path = (senses.tiny_clipseg if sense == "segment" else senses.tiny_blip)(folder / sense)
+    write = {"segment": senses.tiny_clipseg, "caption": senses.tiny_blip,
+             "florence": captioners.tiny_florence, "depth": depths.tiny_depth_anything}[sense]  # fmt: skip
+    path = write(folder / sense)
     if tiny:
         return path
-    from transformers import BlipConfig, BlipForConditionalGeneration, CLIPSegConfig, CLIPSegForImageSegmentation
-
-    if sense == "segment":
-        text = {**others.TOKENS, "max_position_embeddings": 77}
-        vision = {"image_size": 352, "patch_size": 16}
-        CLIPSegForImageSegmentation(CLIPSegConfig(text_config=text, vision_config=vision)).save_pretrained(path)
-    else:
-        BlipForConditionalGeneration(BlipConfig()).save_pretrained(path)
+    network, side = {"segment": _clipseg, "caption": _blip, "florence": _florence, "depth": _depth}[sense](path)
+    network.save_pretrained(path)
     processor = json.loads((path / "preprocessor_config.json").read_text())
-    side = 352 if sense == "segment" else 384
     size = {"height": side, "width": side}
     (path / "preprocessor_config.json").write_text(json.dumps({**processor, "size": size}))
     return path
+
+
+def _clipseg(path: Path) -> tuple[Any, int]:
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+    from tests import tiny
+
+    text = {**tiny.TOKENS, "max_position_embeddings": 77}
+    vision = {"image_size": 352, "patch_size": 16}
+    return CLIPSegForImageSegmentation(CLIPSegConfig(text_config=text, vision_config=vision)), 352
+
+
+def _blip(path: Path) -> tuple[Any, int]:
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    return BlipForConditionalGeneration(BlipConfig()), 384
+
+
+def _florence(path: Path) -> tuple[Any, int]:
+    from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration
+
+    stated = json.loads((path / "config.json").read_text())  # its tokens, and which of them is a picture's
+    text = BartConfig(
+        vocab_size=51290, d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
+        decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072, max_position_embeddings=4096,
+    )  # fmt: skip
+    vision = {"projection_dim": 768}
+    config = Florence2Config(text_config=text.to_dict(), vision_config=vision, image_token_id=stated["image_token_id"])
+    processor = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps({**processor, "image_seq_length": 577}))
+    generation = (path / "generation_config.json").read_text()
+    network: Any = Florence2ForConditionalGeneration(config)
+    network.generation_config.update(**json.loads(generation))
+    return network, 768
+
+
+def _depth(path: Path) -> tuple[Any, int]:
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
+
+    return DepthAnythingForDepthEstimation(DepthAnythingConfig()), 518
 
 
 def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
     """Return genkit's work on the pictures, as its commands do it."""
     from genkit.studies.senses import looked_at
     from genkit.vision.captioner import Captioner
+    from genkit.vision.depth import Depth, resized
     from genkit.vision.segmenter import Segmenter, enlarged
 
     if sense == "segment":
@@ -67,6 +103,15 @@ def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[],
             return [enlarged(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
 
         return lambda: [one for _, one in looked_at(files, segmenter, maps)]
+    if sense == "depth":
+        depth = Depth.from_pretrained(model, device="cpu")
+        depth.batch = batch
+
+        def values(pixels: Any, sizes: list[tuple[int, int]]) -> list[Any]:
+            found = depth.maps(pixels)
+            return [resized(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
+
+        return lambda: [one for _, one in looked_at(files, depth, values)]
     captioner = Captioner.from_pretrained(model, device="cpu")
     captioner.batch = batch
     return lambda: [one for _, one in looked_at(files, captioner, lambda x, _: captioner.captions(x, None, TOKENS))]
@@ -98,6 +143,14 @@ def theirs(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[
             return found
 
         return maps
+    return {"caption": _blip_captions, "florence": _florence_captions, "depth": _pipeline}[sense](model, parts)
+
+
+def _blip_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+    import torch
+    import transformers
+    from PIL import Image
+
     blip: Any = transformers.BlipForConditionalGeneration.from_pretrained(model).eval()
     tokenizer = transformers.BertTokenizer.from_pretrained(model)
     prepares = transformers.BlipImageProcessor.from_pretrained(model)
@@ -111,6 +164,39 @@ def theirs(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[
         return found
 
     return captions
+
+
+def _florence_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+    import torch
+    import transformers
+    from PIL import Image
+
+    florence: Any = transformers.Florence2ForConditionalGeneration.from_pretrained(model).eval()
+    images: Any = transformers.AutoImageProcessor.from_pretrained(model)
+    processor = transformers.Florence2Processor(images, transformers.BartTokenizer.from_pretrained(model))
+
+    @torch.inference_mode()
+    def captions() -> list[str]:
+        found: list[str] = []
+        for part in parts:
+            pictures = [Image.open(file).convert("RGB") for file in part]
+            inputs = processor(text=["<CAPTION>"] * len(part), images=pictures, return_tensors="pt")
+            found += processor.batch_decode(
+                florence.generate(**inputs, max_new_tokens=TOKENS), skip_special_tokens=True
+            )
+        return found
+
+    return captions
+
+
+def _pipeline(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+    import transformers
+
+    network = transformers.AutoModelForDepthEstimation.from_pretrained(model)
+    images: Any = transformers.AutoImageProcessor.from_pretrained(model)
+    pipe: Any = transformers.pipeline("depth-estimation", model=network, image_processor=images)
+    files = [str(file) for part in parts for file in part]
+    return lambda: [one["predicted_depth"] for one in pipe(files, batch_size=len(parts[0]))]
 
 
 def measure(side: str, sense: str, model: Path, files: list[Path], batch: int) -> None:

@@ -33,4 +33,4 @@ def test_vision_benchmark_runs_with_tiny_networks() -> None:
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines()[3:]] == ["segment", "caption"]
+    assert [line.split()[1] for line in done.stdout.splitlines()[3:]] == ["segment", "caption", "florence", "depth"]

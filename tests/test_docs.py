@@ -41,11 +41,14 @@ from safetensors.torch import save_file
 from genkit import cli
 from genkit.cli.app import app
 from genkit.training.recipe import read_recipe
+from tests.captioners import tiny_florence
 from tests.classifiers import tiny_classifier
+from tests.depths import tiny_depth_anything
 from tests.detectors import tiny_owlvit
 from tests.grids import thinned
 from tests.senses import tiny_blip, tiny_blip_vqa, tiny_clipseg
 from tests.tiny import tiny_clip, tiny_ddpm, tiny_refiner, tiny_sdxl, tiny_stable_diffusion
+from tests.videos import animation, shots, tiny_xclip
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -173,6 +176,12 @@ def _photos(folder: Path) -> None:
         Image.effect_noise((96, 64), 40 + 10 * n).convert("RGB").save(folder / name / f"{n}.jpg")
 
 
+def _clips(folder: Path) -> None:
+    folder.mkdir()
+    for n in range(2):
+        animation(folder / f"{n}.gif", shots(6, n))
+
+
 def _votes(folder: Path) -> None:
     """Votes on runs/mine for what is likest to be a red fox."""
     run = folder.parent / "runs" / "mine"
@@ -222,6 +231,10 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "my-blip": tiny_blip,
     "my-blip-vqa": tiny_blip_vqa,
     "my-classifier": tiny_classifier,
+    "my-florence": tiny_florence,
+    "my-depth": tiny_depth_anything,
+    "my-xclip": lambda folder: tiny_xclip(folder, frames=2),
+    "clips": _clips,
 }
 
 

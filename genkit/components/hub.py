@@ -13,7 +13,7 @@ from genkit.errors import HostError, InputError, shown
 _CONFIGS = [
     *(f"{part}/*.json" for part in (*COMPONENTS, "scheduler")),
     *("model_index.json", "config.json", "scheduler_config.json"),
-    *("preprocessor_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
     *(
         "tokenizer.json",
         "tokenizer_config.json",

@@ -16,6 +16,7 @@ from genkit.runs.records import is_run
 from genkit.studies.score import check_out, line_of, output_of, pictures_at
 from genkit.studies.senses import READ, looked_at
 from genkit.vision.classes import CLASSES
+from genkit.vision.generation import detail_of
 from genkit.vision.models import VisionInfo, inspect_vision
 from genkit.vision.words import check_lengths
 
@@ -24,28 +25,31 @@ if TYPE_CHECKING:
 
 WRITES = ("txt", "jsonl")
 METADATA = "metadata.jsonl"
+CONTINUES = "BlipForConditionalGeneration"
 
 
 def caption_images(
     images: Path, model: str, question: str | None = None, begin: str | None = None, write: str | None = None,
-    overwrite: bool = False, out: Path | None = None, tokens: int = 50, device: str = "auto", dtype: str = "auto",
+    overwrite: bool = False, out: Path | None = None, tokens: int | None = None, device: str = "auto",
+    dtype: str = "auto", detail: str | None = None,
 ) -> int:  # fmt: skip
     """Print a JSON line for each picture: file and caption, or the answer to a question; returns the exit code.
 
     begin: how captions begin. write: "txt" also writes PICTURE.txt beside each picture, "jsonl" metadata.jsonl in the
     folder; pictures that have a caption there are left out unless `overwrite`. out: a file for the lines. tokens: most,
-    of a caption. Raises InputError before anything is loaded.
+    of a caption; 50, or as many as Florence's `detail` may have. Raises InputError before anything is loaded.
     """
     if write is not None and write not in WRITES:
         raise InputError(f"--write: {shown(write)} is not txt or jsonl{nearest(write, WRITES)}")
     if overwrite and write is None:
         raise InputError("--overwrite: needs --write txt or --write jsonl")
-    if not 1 <= tokens <= 1000:
+    if tokens is not None and not 1 <= tokens <= 1000:
         raise InputError(f"--tokens: {tokens} is not a number from 1 to 1000")
     files = pictures_at(images)
     check_device(device, dtype)
     check_out(out)
     info = inspect_vision(model, ("captioner",), "--model")
+    detail_of(info.kind, info.name, detail, "--detail")
     text = _text(info, question, begin)
     there = _WRITERS[write](images, files, overwrite)
     left = [file for file in files if not there.has(file)]
@@ -59,7 +63,7 @@ def caption_images(
     captioner = Captioner.from_pretrained(info, device=device, dtype=dtype)
 
     def look(pixels: torch.Tensor, sizes: list[tuple[int, int]]) -> list[str]:
-        return captioner.captions(pixels, text, tokens)
+        return captioner.captions(pixels, text, tokens, detail)
 
     failed = 0
     asked = {} if question is None else {"question": question}
@@ -89,6 +93,8 @@ def _text(info: VisionInfo, question: str | None, begin: str | None) -> str | No
     if not answers and question is not None:
         able = " or ".join(kind for kind, about in CLASSES.items() if about.answers)
         raise InputError(f"--question: {shown(question)}: {info.name} captions; a {able} answers questions")
+    if begin is not None and info.kind != CONTINUES:
+        raise InputError(f"--begin: {shown(begin)}: {info.name} continues no text; a {CONTINUES} does")
     name, text = ("--question", question) if answers else ("--begin", begin)
     if text is None:
         return None

@@ -70,12 +70,14 @@ def slugs(texts: Sequence[str]) -> list[str]:
 
 
 def looked_at(
-    files: Sequence[Path], sense: Sense, look: Callable[[torch.Tensor, list[tuple[int, int]]], Sequence[T]]
+    files: Sequence[Path],
+    sense: Sense,
+    look: Callable[[torch.Tensor, list[tuple[int, int]]], Sequence[T | InputError]],
 ) -> Iterator[tuple[Path, T | InputError]]:
     """Yield (file, what `look` says of it, or why it cannot be read) in order, with a line of progress.
 
     look: is given up to READ prepared pictures (B, 3, h, w) of one shape, and the (height, width) of each; it returns
-    one result for each. Pictures are read and prepared in threads.
+    one result for each, or what is wrong with it. Pictures are read and prepared in threads.
     """
     import torch
 
@@ -93,7 +95,7 @@ def looked_at(
                     ready.setdefault(tuple(read[0].shape), []).append((file, *read))
             for group in ready.values():
                 said = look(torch.cat([pixels for _, pixels, _ in group]), [size for _, _, size in group])
-                found |= {file: one for (file, _, _), one in zip(group, said, strict=True)}
+                found |= {file: _named(file, one) for (file, _, _), one in zip(group, said, strict=True)}
             for file in part:
                 one = found[file]
                 if isinstance(one, InputError):
@@ -107,6 +109,13 @@ def _prepared(file: Path, sense: Sense) -> tuple[torch.Tensor, tuple[int, int]] 
 
     try:
         picture = as_tensor(file)
+        return sense.pixels(picture), (picture.shape[-2], picture.shape[-1])
     except InputError as error:
-        return error
-    return sense.pixels(picture), (picture.shape[-2], picture.shape[-1])
+        return _named(file, error)
+
+
+def _named(file: Path, found: T) -> T | InputError:
+    """Return a result, or an error that names the file."""
+    if isinstance(found, InputError) and not str(found).startswith(place(file)):
+        return InputError(f"{place(file)}: {found}")
+    return found

@@ -1,8 +1,10 @@
-"""What is in a picture, in words: captions and answers to questions, by BLIP (Li et al. 2022)."""
+"""What is in a picture, in words: BLIP (Li et al. 2022), Florence-2 (Xiao et al. 2023), a ViT before a GPT-2."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +14,20 @@ from genkit.device.devices import pick_device
 from genkit.errors import HostError, InputError, shown
 from genkit.scoring.said import check_question
 from genkit.vision.classes import CLASSES
+from genkit.vision.generation import FLORENCE, detail_of
 from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
 
 if TYPE_CHECKING:
     from typing import Self
 
 SENSES = ("captioner",)
-TOKENS = 50  # most, of a caption
+BLIP = "BlipForConditionalGeneration"  # continues texts
+TOKENS = 50  # most, of an answer
 QUESTIONS = 1000  # whose tokens are kept
 
 
 class Captioner(Sense):
-    """Captions of pictures, or answers to a question about them: greedy, so the same picture has the same caption.
+    """Captions of pictures, or answers to a question about them, never sampled: a picture has one caption.
 
     Attribute name: as it was loaded.
     """
@@ -33,25 +37,40 @@ class Captioner(Sense):
         self.name = loaded.info.name
         self._able = CLASSES[loaded.kind].answers
         self._questions: dict[str, dict[str, torch.Tensor]] = {}
+        stated = loaded.info.generation
+        if stated is not None:
+            from transformers import GenerationConfig
+
+            self.model.generation_config = GenerationConfig(**stated)
+        how = self.model.generation_config
+        if CLASSES[loaded.kind].generates and how.decoder_start_token_id is None and how.bos_token_id is None:
+            raise InputError(f"{self.name}: generation_config.json: decoder_start_token_id: is missing")
 
     @classmethod
     def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Self:
         """Load a captioner by folder or hub id. Raises InputError and HostError as `load_model` does."""
         return cls(load_model(name, SENSES, *pick_device(device, dtype)))
 
-    def __call__(self, pictures: torch.Tensor, text: str | None = None, tokens: int = TOKENS) -> list[str]:
+    def __call__(
+        self, pictures: torch.Tensor, text: str | None = None, tokens: int | None = None, detail: str | None = None
+    ) -> list[str]:
         """Return a text for each uint8 picture (B, 3, H, W); see `captions`."""
-        return self.captions(self.pixels(pictures), text, tokens)
+        return self.captions(self.pixels(pictures), text, tokens, detail)
 
-    def captions(self, pixels: torch.Tensor, text: str | None = None, tokens: int = TOKENS) -> list[str]:
+    def captions(
+        self, pixels: torch.Tensor, text: str | None = None, tokens: int | None = None, detail: str | None = None
+    ) -> list[str]:
         """Return the caption of each picture (B, 3, h, w) as `pixels` prepares them, of at most `tokens` new tokens.
 
-        text: for a model that answers, the question, which it needs; for one that captions, how the caption begins.
-        Raises InputError where it is missing, or is too long, HostError where the network's result is not a number.
+        text: for a model that answers, the question, which it needs; for BLIP, how the caption begins. detail: of
+        Florence-2, one of DETAILS. tokens: as many as that detail may have, else 50. Raises InputError for a text that
+        is missing, too long, or for a model that reads none, HostError where the network's result is not a number.
         """
-        check_text(self.loaded.info, text)
-        given = {} if text is None else self._tokens(text)
-        found = self.in_batches(len(pixels), lambda part: self._say(pixels[part], given, tokens))
+        info = self.loaded.info
+        check_text(info, text)
+        asked, most = detail_of(info.kind, info.name, detail)
+        count, words = most if tokens is None else tokens, text if asked is None else asked
+        found = self.in_batches(len(pixels), lambda part: self._say(pixels[part].to(self.device), words, count))
         texts = [caption for part in found for caption in part]
         if None in texts:
             kind = str(self.dtype).removeprefix("torch.")
@@ -98,14 +117,11 @@ class Captioner(Sense):
             raise InputError(f"text: {shown(text)} has {tokens.input_ids.shape[1]} tokens, more than the {most} read")
         return dict(tokens.to(self.device))
 
-    def _say(self, pixels: torch.Tensor, given: dict[str, torch.Tensor], tokens: int) -> list[str | None]:
+    def _say(self, pixels: torch.Tensor, text: str | None, tokens: int) -> list[str | None]:
         if self._able:
-            return self._answer(self._encoded(pixels), given, tokens)
-        start = given["input_ids"].shape[1] - 1 if given else 1
-        repeated = {name: value.repeat(len(pixels), 1) for name, value in given.items()}
-        return self._texts(
-            self.model.generate(pixel_values=pixels.to(self.device), **repeated, **self._options(start, tokens))
-        )
+            return self._answer(self._encoded(pixels), self._tokens(str(text)), tokens)
+        given, most = _KINDS[self.loaded.kind](self, pixels, text)
+        return self._texts(self.model, len(pixels), tokens, most, pixel_values=pixels, **given)
 
     def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return what the text networks read of pictures, (B, patches + 1, width)."""
@@ -120,31 +136,87 @@ class Captioner(Sense):
             **asked, encoder_hidden_states=encoded, encoder_attention_mask=ones, return_dict=False
         )[0]
         return self._texts(
-            model.text_decoder.generate(
-                input_ids=torch.full((count, 1), model.decoder_start_token_id, device=states.device),
-                eos_token_id=model.config.text_config.sep_token_id,
-                pad_token_id=model.config.text_config.pad_token_id,
-                encoder_hidden_states=states,
-                encoder_attention_mask=torch.ones(states.shape[:-1], dtype=torch.long, device=states.device),
-                **self._options(1, tokens),
-            )
+            model.text_decoder,
+            count,
+            tokens,
+            model.config.text_config.max_position_embeddings - 1,
+            input_ids=torch.full((count, 1), model.decoder_start_token_id, device=states.device),
+            eos_token_id=model.config.text_config.sep_token_id,
+            pad_token_id=model.config.text_config.pad_token_id,
+            encoder_hidden_states=states,
+            encoder_attention_mask=torch.ones(states.shape[:-1], dtype=torch.long, device=states.device),
+            num_beams=1,
         )
 
-    def _options(self, start: int, tokens: int) -> dict[str, Any]:
-        most = self.model.config.text_config.max_position_embeddings
-        greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max(1, min(tokens, most - start))}
-        return {**greedy, "return_dict_in_generate": True, "output_logits": True}
+    def _texts(self, network: Any, count: int, tokens: int, most: int, **given: Any) -> list[str | None]:
+        """Return a text of at most `tokens` and `most` tokens for each of `count` pictures.
 
-    def _texts(self, found: Any) -> list[str | None]:
-        """Return the texts; None where a logit is NaN, of which the greatest has no meaning."""
-        texts = self.loaded.tokenizer.batch_decode(found.sequences, skip_special_tokens=True)
-        broken = torch.stack([step.isnan().any(dim=-1) for step in found.logits]).any(dim=0).tolist()
-        return [None if bad else text.strip() for text, bad in zip(texts, broken, strict=True)]
+        None where a score of a token was NaN, of which the greatest has no meaning.
+        """
+        broken = torch.zeros(count, dtype=torch.bool, device=self.device)
+
+        def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            broken.logical_or_(scores.isnan().any(dim=-1).view(count, -1).any(dim=-1))  # of all beams of a picture
+            return scores
+
+        options = {"do_sample": False, "max_new_tokens": max(1, min(tokens, most)), "logits_processor": [watch]}
+        with _quiet():
+            ids = network.generate(**given, **options)
+        texts = self.loaded.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [None if bad else text.strip() for text, bad in zip(texts, broken.tolist(), strict=True)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning that pictures have no attention mask: they need none."""
+    log = logging.getLogger("transformers.generation.utils")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def check_text(info: VisionInfo, text: str | None) -> None:
-    """Raise InputError unless a model that answers has a question, and any text says something."""
+    """Raise InputError unless a model that answers has a question, and a text says something and is read at all."""
     if text is None and CLASSES[info.kind].answers:
         raise InputError(f"question: is missing: {info.name} answers questions; another model captions")
+    if text is not None and info.kind != BLIP and not CLASSES[info.kind].answers:
+        raise InputError(f"text: {shown(text)}: {info.name} reads none beside the picture; a {BLIP} continues one")
     if text is not None and (not text.strip() or "\x00" in text):
         raise InputError(f"question: {shown(text)} is no text")
+
+
+Given = tuple[dict[str, Any], int]  # what `generate` is given beside pixels, and how many tokens there is room for
+
+
+def _blip(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given:
+    most = captioner.model.config.text_config.max_position_embeddings
+    if text is None:
+        return {"num_beams": 1}, most - 1
+    tokens = captioner._tokens(text)
+    repeated = {name: value.repeat(len(pixels), 1) for name, value in tokens.items()}
+    return {"num_beams": 1, **repeated}, most - tokens["input_ids"].shape[1] + 1
+
+
+def _florence(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given:
+    """Return the ids of Florence-2's processor: a place for each feature of the picture, then what is asked."""
+    model, tokenizer = captioner.model, captioner.loaded.tokenizer
+    places = model.get_image_features(pixels[:1]).pooler_output.shape[1]
+    asked = tokenizer(f"{tokenizer.bos_token}{text}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+    most = model.config.text_config.max_position_embeddings
+    if places + len(asked) > most:
+        raise InputError(f"{captioner.name}: {places} features and {len(asked)} tokens are more than {most}")
+    ids = torch.tensor([[model.config.image_token_id] * places + asked], device=captioner.device)
+    ids = ids.repeat(len(pixels), 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, most - 1
+
+
+def _gpt2(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given:
+    return {}, captioner.model.config.decoder.max_position_embeddings - 1
+
+
+_KINDS: dict[str, Callable[[Captioner, torch.Tensor, str | None], Given]] = {
+    BLIP: _blip, FLORENCE: _florence, "VisionEncoderDecoderModel": _gpt2,
+}  # fmt: skip

@@ -15,7 +15,9 @@ class Kind:
 
     tokenizer: a class of transformers, or None where it reads no words. processor: defaults of its image processor.
     nested: the model types that a part of its config may have. renames: as of `read_weights`, for keys that older
-    versions of transformers wrote. answers: whether it answers questions, and does not caption.
+    versions of transformers wrote. answers: whether it answers questions, and does not caption. words: the part of its
+    config that says how many tokens it knows, and how many it does by default. generates: whether
+    generation_config.json says how text is generated.
     """
 
     sense: str
@@ -25,6 +27,8 @@ class Kind:
     nested: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     renames: tuple[tuple[str, str], ...] = ()
     answers: bool = False
+    words: tuple[str, int] = ("text_config", 30522)
+    generates: bool = False
 
 
 _OLD = ((r".*\.position_ids$", ""), (r".*\brelative_position_index$", ""))  # buffers that older files have
@@ -96,4 +100,32 @@ CLASSES: dict[str, Kind] = {
         name: Kind("classifier", model_type, PROCESSORS[processor], renames=_OLD)
         for name, (model_type, processor) in _CLASSIFIERS.items()
     },
+    "Florence2ForConditionalGeneration": Kind(
+        "captioner", "florence2", Processor({"height": 768, "width": 768}, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
+        tokenizer="BartTokenizer", words=("text_config", 50265), generates=True,
+        nested={"text_config": ("bart",), "vision_config": ("florence_vision",)},
+    ),
+    "VisionEncoderDecoderModel": Kind(
+        "captioner", "vision-encoder-decoder",
+        Processor({"height": 224, "width": 224}, "bilinear", (0.5,) * 3, (0.5,) * 3),
+        tokenizer="GPT2Tokenizer", words=("decoder", 50257), generates=True,
+        nested={"encoder": ("vit",), "decoder": ("gpt2",)},
+        renames=(*_OLD, (r".*\.(attn|crossattention)\.(masked_)?bias$", "")),
+    ),
+    "XCLIPModel": Kind(
+        "video classifier", "xclip",
+        Processor({"shortest_edge": 224}, "bilinear", IMAGENET_MEAN, IMAGENET_STD, crop=(224, 224)),
+        tokenizer="CLIPTokenizer", renames=_OLD,
+        nested={"text_config": ("xclip_text_model",), "vision_config": ("xclip_vision_model",)},
+    ),
+    "DPTForDepthEstimation": Kind(
+        "depth estimator", "dpt",
+        Processor({"height": 384, "width": 384}, "bicubic", (0.5,) * 3, (0.5,) * 3, multiple=1),
+        nested={"backbone_config": ("dinov2", "bit")},
+    ),
+    "DepthAnythingForDepthEstimation": Kind(
+        "depth estimator", "depth_anything",
+        Processor({"height": 384, "width": 384}, "bicubic", (0.5,) * 3, (0.5,) * 3, multiple=1),
+        nested={"backbone_config": ("dinov2",)},
+    ),
 }  # fmt: skip

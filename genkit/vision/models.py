@@ -19,6 +19,7 @@ from genkit.components.weights import Tensor, check_shapes, hash_once, read_weig
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json
 from genkit.vision.classes import CLASSES, Kind
+from genkit.vision.generation import read_generation
 from genkit.vision.labels import read_labels, refuse_timm
 from genkit.vision.preprocess import Processor, read_processor
 from genkit.vision.processors import read_classifier_processor
@@ -37,6 +38,7 @@ class VisionInfo:
 
     part: its class (`kind`), config and weight files. processor: how pictures are prepared. revision: of the hub.
     labels: of a classifier, in the order of its logits.
+    generation: of classes that write text, what generation_config.json states; None without that file.
     """
 
     name: str
@@ -47,6 +49,7 @@ class VisionInfo:
     notes: tuple[str, ...] = ()
     revision: str | None = None
     labels: tuple[str, ...] = ()
+    generation: Mapping[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -162,7 +165,9 @@ def inspect_vision(name: str | Path, senses: Collection[str], option: str = "mod
     processor = read(folder, CLASSES[kind].processor, notes)
     part = Part(CLASSES[kind].sense, kind, folder, config, files, tensors)
     revision = folder.name if on_hub else None
-    return VisionInfo(str(name), folder, CLASSES[kind].sense, part, processor, tuple(notes), revision, labels)
+    generation = read_generation(folder, notes) if CLASSES[kind].generates else None
+    sense, said = CLASSES[kind].sense, tuple(notes)
+    return VisionInfo(str(name), folder, sense, part, processor, said, revision, labels, generation)
 
 
 def load_model(
@@ -270,22 +275,19 @@ def read_tokenizer(info: VisionInfo) -> Any:
     cls = getattr(importlib.import_module("transformers"), name)
     try:
         found = cls.from_pretrained(info.folder, local_files_only=True)
-        size, known = (
-            max(found.get_vocab().values()) + 1,
-            (info.part.config.get("text_config") or {}).get("vocab_size", 30522),
-        )
+        part, usual = CLASSES[info.kind].words
+        known = (info.part.config.get(part) or {}).get("vocab_size", usual)
+        size = max(found.get_vocab().values()) + 1
     except Exception as error:  # the Rust tokenizers raise plain Exception
         raise InputError(f"{place(info.folder)}: the tokenizer cannot be read: {shown(str(error), 200)}") from None
     if size > known:
-        raise InputError(
-            f"{place(info.folder)}: the tokenizer has {size} tokens, but text_config has vocab_size {known}"
-        )
+        raise InputError(f"{place(info.folder)}: the tokenizer has {size} tokens, but {part} has vocab_size {known}")
     return found
 
 
 def _text(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return size of the vocabulary and length of the text part, with the class's defaults in transformers."""
-    length = 77 if config.get("model_type") == "clipseg" else 16  # of the OWLs
+    length = 77 if config.get("model_type") in ("clipseg", "xclip") else 16  # of the OWLs
     return {"vocab_size": 49408, "max_position_embeddings": length, **(config.get("text_config") or {})}
 
 

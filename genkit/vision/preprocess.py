@@ -35,7 +35,9 @@ class Processor:
 
     size: {"height", "width"}, {"shortest_edge"} or {"shortest_edge", "longest_edge"}, in pixels; None leaves pictures
     as they are. crop: (height, width) or None. scale: of levels 0 to 255. square: pad to a square with black at right
-    and below, then resize as scipy does (OWLv2). bgr: blue first, red last (MobileViT).
+    and below, then resize as scipy does (OWLv2). bgr: blue first, red last (MobileViT). multiple: of DPT's processor:
+    sides become multiples of it, of the picture's own proportions where keep_ratio is set. pad: fill up to multiples
+    of it with zeros on all sides.
     """
 
     size: Mapping[str, int] | None
@@ -46,6 +48,9 @@ class Processor:
     crop: tuple[int, int] | None = None
     square: bool = False
     bgr: bool = False
+    multiple: int | None = None
+    keep_ratio: bool = False
+    pad: int | None = None
 
 
 _SIDE = whole(1, 8192)
@@ -74,6 +79,11 @@ _KEYS = {
     "do_pad": Key(optional(FLAG), None),
     "rescale": Key(optional(either(FLAG, real(0, 1))), None),
 }
+_DPT_KEYS = {
+    **{name: Key(optional(whole(1, 1024)), None) for name in ("ensure_multiple_of", "size_divisor")},
+    "keep_aspect_ratio": Key(optional(FLAG), None),
+    **{name: Key(optional(many(real(-1000, 1000), 3, 3)), None) for name in ("image_mean", "image_std")},  # of levels
+}
 _UNUSED = {
     **dict.fromkeys(("image_processor_type", "feature_extractor_type", "processor_class", "format"), TEXT),
     **dict.fromkeys(("do_convert_rgb", "do_convert_annotations", "pad_and_return_pixel_mask"), ANYTHING),
@@ -81,6 +91,7 @@ _UNUSED = {
         ("_valid_processor_keys", "data_format", "device", "input_data_format", "return_tensors"), ANYTHING
     ),
     **dict.fromkeys(("default_to_square", "disable_grouping", "return_segmentation_masks", "masks_path"), ANYTHING),
+    **dict.fromkeys(("image_seq_length", "do_reduce_labels"), ANYTHING),
 }
 
 
@@ -110,7 +121,8 @@ def read_processor(
     if not path.exists() and notes is not None:
         notes.append(f"{place(path)}: is absent: pictures are prepared as transformers does it by default")
     stated = {key: value for key, value in content.items() if value is not None}
-    found = check_config(stated, {**_KEYS, **(more or {})}, place(path), _UNUSED, notes)
+    keys = {**_KEYS, **(_DPT_KEYS if default.multiple is not None else {}), **(more or {})}
+    found = check_config(stated, keys, place(path), _UNUSED, notes)
     if found_more is not None:
         found_more |= {name: found[name] for name in more or ()}
     if default.square and found["do_pad"] is False:
@@ -131,7 +143,21 @@ def read_processor(
         std=tuple(found["image_std"] or default.std) if normal else (1.0, 1.0, 1.0),
         scale=(found["rescale_factor"] or default.scale) if scaled else 1.0,
         crop=crop, square=default.square, bgr=default.bgr,
+        **({} if default.multiple is None else _dpt(found, size, place(path))),
     )  # fmt: skip
+
+
+def _dpt(found: Mapping[str, Any], size: Mapping[str, int] | None, where: str) -> dict[str, Any]:
+    """Return what only DPT's processor has. Raises InputError for what it cannot follow."""
+    if found["do_center_crop"] or (size is not None and "height" not in size):
+        raise InputError(f"{where}: size: depth is read of pictures of a height and width, which are not cropped")
+    if found["image_std"] and 0 in found["image_std"]:
+        raise InputError(f"{where}: image_std: {shown(found['image_std'])} holds a 0")
+    return {
+        "multiple": found["ensure_multiple_of"] or 1,
+        "keep_ratio": bool(found["keep_aspect_ratio"]),
+        "pad": found["size_divisor"] if found["do_pad"] else None,
+    }
 
 
 def _size(stated: Any, most: int | None, default: Processor) -> dict[str, int]:
@@ -162,6 +188,31 @@ def target_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, 
     return (int(raw * height / width), edge) if width < height else (edge, int(raw * width / height))
 
 
+def fitted_size(height: int, width: int, processor: Processor) -> tuple[int, int]:
+    """Return (height, width) that DPT's processor resizes a picture to, 0 where a side is too narrow for `multiple`."""
+    assert processor.size is not None
+    scales = [processor.size["height"] / height, processor.size["width"] / width]
+    if processor.keep_ratio:  # whichever changes the picture less
+        scales = [scales[1]] * 2 if abs(1 - scales[1]) < abs(1 - scales[0]) else [scales[0]] * 2
+    multiple = processor.multiple or 1
+    down, across = (
+        round(scale * side / multiple) * multiple for scale, side in zip(scales, (height, width), strict=True)
+    )
+    return down, across
+
+
+def read_size(height: int, width: int, processor: Processor) -> tuple[int, int]:
+    """Return (height, width) that a picture has for a model when it is prepared."""
+    if processor.size is not None and processor.multiple is not None:
+        height, width = fitted_size(height, width, processor)
+    elif processor.size is not None:
+        height, width = target_size(height, width, processor.size)
+    if processor.crop is not None:
+        height, width = processor.crop
+    pad = processor.pad or 1
+    return math.ceil(height / pad) * pad, math.ceil(width / pad) * pad
+
+
 def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     """Return uint8 pictures (B, 3, H, W) as a model reads them, (B, 3, h, w) float32, on their device.
 
@@ -176,7 +227,10 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     else:
         x = pictures.int()
         if processor.size is not None:
-            x = resize(x, target_size(height, width, processor.size), processor.resample)
+            fit = target_size(height, width, processor.size)
+            x = resize(
+                x, fit if processor.multiple is None else fitted_size(height, width, processor), processor.resample
+            )
         if processor.crop is not None:
             top, left = ((a - b) // 2 for a, b in zip(x.shape[-2:], processor.crop, strict=True))
             x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
@@ -185,7 +239,11 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     mean, std = (
         torch.tensor(v, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for v in (processor.mean, processor.std)
     )
-    return (x - mean) / std
+    x = (x - mean) / std
+    if processor.pad is None:
+        return x
+    down, across = (-side % processor.pad for side in x.shape[-2:])
+    return torch.nn.functional.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
 
 
 def resize(x: torch.Tensor, size: tuple[int, int], resample: str) -> torch.Tensor:
@@ -223,10 +281,10 @@ def _rows_first(before: tuple[int, int], after: tuple[int, int], resample: str) 
 
     if before[0] == after[0] or before[1] == after[1]:
         return True
-    noise = np.random.default_rng(0).integers(0, 256, (*before, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, before, dtype=np.uint8)
     code = next(number for number, name in RESAMPLES.items() if name == resample)
-    wanted = torch.from_numpy(np.array(Image.fromarray(noise).resize(after[::-1], code))).permute(2, 0, 1)
-    x = torch.from_numpy(noise).permute(2, 0, 1).int()
+    wanted = torch.from_numpy(np.array(Image.fromarray(noise).resize(after[::-1], code)))
+    x = torch.from_numpy(noise).int()
     far = [float((_passes(x, after, resample, first) - wanted).abs().sum()) for first in (True, False)]
     return far[0] <= far[1]
 

@@ -17,7 +17,7 @@ def most_tokens(info: VisionInfo) -> int:
     config = info.part.config
     if info.kind == "GroundingDinoForObjectDetection":
         return int(config.get("max_text_len", 256))
-    usual = {"segmenter": 77, "captioner": 512}.get(info.sense, 16)
+    usual = {"segmenter": 77, "captioner": 512, "video classifier": 77}.get(info.sense, 16)
     return int((config.get("text_config") or {}).get("max_position_embeddings", usual))
 
 

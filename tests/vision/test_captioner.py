@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import BertTokenizer, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipProcessor
+from transformers import (
+    AutoImageProcessor,
+    BartTokenizer,
+    BertTokenizer,
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
+    GPT2Tokenizer,
+    VisionEncoderDecoderModel,
+)
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from genkit.cli import run
 from genkit.errors import InputError
 from genkit.vision.captioner import Captioner
+from genkit.vision.models import inspect_vision
+from tests.captioners import tiny_florence, tiny_vit_gpt2
 from tests.senses import noise, pictures, tensor, tiny_blip, tiny_blip_vqa
 
 QUESTION = "how many cats in the picture?"
@@ -28,6 +42,16 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_blip_vqa(tmp_path_factory.mktemp("vqa"))
+
+
+@pytest.fixture(scope="module")
+def florence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_florence(tmp_path_factory.mktemp("florence"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vit_gpt2(tmp_path_factory.mktemp("gpt2"))
 
 
 def expected(kind: Any, folder: Path, picture: Image.Image, text: str | None) -> str:
@@ -54,6 +78,71 @@ def test_captions_as_in_transformers(blip: Path, vqa: Path) -> None:
         assert any(found) and found == [captioner(tensor(shot), text, 20)[0] for shot in shots]
         captioner.batch = 2
         assert captioner.captions(pixels, text, 20) == found
+
+
+def test_captions_of_florence_as_in_transformers(florence: Path) -> None:
+    shots = [noise(n, 30 + 9 * n, 50) for n in range(3)]
+    images: Any = AutoImageProcessor.from_pretrained(florence)
+    processor = Florence2Processor(images, BartTokenizer.from_pretrained(florence))
+    model = Florence2ForConditionalGeneration.from_pretrained(florence).eval()
+    captioner = Captioner.from_pretrained(florence, device="cpu")
+    pixels = torch.cat([captioner.pixels(tensor(shot)) for shot in shots])
+    asked = {None: "<CAPTION>", "detailed": "<DETAILED_CAPTION>", "more-detailed": "<MORE_DETAILED_CAPTION>"}
+    said = []
+    for detail, task in asked.items():
+        wanted = []
+        for shot in shots:
+            ids = model.generate(**processor(text=task, images=shot, return_tensors="pt"), max_new_tokens=12)
+            wanted.append(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
+        assert captioner.captions(pixels, None, 12, detail) == wanted
+        said += wanted
+    assert len(set(said)) == 9
+    captioner.batch = 2
+    assert captioner.captions(pixels, None, 12, "more-detailed") == said[6:]
+
+
+@pytest.mark.parametrize("stated", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_captions_of_a_vit_before_a_gpt2_as_in_transformers(stated: bool, gpt2: Path, tmp_path: Path) -> None:
+    folder = gpt2 if stated else Path(shutil.copytree(gpt2, tmp_path / "old"))
+    if not stated:  # as folders from before there was such a file
+        ids = json.loads((gpt2 / "generation_config.json").read_text())
+        (folder / "generation_config.json").unlink()
+        config = json.loads((gpt2 / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **ids}))
+    shots = [noise(n, 30 + 9 * n, 50) for n in range(3)]
+    model: Any = VisionEncoderDecoderModel.from_pretrained(folder).eval()
+    images: Any = AutoImageProcessor.from_pretrained(folder)
+    ids = model.generate(images(shots, return_tensors="pt").pixel_values, max_new_tokens=12)
+    wanted = [
+        text.strip() for text in GPT2Tokenizer.from_pretrained(folder).batch_decode(ids, skip_special_tokens=True)
+    ]
+    captioner = Captioner.from_pretrained(folder, device="cpu")
+    assert [captioner(tensor(shot), None, 12)[0] for shot in shots] == wanted and len(set(wanted)) == 3
+
+
+def test_how_text_is_generated_is_checked(florence: Path, gpt2: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(gpt2, tmp_path / "gpt2"))
+    bad = {
+        "num_beams: 1000 is not": {"num_beams": 1000},
+        "suppress_tokens: [3] is not null": {"suppress_tokens": [3]},
+        "guidance_scale: 2 is not 1 or null": {"guidance_scale": 2},
+    }
+    for message, fields in bad.items():
+        (folder / "generation_config.json").write_text(json.dumps(fields))
+        with pytest.raises(InputError) as error:
+            inspect_vision(folder, ("captioner",))
+        assert message in str(error.value)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 5, "pad_token_id": 0}))
+    assert "do_sample: is left out" in inspect_vision(folder, ("captioner",)).notes[0]
+    with pytest.raises(InputError, match="decoder_start_token_id: is missing"):
+        Captioner.from_pretrained(folder, device="cpu")
+    config = json.loads((folder / "config.json").read_text())
+    for part, kind in (("encoder", "swin"), ("decoder", "trocr")):
+        (folder / "config.json").write_text(json.dumps({**config, part: {"model_type": kind}}))
+        with pytest.raises(InputError, match=f"{part}: model_type: '{kind}' is not"):
+            inspect_vision(folder, ("captioner",))
+    with pytest.raises(InputError, match=r"text: 'a': .* reads none beside the picture"):
+        Captioner.from_pretrained(florence, device="cpu")(tensor(noise(1, 20, 20)), "a")
 
 
 def test_what_a_model_cannot_read_is_refused(blip: Path, vqa: Path) -> None:
@@ -123,10 +212,15 @@ def test_a_stopped_command_goes_on(
     assert [one["file_name"] for one in lines((where / "metadata.jsonl").read_text())] == [f"{n}.png" for n in range(5)]
 
 
-def test_answers_and_refusals(blip: Path, vqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_and_refusals(
+    blip: Path, vqa: Path, florence: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     where = pictures(tmp_path / "pictures", 2)
     assert caption(where, "--model", vqa, "--question", QUESTION, "-o", tmp_path / "answers.jsonl") == 0
     assert [one["question"] for one in lines((tmp_path / "answers.jsonl").read_text())] == [QUESTION] * 2
+    assert caption(where, "--model", florence, "--detail", "detailed", "--tokens", "4", "--write", "txt") == 0
+    found = lines(capsys.readouterr().out)
+    assert [(where / f"{n}.txt").read_text().strip() for n in range(2)] == [one["caption"] for one in found]
     refused = {
         "--question: is missing": ["--model", vqa],
         "--begin: 'a': ": ["--model", vqa, "--begin", "a", "--question", "b"],
@@ -135,6 +229,10 @@ def test_answers_and_refusals(blip: Path, vqa: Path, tmp_path: Path, capsys: pyt
         "--overwrite: needs --write": ["--model", blip, "--overwrite"],
         "--tokens: 0 is not": ["--model", blip, "--tokens", "0"],
         "--begin: ' ' is no text": ["--model", blip, "--begin", " "],
+        "continues no text; a BlipForConditionalGeneration does": ["--model", florence, "--begin", "a"],
+        "captions; a BlipForQuestionAnswering": ["--model", florence, "--question", "how many?"],
+        "--detail: 'more' is not caption or detailed or more-detailed": ["--model", florence, "--detail", "more"],
+        "captions in one way only": ["--model", blip, "--detail", "detailed"],
         "--begin: 'fox": ["--model", blip, "--begin", "fox " * 50],
     }
     for message, words in refused.items():
