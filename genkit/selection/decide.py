@@ -13,6 +13,7 @@ from genkit.durable import disk, json_pieces, write_whole
 from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of
 from genkit.runs.records import SELECTION, Key
+from genkit.runs.table import Row
 from genkit.scoring.gates import Expression, passes, unknown_scores
 from genkit.scoring.names import ALONE, names_of
 from genkit.selection.choose import Known, choose
@@ -53,19 +54,24 @@ def decide(
         gate = asked_gate or (None if row.gate is None else compiled(row.gate, own))
         order = asked_order or (None if row.rank_by is None else compiled(row.rank_by, own))
         found = sorted(of_row.get(str(row.id), ()), key=lambda r: r.index)
-        judged.append(_judge(row, found, gate, order, keep, ahead=where is not None or keep is not None))
+        judged.append(judge(row, found, gate, order, keep, ahead=where is not None or keep is not None))
     chosen, notes = choose(judged, picking, known)
     images: dict[str, dict[str, Any]] = {}
     for row_, kept_ in zip(judged, chosen, strict=True):
-        images.update(_verdicts(row_, kept_, notes))
+        images.update((image_name(row_.found[k]), verdict) for k, verdict in verdicts_of(row_, kept_, notes))
     kept = sum(image["kept"] for image in images.values())
     options = {"where": where, "rank_by": rank_by, "keep": keep, **picking.to_json()}
     hard = [row.hard for row in judged if row.hard is not None]
     return {"kept": kept, "of": len(images), **options, "hard": hard, "images": images}
 
 
-def _judge(
-    row: Request, found: list[Result], gate: Expression | None, order: Expression | None, keep: int | None, ahead: bool
+def judge(
+    row: Request | Row,
+    found: list[Result],
+    gate: Expression | None,
+    order: Expression | None,
+    keep: int | None,
+    ahead: bool,
 ) -> Judged:
     """Judge the images of a row. ahead: images drawn beyond what the row needed count, too."""
     weigh = None
@@ -85,7 +91,7 @@ def _judge(
     return judged
 
 
-def _needed(row: Request, found: Sequence[Result], passed: Sequence[bool]) -> int:
+def _needed(row: Request | Row, found: Sequence[Result], passed: Sequence[bool]) -> int:
     """Return how many images of a row count: up to the one at which `keep` of them have passed.
 
     A row may have drawn more while it waited for results; how many depends on timing, so they do not count.
@@ -130,7 +136,8 @@ def _hard(judged: Judged, order: Expression | None, passed: Sequence[bool], lack
     }
 
 
-def _verdicts(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def verdicts_of(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield (its place in the row, what selection.json says of it) for each image of a row."""
     ranks = {k: place for place, k in enumerate(row.ranked, 1)}
     kept = set(chosen)
     for k, r in enumerate(row.found):
@@ -144,7 +151,7 @@ def _verdicts(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]
         if about:
             reason = f"{reason}; {about}"
         verdict = {"id": r.id, "index": r.index, "file": r.file, "kept": k in kept, "rank": rank, "reason": reason}
-        yield image_name(r), verdict | note if note else verdict
+        yield k, verdict | note if note else verdict
 
 
 def image_name(r: Result) -> str:
