@@ -25,7 +25,7 @@ from genkit.runs.table import Table
 from genkit.selection.verdicts import Selection
 
 DATA = "gallery"  # in a run folder
-IMAGES, LINES = 200, 20_000  # images, and lines of prompts, in a file
+IMAGES, LINES = 100, 20_000  # images, and lines of prompts, in a file
 DONE = "whole.js"  # written last
 DAY = 86_400  # seconds after which a folder without it was left by a process that was killed
 _STATES = ("rejected", "kept", "failed")

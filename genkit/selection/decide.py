@@ -158,14 +158,14 @@ def image_name(r: Result) -> str:
     return f"{r.id}-{r.index:02d}"
 
 
-def hard_lines(selection: Mapping[str, Any]) -> Iterator[str]:
+def hard_lines(hard: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for each of the first hard rows, and one for the number of the others."""
-    for row in selection["hard"][:HARD_LINES]:
+    for row in hard[:HARD_LINES]:
         best = f"; the best that failed: {', '.join(row['best'][:3])}" if row["best"] else ""
         share = f"{row['passed']} of {row['drawn']} passed ({row['pass_rate']:.0%}), keep {row['keep']}"
         yield f"row {row['id']}: hard: {share}{best}"
-    if len(selection["hard"]) > HARD_LINES:
-        yield f'… and {len(selection["hard"]) - HARD_LINES} more hard rows: see "hard" in {SELECTION}'
+    if len(hard) > HARD_LINES:
+        yield f'… and {len(hard) - HARD_LINES} more hard rows: see "hard" in {SELECTION}'
 
 
 def write_selection(folder: Path, selection: Mapping[str, Any]) -> None:
