@@ -29,7 +29,7 @@ IMAGES, LINES = 100, 20_000  # images, and lines of prompts, in a file
 DONE = "whole.js"  # written last
 DAY = 86_400  # seconds after which a folder without it was left by a process that was killed
 _STATES = ("rejected", "kept", "failed")
-_ODD = re.compile(rb"\bNaN\b|\bInfinity\b|\r")
+_ODD = (b"NaN", b"Infinity", b"\r")
 
 
 def write_large_gallery(folder: Path, selection: Selection, config: Mapping[str, Any]) -> Path:
@@ -146,10 +146,12 @@ def _shelf(selection: Selection, images: range, results: int, rows: int) -> byte
     table = selection.table
     of_row = table.of_row[images.start : images.stop]
     asked = [_row(os.pread(rows, *table.rows.place(n))) for n in dict.fromkeys(of_row)]
-    records = []
-    for image in images:
-        line = os.pread(results, *table.place(image))
-        records.append(_cut(line) if table.is_plain(image) and not _ODD.search(line) else _record(line))
+    lines = [os.pread(results, *table.place(image)) for image in images]
+    odd = _is_odd(b"".join(lines))  # seldom; then each line is looked at
+    records = [
+        _cut(line) if table.is_plain(image) and not (odd and _is_odd(line)) else _record(line)
+        for image, line in zip(images, lines, strict=True)
+    ]
     verdicts = [
         [
             selection.kept[image],
@@ -164,10 +166,16 @@ def _shelf(selection: Selection, images: range, results: int, rows: int) -> byte
     return b'{"rows": [%s], "images": [%s], "verdicts": %s}' % (b",".join(asked), b",".join(records), decided)
 
 
+def _is_odd(line: bytes) -> bool:
+    """Whether JSON as Python takes it may be none to a browser, or more than a line."""
+    return any(text in line for text in _ODD)
+
+
 def _row(line: bytes) -> bytes:
     line = line.strip()
-    plain = line.startswith(b"{") and not _ODD.search(line)
-    return line if plain else json_line(json.loads(line)).strip().encode("utf-8", "backslashreplace")
+    if line.startswith(b"{") and not _is_odd(line):
+        return line
+    return json_line(json.loads(line)).strip().encode("utf-8", "backslashreplace")
 
 
 def _cut(line: bytes) -> bytes:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,7 @@ class Table:
         lines = _Lines(rows, wanted)
         if self.path.is_file():
             with disk(self.path):
-                for line in whole_lines(self.path):
-                    lines.add(line)
+                lines.read(whole_lines(self.path))
         self._lines = lines
         places = list(map(_key, lines.row, lines.index))
         order = sorted(range(len(places)), key=places.__getitem__)  # stable: of equal ones the newest is the last
@@ -213,19 +212,22 @@ class Table:
 
     def results(self, images: range) -> list[Result]:
         """Return records of the images with what deciding reads of them; those whose picture is gone are failed."""
-        lines, found = self._lines, []
+        lines, found, ids, gone = self._lines, [], self.rows.ids, self.gone
         columns = list(zip(lines.columns, lines.values, strict=True))
-        ids, of_row, index = self.rows.ids, self.of_row, self.index
         for image in images:
-            n, number, at = of_row[image], index[image], self._at[image]
+            at = self._at[image]
             scores = {name: value for name, column in columns if (value := column[at]) is not _MISSING}
-            status, file = self._statuses[lines.status[at]], lines.file[at]
-            reason = lines.reasons.get(at)
-            name = None if file is None else file.decode()
-            if image in self.gone:
-                status, reason, name = "failed", GONE, None
-            digest = lines.hashes[at] if lines.hashes else None
-            found.append(Result(ids[n], number, 0, status, reason, name, None, digest, None, None, scores))
+            r = Result(ids[self.of_row[image]], self.index[image], 0, scores=scores)
+            if image in gone:
+                r.status, r.reason = "failed", GONE
+            else:
+                if (file := lines.file[at]) is not None:
+                    r.file = file.decode()
+                if lines.status[at]:  # not "done"
+                    r.status, r.reason = self._statuses[lines.status[at]], lines.reasons.get(at)
+            if lines.hashes:
+                r.sha256 = lines.hashes[at]
+            found.append(r)
         return found
 
     def is_failed(self, image: int) -> bool:
@@ -302,28 +304,27 @@ class _Lines:
         self.columns, self.labels, self.keep_hashes = wanted.columns, wanted.labels, wanted.hashes
         self.values: list[list[Any]] = [[] for _ in self.columns]
         self.fields = list(zip(self.columns, (column.append for column in self.values), strict=True))
-        self._end = 0
 
-    def add(self, line: bytes) -> None:
-        """Take the next line of the file."""
-        start, self._end = self._end, self._end + len(line)
-        found = _LINE.fullmatch(line)
-        if found is not None and (line.isascii() or _is_utf8(line)):
-            row_id, number, file, digest, text = found.groups()
-            try:
-                scores, end = _scan(text.decode(), 0)
-            except (ValueError, StopIteration, RecursionError):
-                end = -1
-            if end == len(text.decode()):
-                if (n := self.rows.get(row_id)) is not None:
-                    self._enter(n, int(number), start, len(line), scores, file)
-                    self.status.append(0)
-                    self.plain.append(1)
-                    if self.keep_hashes:
-                        self.hashes.append(digest.decode())
-                return
-        for r in newest([_parsed(line)])[0].values():
-            self._other(r, start, len(line))
+    def read(self, lines: Iterable[bytes]) -> None:
+        """Take the lines of the file."""
+        match, row_of, status, plain = _LINE.fullmatch, self.rows.get, self.status.append, self.plain.append
+        enter, end = self._enter, 0
+        for line in lines:
+            start, end = end, end + len(line)
+            found = match(line)
+            if found is not None and (line.isascii() or _is_utf8(line)):
+                row_id, number, file, digest, text = found.groups()
+                scores = _object(text.decode())
+                if scores is not None:
+                    if (n := row_of(row_id)) is not None:
+                        enter(n, int(number), start, len(line), scores, file)
+                        status(0)
+                        plain(1)
+                        if self.keep_hashes:
+                            self.hashes.append(digest.decode())
+                    continue
+            for r in newest([_parsed(line)])[0].values():
+                self._other(r, start, len(line))
 
     def _other(self, r: Result, start: int, length: int) -> None:
         n = self.rows.get(r.id.encode("utf-8", "backslashreplace"))
@@ -344,12 +345,22 @@ class _Lines:
         self.length.append(length)
         self.file.append(file)
         names = tuple(scores)
-        self.shape.append(self.shapes.setdefault(names, len(self.shapes)))
+        shape = self.shapes.get(names)
+        self.shape.append(self.shapes.setdefault(names, len(self.shapes)) if shape is None else shape)
         for name, append in self.fields:
             value = scores.get(name, _MISSING)
             if name == "p" and type(value) is dict:
                 value = {label: odds for label, odds in value.items() if label in self.labels}
             append(value)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object that the text is, or None if it is more or less than one."""
+    try:
+        value, end = _scan(text, 0)
+    except (ValueError, StopIteration, RecursionError):
+        return None
+    return value if end == len(text) else None
 
 
 def _key(row: int, index: int) -> int:

@@ -58,7 +58,9 @@ def decide(
     chosen, notes = choose(judged, picking, known)
     images: dict[str, dict[str, Any]] = {}
     for row_, kept_ in zip(judged, chosen, strict=True):
-        images.update((image_name(row_.found[k]), verdict) for k, verdict in verdicts_of(row_, kept_, notes))
+        for r, (is_kept, rank, reason, note) in zip(row_.found, verdicts_of(row_, kept_, notes), strict=True):
+            said = {"id": r.id, "index": r.index, "file": r.file, "kept": is_kept, "rank": rank, "reason": reason}
+            images[image_name(r)] = said | note
     kept = sum(image["kept"] for image in images.values())
     options = {"where": where, "rank_by": rank_by, "keep": keep, **picking.to_json()}
     hard = [row.hard for row in judged if row.hard is not None]
@@ -136,13 +138,16 @@ def _hard(judged: Judged, order: Expression | None, passed: Sequence[bool], lack
     }
 
 
-def verdicts_of(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]]) -> Iterator[tuple[int, Any]]:
-    """Yield (its place in the row, what selection.json says of it) for each image of a row."""
+def verdicts_of(
+    row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]]
+) -> Iterator[tuple[bool, int | None, str, dict[str, Any]]]:
+    """Yield (kept, rank, reason, what else selection.json says) for each image of a row."""
     ranks = {k: place for place, k in enumerate(row.ranked, 1)}
     kept = set(chosen)
     for k, r in enumerate(row.found):
         note = dict(notes.get((r.id, r.index), ())) if notes else {}
-        rank, reason, out, about = ranks.get(k), row.reasons[k], note.pop("out", None), note.pop("about", None)
+        rank, reason = ranks.get(k), row.reasons[k]
+        out, about = (note.pop("out", None), note.pop("about", None)) if note else (None, None)
         if k in kept:
             reason = "kept"
         elif reason is None:
@@ -150,8 +155,7 @@ def verdicts_of(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, An
             reason = out or lower
         if about:
             reason = f"{reason}; {about}"
-        verdict = {"id": r.id, "index": r.index, "file": r.file, "kept": k in kept, "rank": rank, "reason": reason}
-        yield k, verdict | note if note else verdict
+        yield k in kept, rank, reason, note
 
 
 def image_name(r: Result) -> str:

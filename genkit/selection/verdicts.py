@@ -116,13 +116,12 @@ class Selection:
 
     def enter(self, row: Judged, chosen: list[int], notes: Mapping[Any, dict[str, Any]]) -> None:
         """Add what is decided on a row."""
-        for _, verdict in verdicts_of(row, chosen, notes):
-            if len(verdict) > 6:
-                names = list(verdict)[6:]
-                self.notes[len(self.kept)] = {name: verdict[name] for name in names}
-            self.kept.append(verdict["kept"])
-            self.rank.append(verdict["rank"] or 0)
-            self.reason.append(self._texts.setdefault(verdict["reason"], verdict["reason"]))
+        for kept, rank, reason, note in verdicts_of(row, chosen, notes):
+            if note:
+                self.notes[len(self.kept)] = note
+            self.kept.append(kept)
+            self.rank.append(rank or 0)
+            self.reason.append(self._texts.setdefault(reason, reason))
         self.ranked.append(len(row.ranked))
         if row.hard is not None:
             self.hard.append(row.hard)
