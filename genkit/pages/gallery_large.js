@@ -80,7 +80,8 @@ async function matching(words, current) {  // a 1 for each image whose row has e
 
 async function findLarge(wanted) {  // the image of that name
   const [, id, index] = /^(.+)-(\d{2,})$/.exec(wanted) || [];
-  for (let n = 0; id && n < large.texts; n += 1) {
+  const likely = large.first.findLastIndex((one) => one <= id);  // where rows are in the order of their ids
+  for (const n of id ? new Set([Math.max(0, likely), ...large.first.keys()]) : []) {
     const text = await texts(n), at = text.indexOf(`\n${id} `);
     if (at < 0) continue;
     let row = n * large.lines;
@@ -96,4 +97,5 @@ async function findLarge(wanted) {  // the image of that name
 async function prepare() {  // reads what a first search needs, while nothing is asked for
   await Promise.all([states("states"), starts("counts")]);
   for (let n = 0; n < large.texts; n += 1) await lower(n);
+  await Promise.all(["clip", "rank"].map((sort) => numbers(`order/${sort}`)));
 }

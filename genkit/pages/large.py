@@ -124,7 +124,7 @@ def _summary(new: Path, selection: Selection) -> dict[str, Any]:
     clips = [clip for clip in _clips(table) if clip is not None]
     return {
         "folder": f"{DATA}/{new.name}", "images": len(table), "chunk": IMAGES, "rows": len(table.rows),
-        "texts": -(-len(table.rows) // LINES), "lines": LINES, "count": count,
+        "texts": -(-len(table.rows) // LINES), "lines": LINES, "first": table.rows.ids[::LINES], "count": count,
         "clip": [min(clips), max(clips)] if clips else None, "boxes": table.detected,
     }  # fmt: skip
 
