@@ -174,7 +174,7 @@ FIRST = """const one = document.querySelector('#grid .prompt');
     return one && one.textContent.endsWith(`\\n${arguments[0]}`)"""
 FACTS = "return document.getElementById('facts').textContent"
 SEARCHES = [("ROW77 number", 3, "77"), ("</script> 15", 3, "15"), ("nothing", 0, ""), ("number", 120, "0")]
-LOST = "return document.getElementById('foot').textContent.includes('images/0/30.js cannot be read; genkit filter')"
+LOST = "return document.getElementById('lost').textContent.includes('images/0/30.js cannot be read; genkit filter')"
 
 
 @NEEDS
@@ -217,6 +217,7 @@ def test_a_browser_opens_searches_sorts_and_jumps(small: None, browser: Browser,
     browser.wait(OPENED, "failed: </script>")
     assert browser.driver.get_log("browser") == [], "nothing against the page's policy"
     (run / head(run)["folder"] / "images/0/30.js").unlink()
+    browser.driver.get("about:blank")
     browser.driver.get((run / "index.html").as_uri() + "#row80-00")
     browser.wait(LOST)
     assert browser.driver.get_log("browser") != []
