@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.million import make
 from genkit.durable import json_line
 from genkit.errors import InputError
 from genkit.rows.request import Request
@@ -165,3 +169,31 @@ def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:
     (tmp_path / "requests.jsonl").write_text(2 * json_line(Request(id="r0").to_json()))
     with pytest.raises(InputError, match=r"requests\.jsonl:2: id: 'r0' is that of an earlier row"):
         read_row_table(tmp_path)
+
+
+@pytest.mark.slow
+def test_fifty_thousand_pictures_take_little_memory_and_are_decided_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    make(folder, rows=12_500, images=4)
+    options = ["--where", "clip > 0.3", "--rank-by", "clip", "--keep", "1"]
+    command = [sys.executable, "-m", "genkit", "filter", str(folder), *options]
+    plain = peak(command)
+    found = (folder / "selection.json").read_bytes()
+    assert found == at_once(folder, tmp_path / "once", Picking(), where="clip > 0.3", rank_by="clip", keep=1)
+    assert plain < 120, "MB; all records in memory take more than twice that"
+    assert len(list((folder / "gallery").glob("*/images/*/*.js"))) == 500
+    for form in ("folder", "webdataset"):
+        assert peak([*command, "-o", str(tmp_path / form), "--format", form]) < plain + 50
+    with tarfile.open(tmp_path / "webdataset/000000.tar") as tar:
+        names = [Path(name).name for name in tar.getnames() if name.endswith(".png")]
+    lines = [json.loads(line) for line in (tmp_path / "folder/metadata.jsonl").open()]
+    assert names == [line["file_name"] for line in lines]
+    assert len(names) == json.loads(found)["kept"]
+
+
+def peak(command: list[str]) -> float:
+    """The most MB of memory that a command has at a time, as a small process sees it that starts it."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3);"
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    return int(done.stdout) / 1024
