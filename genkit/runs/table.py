@@ -40,7 +40,7 @@ _LINE = re.compile(
 # A row as `Request.to_json` writes it, of which most are alike from here on.
 _ROW = re.compile(
     rb'\{"id": "([A-Za-z0-9._-]{1,100})", "prompt": "(' + _TEXT + rb')", "negative_prompt": "(' + _TEXT + rb')", '
-    rb'"seed": (0|[1-9][0-9]{0,9})(, "num_images": .*\}\n)'
+    rb'(?:"seed": (0|[1-9][0-9]{0,9}), )?("num_images": .*\}\n)'
 )
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _MISSING: Any = object()
@@ -126,7 +126,7 @@ def _known_row(line: bytes, seen: dict[bytes, Terms]) -> tuple[str, Terms] | Non
     if found is None or (terms := seen.get(found[5])) is None or len(line) > MAX_TEXT:
         return None
     odd = b"\\u" in line or not (line.isascii() or _is_utf8(line))  # NUL, half a surrogate pair
-    if odd or int(found[4]) >= SEED_LIMIT or not _plain_id(found[1]):
+    if odd or int(found[4] or 0) >= SEED_LIMIT or not _plain_id(found[1]):
         return None
     return found[1].decode(), terms
 
@@ -147,7 +147,8 @@ def _checked_row(line: bytes, seen: dict[bytes, Terms], where: str) -> tuple[str
     labels = None if row.labels is None else tuple(row.labels)
     terms = row.num_images, row.keep, row.gate, row.rank_by, row.max_images, labels
     found = _ROW.fullmatch(line)
-    if found is not None and found[1].decode() == row.id and isinstance(row.seed, int):
+    stated = found is not None and found[4] is not None
+    if found is not None and found[1].decode() == row.id and isinstance(row.seed, int if stated else type(None)):
         terms = seen.setdefault(found[5], terms)
     return str(row.id), terms
 
@@ -259,7 +260,9 @@ class Table:
 
     def whole(self, images: Sequence[int]) -> Iterator[Result]:
         """Yield the complete records of images, read from the file; of those whose picture is gone, as failed."""
-        with open(self.path, "rb") as file:
+        if not len(images):
+            return
+        with disk(self.path), open(self.path, "rb") as file:
             for image in images:
                 length, start = self.place(image)
                 (result,) = newest([_parsed(os.pread(file.fileno(), length, start))])[0].values()

@@ -149,7 +149,7 @@ def test_a_table_reads_what_the_records_say(tmp_path: Path) -> None:
 
 ODD: list[dict[str, Any]] = [
     {"prompt": "x\x00y"}, {"seed": 2**32}, {"seed": -1}, {"id": "con"}, {"id": "..."}, {"prompt": "x" * 100_001},
-    {"stesp": 3}, {"prompt": 5}, {"negative_prompt": None}, {"num_images": 0},
+    {"stesp": 3}, {"prompt": 5}, {"seed": 1.5}, {"seed": [1]}, {"negative_prompt": None}, {"num_images": 0},
 ]  # fmt: skip
 
 
@@ -163,6 +163,15 @@ def test_a_row_like_a_checked_one_is_checked_too(line: dict[str, Any], tmp_path:
     with pytest.raises(InputError) as refused:
         read_row_table(tmp_path)
     assert str(refused.value) == str(expected.value)
+
+
+def test_a_run_that_never_drew_has_an_empty_selection(tmp_path: Path) -> None:
+    (tmp_path / "requests.jsonl").write_text(
+        json_line(Request(id="r0").to_json()) + json_line(Request(id="r1").to_json())
+    )
+    (tmp_path / "run.json").write_text(json.dumps(CONFIG))
+    assert refilter(tmp_path, where="clip > 0.3") == {"run": str(tmp_path), "rows": 2, "images": 0, "kept": 0}
+    assert json.loads((tmp_path / "selection.json").read_text())["images"] == {}
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:
