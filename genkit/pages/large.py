@@ -11,9 +11,11 @@ import base64
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from genkit.selection.verdicts import Selection
 DATA = "gallery"  # in a run folder
 IMAGES, LINES = 100, 20_000  # images, and lines of prompts, in a file
 DONE = "whole.js"  # written last
-DAY = 86_400  # seconds after which a folder without it was left by a process that was killed
+DAY = 86_400  # seconds; a folder without it was left by a killed process, if one of another machine
 _STATES = ("rejected", "kept", "failed")
 _ODD = (b"NaN", b"Infinity", b"\r")
 
@@ -37,7 +39,7 @@ def write_large_gallery(folder: Path, selection: Selection, config: Mapping[str,
 
     Holds a file's images at a time. The data are not synced, as `genkit filter` writes them anew. Raises HostError.
     """
-    new = folder / DATA / f"{time.time_ns():x}-{os.getpid()}"
+    new = folder / DATA / f"{time.time_ns():x}-{_host()}-{os.getpid()}"
     with disk(new):
         new.mkdir(parents=True)
         try:
@@ -54,11 +56,29 @@ def write_large_gallery(folder: Path, selection: Selection, config: Mapping[str,
 def remove_older(folder: Path, current: str = "") -> None:
     """Remove the files of earlier galleries of a run. Those that another process is writing stay."""
     for path in (folder / DATA).glob("*-*"):
-        mine = path.name != current and re.fullmatch(r"[0-9a-f]+-[0-9]+", path.name)
-        if mine and ((path / DONE).exists() or path.stat().st_mtime < time.time() - DAY):
+        found = re.fullmatch(r"[0-9a-f]+-([0-9a-f]{8})-([0-9]+)", path.name)
+        if found is None or path.name == current:
+            continue
+        killed = found[1] == _host() and not _runs(int(found[2]))
+        if killed or (path / DONE).exists() or path.stat().st_mtime < time.time() - DAY:
             shutil.rmtree(path, ignore_errors=True)
     if not current and (folder / DATA).is_dir() and not any((folder / DATA).iterdir()):
         (folder / DATA).rmdir()
+
+
+def _host() -> str:
+    """Return eight digits for this machine: others may write to the same folder."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _write(new: Path, selection: Selection) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,15 +116,21 @@ def test_files_of_earlier_galleries_go_and_those_that_are_written_stay(small: No
     run = made(tmp_path / "run", 20)
     refilter(run)
     first = head(run)["folder"]
-    other = run / "gallery/18ec00-77"  # of another process
-    other.mkdir()
+    other = run / f"gallery/18ec00-{large._host()}-{os.getpid()}"  # of a process that runs
+    far = run / "gallery/18ec00-00000000-7"  # of another machine
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    killed = run / f"gallery/18ec00-{large._host()}-{process.pid}"
+    for path in (other, far, killed):
+        path.mkdir()
     mine = run / "gallery/my-notes"
     mine.mkdir()
     refilter(run, keep=1)
     assert head(run)["folder"] != first
     assert {path.name for path in (run / "gallery").iterdir()} == {
         head(run)["folder"].split("/")[1],
-        "18ec00-77",
+        other.name,
+        far.name,
         "my-notes",
     }
     again = Run.open(run, CONFIG, [Request(**json.loads(line)) for line in (run / "requests.jsonl").open()])
