@@ -152,6 +152,12 @@ def each_line(path: Path) -> Iterator[Any]:
         yield from _parsed(block)
 
 
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file with their newlines, without one at the end that was not finished."""
+    for block in _blocks(path):
+        yield from block
+
+
 def _blocks(path: Path) -> Iterator[list[bytes]]:
     """Yield the whole lines of a file, about a megabyte at a time."""
     with open(path, "rb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from genkit.datasets.kept import caption, picture
 from genkit.datasets.shards import need_pyarrow, write_shards
-from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, read_lines, write_whole
+from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, each_line, is_temporary, json_line, write_whole
 from genkit.errors import HostError, InputError, nearest, shown
 from genkit.progress import Steps
 from genkit.rows.result import Result
@@ -70,20 +71,21 @@ def _folder(folder: Path, kept: Sequence[Result], out: Path, _size: int) -> int:
     type for those who read it as a table, `datasets` for one. `out` is new, empty, or an earlier export, whole or
     broken off: what it has of `kept` stays, its other pictures go. Raises InputError for another folder, HostError.
     """
-    names = {Path(str(r.file)).name: r for r in kept}
+    names = {Path(str(r.file)).name: r.sha256 for r in kept}
     with disk(out):
         earlier = _exported(out)
         out.mkdir(parents=True, exist_ok=True)
-        planned = [*earlier.items(), *((name, r.sha256) for name, r in names.items())]
-        write_whole(out / PLAN, "".join(json_line({"file_name": n, "sha256": d}) for n, d in planned).encode())
+        planned = itertools.chain(earlier.items(), names.items())
+        write_whole(out / PLAN, (json_line({"file_name": n, "sha256": d}).encode() for n, d in planned))
         for name in filter(is_temporary, os.listdir(out)):
             (out / name).unlink()
         with Steps() as progress:
-            for n, (name, r) in enumerate(names.items(), 1):
+            for n, r in enumerate(kept, 1):
+                name = Path(str(r.file)).name
                 if earlier.get(name) != r.sha256:
                     _put(out / name, picture(folder, r))
                 progress(n, len(names), "of the pictures copied")
-        write_whole(out / METADATA, (_line(name, r) for name, r in names.items()))
+        write_whole(out / METADATA, (_line(Path(str(r.file)).name, r) for r in kept))
         for name in earlier.keys() - names.keys():
             (out / name).unlink(missing_ok=True)
         found = sum(name in names for name in os.listdir(out))
@@ -103,7 +105,7 @@ def _exported(out: Path) -> dict[str, str]:
     if not out.is_dir():
         raise InputError(f"--out: {out} is not a folder")
     tables = [out / name for name in (METADATA, PLAN) if (out / name).is_file()]
-    lines = [line for table in tables for line in read_lines(table)[0] if isinstance(line, dict)]
+    lines = (line for table in tables for line in each_line(table) if isinstance(line, dict))
     known = {(line.get("file_name"), line.get("sha256")) for line in lines if isinstance(line.get("sha256"), str)}
     found = {}
     for path in sorted(out.iterdir()):

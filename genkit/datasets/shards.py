@@ -31,12 +31,14 @@ def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, siz
 
     A shard has at most `size` bytes of pictures and captions, but one picture at least; it gets its name when it is
     whole and synced. .export.json says beforehand what each shard is to hold: one that is there and was to hold the
-    same is not written again. Raises InputError for an `out` with anything else in it, HostError.
+    same is not written again. `kept` is gone through several times, and none of it is held. Raises InputError for an
+    `out` with anything else in it, HostError.
     """
     suffix, write, count = _FORMS[form]
-    plan = {f"{n:06d}{suffix}": part for n, part in enumerate(_cut(kept, size))}
     columns = _columns(kept)
-    digests = {name: _digest(form, columns, part) for name, part in plan.items()}
+    plan, digests = {}, {}
+    for n, (part, digest) in enumerate(_cut(form, columns, kept, size)):
+        plan[name := f"{n:06d}{suffix}"], digests[name] = part, digest
     with disk(out):
         earlier = _earlier(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -63,30 +65,27 @@ def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, siz
     return len(kept)
 
 
-def _cut(kept: Sequence[Result], size: int) -> Iterator[list[Result]]:
-    part: list[Result] = []
-    total = 0
-    for r in kept:
-        own = _rounded(r.bytes or 0) + _rounded(len(_text(r))) + _rounded(len(_json(r)))
-        if part and total + own > size:
-            yield part
-            part, total = [], 0
-        part.append(r)
+def _cut(form: str, columns: Columns, kept: Sequence[Result], size: int) -> Iterator[tuple[Sequence[Result], str]]:
+    """Yield (what a shard is to hold, a hash of that) for each shard."""
+    start = total = 0
+    sums = begun = hashlib.sha256(json.dumps([form, columns]).encode())
+    for n, r in enumerate(kept):
+        line = _json(r)
+        own = _rounded(r.bytes or 0) + _rounded(len(_text(r))) + _rounded(len(line))
+        if n == start:
+            sums = begun.copy()
+        elif total + own > size:
+            yield kept[start:n], sums.hexdigest()
+            start, total, sums = n, 0, begun.copy()
+        sums.update(line + Path(str(r.file)).suffix.encode())
         total += own
-    if part:
-        yield part
+    if start < len(kept):
+        yield kept[start:], sums.hexdigest()
 
 
 def _rounded(size: int) -> int:
     """Return the bytes that a file of `size` bytes takes in a tar."""
     return tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _digest(form: str, columns: Columns, part: Sequence[Result]) -> str:
-    sums = hashlib.sha256(json.dumps([form, columns]).encode())
-    for r in part:
-        sums.update(_json(r) + Path(str(r.file)).suffix.encode())
-    return sums.hexdigest()
 
 
 def _earlier(out: Path) -> dict[str, Any]:
@@ -181,9 +180,12 @@ def _parquet(file: BinaryIO, folder: Path, part: Sequence[Result], columns: Colu
 
 def _columns(kept: Sequence[Result]) -> Columns:
     fields = {"image": "Image", "text": "string", "id": "string", "index": "int64", "seed": "int64", "sha256": "string"}
-    scores = sorted({name for r in kept for name, v in r.scores.items() if isinstance(v, int | float)})
-    flags = {name for name in scores if all(isinstance(r.scores.get(name, False), bool) for r in kept)}
-    fields |= {f"score_{name}": "bool" if name in flags else "float64" for name in scores}
+    numbers: set[str] = set()
+    others: set[str] = set()  # that are not true or false everywhere
+    for r in kept:
+        numbers.update(name for name, value in r.scores.items() if isinstance(value, int | float))
+        others.update(name for name, value in r.scores.items() if not isinstance(value, bool))
+    fields |= {f"score_{name}": "float64" if name in others else "bool" for name in sorted(numbers)}
     return fields | {"p": "string", "meta": "string"}
 
 

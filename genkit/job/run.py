@@ -17,10 +17,12 @@ from genkit.job.masks import write_masks
 from genkit.job.origin import origin_of
 from genkit.job.plan import Job
 from genkit.pages.gallery import write_gallery
+from genkit.pages.outcome import LARGE, write_outcome
 from genkit.phases import phase
 from genkit.pictures.encoders import encoding
 from genkit.progress import Progress
 from genkit.rows.request import Request
+from genkit.rows.result import Result
 from genkit.runs.embeddings import Store
 from genkit.runs.look_again import look_again, unseen
 from genkit.runs.rescore import rescore
@@ -30,6 +32,7 @@ from genkit.sampling.draws import Draws
 from genkit.scoring.gates import Expression, passes
 from genkit.selection.choose import read_known
 from genkit.selection.decide import decide, hard_lines, write_selection
+from genkit.selection.verdicts import Question, select
 from genkit.signals import Interrupted, Signals
 
 
@@ -90,11 +93,8 @@ def run_job(job: Job, out: Path) -> Summary:
                 if not stopped and draws.has_next():
                     stopped = _draw(job, run, draws, progress, loaded)
         results = list(run.results.values())
-        known = read_known(out, run.config, results, job.options.picking, [row.rank_by for row in job.rows])
-        selection = decide(job.rows, results, picking=job.options.picking, known=known)
-        write_selection(out, selection)
-        write_gallery(out, job.rows, results, selection, run.config)
-    for line in hard_lines(selection):
+        kept, hard = _decide(job, out, run.config, results)
+    for line in hard_lines(hard):
         progress.message(line)
     lacking = 0 if stopped else draws.lacking
     if lacking and draws.short:
@@ -106,14 +106,27 @@ def run_job(job: Job, out: Path) -> Summary:
         rows=len(job.rows),
         images=len(results) - failed,
         new=progress.done - progress.earlier - progress.failed,
-        kept=sum(image["kept"] for image in selection["images"].values()),
+        kept=kept,
         failed=failed,
         seconds=round(time.monotonic() - began, 2),
         exit_code=stopped or (EXIT_SOME_FAILED if failed or lacking else EXIT_OK),
         stopped=bool(stopped or lacking),
-        hard_rows=len(selection["hard"]),
+        hard_rows=len(hard),
         slots_full=None if draws.slots_full is None else round(draws.slots_full, 4),
     )
+
+
+def _decide(job: Job, out: Path, config: dict[str, Any], results: list[Result]) -> tuple[int, list[dict[str, Any]]]:
+    """Write selection.json and the gallery; return how many images are kept, and the hard rows."""
+    if len(results) > LARGE:  # in columns, as `genkit filter` does it
+        columns = select(out, config, Question(picking=job.options.picking))
+        write_outcome(out, columns, config)
+        return columns.count, columns.hard
+    known = read_known(out, config, results, job.options.picking, [row.rank_by for row in job.rows])
+    selection = decide(job.rows, results, picking=job.options.picking, known=known)
+    write_selection(out, selection)
+    write_gallery(out, job.rows, results, selection, config)
+    return selection["kept"], selection["hard"]
 
 
 def _look_again(run: Run, panel: Any, changed: list[Any], progress: Progress) -> int:

@@ -21,9 +21,9 @@ from genkit.runs.records import GALLERY
 
 # Characters to escape in JSON within HTML: "</script>" would end the block, "<!--" would change its parsing.
 _HTML = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
-_SETTINGS_OF_IMAGE = ("seed", "index", "file", "status", "scores", "width", "height", "nfe", "seconds")
+SETTINGS_OF_IMAGE = ("seed", "index", "file", "status", "scores", "width", "height", "nfe", "seconds")
 LOCAL = "img-src 'self' file:"
-_settings_of = operator.attrgetter(*_SETTINGS_OF_IMAGE)
+_settings_of = operator.attrgetter(*SETTINGS_OF_IMAGE)
 
 
 def write_gallery(
@@ -38,14 +38,23 @@ def write_gallery(
     selection: from `decide`; config: run.json. The page contains its style and script and loads images by relative
     path; its content security policy allows nothing else. Raises HostError.
     """
-    template = files("genkit.pages").joinpath("gallery.html").read_text("utf-8")
-    parts = {"policy": policy(template, LOCAL), "title": html.escape(folder.resolve().name)}
-    before, after = template.split("{{data}}")
-    before, after = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in (before, after))
     images = _images(results, selection["images"])
     settings = ((str(row.id), {k: v for k, v in row.to_json().items() if k != "id"}) for row in rows)
-    data = map(within_html, json_pieces(_data(folder.resolve().name, config), {"rows": settings}, {"images": images}))
-    pieces = itertools.chain([before], data, [after])
+    return write_page(folder, json_pieces(about(folder, config), {"rows": settings}, {"images": images}))
+
+
+def write_page(folder: Path, data: Iterable[str], large: bool = False) -> Path:
+    """Write index.html with the JSON `data`, in pieces, and return its path. Raises HostError.
+
+    large: whether the images are in files that the page loads.
+    """
+    pages = files("genkit.pages")
+    more = pages.joinpath("gallery_large.js").read_text("utf-8").strip() if large else ""
+    template = pages.joinpath("gallery.html").read_text("utf-8").replace("{{large}}\n", f"{more}\n")
+    parts = {"policy": policy(template, LOCAL, loads=large), "title": html.escape(folder.resolve().name)}
+    before, after = template.split("{{data}}")
+    before, after = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in (before, after))
+    pieces = itertools.chain([before], map(within_html, data), [after])
     path = folder / GALLERY
     with disk(path):
         write_whole(path, (text.encode("utf-8", "backslashreplace") for text in pieces))
@@ -63,27 +72,31 @@ def _images(results: Iterable[Result], decisions: Mapping[str, Any]) -> Iterator
     found = {f"{r.id}-{r.index:02d}": r for r in results}
     ranked = Counter(d["id"] for d in decisions.values() if d["rank"] is not None)
     for key, decision in decisions.items():
-        record = dict(zip(_SETTINGS_OF_IMAGE, _settings_of(found[key]), strict=True))
+        record = dict(zip(SETTINGS_OF_IMAGE, _settings_of(found[key]), strict=True))
         verdict = {field: decision[field] for field in ("id", "kept", "rank", "reason")}
         yield record | verdict | {"of": ranked[decision["id"]]}
 
 
-def _data(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page shows of the run."""
+def about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of the run itself."""
     model = config["binding"].get("model") or {}
     info = config["info"]
     made = f"Made with genkit {info.get('genkit', '')}, begun {str(info.get('started', ''))[:10]}"
     model_name = model.get("name", "") if isinstance(model, Mapping) else str(model)
-    return {"name": name, "model": model_name, "made": made}
+    return {"name": folder.resolve().name, "model": model_name, "made": made}
 
 
-def policy(template: str, *sources: str) -> str:
-    """Return a Content-Security-Policy: the template's own style and script, by hash, and `sources` of images."""
+def policy(template: str, *sources: str, loads: bool = False) -> str:
+    """Return a Content-Security-Policy: the template's own style and script, by hash, and `sources` of images.
+
+    loads: whether that script may load others; no tag in the page may, whatever is written into it.
+    """
     hashes = {}
     for tag in ("style", "script"):
         inside = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         if inside is None:
             continue
         hashes[tag] = base64.b64encode(hashlib.sha256(inside[1].encode()).digest()).decode()
-    allowed = [f"{tag}-src 'sha256-{digest}'" for tag, digest in hashes.items()]
+    more = {"script": " 'strict-dynamic'"} if loads else {}
+    allowed = [f"{tag}-src 'sha256-{digest}'{more.get(tag, '')}" for tag, digest in hashes.items()]
     return "; ".join(["default-src 'none'", *sources, *allowed, "base-uri 'none'", "form-action 'none'"])

@@ -196,6 +196,9 @@ def _compare(node: ast.Compare, scope: Scope, depth: int) -> Term:
             raise InputError(f"{quoted(ast.Compare(nodes[i], [op], [nodes[i + 1]]))} is {always} true{because}")
         tests.append(test)
     values = [term.value for term in terms]
+    if len(tests) == 1:  # what most gates are
+        (test,), (left_of, right_of) = tests, values
+        return Term(lambda scores: test(left_of(scores), right_of(scores)), TRUTH)
 
     def holds(scores: Scores) -> bool:
         found = [value(scores) for value in values]
@@ -363,7 +366,10 @@ def passes(gate: Expression | None, scores: Mapping[str, Any]) -> bool:
 
 def unknown_scores(expression: Expression, scores: Mapping[str, Any]) -> list[str]:
     """Return the scores used by an expression that are NaN (null in a record) or absent."""
-    found = [name for name in expression.names if (value := scores.get(name)) is None or value != value]
+    found = []
+    for name in expression.names:
+        if (value := scores.get(name)) is None or value != value:
+            found.append(name)
     if expression.labels:
         odds = scores.get("p") or {}
         found += [f"p[{x!r}]" for x in expression.labels if (value := odds.get(x)) is None or value != value]

@@ -13,6 +13,7 @@ from genkit.durable import disk, json_pieces, write_whole
 from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of
 from genkit.runs.records import SELECTION, Key
+from genkit.runs.table import Row
 from genkit.scoring.gates import Expression, passes, unknown_scores
 from genkit.scoring.names import ALONE, names_of
 from genkit.selection.choose import Known, choose
@@ -53,19 +54,26 @@ def decide(
         gate = asked_gate or (None if row.gate is None else compiled(row.gate, own))
         order = asked_order or (None if row.rank_by is None else compiled(row.rank_by, own))
         found = sorted(of_row.get(str(row.id), ()), key=lambda r: r.index)
-        judged.append(_judge(row, found, gate, order, keep, ahead=where is not None or keep is not None))
+        judged.append(judge(row, found, gate, order, keep, ahead=where is not None or keep is not None))
     chosen, notes = choose(judged, picking, known)
     images: dict[str, dict[str, Any]] = {}
     for row_, kept_ in zip(judged, chosen, strict=True):
-        images.update(_verdicts(row_, kept_, notes))
+        for r, (is_kept, rank, reason, note) in zip(row_.found, verdicts_of(row_, kept_, notes), strict=True):
+            said = {"id": r.id, "index": r.index, "file": r.file, "kept": is_kept, "rank": rank, "reason": reason}
+            images[image_name(r)] = said | note
     kept = sum(image["kept"] for image in images.values())
     options = {"where": where, "rank_by": rank_by, "keep": keep, **picking.to_json()}
     hard = [row.hard for row in judged if row.hard is not None]
     return {"kept": kept, "of": len(images), **options, "hard": hard, "images": images}
 
 
-def _judge(
-    row: Request, found: list[Result], gate: Expression | None, order: Expression | None, keep: int | None, ahead: bool
+def judge(
+    row: Request | Row,
+    found: list[Result],
+    gate: Expression | None,
+    order: Expression | None,
+    keep: int | None,
+    ahead: bool,
 ) -> Judged:
     """Judge the images of a row. ahead: images drawn beyond what the row needed count, too."""
     weigh = None
@@ -85,7 +93,7 @@ def _judge(
     return judged
 
 
-def _needed(row: Request, found: Sequence[Result], passed: Sequence[bool]) -> int:
+def _needed(row: Request | Row, found: Sequence[Result], passed: Sequence[bool]) -> int:
     """Return how many images of a row count: up to the one at which `keep` of them have passed.
 
     A row may have drawn more while it waited for results; how many depends on timing, so they do not count.
@@ -130,12 +138,16 @@ def _hard(judged: Judged, order: Expression | None, passed: Sequence[bool], lack
     }
 
 
-def _verdicts(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def verdicts_of(
+    row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]]
+) -> Iterator[tuple[bool, int | None, str, dict[str, Any]]]:
+    """Yield (kept, rank, reason, what else selection.json says) for each image of a row."""
     ranks = {k: place for place, k in enumerate(row.ranked, 1)}
     kept = set(chosen)
     for k, r in enumerate(row.found):
         note = dict(notes.get((r.id, r.index), ())) if notes else {}
-        rank, reason, out, about = ranks.get(k), row.reasons[k], note.pop("out", None), note.pop("about", None)
+        rank, reason = ranks.get(k), row.reasons[k]
+        out, about = (note.pop("out", None), note.pop("about", None)) if note else (None, None)
         if k in kept:
             reason = "kept"
         elif reason is None:
@@ -143,22 +155,21 @@ def _verdicts(row: Judged, chosen: list[int], notes: Mapping[Key, dict[str, Any]
             reason = out or lower
         if about:
             reason = f"{reason}; {about}"
-        verdict = {"id": r.id, "index": r.index, "file": r.file, "kept": k in kept, "rank": rank, "reason": reason}
-        yield image_name(r), verdict | note if note else verdict
+        yield k in kept, rank, reason, note
 
 
 def image_name(r: Result) -> str:
     return f"{r.id}-{r.index:02d}"
 
 
-def hard_lines(selection: Mapping[str, Any]) -> Iterator[str]:
+def hard_lines(hard: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for each of the first hard rows, and one for the number of the others."""
-    for row in selection["hard"][:HARD_LINES]:
+    for row in hard[:HARD_LINES]:
         best = f"; the best that failed: {', '.join(row['best'][:3])}" if row["best"] else ""
         share = f"{row['passed']} of {row['drawn']} passed ({row['pass_rate']:.0%}), keep {row['keep']}"
         yield f"row {row['id']}: hard: {share}{best}"
-    if len(selection["hard"]) > HARD_LINES:
-        yield f'… and {len(selection["hard"]) - HARD_LINES} more hard rows: see "hard" in {SELECTION}'
+    if len(hard) > HARD_LINES:
+        yield f'… and {len(hard) - HARD_LINES} more hard rows: see "hard" in {SELECTION}'
 
 
 def write_selection(folder: Path, selection: Mapping[str, Any]) -> None:

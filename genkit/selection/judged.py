@@ -9,6 +9,7 @@ from typing import Any
 
 from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of
+from genkit.runs.table import Row
 from genkit.scoring.gates import Expression, passes
 
 
@@ -48,7 +49,7 @@ class Judged:
     weigh: set if the row uses `sim`; values and ranked are then for the first choice.
     """
 
-    request: Request
+    request: Request | Row
     found: list[Result]
     reasons: list[str | None]
     values: list[float]  # NaN: nothing to rank by

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.datasets.export import Target, export
-from genkit.errors import InputError, nearest, shown
-from genkit.pages.gallery import write_gallery
-from genkit.rows.request import Request
-from genkit.rows.result import Result
-from genkit.runs.records import read_config, read_results, read_rows
-from genkit.scoring.gates import Expression, check_seen
-from genkit.scoring.names import names_of
-from genkit.selection.choose import read_known
-from genkit.selection.decide import decide, image_name, write_selection
+from genkit.errors import InputError, shown
+from genkit.pages.outcome import write_outcome
+from genkit.runs.records import read_config
+from genkit.runs.table import Kept
 from genkit.selection.picking import NONE, Picking
+from genkit.selection.verdicts import Question, select
 
 
 def refilter(
@@ -48,58 +41,14 @@ def refilter(
     collecting = gc.isenabled()
     gc.disable()  # nothing here becomes garbage, and collecting takes half of the time
     try:
-        rows = read_rows(folder)
-        asked = {str(row.id) for row in rows}
-        results = _present(folder, [r for r in read_results(folder) if r.id in asked])
-        classes = (config["binding"].get("classifier") or {}).get("labels")
-        _check(rows, results, where, rank_by, classes)
-        picking.check_rows(keep is not None or any(row.keep is not None for row in rows))
-        known = read_known(folder, config, results, picking, [where, rank_by, *(row.rank_by for row in rows)])
-        selection = decide(rows, results, where, rank_by, keep, picking, known)
-        summary = {"run": str(folder), "rows": len(rows), "images": len(results), "kept": selection["kept"]}
+        selection = select(folder, config, Question(where, rank_by, keep, picking))
+        table = selection.table
+        summary = {"run": str(folder), "rows": len(table.rows), "images": len(table), "kept": selection.count}
         if out is not None:
-            found = {image_name(r): r for r in results}  # in the order of the rows, whenever each was finished
-            kept = [found[name] for name, image in selection["images"].items() if image["kept"]]
+            kept = Kept(table, selection.kept_images())
             summary |= {"out": str(out), "copied": export(folder, kept, out, target)}
-        write_selection(folder, selection)
-        write_gallery(folder, rows, results, selection, config)
+        write_outcome(folder, selection, config)
     finally:
         if collecting:
             gc.enable()
     return summary
-
-
-def _present(folder: Path, results: list[Result]) -> list[Result]:
-    """Return the records; those whose picture was deleted since become failed ones."""
-    names: dict[str, set[str]] = {}
-    for k, r in enumerate(results):
-        if r.status != "done":
-            continue
-        under, _, name = str(r.file).rpartition("/")
-        if under not in names:  # listing folders is faster than checking every file
-            try:
-                names[under] = set(os.listdir(folder / under))
-            except OSError:
-                names[under] = set()
-        if name not in names[under]:
-            results[k] = dataclasses.replace(r, status="failed", reason="its file is missing", file=None)
-    return results
-
-
-def _check(rows: Sequence[Request], results: Sequence[Result], where: str | None, rank_by: str | None,
-           classes: Sequence[str] | None) -> None:  # fmt: skip
-    """Raise InputError, naming the option, for an invalid expression or one that uses a score that no image has."""
-    labels = {label for row in rows for label in row.labels or ()}
-    known = names_of(r.scores for r in results) | {"sim"}
-    for option, text in (("--where", where), ("--rank-by", rank_by)):
-        if text is None:
-            continue
-        try:
-            expression = Expression(text, labels, known)
-        except InputError as error:
-            raise InputError(f"{option}: {error}") from None
-        if option == "--where" and not expression.decides:
-            raise InputError(f"{option}: {shown(text)} is a number, not true or false; compare it with one")
-        for name in sorted(expression.names - known if results else ()):
-            raise InputError(f"{option}: {shown(name)}: no image of this run has that score{nearest(name, known)}")
-        check_seen(option, expression, [r.scores for r in results], classes)

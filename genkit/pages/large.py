@@ -1,0 +1,209 @@
+"""The gallery of a large run: index.html, and in gallery/ what it shows, in files that it reads as they are looked at.
+
+A page that was opened from a folder may read nothing but scripts. So each file is a script that hands one text to the
+page, which parses it as JSON: nothing in it is run. Files lie in a new folder of gallery/, which index.html names once
+all are there; a page that is open, or a process that is killed, never sees half of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from genkit.durable import disk, json_line
+from genkit.pages.gallery import SETTINGS_OF_IMAGE as SHOWN
+from genkit.pages.gallery import about, write_page
+from genkit.runs.table import Table
+from genkit.selection.verdicts import Selection
+
+DATA = "gallery"  # in a run folder
+IMAGES, LINES = 100, 20_000  # images, and lines of prompts, in a file
+DONE = "whole.js"  # written last
+DAY = 86_400  # seconds; a folder without it was left by a killed process, if one of another machine
+_STATES = ("rejected", "kept", "failed")
+_ODD = (b"NaN", b"Infinity", b"\r")
+
+
+def write_large_gallery(folder: Path, selection: Selection, config: Mapping[str, Any]) -> Path:
+    """Write index.html of a run folder and its files in gallery/; return the page's path.
+
+    Holds a file's images at a time. The data are not synced, as `genkit filter` writes them anew. Raises HostError.
+    """
+    new = folder / DATA / f"{time.time_ns():x}-{_host()}-{os.getpid()}"
+    with disk(new):
+        new.mkdir(parents=True)
+        try:
+            _write(new, selection)
+            head = {**about(folder, config), "large": _summary(new, selection)}
+            page = write_page(folder, [json_line(head).strip()], large=True)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+    remove_older(folder, new.name)
+    return page
+
+
+def remove_older(folder: Path, current: str = "") -> None:
+    """Remove the files of earlier galleries of a run. Those that another process is writing stay."""
+    for path in (folder / DATA).glob("*-*"):
+        found = re.fullmatch(r"[0-9a-f]+-([0-9a-f]{8})-([0-9]+)", path.name)
+        if found is None or path.name == current:
+            continue
+        killed = found[1] == _host() and not _runs(int(found[2]))
+        if killed or (path / DONE).exists() or path.stat().st_mtime < time.time() - DAY:
+            shutil.rmtree(path, ignore_errors=True)
+    if not current and (folder / DATA).is_dir() and not any((folder / DATA).iterdir()):
+        (folder / DATA).rmdir()
+
+
+def _host() -> str:
+    """Return eight digits for this machine: others may write to the same folder."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _write(new: Path, selection: Selection) -> None:
+    table = selection.table
+    for name in ("texts", "images", "order"):
+        (new / name).mkdir()
+    for n, lines in enumerate(_texts(table)):
+        _put(new, f"texts/{n}", json_line("\n".join(lines)).strip().encode("utf-8", "backslashreplace"))
+    with open(table.path, "rb") as results, open(table.rows.path, "rb") as rows:
+        for n, start in enumerate(range(0, len(table), IMAGES)):
+            if n % 1000 == 0:
+                (new / "images" / str(n // 1000)).mkdir()
+            images = range(start, min(len(table), start + IMAGES))
+            _put(new, f"images/{n // 1000}/{n}", _shelf(selection, images, results.fileno(), rows.fileno()))
+    _put(new, "states", _packed(_states(selection)))
+    _put(new, "counts", _packed(_whole([len(table.span(n)) for n in range(len(table.rows))])))
+    _put(new, "order/rank", _packed(_order([rank or math.inf for rank in selection.rank])))
+    _put(new, "order/clip", _packed(_order([9.0 if clip is None else -clip for clip in _clips(table)])))
+    _put(new, DONE.removesuffix(".js"), b"1")
+
+
+def _put(new: Path, name: str, text: bytes) -> None:
+    """Write a file that hands a text, of one line, to the page."""
+    quoted = text.replace(b"\\", b"\\\\").replace(b"'", b"\\'")
+    (new / f"{name}.js").write_bytes(b"genkit('%s','%s');\n" % (name.encode(), quoted))
+
+
+def _packed(values: bytes) -> bytes:
+    return base64.b64encode(values)
+
+
+def _whole(values: Sequence[int]) -> bytes:
+    """Return 32 bits of each number, the lowest byte first."""
+    import numpy as np
+
+    return np.array(values, "<u4").tobytes()
+
+
+def _order(keys: list[float]) -> bytes:
+    """Return the places of the numbers from the lowest to the highest."""
+    import numpy as np
+
+    return np.argsort(np.array(keys), kind="stable").astype("<u4").tobytes()
+
+
+def _clips(table: Table) -> Iterator[float | None]:
+    """Yield the number `clip` of each image, or None."""
+    for value in table.column("clip"):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        yield value if number else None
+
+
+def _states(selection: Selection) -> bytes:
+    """Return the state of each image, its place in _STATES."""
+    failed = selection.table.is_failed
+    return bytes(2 if failed(image) else kept for image, kept in enumerate(selection.kept))
+
+
+def _summary(new: Path, selection: Selection) -> dict[str, Any]:
+    """Return what the page knows at once."""
+    table, states = selection.table, _states(selection)
+    count = {name: states.count(n) for n, name in enumerate(_STATES)}
+    clips = [clip for clip in _clips(table) if clip is not None]
+    return {
+        "folder": f"{DATA}/{new.name}", "images": len(table), "chunk": IMAGES, "rows": len(table.rows),
+        "texts": -(-len(table.rows) // LINES), "lines": LINES, "first": table.rows.ids[::LINES], "count": count,
+        "clip": [min(clips), max(clips)] if clips else None, "boxes": table.detected,
+    }  # fmt: skip
+
+
+def _texts(table: Table) -> Iterator[list[str]]:
+    """Yield the lines to search of LINES rows at a time: id, a blank, the prompt without its line breaks."""
+    lines: list[str] = []
+    for row_id, prompt in table.rows.prompts():
+        lines.append(f"{row_id} {' '.join(prompt.split())}")
+        if len(lines) == LINES:
+            yield lines
+            lines = []
+    if lines:
+        yield lines
+
+
+def _shelf(selection: Selection, images: range, results: int, rows: int) -> bytes:
+    """Return the JSON of a file of images: their rows, their records, and what is decided on them."""
+    table = selection.table
+    of_row = table.of_row[images.start : images.stop]
+    asked = [_row(os.pread(rows, *table.rows.place(n))) for n in dict.fromkeys(of_row)]
+    lines = [os.pread(results, *table.place(image)) for image in images]
+    odd = _is_odd(b"".join(lines))  # seldom; then each line is looked at
+    records = [
+        _cut(line) if table.is_plain(image) and not (odd and _is_odd(line)) else _record(line)
+        for image, line in zip(images, lines, strict=True)
+    ]
+    verdicts = [
+        [
+            selection.kept[image],
+            selection.rank[image],
+            selection.reason[image],
+            selection.ranked[n],
+            image in table.gone,
+        ]
+        for image, n in zip(images, of_row, strict=True)
+    ]
+    decided = json_line(verdicts).strip().encode("utf-8", "backslashreplace")
+    return b'{"rows": [%s], "images": [%s], "verdicts": %s}' % (b",".join(asked), b",".join(records), decided)
+
+
+def _is_odd(line: bytes) -> bool:
+    """Whether JSON as Python takes it may be none to a browser, or more than a line."""
+    return any(text in line for text in _ODD)
+
+
+def _row(line: bytes) -> bytes:
+    line = line.strip()
+    if line.startswith(b"{") and not _is_odd(line):
+        return line
+    return json_line(json.loads(line)).strip().encode("utf-8", "backslashreplace")
+
+
+def _cut(line: bytes) -> bytes:
+    """Return a plain record without hash, prompt and what follows; no text before or behind these holds a quote."""
+    start, end = line.index(b', "sha256": "'), line.rindex(b', "prompt": "')
+    return line[:start] + line[start + 78 : end] + b"}"  # a hash has 64 digits
+
+
+def _record(line: bytes) -> bytes:
+    found = json.loads(line)
+    return json_line({name: found.get(name) for name in ("id", *SHOWN)}).strip().encode("utf-8", "backslashreplace")

@@ -1,0 +1,427 @@
+"""The records of a run in columns: what deciding reads of a million images takes some hundred megabytes, not gigabytes.
+
+An image is an entry of arrays: its row, its number, its status, where its line lies in the file, and those scores that
+somebody asked for. Lines as genkit writes them are taken apart by a regular expression, any other by the JSON parser;
+what both say of a run is what `read_rows` and `read_results` say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import tempfile
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from genkit.durable import disk, json_line, whole_lines
+from genkit.errors import InputError, shown
+from genkit.rows.request import MAX_TEXT, SEED_LIMIT, Request
+from genkit.rows.result import Result
+from genkit.runs.records import PICTURE, REPLACED, RESULTS, ROWS, newest, parts_of, read_results
+from genkit.scoring.names import names_of
+
+LISTINGS = 8  # folders whose names are held at a time
+GONE = "its file is missing"
+_TEXT = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
+_COUNT = rb"(?:0|[1-9][0-9]{0,11}|null)"
+_NUMBER = rb"(?:-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|null)"
+# A finished image as `Result.to_json` writes it; a meta, or braces in a label, take the parser.
+_LINE = re.compile(
+    rb'\{"id": "([A-Za-z0-9._-]+)", "index": (0|[1-9][0-9]{0,8}), "seed": (?:0|[1-9][0-9]{0,11}), "status": "done", '
+    rb'"reason": null, "file": "(' + PICTURE.pattern.encode() + rb')", "bytes": ' + _COUNT + rb', "sha256": '
+    rb'"([0-9a-f]{64})", "width": ' + _COUNT + rb', "height": ' + _COUNT + rb', "scores": '
+    rb'(\{[^{}\n]*(?:\{[^{}\n]*\}[^{}\n]*)*\}), "steps": ' + _COUNT + rb', "nfe": ' + _COUNT + rb', "seconds": '
+    + _NUMBER + rb', "prompt": "' + _TEXT + rb'", "meta": null, "fingerprint": (?:"[0-9a-f]*"|null)\}\n'
+)  # fmt: skip
+# A row as `Request.to_json` writes it, of which most are alike from here on.
+_ROW = re.compile(
+    rb'\{"id": "([A-Za-z0-9._-]{1,100})", "prompt": "(' + _TEXT + rb')", "negative_prompt": "(' + _TEXT + rb')", '
+    rb'(?:"seed": (0|[1-9][0-9]{0,9}), )?("num_images": .*\}\n)'
+)
+_scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+_MISSING: Any = object()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """What deciding reads of a row; the fields are those of Request."""
+
+    id: str
+    num_images: int
+    keep: int | None
+    gate: str | None
+    rank_by: str | None
+    max_images: int | None
+    labels: tuple[str, ...] | None
+
+
+Terms = tuple[int, int | None, str | None, str | None, int | None, tuple[str, ...] | None]  # of a Row, but for its id
+
+
+@dataclasses.dataclass
+class Rows:
+    """The rows of requests.jsonl: ids, terms (shared by rows that are alike), and where their lines lie."""
+
+    path: Path
+    ids: list[str] = dataclasses.field(default_factory=list)
+    terms: list[Terms] = dataclasses.field(default_factory=list)
+    offsets: array[int] = dataclasses.field(default_factory=lambda: array("q"))
+    size: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, n: int) -> Row:
+        return Row(self.ids[n], *self.terms[n])
+
+    def place(self, n: int) -> tuple[int, int]:
+        """Return (bytes, offset) of the line of row `n`, with its newline."""
+        end = self.offsets[n + 1] if n + 1 < len(self) else self.size
+        return end - self.offsets[n], self.offsets[n]
+
+    def prompts(self) -> Iterator[tuple[str, str]]:
+        """Yield (id, prompt) of every row, read from the file."""
+        with disk(self.path):
+            for row_id, line in zip(self.ids, whole_lines(self.path), strict=True):
+                found = _ROW.fullmatch(line)
+                plain = found is not None and b"\\" not in found[2] and b'"prompt": ' not in found[5]
+                yield row_id, found[2].decode() if found is not None and plain else _parsed(line).get("prompt", "")
+
+    @property
+    def kinds(self) -> Collection[Terms]:
+        """The different terms of the rows."""
+        return set(self.terms)
+
+
+def read_row_table(folder: Path) -> Rows:
+    """Return the rows of requests.jsonl. Raises InputError naming the line that is not one, as `read_rows` does.
+
+    Rows that are alike but for id, prompts and seed are checked once: nothing in them depends on these together.
+    """
+    rows = Rows(folder / ROWS)
+    if not rows.path.is_file():
+        raise InputError(f"{folder}: holds no {ROWS}: not a run folder, or one that never began")
+    seen: dict[bytes, Terms] = {}
+    there: set[str] = set()
+    with disk(rows.path):
+        for number, line in enumerate(whole_lines(rows.path), 1):
+            row_id, terms = _known_row(line, seen) or _checked_row(line, seen, f"{rows.path}:{number}")
+            if row_id in there:
+                raise InputError(f"{rows.path}:{number}: id: {shown(row_id)} is that of an earlier row")
+            there.add(row_id)
+            rows.ids.append(row_id)
+            rows.terms.append(terms)
+            rows.offsets.append(rows.size)
+            rows.size += len(line)
+    return rows
+
+
+def _known_row(line: bytes, seen: dict[bytes, Terms]) -> tuple[str, Terms] | None:
+    """Return a row whose like was checked before, or None if it needs a look of its own."""
+    found = _ROW.fullmatch(line)
+    if found is None or (terms := seen.get(found[5])) is None or len(line) > MAX_TEXT:
+        return None
+    odd = b"\\u" in line or not (line.isascii() or _is_utf8(line))  # NUL, half a surrogate pair
+    if odd or int(found[4] or 0) >= SEED_LIMIT or not _plain_id(found[1]):
+        return None
+    return found[1].decode(), terms
+
+
+def _plain_id(row_id: bytes) -> bool:
+    """Whether an id is surely no reserved name: those are letters and perhaps a digit, or dots."""
+    return row_id[:1].isdigit() or len(row_id.split(b".")[0]) > 4
+
+
+def _checked_row(line: bytes, seen: dict[bytes, Terms], where: str) -> tuple[str, Terms]:
+    try:
+        fields = _parsed(line)
+        if not isinstance(fields, dict) or not isinstance(fields.get("id"), str):
+            raise InputError("not a row")
+        row = Request(**fields)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    labels = None if row.labels is None else tuple(row.labels)
+    terms = row.num_images, row.keep, row.gate, row.rank_by, row.max_images, labels
+    found = _ROW.fullmatch(line)
+    stated = found is not None and found[4] is not None
+    if found is not None and found[1].decode() == row.id and isinstance(row.seed, int if stated else type(None)):
+        terms = seen.setdefault(found[5], terms)
+    return str(row.id), terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The scores to read: names, labels of p, classes of p_class; seen: fields of what other models saw.
+
+    hashes: whether the pictures' SHA-256 are read.
+    """
+
+    names: frozenset[str] = frozenset()
+    labels: frozenset[str] = frozenset()
+    classes: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
+    hashes: bool = False
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of scores that are read."""
+        odds = ("p",) * bool(self.labels) + ("classes",) * bool(self.classes)
+        return sorted({*self.names, *odds, *self.seen})
+
+
+class Table:
+    """The newest record of every image of a run's rows, by row, then by image number.
+
+    rows: the rows; of_row: row of each image; index: its number; start: where a row's images begin, and after the last
+    where they end; names: of their scores, as `names_of` has them; detected: whether boxes are among them; gone: images
+    whose picture was deleted since, which count as failed. Images are counted from 0.
+    """
+
+    def __init__(self, folder: Path, rows: Rows, wanted: Wanted) -> None:
+        """Read the records. Raises HostError."""
+        self.folder, self.rows, self.wanted = folder, rows, wanted
+        self.path, self._copy = _records_of(folder)
+        lines = _Lines(rows, wanted)
+        if self.path.is_file():
+            with disk(self.path):
+                lines.read(whole_lines(self.path))
+        self._lines = lines
+        places = list(map(_key, lines.row, lines.index))
+        order = sorted(range(len(places)), key=places.__getitem__)  # stable: of equal ones the newest is the last
+        replaced = lines.statuses.get(REPLACED, -1)
+        self._at, before = array("q"), None
+        for at in reversed(order):
+            if places[at] != before and lines.status[at] != replaced:
+                self._at.append(at)
+            before = places[at]
+        self._at.reverse()
+        self.of_row = array("i", map(lines.row.__getitem__, self._at))
+        self.index = array("q", map(lines.index.__getitem__, self._at))
+        self.start = array("q", itertools.accumulate(_counted(self.of_row, len(rows)), initial=0))
+        shapes = set(map(lines.shape.__getitem__, self._at))
+        kinds = list(lines.shapes)
+        self.names = names_of(dict.fromkeys(kinds[shape]) for shape in shapes)
+        self._statuses = list(lines.statuses)
+        self.detected = any("detected" in kinds[shape] for shape in shapes)
+        self.gone = self._absent()
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def span(self, n: int) -> range:
+        """Return the images of row `n`."""
+        return range(self.start[n], self.start[n + 1])
+
+    def results(self, images: range) -> list[Result]:
+        """Return records of the images with what deciding reads of them; those whose picture is gone are failed."""
+        lines, found, ids, gone = self._lines, [], self.rows.ids, self.gone
+        columns = list(zip(lines.columns, lines.values, strict=True))
+        for image in images:
+            at = self._at[image]
+            scores = {name: value for name, column in columns if (value := column[at]) is not _MISSING}
+            r = Result(ids[self.of_row[image]], self.index[image], 0, scores=scores)
+            if image in gone:
+                r.status, r.reason = "failed", GONE
+            else:
+                if (file := lines.file[at]) is not None:
+                    r.file = file.decode()
+                if lines.status[at]:  # not "done"
+                    r.status, r.reason = self._statuses[lines.status[at]], lines.reasons.get(at)
+            if lines.hashes:
+                r.sha256 = lines.hashes[at]
+            found.append(r)
+        return found
+
+    def is_failed(self, image: int) -> bool:
+        """Whether the image failed, or its picture is gone."""
+        return image in self.gone or self._statuses[self._lines.status[self._at[image]]] == "failed"
+
+    def places(self) -> Iterator[tuple[str, int, str | None]]:
+        """Yield (row id, image number, file or None where there is none) of every image."""
+        ids, files = self.rows.ids, self._lines.file
+        for image, (n, number, at) in enumerate(zip(self.of_row, self.index, self._at, strict=True)):
+            file = None if image in self.gone else files[at]
+            yield ids[n], number, None if file is None else file.decode()
+
+    def place(self, image: int) -> tuple[int, int]:
+        """Return (bytes, offset) of the image's line in `path`, with its newline."""
+        at = self._at[image]
+        return self._lines.length[at], self._lines.offset[at]
+
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield a score of each image that was asked for, or None."""
+        column = self._lines.values[self._lines.columns.index(name)]
+        for at in self._at:
+            value = column[at]
+            yield None if value is _MISSING else value
+
+    def is_plain(self, image: int) -> bool:
+        """Whether the image's line is as genkit writes that of a finished image, without a meta."""
+        return bool(self._lines.plain[self._at[image]])
+
+    def whole(self, images: Sequence[int]) -> Iterator[Result]:
+        """Yield the complete records of images, read from the file; of those whose picture is gone, as failed."""
+        if not len(images):
+            return
+        with disk(self.path), open(self.path, "rb") as file:
+            for image in images:
+                length, start = self.place(image)
+                (result,) = newest([_parsed(os.pread(file.fileno(), length, start))])[0].values()
+                if image in self.gone:
+                    result = dataclasses.replace(result, status="failed", reason=GONE, file=None)
+                yield result
+
+    def _absent(self) -> frozenset[int]:
+        """Return the images that are done and whose picture was deleted since."""
+        names: dict[bytes, set[bytes]] = {}
+        gone = []
+        done = self._lines.statuses.get("done", -1)
+        for image, at in enumerate(self._at):
+            if self._lines.status[at] != done:
+                continue
+            under, _, name = self._lines.file[at].rpartition(b"/")
+            if under not in names:  # listing folders is faster than checking every file
+                if len(names) >= LISTINGS:
+                    names.pop(next(iter(names)))
+                try:
+                    names[under] = set(os.listdir(os.fsencode(self.folder) + b"/" + under))
+                except OSError:
+                    names[under] = set()
+            if name not in names[under]:
+                gone.append(image)
+        return frozenset(gone)
+
+
+def _records_of(folder: Path) -> tuple[Path, Any]:
+    """Return the file of a run's records, and what keeps it there: of many workers' parts it is a copy of all."""
+    if not parts_of(folder):
+        return folder / RESULTS, None
+    copy = tempfile.NamedTemporaryFile(prefix="genkit-")  # noqa: SIM115
+    copy.writelines(json_line(r.to_json()).encode() for r in read_results(folder))
+    copy.flush()
+    return Path(copy.name), copy
+
+
+class _Lines:
+    """The columns of results.jsonl, an entry for each valid line of an image of the rows."""
+
+    def __init__(self, rows: Rows, wanted: Wanted) -> None:
+        self.rows = {row_id.encode(): n for n, row_id in enumerate(rows.ids)}
+        self.row, self.index, self.shape, self.length = array("i"), array("q"), array("i"), array("i")
+        self.offset = array("q")
+        self.status, self.plain = array("i"), bytearray()
+        self.file: list[Any] = []
+        self.hashes: list[str | None] = []
+        self.reasons: dict[int, str | None] = {}
+        self.shapes: dict[tuple[str, ...], int] = {}
+        self.statuses = {"done": 0}
+        self.columns, self.keep_hashes = wanted.columns, wanted.hashes
+        self.cut = {"p": wanted.labels, "classes": wanted.classes}  # of many labels those that are read
+        self.values: list[list[Any]] = [[] for _ in self.columns]
+        self.fields = list(zip(self.columns, (column.append for column in self.values), strict=True))
+
+    def read(self, lines: Iterable[bytes]) -> None:
+        """Take the lines of the file."""
+        match, row_of, status, plain = _LINE.fullmatch, self.rows.get, self.status.append, self.plain.append
+        enter, end = self._enter, 0
+        for line in lines:
+            start, end = end, end + len(line)
+            found = match(line)
+            if found is not None and (line.isascii() or _is_utf8(line)):
+                row_id, number, file, digest, text = found.groups()
+                scores = _object(text.decode())
+                if scores is not None:
+                    if (n := row_of(row_id)) is not None:
+                        enter(n, int(number), start, len(line), scores, file)
+                        status(0)
+                        plain(1)
+                        if self.keep_hashes:
+                            self.hashes.append(digest.decode())
+                    continue
+            for r in newest([_parsed(line)])[0].values():
+                self._other(r, start, len(line))
+
+    def _other(self, r: Result, start: int, length: int) -> None:
+        n = self.rows.get(r.id.encode("utf-8", "backslashreplace"))
+        if n is None or r.index >= 2**62:
+            return
+        if r.status != "done":
+            self.reasons[len(self.row)] = r.reason
+        self._enter(n, r.index, start, length, r.scores, None if r.file is None else str(r.file).encode())
+        self.status.append(self.statuses.setdefault(r.status, len(self.statuses)))
+        self.plain.append(0)
+        if self.keep_hashes:
+            self.hashes.append(r.sha256)
+
+    def _enter(self, n: int, number: int, start: int, length: int, scores: dict[str, Any], file: bytes | None) -> None:
+        self.row.append(n)
+        self.index.append(number)
+        self.offset.append(start)
+        self.length.append(length)
+        self.file.append(file)
+        names = tuple(scores)
+        shape = self.shapes.get(names)
+        self.shape.append(self.shapes.setdefault(names, len(self.shapes)) if shape is None else shape)
+        for name, append in self.fields:
+            value = scores.get(name, _MISSING)
+            if name in self.cut and type(value) is dict:
+                value = {label: odds for label, odds in value.items() if label in self.cut[name]}
+            append(value)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object that the text is, or None if it is more or less than one."""
+    try:
+        value, end = _scan(text, 0)
+    except (ValueError, StopIteration, RecursionError):
+        return None
+    return value if end == len(text) else None
+
+
+def _key(row: int, index: int) -> int:
+    return row << 62 | index
+
+
+def _counted(rows: array[int], count: int) -> list[int]:
+    """Return how often each number below `count` is there."""
+    found = [0] * count
+    for row in rows:
+        found[row] += 1
+    return found
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+class Kept(Sequence[Result]):
+    """Records of some images of a table, each read from the file when it is asked for."""
+
+    def __init__(self, table: Table, images: Sequence[int]) -> None:
+        """images: counted as in the table."""
+        self.table, self.images = table, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, k: Any) -> Any:
+        return Kept(self.table, self.images[k]) if isinstance(k, slice) else next(self.table.whole([self.images[k]]))
+
+    def __iter__(self) -> Iterator[Result]:
+        return self.table.whole(self.images)
