@@ -40,6 +40,7 @@ from genkit.training.evaluate import LOWER_IS_BETTER, Evaluation
 from genkit.training.output import write_model
 from genkit.training.recipe import Recipe
 from genkit.training.report import write_page
+from genkit.training.scenes import pictures_of
 from genkit.training.state import State, fold
 from genkit.training.tasks import KINDS, MIXED, Tensors, make_task
 
@@ -101,7 +102,7 @@ class Setup:
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
             components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
-            pictures = Pictures(repeated(examples), recipe.data, task.resolution, task.multiple, recipe.seed)
+            pictures = pictures_of(recipe, repeated(examples), task)
             if recipe.token and not any(re.search(as_word(recipe.token.placeholder), t) for t in pictures.names()):
                 raise InputError(f"data.captions: none has the new word {shown(recipe.token.placeholder)} in it")
             validation = pictures.plain(held) if held else None
