@@ -35,7 +35,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "training" / "recipes"
 
 def scenes_of(recipe: Recipe, examples: Sequence[Example], count: int) -> tuple[torch.Tensor, list[Scene]]:
     """uint8 pictures (count, 3, H, W) and what they show."""
-    made = ScenePictures(examples, recipe.data, (128, 128), 16, recipe.seed, recipe.scenes).plain(examples)
+    data = recipe.data.model_copy(update={"captions": ["{caption}"], "recolour": None})
+    made = ScenePictures(examples, data, (128, 128), 16, recipe.seed, recipe.scenes)
     places = [(n % len(made), n // len(made)) for n in range(count)]
     pixels, scenes = zip(*(made.make(index, turn) for index, turn in places), strict=True)
     return torch.from_numpy((np.stack(pixels) * 127.5 + 127.5).round().astype(np.uint8)), list(scenes)

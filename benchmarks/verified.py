@@ -1,6 +1,6 @@
 """Verified generation with the embedded model: what share of prompts gets a right picture before and after a gate.
 
-    python benchmarks/verified.py [--images 6] [--detector FOLDER] [-o runs/verified] [--tasks "counting"]
+    python benchmarks/verified.py [--images 8] [--guidance-scale 1 --steps 12] [--detector FOLDER] [-o runs/verified]
 
 The prompts are those that the suite `emoji` finds hard: colour and background, unusual colours, two things, counts. Of
 each, the first picture is what one gets without a gate; with `--gate G --keep 1 --max-images N` one gets the first that
@@ -10,6 +10,7 @@ thing and background, pieces), which no gate here reads; how good that judge is,
 
     clip      p['PROMPT'] > 0.5 among the same prompt with seven other things, and with every other colour of either;
               of counts among the other numbers, of two things among each of them alone
+    best      no gate: of all of them the one with the highest p['PROMPT'], as --rank-by keeps it
     detector  with --detector: counts and colours of what it finds
     both      one and the other
 
@@ -89,7 +90,7 @@ def share(right: int, of: int) -> str:
 def line(folder: Path, rows: Sequence[dict[str, Any]], most: int, seen: bool) -> dict[str, str]:
     """The table's lines of some rows. seen: whether a detector looked at the pictures."""
     results = [r for r in read_results(folder) if r.status == "done" and r.index < most]
-    first, drawn = 0, []
+    first, best, drawn = 0, 0, []
     tally: dict[str, dict[str, int]] = {}
     for row in rows:
         own = sorted((r for r in results if r.id == row["id"]), key=lambda r: r.index)
@@ -97,6 +98,8 @@ def line(folder: Path, rows: Sequence[dict[str, Any]], most: int, seen: bool) ->
         first += right[0]
         drawn.append([float(x) for x in right])
         told = asked(row)
+        chances = [Expression(f"p['{told['labels'][0]}']", told["labels"], names=None)(r.scores) for r in own]
+        best += right[int(np.argmax(chances))]
         for name, text in told["gates"].items():
             if name != "clip" and not seen:
                 continue
@@ -108,6 +111,7 @@ def line(folder: Path, rows: Sequence[dict[str, Any]], most: int, seen: bool) ->
             count["right"] += at is not None and right[at]
     of, (value, low, high) = len(rows), share_interval(drawn)
     found = {"prompts": str(of), "before": share(first, of), "all drawn": f"{value:6.1%} ({low:.0%} to {high:.0%})"}
+    found["best"] = share(best, of)
     for name, t in tally.items():
         found[name] = f"{share(t['right'], of)}; {t['kept']} kept of {t['images']}"
     return found
@@ -116,8 +120,10 @@ def line(folder: Path, rows: Sequence[dict[str, Any]], most: int, seen: bool) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/verified"))
-    parser.add_argument("--images", type=int, default=6, help="most pictures of a prompt (--max-images)")
+    parser.add_argument("--images", type=int, default=8, help="most pictures of a prompt (--max-images)")
     parser.add_argument("--detector")
+    parser.add_argument("--guidance-scale", type=float, help="less of it gives pictures that differ more; default: 5")
+    parser.add_argument("--steps", type=int, help="default: the tuned 12, or 20 with another guidance")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated")
     parser.add_argument("--limit", type=int, help="of each task, the first so many prompts")
     given = parser.parse_args()
@@ -127,7 +133,8 @@ def main() -> None:
         told = {row["id"]: asked(row) for row in rows}
         requests = [
             Request(id=row["id"], prompt=row["prompt"], num_images=given.images, labels=told[row["id"]]["labels"],
-                    detect=told[row["id"]]["detect"] if given.detector else None)
+                    detect=told[row["id"]]["detect"] if given.detector else None,
+                    guidance_scale=given.guidance_scale, num_inference_steps=given.steps)
             for row in rows
         ]  # fmt: skip
         folder = given.out / task.replace(" ", "-")
