@@ -34,3 +34,15 @@ def test_vision_benchmark_runs_with_tiny_networks() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines()[3:]] == ["segment", "caption", "florence", "depth"]
+
+
+@pytest.mark.slow
+def test_verified_generation_prints_its_table(tmp_path: Path) -> None:
+    words = ["--images", "2", "--steps", "1", "--limit", "1", "-o", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/verified.py", *words, "--tasks", "unusual colour,counting"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line[24:].split()[0] for line in done.stdout.splitlines()[2:]]
+    assert lines == ["prompts", "before", "all", "best", "clip"] * 2

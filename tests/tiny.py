@@ -255,8 +255,8 @@ def tiny_latent_unconditional(folder: Path) -> Path:
     return _index(folder, "LDMPipeline", parts)
 
 
-def tiny_clip(folder: Path, **save: Any) -> Path:
-    """Write a CLIPModel folder with tokenizer and preprocessor (16x16 pixels, embeddings of width 8) and return it."""
+def tiny_clip(folder: Path, projection: int = 8, **save: Any) -> Path:
+    """Write a CLIPModel folder with tokenizer and preprocessor (16x16 pixels, embeddings of that width); return it."""
     torch.manual_seed(3)
     vision = {
         "hidden_size": 16,
@@ -266,7 +266,7 @@ def tiny_clip(folder: Path, **save: Any) -> Path:
         "image_size": 16,
         "patch_size": 8,
     }
-    model = CLIPModel(CLIPConfig(text_config=_clip_text(16), vision_config=vision, projection_dim=8))
+    model = CLIPModel(CLIPConfig(text_config=_clip_text(16), vision_config=vision, projection_dim=projection))
     model.save_pretrained(folder, **save)
     _copy_tokenizer(folder)
     preprocessor = json.loads((EMBEDDED / "emoji-clip" / "preprocessor_config.json").read_text())

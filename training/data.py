@@ -47,7 +47,8 @@ class Batch:
     """Pictures as they are trained on: pixels (B, 3, H, W) from -1 to 1, captions, names, and for SDXL sizes (B, 6).
 
     sizes: height and width before resizing, top and left of the crop, height and width now. weights (B,): of their
-    losses. dropped (B,): whose caption is dropped. tensors: cached inputs of the networks, if any.
+    losses. dropped (B,): whose caption is dropped. tensors: cached inputs of the networks, if any. scenes: what each
+    shows, where it was composed (scenes.py).
     """
 
     pixels: torch.Tensor
@@ -57,6 +58,7 @@ class Batch:
     weights: torch.Tensor
     dropped: torch.Tensor
     tensors: dict[str, torch.Tensor] | None = None
+    scenes: list[Any] | None = None
 
 
 class Source(Protocol):

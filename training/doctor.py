@@ -137,10 +137,10 @@ def check_data(
 
 def _bucketed(case: Case, recipe: Recipe, task: Any) -> dict[tuple[int, int], list[int]]:
     """Return the pictures of each size that they are trained at, as the loop sorts them. Raises InputError."""
-    from genkit.training.data import Pictures
+    from genkit.training.scenes import pictures_of
 
     numbers = [i for i in range(case.train) if not case.fingerprints[i].problem]
-    made = Pictures([case.pictures[i] for i in numbers], case.data, task.resolution, task.multiple, recipe.seed)
+    made = pictures_of(recipe, [case.pictures[i] for i in numbers], task)
     return {shape: [numbers[i] for i in members] for shape, members in sorted(made.buckets.items())}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Evaluation:
         self.trained = trained
         self.scorer: Any = None
         self.warned = False  # of a FID of few pictures
-        if self.plan.metrics and recipe.task in ("autoencoder", "clip"):
+        if self.plan.metrics and recipe.task in ("autoencoder", "clip", "detector"):
             raise InputError(f"evaluate.metrics: task {recipe.task} draws no pictures to measure")
         if set(self.plan.metrics) & {"clip"} and not self.plan.prompts:
             raise InputError("evaluate.prompts: are missing, which metric clip needs")
@@ -64,13 +64,14 @@ class Evaluation:
             network.train()
         return found
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the validation pictures, at most `evaluate.pictures`, without dropped captions."""
-        assert self.validation is not None
+    def batches(self, pictures: Pictures | None = None) -> Iterator[Batch]:
+        """Yield the validation pictures, or others, at most `evaluate.pictures`, without dropped captions."""
+        pictures = self.validation if pictures is None else pictures
+        assert pictures is not None
         left = self.plan.pictures
-        for _, members in sorted(self.validation.buckets.items()):
+        for _, members in sorted(pictures.buckets.items()):
             for at in range(0, min(len(members), left), BATCH):
-                batch = self.validation.batch(members[at : min(at + BATCH, left)], 0)
+                batch = pictures.batch(members[at : min(at + BATCH, left)], 0)
                 batch.dropped[:] = False
                 yield batch
             left -= min(len(members), left)
@@ -191,7 +192,29 @@ def _zero_shot(e: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {"autoencoder": _reconstruction, "clip": _zero_shot}
+def _boxes(e: Evaluation) -> dict[str, Any]:
+    """The loss on scenes of things held out, and how well they are counted and found (counting.py)."""
+    from genkit.training.counting import measures, threshold_of, verdicts
+
+    def seen(batches: Iterable[Batch], losses: list[float]) -> list[Any]:
+        found = []
+        for batch in batches:
+            tensors = e.task.encode(batch)
+            losses += e.task.loss(tensors, e.generator("noise"), plain=True).tolist()
+            logits, _, boxes = e.task(tensors["pixel_values"], tensors["queries"])
+            found += verdicts(logits, boxes, batch.scenes or [])
+        return found
+
+    losses: list[float] = []
+    held = seen(e.batches(), losses)
+    threshold = threshold_of(seen(e.batches(e.trained), []))
+    e.task.threshold = threshold
+    return {"loss": float(np.mean(losses)), "loss_interval": interval(losses), **measures(held, threshold)}
+
+
+_MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
+    "autoencoder": _reconstruction, "clip": _zero_shot, "detector": _boxes,
+}  # fmt: skip
 
 
 def overfit_since(scores: Mapping[int, Mapping[str, Any]]) -> int | None:

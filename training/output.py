@@ -21,6 +21,7 @@ from genkit.errors import HostError, shown
 from genkit.files import place
 from genkit.training.recipe import Recipe
 from genkit.training.tasks import NewTokens
+from genkit.vision.models import THRESHOLD
 
 # What goes to the hub: the model, and not the pictures and reports that lie beside it.
 PUSHED = ("README.md", "model_index.json", "*config.json", "*.safetensors", "*tokenizer*", "*.txt", "*vocab.json")
@@ -105,11 +106,25 @@ def _clip(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[st
     write_json(out / "preprocessor_config.json", {**usual, **info.preprocessor, **kind})
 
 
+def _detector(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
+    """Write an OWL-ViT as transformers reads it. Its config says which threshold counted best on scenes trained on."""
+    dtype, config = DTYPES[recipe.save.dtype], task.owl.config
+    if scores.get("threshold") is not None:
+        setattr(config, THRESHOLD, scores["threshold"])
+    weights = {name: w.to(dtype).cpu().contiguous() for name, w in task.owl.state_dict().items()}
+    write_network("OwlViTForObjectDetection", config, weights, out)
+    task.parts.tokenizer.save_pretrained(out)
+    side = task.resolution[0]
+    usual = {"do_normalize": True, "do_rescale": True, "do_resize": True, "do_center_crop": False, "resample": 3}
+    size = {"size": {"height": side, "width": side}, "image_mean": task.mean, "image_std": task.std}
+    write_json(out / "preprocessor_config.json", {**usual, **size, "image_processor_type": "OwlViTImageProcessor"})
+
+
 def model_card(recipe: Recipe, scores: dict[str, Any]) -> str:
     """Return a README.md with the front matter that the hub reads, the figures and the recipe."""
     hub = recipe.model is not None and recipe.model.count("/") == 1 and not Path(recipe.model).exists()
     base = f"base_model: {json.dumps(recipe.model)}\n" if hub else ""
-    library = "transformers" if recipe.task == "clip" else "diffusers"
+    library = "transformers" if recipe.task in ("clip", "detector") else "diffusers"
     figures = "".join(f"- {key}: {value:.5g}\n" for key, value in scores.items() if isinstance(value, int | float))
     how = _USE.get(recipe.task, 'genkit generate --prompt "…" --model FOLDER -o runs/first')
     word = "" if recipe.token is None else f"Its new word is `{' '.join(recipe.token.names)}`.\n\n"
@@ -133,7 +148,10 @@ def push(out: Path, repository: str) -> str:
     )
 
 
-_USE = {"clip": 'genkit score IMAGES --prompt "…" --clip FOLDER', "autoencoder": "networks: {vae: FOLDER/vae}"}
+_USE = {
+    "clip": 'genkit score IMAGES --prompt "…" --clip FOLDER', "autoencoder": "networks: {vae: FOLDER/vae}",
+    "detector": 'genkit detect IMAGES --words "…" --detector FOLDER',
+}  # fmt: skip
 _LAYOUTS: dict[str, Callable[[Recipe, ModelInfo, Any, Path, dict[str, Any]], None]] = {
-    "autoencoder": _autoencoder, "clip": _clip,
+    "autoencoder": _autoencoder, "clip": _clip, "detector": _detector,
 }  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from genkit.datasets.config import Data, Section, Share, Some, Text
+from genkit.datasets.config import Background, Data, Section, Share, Some, Text
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_text
 from genkit.rows.yamltext import parse_yaml
@@ -62,6 +62,20 @@ class Autoencoder(Section):
 
     kl: Annotated[float, Field(ge=0, le=1)] = 1e-6
     coarse: Annotated[float, Field(ge=0, le=100)] = 1.0
+
+
+class Scenes(Section):
+    """Scenes that a detector learns from: drawings of the data set on a background, each with its box.
+
+    most: things in one; as many scenes have one as have any other number. alike: the share whose things are all of one
+    kind, so that counting is learnt. absent: words looked for that are not there. near: a field of the metadata; half
+    of the absent words are of drawings that have the same value there, and are easily taken for the thing.
+    """
+
+    most: Annotated[int, Field(ge=1, le=20)] = 5
+    alike: Share = 0.6
+    absent: Annotated[int, Field(ge=1, le=64)] = 8
+    near: Text | None = None
 
 
 class Lora(Section):
@@ -146,18 +160,21 @@ class Save(Section):
     tensorboard: bool = False
 
 
-TASKS = ("unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip")
-SMALL = ("textual-inversion", "clip")  # a few vectors learn, or a number that cannot be spread
+TASKS = ("unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector")
+SMALL = ("textual-inversion", "clip", "detector")  # a few vectors learn, a number that cannot be spread, or little
 # Section -> the tasks that read it; the others are read by all.
 READ_BY = {
     "lora": ("lora", "dreambooth"), "token": ("textual-inversion",), "prior": ("dreambooth",),
-    "autoencoder": ("autoencoder",), "objective": tuple(t for t in TASKS if t not in ("autoencoder", "clip")),
+    "autoencoder": ("autoencoder",), "scenes": ("detector",),
+    "objective": tuple(t for t in TASKS if t not in ("autoencoder", "clip", "detector")),
 }  # fmt: skip
 # Keys that these tasks do nothing with: no latents to keep, one size, no captions that they could do without or draw.
 UNREAD = {
-    "data.cache": ("autoencoder", "clip"), "data.buckets": ("clip",),
-    "data.caption_dropout": ("autoencoder", "clip", "unconditional"),
-    "evaluate.prompts": ("autoencoder", "clip", "unconditional"),
+    "data.cache": ("autoencoder", "clip", "detector"), "data.buckets": ("clip", "detector"),
+    "data.caption_dropout": ("autoencoder", "clip", "unconditional", "detector"),
+    "evaluate.prompts": ("autoencoder", "clip", "unconditional", "detector"),
+    # A scene places, mirrors and colours its drawings by itself.
+    **{f"data.{key}": ("detector",) for key in ("flip", "caption_shuffle")},
 }  # fmt: skip
 
 
@@ -168,7 +185,9 @@ class Recipe(Section):
     state are those of `model`'s. scheduler: a diffusers scheduler config; default the model's. Raises InputError.
     """
 
-    task: Literal["unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip"]
+    task: Literal[
+        "unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector"
+    ]
     model: Text | None = None
     networks: Mapping[Literal["unet", "vae", "text_encoder", "tokenizer", "clip"], Network] = {}
     scheduler: dict[str, Any] | None = None
@@ -176,6 +195,7 @@ class Recipe(Section):
     data: Data
     objective: Objective = Objective()
     autoencoder: Autoencoder = Autoencoder()
+    scenes: Scenes = Scenes()
     lora: Lora | None = None
     token: Token | None = None
     prior: Prior | None = None
@@ -222,6 +242,9 @@ class Recipe(Section):
                 f"train.sharding: full is not for task {self.task}: it is small",
             ),
             (goal.debiased and goal.snr_gamma, "objective: snr_gamma and debiased are two weights; take one"),
+            (self.task == "detector" and self.data.zoom != 1, f"data.zoom: {self.data.zoom}: {told}"),
+            (self.task == "detector" and self.data.crop != "center", f"data.crop: {self.data.crop}: {told}"),
+            (self.task == "detector" and self.data.background != Background(), f"data.background: {told}"),
             (goal.density == "uniform" and (goal.mean, goal.std) != (0, 1), "objective.mean, std: are of logit_normal"),
         ):
             if wrong:

@@ -37,6 +37,7 @@ from genkit.training.output import write_model
 from genkit.training.processes import check_alike, make_accelerator
 from genkit.training.recipe import Recipe
 from genkit.training.report import write_page
+from genkit.training.scenes import pictures_of
 from genkit.training.sharding import full, shard, whole
 from genkit.training.state import State, fold
 from genkit.training.tasks import KINDS, MIXED, Tensors, make_task
@@ -90,7 +91,7 @@ class Setup:
             torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
             components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
-            pictures = Pictures(repeated(examples), recipe.data, task.resolution, task.multiple, recipe.seed)
+            pictures = pictures_of(recipe, repeated(examples), task)
             if recipe.token and not any(re.search(as_word(recipe.token.placeholder), t) for t in pictures.names()):
                 raise InputError(f"data.captions: none has the new word {shown(recipe.token.placeholder)} in it")
             validation = pictures.plain(held) if held else None

@@ -15,6 +15,7 @@ from genkit.device.cpu import suit_cpu
 from genkit.device.processor import narrow_attention
 from genkit.errors import InputError, shown
 from genkit.scoring.clip import ClipScorer
+from genkit.training.detection import Detection
 from genkit.training.objective import Noising, objective_scheduler
 from genkit.training.recipe import Recipe
 
@@ -337,8 +338,12 @@ def _way(recipe: Recipe) -> str:
 PREPARE: dict[str, Callable[[Recipe, Components], Networks]] = {
     "everything": _everything, "adapters": _adapters, "words": _words,
 }  # fmt: skip
-KINDS = {"autoencoder": "autoencoder", "clip": "clip", "unconditional": "unconditional"}  # others: text-to-image
-TASKS: dict[str, Callable[[Recipe, Components, torch.dtype], Any]] = {"autoencoder": Autoencoding, "clip": Contrastive}
+KINDS = {  # others: text-to-image
+    "autoencoder": "autoencoder", "clip": "clip", "detector": "clip", "unconditional": "unconditional",
+}  # fmt: skip
+TASKS: dict[str, Callable[[Recipe, Components, torch.dtype], Any]] = {
+    "autoencoder": Autoencoding, "clip": Contrastive, "detector": Detection,
+}  # fmt: skip
 
 
 def make_task(recipe: Recipe, parts: Components, dtype: torch.dtype) -> Any:
@@ -346,7 +351,7 @@ def make_task(recipe: Recipe, parts: Components, dtype: torch.dtype) -> Any:
     task = TASKS.get(recipe.task, Diffusion)(recipe, parts, dtype)
     if recipe.train.gradient_checkpointing:
         for name in {"unet", *task.networks}:  # gradients of new words pass through a UNet that does not learn
-            network = getattr(parts, name)
+            network = task.owl if name == "detector" else getattr(parts, name)
             found = (getattr(network, way, None) for way in CHECKPOINTING)
             if network is not None:
                 next(way for way in found if way is not None)()

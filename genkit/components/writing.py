@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.components.info import Part
 from genkit.components.loading import stored_weights
-from genkit.components.registry import NETWORKS
+from genkit.components.registry import NETWORKS, STEMS
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +21,14 @@ def write_network(kind: str, config: Any, weights: Mapping[str, torch.Tensor], f
     """Write a network of class `kind`: its config.json and its weights as one safetensors file. Raises OSError."""
     from safetensors.torch import save_file
 
-    library, stem = NETWORKS[kind].library, NETWORKS[kind].stem
+    library = NETWORKS[kind].library if kind in NETWORKS else "transformers"  # all vision models are of these
     told = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else dict(config)
     told.pop("_name_or_path", None)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     told |= {"_class_name": kind} if library == "diffusers" else {"architectures": [kind], "dtype": dtype}
     write_json(folder / "config.json", told)
-    save_file(dict(weights), folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    save_file(dict(weights), folder / f"{STEMS[library]}.safetensors", metadata={"format": "pt"})
 
 
 def link_network(part: Part, folder: Path) -> None:

@@ -44,7 +44,8 @@ class Detector(Sense):
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
         self.name = loaded.info.name
-        self._find, self.threshold = _KINDS[loaded.kind]
+        self._find, usual = _KINDS[loaded.kind]
+        self.threshold = usual if loaded.info.threshold is None else loaded.info.threshold
         self._words: dict[str, torch.Tensor] = {}
 
     @classmethod

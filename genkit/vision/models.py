@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+THRESHOLD = "detection_threshold"  # a key of genkit's own; transformers keeps it without reading it
 MOST_LAYERS, MOST = 1000, 2**24  # of any network here: a config must not keep its constructor busy for hours
 BATCH = 8  # pictures a call; halved when memory runs out
 
@@ -55,6 +56,11 @@ class VisionInfo:
     def kind(self) -> str:
         """The name of its class."""
         return self.part.kind
+
+    @property
+    def threshold(self) -> float | None:
+        """The threshold of a detector's scores that its config states: what `genkit train` found to count best."""
+        return self.part.config.get(THRESHOLD)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -154,6 +160,9 @@ def inspect_vision(name: str | Path, senses: Collection[str], option: str = "mod
     config = read_json(path)
     kind = _class_of(config, senses, option, place(path))
     _check_config(config, CLASSES[kind], place(path))
+    stated = config.get(THRESHOLD)
+    if stated is not None and (isinstance(stated, bool) or not isinstance(stated, float | int) or not 0 < stated < 1):
+        raise InputError(f"{place(path)}: {THRESHOLD}: {shown(stated)} is not a number above 0 and below 1")
     if on_hub:
         wanted = wanted_weights(folder, "model", None)
         fetch_weights(str(name), folder, (file.relative_to(folder).as_posix() for file in wanted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,15 @@ def test_main_colours() -> None:
         ImageDraw.Draw(image).rectangle((5, 5, 14, 14), fill=rgb)
         picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         assert colors_of(picture, [(5, 5, 15, 15), (4, 4, 16, 16), (19.9, 19.9, 20, 20)])[:2] == [name, name]
+
+
+def test_a_config_may_state_the_threshold(tmp_path: Path) -> None:
+    folder = tiny_owlvit(tmp_path / "owl")
+    assert Detector.from_pretrained(folder, device="cpu").threshold == 0.1
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "detection_threshold": 0.35}))
+    assert Detector.from_pretrained(folder, device="cpu").threshold == 0.35
+    for wrong in (1, "0.3", True):
+        (folder / "config.json").write_text(json.dumps({**config, "detection_threshold": wrong}))
+        with pytest.raises(InputError, match=r"detection_threshold: .* is not a number above 0 and below 1"):
+            inspect_vision(folder, ("detector",))
