@@ -253,6 +253,8 @@ def _main() -> bool:
 
 def _why(error: BaseException, cause: BaseException) -> str:
     """Return why a worker died, as a few words."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return _SIGNS["NODE_OUT_OF_MEMORY"]
     if type(error).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
         text = str(error)
         for sign, words in _SIGNS.items():
@@ -263,7 +265,7 @@ def _why(error: BaseException, cause: BaseException) -> str:
 
 
 _SIGNS = {
-    "OOM": "memory of its node ran out",
+    "NODE_OUT_OF_MEMORY": "memory of its node ran out",
     "node has died": "its node is gone",
     "node was": "its node is gone",
 }

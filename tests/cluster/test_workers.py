@@ -21,18 +21,27 @@ from genkit.rows.result import Result
 from genkit.runs.records import parts_of, read_results
 from tests.check_run import check, lines_of, outcome
 from tests.cluster.pools import ThreadPool
+from tests.tiny import tiny_stable_diffusion
 
-# One slot: on a CPU the last bit of a picture may depend on the pictures beside it, with workers or without
-SINGLE = 1
-SMALL = {"num_inference_steps": 1, "width": 64, "height": 64}
+STEPS = {"num_inference_steps": 1}
+MODEL: dict[str, Any] = {}  # a tiny one, and one slot: the last bit of a picture may depend on those beside it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tiny_stable_diffusion(tmp_path_factory.mktemp("model") / "tiny")
+    MODEL.update(model=str(folder), clip="emoji-clip", batch_size=1)
+
+
+def alone(rows: Sequence[Request], out: Path) -> Summary:
+    return generate([row.filled(STEPS) for row in rows], out, quiet=True, **MODEL)
 
 
 def run_with(
     rows: Sequence[Request], out: Path, workers: int, change: Callable[[Any], None] = lambda pool: None, **options: Any
 ) -> Summary:
     """Draw with workers in threads. change: what to alter of the pool."""
-    options = {"batch_size": SINGLE, **options}
-    job = plan_job([row.filled(SMALL) for row in rows], Options(quiet=True, **options), {})
+    job = plan_job([row.filled(STEPS) for row in rows], Options(quiet=True, **{**MODEL, **options}), {})
 
     def make(gpu: bool | None) -> tuple[Any, int, int]:
         pool = ThreadPool(job, out)
@@ -49,12 +58,11 @@ def of(folder: Path) -> list[tuple[Any, ...]]:
 PLAIN = [
     Request(id="fox", prompt="a red fox", num_images=5),
     Request(id="cat", prompt="a cat", seed=7, num_images=3),
-    Request(id="twin", prompt="a cat", seed=7, num_images=3),
 ]
 
 
 def test_the_union_is_what_one_process_draws_and_resumes_either_way(tmp_path: Path) -> None:
-    wanted = generate([row.filled(SMALL) for row in PLAIN], tmp_path / "one", quiet=True, batch_size=SINGLE)
+    wanted = alone(PLAIN, tmp_path / "one")
     found = run_with(PLAIN, tmp_path / "two", 2)
     assert (found.exit_code, found.new, found.kept) == (0, wanted.new, wanted.kept)
     assert of(tmp_path / "two") == of(tmp_path / "one") and check(tmp_path / "two") == []
@@ -63,19 +71,20 @@ def test_the_union_is_what_one_process_draws_and_resumes_either_way(tmp_path: Pa
     assert config[0] == config[1]
     more = [*PLAIN, Request(id="dog", prompt="a dog", num_images=2)]
     assert run_with(more, tmp_path / "one", 2).new == 2, "what one began, two go on with"
-    assert generate([row.filled(SMALL) for row in more], tmp_path / "two", quiet=True, batch_size=SINGLE).new == 2
+    assert alone(more, tmp_path / "two").new == 2
     assert of(tmp_path / "two") == of(tmp_path / "one")
     scores = [{(r.id, r.index): r.scores["clip_z"] for r in read_results(tmp_path / name)} for name in ("one", "two")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-2), "old pictures are scored again for the new prompt"
 
 
+@pytest.mark.slow
 def test_gated_and_pruned_rows_keep_what_one_process_keeps(tmp_path: Path) -> None:
     rows = [
         Request(id="gate", prompt="a red fox", num_images=1, keep=2, gate="sharpness > 0", max_images=6, seed=1),
         Request(id="prune", prompt="a cat", num_images=4, keep=1, prune={"after": 0.5, "keep": 0.5}, seed=5),
     ]
     rows = [row.filled({"num_inference_steps": 2}) for row in rows]
-    generate([row.filled(SMALL) for row in rows], tmp_path / "one", quiet=True, batch_size=SINGLE)
+    alone(rows, tmp_path / "one")
     summary = run_with(rows, tmp_path / "two", 2)
     kept = [json.loads((tmp_path / name / "selection.json").read_text())["images"] for name in ("one", "two")]
     assert [{k for k, v in found.items() if v["kept"]} for found in kept] == 2 * [
@@ -84,14 +93,16 @@ def test_gated_and_pruned_rows_keep_what_one_process_keeps(tmp_path: Path) -> No
     assert summary.kept == 3 and check(tmp_path / "two", finished=False) == []
 
 
+@pytest.mark.slow
 def test_limits_hold_for_all_together(tmp_path: Path) -> None:
     some = run_with(PLAIN, tmp_path, 2, max_total_images=4)
     assert (some.exit_code, some.images, some.stopped) == (1, 4, True)
     assert run_with(PLAIN, tmp_path, 2, max_seconds=1e-6).new == 0
-    assert run_with(PLAIN, tmp_path, 1, max_total_images=11).exit_code == 0
+    assert run_with(PLAIN, tmp_path, 1, max_total_images=8).exit_code == 0
     assert check(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_worker_whose_device_fails_is_replaced(tmp_path: Path) -> None:
     def faulty(pool: ThreadPool) -> None:
         send = pool.send
@@ -103,7 +114,7 @@ def test_a_worker_whose_device_fails_is_replaced(tmp_path: Path) -> None:
 
         pool.send = first_fails  # type: ignore[method-assign]
 
-    generate([row.filled(SMALL) for row in PLAIN], tmp_path / "one", quiet=True, batch_size=SINGLE)
+    alone(PLAIN, tmp_path / "one")
     assert run_with(PLAIN, tmp_path / "two", 2, faulty).exit_code == 0
     assert of(tmp_path / "two") == of(tmp_path / "one") and check(tmp_path / "two") == []
 
@@ -171,7 +182,10 @@ def test_a_node_that_differs_is_named(
 
 
 def test_a_feed_gives_back_what_is_not_begun() -> None:
-    rows = {"a": Request(id="a", prompt="a", num_images=6), "g": Request(id="g", keep=1, gate="clip > 1", max_images=9)}
+    rows = {
+        "a": Request(id="a", prompt="a", num_images=6),
+        "g": Request(id="g", keep=1, gate="clip > 0.9", max_images=9),
+    }
     over: list[Drawn] = []
     feed = Feed(rows, lambda result: result.status == "done", over.append)
     feed.add([Unit(0, "a", list(range(6))), Unit(1, "g", None, earlier=[Result("g", 0, 0)])])
@@ -190,11 +204,17 @@ def test_a_feed_gives_back_what_is_not_begun() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "text"),
-    [("0", "not within 1"), ("many", "not a number"), ("8:4", "smaller number first"), ("-1", "not a number"), ("", "not")],
+    [
+        ("0", "not within 1"),
+        ("many", "not a number"),
+        ("8:4", "smaller number first"),
+        ("-1", "not a number"),
+        ("", "not"),
+    ],
 )
 def test_a_wrong_number_of_workers_is_refused(asked: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^--workers: .*{text}"):
-        generate([Request(prompt="a")], tmp_path / "run", workers=asked)
+        generate([Request(prompt="a")], tmp_path / "run", workers=asked, **MODEL)
     assert not (tmp_path / "run").exists()
 
 
