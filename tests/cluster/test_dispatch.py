@@ -60,6 +60,9 @@ class SimPool:
     def kill(self, worker: str) -> None:
         self.work.pop(worker, None)
 
+    def close(self) -> None:
+        pass
+
     def poll(self, seconds: float) -> list[Event]:
         for worker in list(self.work):
             if worker not in self.slow or not random.randrange(20):
