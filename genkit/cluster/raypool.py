@@ -43,8 +43,8 @@ class RayPool:
         self.folder = folder
         self.recorded: dict[str, Any] | None = None
         self._looked = time.monotonic()
-        self._connect(address, workers)
         try:
+            self._connect(address, workers)
             self.job = self.ray.put((job, folder))
             self.actor = self.ray.remote(_actor())
         except BaseException:
@@ -161,6 +161,7 @@ class RayPool:
         if worker in self.finishing and isinstance(cause, InterruptedError):
             return
         if isinstance(cause, InputError | HostError):
+            cause = cause if self.local else type(cause)(f"worker {worker}: {cause}")
             self.events.put(Event("error", worker, cause))
             return
         self.events.put(Event("died", worker, _why(error, cause)))
