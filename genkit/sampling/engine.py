@@ -199,6 +199,12 @@ class Engine:
         used, ticks = self._until_last
         return used / (ticks * self.slots) if ticks else None
 
+    @property
+    def use(self) -> tuple[float, float]:
+        """What `slots_full` is the quotient of: slots in use and slots, both summed over the calls of the network."""
+        used, ticks = self._until_last
+        return used, ticks * self.slots
+
     @torch.inference_mode()
     def run(self, take: Take) -> Iterator[list[Trajectory]]:
         """Yield after each call the trajectories that finished, with clean `latent` or `error` set, or that pause.
@@ -211,7 +217,7 @@ class Engine:
             if not self.live and not ended and not self._waiting:
                 return
             if self.live:
-                self._used += self._held
+                self._used += self.held
                 self._ticks += 1
                 ended += self._tick(self._turn())
             self._groups = {key: g for key, g in self._groups.items() if g.live}
@@ -265,16 +271,16 @@ class Engine:
                 failed += new
             else:
                 self._waiting += new
-            self.halve(self._held + sum(t.cost for t in new))
+            self.halve(self.held + sum(t.cost for t in new))
         return failed
 
     @property
-    def _held(self) -> float:
+    def held(self) -> float:
         return sum(t.cost for g in self._groups.values() for t in g.live)
 
     def _next(self, take: Take) -> list[Trajectory]:
         """Return trajectories for the free slots, waiting ones before new ones."""
-        free = self.slots - self._held
+        free = self.slots - self.held
         if not self._waiting:
             return take(free, not self.live) if free > 0 else []
         new: list[Trajectory] = []

@@ -70,16 +70,16 @@ class Stream:
             self.generator.denoiser, self.generator.device, slots, self._relieve,
             refiner=None if refiner is None else refiner.denoiser, steady=self.generator.residency.steady,
         )  # fmt: skip
+        self.draws.engine = engine
         if pool is not None and self.generator.residency.resident:
             pool.submit(self._rehearse)
         try:
             progress = True
-            while progress:
+            while progress and not self.draws.stopped:
                 progress = yield from self._pass(engine, self._draw, pool)
-                if self.retries:
+                if self.retries and not self.draws.stopped:
                     progress |= yield from self._retry_in_float32(engine, pool)
         finally:
-            self.draws.slots_full = engine.slots_full
             if engine.slots < slots:
                 self.generator.most_slots = engine.slots
             if pool is not None:
@@ -112,6 +112,8 @@ class Stream:
                 self.to_decode += ended + self._shared_by(ended)
                 self._submit(pool)
             yield from self._completed(PENDING)
+            if self.draws.stopped:
+                return False
         self.to_decode += self.shared
         self.shared = []
         self._submit(pool, everything=True)
