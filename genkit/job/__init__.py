@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM
-from genkit.files import user_path
+from genkit.files import run_path, user_path
 from genkit.job.plan import plan_job
 from genkit.job.run import Summary, run_job
 from genkit.options import Options
@@ -41,7 +41,7 @@ def generate(
     """
     rows = read_prompts(prompts, defaults, format_in) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))
-    seed = run_seed(seed, user_path(out))
+    seed = run_seed(seed, run_path(out))
     options = Options(
         model=model, clip=clip, device=device, dtype=dtype, batch_size=batch_size, memory=memory, seed=seed,
         quiet=quiet, attention=attention, format=format, quality=quality, aesthetic=aesthetic,
@@ -50,7 +50,7 @@ def generate(
         embeddings=tuple(embeddings), embedding_dir=embedding_dir, no_metadata=no_metadata, refiner=refiner,
         refiner_start=refiner_start, detector=detector, segmenter=segmenter,
     )  # fmt: skip
-    return _unless_stopped(run_job(plan_job(rows, options, defaults or {}), user_path(out)))
+    return _unless_stopped(run_job(plan_job(rows, options, defaults or {}), run_path(out)))
 
 
 def _unless_stopped(summary: Summary) -> Summary:

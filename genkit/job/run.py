@@ -21,6 +21,7 @@ from genkit.phases import phase
 from genkit.pictures.encoders import encoding
 from genkit.progress import Progress
 from genkit.rows.request import Request
+from genkit.runs.destination import check_rights
 from genkit.runs.embeddings import Store
 from genkit.runs.redetect import redetect, unseen
 from genkit.runs.rescore import rescore
@@ -58,6 +59,7 @@ class Summary:
 def run_job(job: Job, out: Path) -> Summary:
     """Draw the missing images of the job in folder `out`, then decide what is kept, and write the gallery."""
     began = time.monotonic()
+    check_rights(out)
     recorded = read_config(out)
     # The first start loads before it writes, so that it leaves nothing behind if the weights do not fit. A later one
     # scans the folder first: another process may hold the lock, or nothing may be left to do.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.durable import disk, each_line
+from genkit.durable import disk, each_line, each_of
 from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.storage import StoragePath, contents
 
 CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
     "run.json",
@@ -88,7 +89,7 @@ def read_results(folder: Path) -> list[Result]:
         while parts:
             try:
                 found, _ = read_parts(parts)
-                if all(map(Path.exists, parts)):
+                if {*parts} <= {*parts_of(folder)}:
                     records |= found
                     break
             except FileNotFoundError:
@@ -101,17 +102,30 @@ def read_results(folder: Path) -> list[Result]:
 def read_parts(paths: Iterable[Path]) -> tuple[dict[Key, Result], list[tuple[str, int]]]:
     """Return the record of each image in the parts, and (file name, number) of invalid lines. Raises OSError.
 
-    Of an image that several workers recorded, as when one was taken for dead, the same record counts in any order.
+    Of an image that several workers recorded, as when one was taken for dead, the same record counts in any order; of
+    one that a worker recorded in several segments, the last.
     """
     found: dict[Key, Result] = {}
     bad: list[tuple[str, int]] = []
-    for path in paths:
-        records, wrong = newest(each_line(path))
+    of_worker: dict[str, dict[Key, Result]] = {}
+    for path, lines in _lines_of(list(paths)):
+        records, wrong = newest(lines)
         bad += [(path.name, number) for number in wrong]
+        of_worker.setdefault(path.stem.partition("__")[0], {}).update(records)
+    for records in of_worker.values():
         for key, result in records.items():
             if key not in found or _order(result) > _order(found[key]):
                 found[key] = result
     return found, bad
+
+
+def _lines_of(paths: list[Path]) -> Iterator[tuple[Path, Iterable[Any]]]:
+    """Yield each part and its lines; of those on storage some are read ahead."""
+    stored = [path for path in paths if isinstance(path, StoragePath)]
+    for segment, data in zip(stored, contents(stored), strict=True):
+        yield segment, each_of(data)
+    for path in paths[len(stored) :]:
+        yield path, each_line(path)
 
 
 def _order(result: Result) -> tuple[Any, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.datasets.export import Target, export
 from genkit.errors import InputError, nearest, shown
+from genkit.files import names_in
 from genkit.pages.gallery import write_gallery
 from genkit.rows.request import Request
 from genkit.rows.result import Result
@@ -77,7 +77,7 @@ def _present(folder: Path, results: list[Result]) -> list[Result]:
         under, _, name = str(r.file).rpartition("/")
         if under not in names:  # listing folders is faster than checking every file
             try:
-                names[under] = set(os.listdir(folder / under))
+                names[under] = set(names_in(folder / under))
             except OSError:
                 names[under] = set()
         if name not in names[under]:
