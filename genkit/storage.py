@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PosixPath
 from typing import IO, Any, TypeVar
 
-from genkit.errors import HostError, InputError, nearest, reason, shown
+from genkit.errors import HostError, InputError, nearest, reason
 
 PATIENCE = 90.0  # seconds for storage that does not answer, or answers 503
 FIRST = 10.0  # seconds for its first answer
@@ -172,7 +172,7 @@ class StoragePath(PosixPath):
 
     def iterdir(self) -> Generator[StoragePath, None, None]:
         """Yield what lies in the folder; nothing for one that is absent."""
-        for found in self._listed():
+        for found in self.entries():
             if found["type"] == "file":
                 yield self / found["name"].rpartition("/")[2]
 
@@ -190,7 +190,8 @@ class StoragePath(PosixPath):
         files = ((name.lstrip("/"), entry) for name, entry in found.items() if entry["type"] == "file")
         return {name[at:]: int(entry["size"] or 0) for name, entry in files}
 
-    def _listed(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, Any]]:
+        """Return {"name", "type", "size", …} of files and folders right in this one."""
         try:
             return _call(self, lambda system: system.ls(str(self), detail=True))
         except FileNotFoundError:
@@ -206,7 +207,7 @@ class StoragePath(PosixPath):
 def check_storage(path: StoragePath) -> None:
     """Raise InputError or HostError if storage cannot be reached, has no such bucket, or refuses. Writes nothing."""
     if ".." in path.parts or len(path.parts) < 2 or (len(path.parts) < 3 and path.scheme != "memory"):
-        raise InputError(f"--out: {shown(str(path))} is no place for a run; name a folder, as in s3://bucket/run")
+        raise InputError(f"{path}: is no place for a run; name a folder, as in s3://bucket/run")
     bucket = StoragePath(f"{path.parts[0]}//{path.parts[1]}")
     try:
         if path.scheme != "memory":
@@ -320,7 +321,10 @@ def _opened(path: StoragePath) -> Any:
             raise ValueError
         if scheme in ("http", "https", "local"):
             raise ValueError
-        return fsspec.filesystem(scheme, **options)
+        system = fsspec.filesystem(scheme, **options)
+        if DRIVERS.get(scheme) == "s3fs":
+            system.retries = 1
+        return system
     except ImportError:
         package = DRIVERS.get(scheme) or "its driver for fsspec"
         extra = "'genkit-diffusion[storage]'" if package == "s3fs" else package

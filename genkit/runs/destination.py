@@ -70,7 +70,8 @@ def _check_stored(folder: StoragePath, text: str) -> None:
         raise InputError(f"--out: {text} is longer than a key may be, or has a character that no key should")
     check_storage(folder)
     if read_config(folder) is None:
-        foreign = [name for name in sorted(folder.sizes()) if not name.startswith(".")]
+        names = sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in folder.entries())
+        foreign = [name for name in names if not name.startswith(".")]
         if foreign:
             raise InputError(f"--out: {text} holds {shown(foreign[0])} and no {CONFIG}; name a new or empty folder")
 

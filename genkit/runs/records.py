@@ -12,7 +12,7 @@ from genkit.durable import disk, each_line, each_of
 from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.rows.result import Result
-from genkit.storage import StoragePath, contents
+from genkit.storage import StoragePath, check_storage, contents
 
 CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
     "run.json",
@@ -37,8 +37,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     try:
         with disk(path):
             config = json.loads(path.read_bytes()) if path.is_file() else None
+    except InputError:  # of storage
+        raise
     except (ValueError, RecursionError):
         raise InputError(f"{path}: is not JSON; restore it, or use another folder") from None
+    if config is None and isinstance(folder, StoragePath):
+        check_storage(folder)
     if config is not None and not (
         isinstance(config, dict) and all(isinstance(config.get(k), dict) for k in ("binding", "info"))
     ):
