@@ -115,10 +115,12 @@ class StoragePath(PosixPath):
         return self.stat()
 
     def read_bytes(self) -> bytes:
-        return _call(self, lambda system: system.cat_file(str(self)))
+        """Return an object's content, by one request: several could find it replaced in between."""
+        one = {"max_concurrency": 1} if DRIVERS.get(self.scheme) == "s3fs" else {}
+        return _call(self, lambda system: system.cat_file(str(self), **one))
 
     def open(self, mode: str = "rb", *_: Any, **__: Any) -> Any:
-        """Open for reading bytes, in blocks."""
+        """Open for reading bytes, in blocks; of what a fold replaces, the old content is the start of the new."""
         if mode != "rb":
             raise InputError(f"{self}: is on object storage, which writes whole objects only")
         return io.BufferedReader(_Reader(self), BLOCK)

@@ -67,6 +67,8 @@ class Stored:
         self._lock: Hold | Lease | None = None
         self._store: Store | None = None
         self._rows: dict[tuple[str, int], int] = {}
+        self._waits: tuple[Path, int] | None = None  # the store to open with the first new embedding
+        self._sizes: dict[str, int] | None = None
         if folder is None or not (folder / RESULTS).is_file():
             self._records = {}
             return
@@ -75,11 +77,19 @@ class Stored:
         binding = (read_config(folder) or {}).get("binding", {}).get("clip")
         if clip is None or not isinstance(binding, dict) or binding.get("weights") != weight_hashes(clip):
             return
-        self._sizes = folder.sizes() if isinstance(folder, StoragePath) else None
         self._rows, self._vectors = read_embeddings(folder, results)
-        with contextlib.suppress(HostError, OSError):
-            self._lock = hold(folder)
-            self._store = Store(folder, clip.embedding_width)
+        self._waits = folder, clip.embedding_width
+        if isinstance(folder, StoragePath):  # to take a folder there may take time, and is a write
+            self._sizes = folder.sizes()
+        else:
+            self._open()
+
+    def _open(self) -> None:
+        if self._waits is not None:
+            (folder, width), self._waits = self._waits, None
+            with contextlib.suppress(HostError, OSError):
+                self._lock = hold(folder)
+                self._store = Store(folder, width)
 
     def vector(self, file: Path) -> np.ndarray | None:
         """Return the stored embedding of a picture, (width,) float16, or None; the file must have its recorded size."""
@@ -100,6 +110,7 @@ class Stored:
 
     def add(self, file: Path, vector: np.ndarray) -> None:
         """Store a new embedding with the run, if the file has the recorded SHA-256."""
+        self._open()
         r = self._records.get(file)
         if self._store is None or r is None or not r.sha256:
             return

@@ -15,15 +15,19 @@ import numpy as np
 import pytest
 
 from genkit import storage
+from genkit.components import inspect_model, weight_hashes
 from genkit.datasets.export import Target
 from genkit.errors import HostError, InputError
 from genkit.files import run_path
+from genkit.pages.label import StoredBallots
 from genkit.runs import embeddings, folding, lease, segments
 from genkit.runs.destination import check_folder, check_rights, free_name
 from genkit.runs.embeddings import EMBEDDINGS, Store, read_embeddings
 from genkit.runs.recorder import Part
 from genkit.runs.records import RESULTS, parts_of, read_config, read_results
+from genkit.runs.rescore import Stored
 from genkit.runs.run import Run
+from genkit.selection.votes import read_votes
 from genkit.storage import StoragePath
 from genkit.studies.compare import compare_runs
 from genkit.studies.filter import refilter
@@ -176,9 +180,11 @@ def test_a_lease_is_taken_over_once_silent_and_its_holder_stops(
 
 def test_one_of_many_takes_the_folder(memory: StoragePath, s3: tuple[StoragePath, Proxy]) -> None:
     for folder in (memory, s3[0]):
-        gate, won, told = threading.Barrier(4), [], []
+        gate = threading.Barrier(4)
+        won: list[lease.Lease] = []
+        told: list[str] = []
 
-        def take(folder: StoragePath = folder, gate: Any = gate, won: list[Any] = won, told: list[str] = told) -> None:
+        def take(folder: StoragePath = folder, gate: Any = gate, won: Any = won, told: list[str] = told) -> None:
             gate.wait()
             try:
                 won.append(lease.Lease(folder))
@@ -271,6 +277,41 @@ def test_errors_before_anything_is_written(s3: tuple[StoragePath, Proxy], monkey
         check_rights(folder)
 
 
+def test_votes(memory: StoragePath) -> None:
+    draw(memory, ROWS)
+    pictures = read_results(memory)
+    ballots = StoredBallots(memory)
+    with pytest.raises(HostError, match="in use by another genkit"):
+        StoredBallots(memory)
+    ballots.add(pictures[0], "yes")
+    ballots.add(pictures[1], "no")
+    ballots.close()
+    assert [(vote.image, vote.good) for vote in read_votes(memory / "votes.csv")] == [
+        ("images/r0-00.png", True), ("images/r0-01.png", False)
+    ]  # fmt: skip
+    again = StoredBallots(memory)
+    assert len(again.votes) == 2 and draw(memory, ROWS) == []
+    again.close()
+
+
+def test_search_of_a_run_that_lacks_embeddings(memory: StoragePath) -> None:
+    folder = memory
+    info = inspect_model("emoji-clip")
+    config = {**CONFIG, "binding": {"seed": 0, "clip": {"name": info.name, "weights": weight_hashes(info)}}}
+    with Run.open(folder, config, ROWS[:1]) as run:
+        for index in range(3):
+            run.save(result_of(ROWS[0], index), png(ROWS[0], index))
+    before = folder.sizes()
+    with Stored(folder, info) as stored:
+        pictures = [folder / str(r.file) for r in read_results(folder)]
+        assert all(stored.vector(picture) is None for picture in pictures) and folder.sizes() == before
+        for picture in pictures:
+            stored.add(picture, np.eye(1, info.embedding_width, dtype=np.float16)[0])
+    with Stored(folder, info) as stored:
+        assert all(stored.vector(picture) is not None for picture in pictures)
+    assert len([*folder.glob(embeddings.PARTS)]) == 1 and not [*folder.glob(".lock*")]
+
+
 def test_paths() -> None:
     path = run_path("s3://bucket/a/./b")
     assert isinstance(path, StoragePath) and str(path) == "s3://bucket/a/b" and (path / "c.png").stem == "c"
@@ -280,4 +321,4 @@ def test_paths() -> None:
     assert not isinstance(run_path("runs/x:y/z"), StoragePath) and not isinstance(run_path("c:/x"), StoragePath)
     for work in (os.stat, open, os.listdir):
         with pytest.raises(InputError, match="s3://bucket/a/b: is on object storage, and only a run folder may be"):
-            work(path)  # type: ignore[operator]
+            work(path)
