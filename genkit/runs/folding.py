@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from genkit.durable import Journal, disk, json_line, sync_folder, write_whole
+from genkit.durable import Journal, disk, sync_folder
 from genkit.errors import HostError
 from genkit.rows.result import Result
 from genkit.runs.embeddings import fold_embeddings
+from genkit.runs.gather import gather
 from genkit.runs.recorder import lock_part
-from genkit.runs.records import PART, RESULTS, Key, parts_of, read_parts
+from genkit.runs.records import PART, Key, parts_of, read_parts
 from genkit.runs.segments import Segments
-from genkit.storage import BLOCK, StoragePath, remove
+from genkit.storage import StoragePath
 
 WAIT = 30.0  # seconds for the workers of a driver that was killed, which end when they miss it
 PIECE = 10_000  # records appended at a time
@@ -27,7 +28,7 @@ def fold(folder: Path, journal: Journal | Segments, records: dict[Key, Result], 
     to say of damaged lines. Raises HostError for a part whose writer has not ended after `wait` seconds.
     """
     if isinstance(folder, StoragePath):
-        return fold_segments(folder, journal, records)
+        return gather(folder, journal, records)
     paths = parts_of(folder)
     if not paths and not any(folder.glob("embeddings-*.npy")):
         return []
@@ -47,34 +48,6 @@ def fold(folder: Path, journal: Journal | Segments, records: dict[Key, Result], 
             for handle in handles:
                 os.close(handle)
     return [f"{name}:{line}: damaged; its image is drawn again" for name, line in bad]
-
-
-def fold_segments(folder: StoragePath, journal: Journal | Segments, records: dict[Key, Result]) -> list[str]:
-    """Put results.jsonl with what all segments hold added to it, then delete the segments; otherwise as `fold`.
-
-    There is no lock of a segment: one that its writer puts later counts at the next fold.
-    """
-    assert isinstance(journal, Segments)
-    journal.roll()
-    with disk(folder):
-        parts, embedded = parts_of(folder), sorted(folder.glob("embeddings-*.npy"))
-        if not parts and not embedded:
-            return []
-        found, bad = read_parts(parts)
-        new = [result for key, result in found.items() if records.get(key) != result]
-        if new:
-            write_whole(folder / RESULTS, _added(folder / RESULTS, new))
-        records.update(found)
-        remove([*parts, *fold_embeddings(folder)])
-    return [f"{name}:{line}: damaged; its image is drawn again" for name, line in bad]
-
-
-def _added(path: Path, new: list[Result]) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            yield block
-    for result in new:
-        yield json_line(result.to_json()).encode("utf-8", "backslashreplace")
 
 
 def free_workers(folder: Path, count: int, taken: Iterable[str] = ()) -> list[str]:

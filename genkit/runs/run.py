@@ -14,7 +14,8 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.destination import check_binding, check_folder, free_name
 from genkit.runs.embeddings import read_embeddings
-from genkit.runs.folding import fold, fold_segments
+from genkit.runs.folding import fold
+from genkit.runs.gather import gather
 from genkit.runs.lease import Hold, Lease, hold
 from genkit.runs.outdated import NEW_LABELS, announcements, damaged, outdated
 from genkit.runs.recorder import Recorder
@@ -94,7 +95,7 @@ class Run(Recorder):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and isinstance(self.folder, StoragePath):  # so that others read one object
-                fold_segments(self.folder, self._journal, {})
+                gather(self.folder, self._journal, {})
         finally:
             self.close()
 

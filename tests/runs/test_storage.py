@@ -20,7 +20,7 @@ from genkit.datasets.export import Target
 from genkit.errors import HostError, InputError
 from genkit.files import run_path
 from genkit.pages.label import StoredBallots
-from genkit.runs import embeddings, folding, lease, segments
+from genkit.runs import embeddings, folding, gather, lease, segments
 from genkit.runs.destination import check_folder, check_rights, free_name
 from genkit.runs.embeddings import EMBEDDINGS, Store, read_embeddings
 from genkit.runs.recorder import Part
@@ -103,7 +103,7 @@ def test_a_crash_between_put_and_deletion_is_harmless(memory: StoragePath, monke
         raise HostError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(HostError, match="killed"):
-        patch.setattr(folding, "remove", crash)
+        patch.setattr(gather, "remove", crash)
         draw(memory, ROWS)
     assert len(parts_of(memory)) == 1
     before = (memory / RESULTS).read_bytes()
