@@ -93,7 +93,7 @@ def read_results(folder: Path) -> list[Result]:
         while parts:
             try:
                 found, _ = read_parts(parts)
-                if {*parts} <= {*parts_of(folder)}:
+                if _are_there(folder, parts):
                     records |= found
                     break
             except FileNotFoundError:
@@ -101,6 +101,12 @@ def read_results(folder: Path) -> list[Result]:
             parts = parts_of(folder)  # they were folded meanwhile
             records, _ = newest(each_line(path))
     return [r for r in records.values() if r.status != REPLACED]
+
+
+def _are_there(folder: Path, parts: list[Path]) -> bool:
+    if isinstance(folder, StoragePath):
+        return {*parts} <= {*parts_of(folder)}
+    return all(map(Path.exists, parts))
 
 
 def read_parts(paths: Iterable[Path]) -> tuple[dict[Key, Result], list[tuple[str, int]]]:
