@@ -243,8 +243,10 @@ def remove(paths: Sequence[Path]) -> None:
         list(pool.map(lambda path: path.unlink(missing_ok=True), paths))
 
 
-def local_copy(path: StoragePath) -> IO[bytes]:
-    """Return an open, nameless local file with the content of an object."""
+def file_of(path: Path) -> IO[bytes]:
+    """Return a local file, open for reading: a local path's own, or a nameless copy of an object."""
+    if not isinstance(path, StoragePath):
+        return open(path, "rb")
     file = tempfile.TemporaryFile(prefix="genkit-")  # noqa: SIM115
     with path.open("rb") as source:
         shutil.copyfileobj(source, file, BLOCK)

@@ -55,6 +55,8 @@ class Command(TyperCommand):
         for name, value in ctx.params.items():
             if isinstance(value, Path):
                 ctx.params[name] = run_path(value)
+            elif isinstance(value, list | tuple) and any(isinstance(one, Path) for one in value):
+                ctx.params[name] = [run_path(one) for one in value]
             elif name in PATHS and isinstance(value, str):
                 ctx.params[name] = str(user_path(value))
         return super().invoke(ctx)

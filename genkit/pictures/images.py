@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError
 from genkit.files import file_size, place
-from genkit.storage import StoragePath
+from genkit.storage import StoragePath, parsed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -130,7 +130,7 @@ def natural(path: Path) -> list[Any]:
 
 
 def _bytes(source: str | Path) -> bytes:
-    path = source if isinstance(source, StoragePath) else Path(source)
+    path = parsed(source) or Path(source)
     size = file_size(path)
     if size == 0:
         raise InputError("is empty")

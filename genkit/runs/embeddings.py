@@ -23,7 +23,7 @@ from genkit.errors import HostError, InputError
 from genkit.rows.result import Result
 from genkit.runs.records import Key, read_results
 from genkit.runs.segments import LINES, writer_name
-from genkit.storage import StoragePath, local_copy
+from genkit.storage import StoragePath, file_of
 
 EMBEDDINGS = "embeddings.npy"
 PARTS = "embeddings-*.npy"  # of the workers of a run that many draw
@@ -236,7 +236,7 @@ def _records(path: Path) -> tuple[np.ndarray, int]:
     """Return the complete records of the file, memory-mapped, and the offset of the first."""
     if not path.is_file():
         return np.empty(0, _dtype(0)), 0
-    with disk(path), local_copy(path) if isinstance(path, StoragePath) else open(path, "rb") as file:
+    with disk(path), file_of(path) as file:
         dtype = _dtype_of(path, file)
         start = file.tell()
         count = (os.fstat(file.fileno()).st_size - start) // dtype.itemsize
