@@ -17,8 +17,8 @@ from genkit.errors import InputError, shown
 from genkit.files import local, place, read_json, run_path
 from genkit.pages.evaluation import leaderboard_page
 from genkit.runs.records import RESULTS, read_results
-from genkit.suites.evaluate import EVALUATION, PAGE
 from genkit.storage import StoragePath
+from genkit.suites.evaluate import EVALUATION, PAGE
 from genkit.suites.verdicts import pictures_hash
 
 RESAMPLES = 10_000
