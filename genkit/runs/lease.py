@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ from genkit.errors import HostError
 from genkit.storage import StoragePath
 
 BEAT, STALE = 5.0, 30.0  # seconds
+_log = logging.getLogger("genkit")
 _NAME = re.compile(r"\.lock-([0-9]{6})")
 
 
@@ -86,6 +88,7 @@ class Lease:
             if _alive(holder.get("process")):
                 raise _in_use(self.folder, holder)
             return number + 1
+        _log.warning(f"{self.folder}: locked by {_who(holder)}; waiting up to {STALE:.0f} s for a sign of it")
         until = time.monotonic() + STALE
         while time.monotonic() < until:
             time.sleep(min(1.0, STALE / 5))
@@ -142,8 +145,11 @@ def _holder(content: bytes) -> dict[str, Any]:
 
 
 def _in_use(folder: Path, holder: dict[str, Any]) -> HostError:
-    who = f"process {holder.get('process', 'unknown')} on {holder.get('host', 'an unknown host')}"
-    return HostError(f"{folder}: in use by another genkit ({who}); one at a time")
+    return HostError(f"{folder}: in use by another genkit ({_who(holder)}); one at a time")
+
+
+def _who(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('process', 'unknown')} on {holder.get('host', 'an unknown host')}"
 
 
 def _token() -> str:

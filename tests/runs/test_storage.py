@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.registry import _registry
 
 from genkit import storage
 from genkit.components import inspect_model, weight_hashes
@@ -20,7 +22,8 @@ from genkit.datasets.export import Target
 from genkit.errors import HostError, InputError
 from genkit.files import run_path
 from genkit.pages.label import StoredBallots
-from genkit.runs import embeddings, folding, gather, lease, segments
+from genkit.rows.request import Request
+from genkit.runs import embeddings, folding, gather, lease, records, segments
 from genkit.runs.destination import check_folder, check_rights, free_name
 from genkit.runs.embeddings import EMBEDDINGS, Store, read_embeddings
 from genkit.runs.recorder import Part
@@ -110,6 +113,36 @@ def test_a_crash_between_put_and_deletion_is_harmless(memory: StoragePath, monke
     assert draw(memory, ROWS) == [] and parts_of(memory) == [] and (memory / RESULTS).read_bytes() == before
 
 
+def test_a_reader_meets_a_fold(memory: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.open(memory, CONFIG, ROWS)
+    run.save(result_of(ROWS[0], 0), png(ROWS[0], 0))
+    kill(run)
+    monkeypatch.setattr(lease, "_alive", lambda process: False)
+    real = records.contents
+
+    def folded_meanwhile(paths: Any) -> Any:
+        monkeypatch.setattr(records, "contents", real)
+        Run.open(memory, CONFIG, ROWS).close()
+        return real(paths)
+
+    monkeypatch.setattr(records, "contents", folded_meanwhile)
+    assert [r.id for r in read_results(memory)] == ["r0"] and parts_of(memory) == []
+
+
+def test_a_changed_row_is_drawn_anew_and_its_pictures_are_set_aside(memory: StoragePath, tmp_path: Path) -> None:
+    rows = rows_of(2, 2)
+    changed = [rows[0], Request(id="r1", prompt="another", seed=1000, num_images=2)]
+    for folder in (memory, tmp_path / "local"):
+        draw(folder, rows)
+        (folder / "images/r0-01.png").unlink()
+        (folder / "images/r0-00.png").write_bytes(b"x" * (folder / "images/r0-00.png").stat().st_size)
+        assert draw(folder, changed) == [("r0", 0), ("r0", 1), ("r1", 0), ("r1", 1)]
+    copy = download(memory, tmp_path / "copy")
+    assert outcome(copy) == outcome(tmp_path / "local") and check(copy) == []
+    names = [{p.name for p in (at / "replaced").iterdir()} for at in (copy, tmp_path / "local")]
+    assert names[0] == names[1] == {"r0-00.1.png", "r1-00.1.png", "r1-01.1.png"}
+
+
 def test_of_a_picture_in_several_segments_the_last_record_counts(
     memory: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,12 +192,13 @@ def test_many_writers(memory: StoragePath, tmp_path: Path) -> None:
 
 
 def test_a_lease_is_taken_over_once_silent_and_its_holder_stops(
-    memory: StoragePath, monkeypatch: pytest.MonkeyPatch
+    memory: StoragePath, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = Run.open(memory, CONFIG, ROWS)
     monkeypatch.setattr(lease, "_machine", lambda: "another")
     with pytest.raises(HostError, match="in use by another genkit"):
         Run.open(memory, CONFIG, ROWS)
+    assert f"locked by process {os.getpid()} on" in caplog.text
     kill(first)  # it sleeps
     with Run.open(memory, CONFIG, ROWS) as second:
         assert isinstance(first._lock, lease.Lease)
@@ -264,6 +298,12 @@ def test_errors_before_anything_is_written(s3: tuple[StoragePath, Proxy], monkey
         for read in (check_folder, read_config, check_rights):
             with pytest.raises(InputError, match=words):
                 read(run_path(path))
+    for missing, words in (("s3fs", "needs s3fs: "), ("fsspec", "needs fsspec: ")):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=words):
+            patch.setattr(storage, "_systems", {})
+            patch.setitem(sys.modules, missing, None)
+            patch.delitem(_registry, "s3", raising=False)
+            check_folder(folder)
     (folder / "notes.txt").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"holds 'notes.txt' and no run.json"):
         check_folder(folder)
