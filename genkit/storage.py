@@ -88,7 +88,7 @@ class StoragePath(PosixPath):
     def is_symlink(self) -> bool:
         return False
 
-    def info(self) -> dict[str, Any] | None:
+    def entry(self) -> dict[str, Any] | None:
         """Return {"type": "file" or "directory", "size", …}, or None for what is absent."""
         try:
             return _call(self, lambda system: system.info(str(self)))
@@ -96,16 +96,16 @@ class StoragePath(PosixPath):
             return None
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        return self.info() is not None
+        return self.entry() is not None
 
     def is_file(self, *, follow_symlinks: bool = True) -> bool:
-        return (self.info() or {}).get("type") == "file"
+        return (self.entry() or {}).get("type") == "file"
 
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:
-        return (self.info() or {}).get("type") == "directory"
+        return (self.entry() or {}).get("type") == "directory"
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        found = self.info()
+        found = self.entry()
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         kind = stat.S_IFREG if found["type"] == "file" else stat.S_IFDIR
@@ -216,7 +216,7 @@ def check_storage(path: StoragePath) -> None:
             _call(bucket, lambda system: system.info(str(bucket)), FIRST)
         _call(path, lambda system: system.ls(str(path), detail=False), FIRST)
     except FileNotFoundError:
-        if path.scheme != "memory" and bucket.info() is None:
+        if path.scheme != "memory" and bucket.entry() is None:
             raise InputError(f"{bucket}: no such bucket") from None
 
 

@@ -51,7 +51,10 @@ class Lease:
         """Take it. Raises HostError when another process has it, which takes up to STALE seconds to find."""
         assert isinstance(folder, StoragePath)
         self.folder = folder
-        self._own = {"process": os.getpid(), "host": platform.node(), "machine": _machine(), "token": _token()}
+        self._own = {
+            "process": os.getpid(), "host": platform.node(), "machine": _machine(), "began": _began(os.getpid()),
+            "token": secrets.token_hex(8),
+        }  # fmt: skip
         self._lost: str | None = None
         self._ended = threading.Event()
         number = self._after_others()
@@ -85,7 +88,7 @@ class Lease:
         number, content = found
         holder = _holder(content)
         if holder.get("machine") == self._own["machine"] is not None:
-            if _alive(holder.get("process")):
+            if _alive(holder):
                 raise _in_use(self.folder, holder)
             return number + 1
         _log.warning(f"{self.folder}: locked by {_who(holder)}; waiting up to {STALE:.0f} s for a sign of it")
@@ -152,10 +155,6 @@ def _who(holder: dict[str, Any]) -> str:
     return f"process {holder.get('process', 'unknown')} on {holder.get('host', 'an unknown host')}"
 
 
-def _token() -> str:
-    return secrets.token_hex(8)
-
-
 def _machine() -> str | None:
     """Return a name within which process numbers mean one process: of this boot and namespace; None if unknown."""
     try:
@@ -165,13 +164,15 @@ def _machine() -> str | None:
         return None
 
 
-def _alive(process: Any) -> bool:
-    if not isinstance(process, int) or process < 1:
-        return False
+def _alive(holder: dict[str, Any]) -> bool:
+    """Whether a process of this machine still runs: one of its number that began when it did."""
+    return holder.get("began") is not None and _began(holder.get("process")) == holder["began"]
+
+
+def _began(process: Any) -> str | None:
+    """Return when a process began, in ticks since the boot; None for one that has ended."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        pass
-    return True
+        return None
+    return None if state in ("Z", "X") else fields[18]

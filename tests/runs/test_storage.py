@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_from_its_segments(
     assert len(parts_of(memory)) == 2 and len(read_results(memory)) == 3
     with pytest.raises(HostError, match=rf"in use by another genkit \(process {os.getpid()} on"):
         Run.open(memory, CONFIG, ROWS)
-    monkeypatch.setattr(lease, "_alive", lambda process: False)
+    monkeypatch.setattr(lease, "_alive", lambda holder: False)
     with Run.open(memory, CONFIG, ROWS) as run:
         assert len(run.done) == 3 and "finished but not recorded" in run.notes[0]
         assert parts_of(memory) == [] and len((memory / RESULTS).read_bytes().splitlines()) == 3
@@ -117,7 +117,7 @@ def test_a_reader_meets_a_fold(memory: StoragePath, monkeypatch: pytest.MonkeyPa
     run = Run.open(memory, CONFIG, ROWS)
     run.save(result_of(ROWS[0], 0), png(ROWS[0], 0))
     kill(run)
-    monkeypatch.setattr(lease, "_alive", lambda process: False)
+    monkeypatch.setattr(lease, "_alive", lambda holder: False)
     real = records.contents
 
     def folded_meanwhile(paths: Any) -> Any:
