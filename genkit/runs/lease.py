@@ -57,13 +57,17 @@ class Lease:
         }  # fmt: skip
         self._lost: str | None = None
         self._ended = threading.Event()
+        self._fresh = time.monotonic()  # when the lock was last changed
         number = self._after_others()
         self.path = folder / f".lock-{number:06d}"
         if not self.path.put_new(self._content(0)):
             raise HostError(f"{folder}: in use by another genkit, which was faster; one at a time")
         for path in _locks(folder):
-            if path < self.path:
-                path.unlink(missing_ok=True)
+            if path != self.path and path != folder / f".lock-{number - 1:06d}":  # came since the last look
+                self.path.unlink(missing_ok=True)
+                raise HostError(f"{folder}: in use by another genkit, which came at the same moment; one at a time")
+        if number:
+            (folder / f".lock-{number - 1:06d}").unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._keep, name="genkit-lease", daemon=True)
         self._thread.start()
 
@@ -75,7 +79,9 @@ class Lease:
     def close(self) -> None:
         """Let others have the folder."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(STALE)
+        if time.monotonic() - self._fresh > 2 * STALE:  # storage does not answer: the lock goes stale
+            return
         with contextlib.suppress(HostError):  # it goes stale
             if self._is_own(_newest(self.folder)):
                 self.path.unlink(missing_ok=True)
@@ -97,7 +103,7 @@ class Lease:
             time.sleep(min(1.0, STALE / 5))
             now = _newest(self.folder)
             if now is None:  # ended
-                return number + 1
+                return 0
             if now != found:
                 raise _in_use(self.folder, _holder(now[1]))
         return number + 1
@@ -109,7 +115,7 @@ class Lease:
         return found is not None and _holder(found[1]).get("token") == self._own["token"]
 
     def _keep(self) -> None:
-        beat, last = 0, time.monotonic()
+        beat = 0
         while not self._ended.wait(BEAT):
             beat += 1
             try:
@@ -117,9 +123,9 @@ class Lease:
                     self._lost = "another genkit has taken it over, or its lock was deleted"
                     return
                 self.path.write_bytes(self._content(beat))
-                last = time.monotonic()
+                self._fresh = time.monotonic()
             except (HostError, OSError) as error:
-                if time.monotonic() - last > 4 * STALE:
+                if time.monotonic() - self._fresh > 4 * STALE:
                     self._lost = f"its lock cannot be kept: {error}"
                     return
 
