@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import itertools
 import json
 import math
@@ -14,9 +15,10 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from genkit.errors import HostError
+from genkit.storage import StoragePath
 
 TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may have the id ".tmp-fox"
 _PROCESS = f"-{secrets.token_hex(4)}"  # of two machines that share a folder, processes may have one number
@@ -81,8 +83,11 @@ def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write `data`, or its pieces, atomically: a reader, or a crash, finds the old or the complete new file.
 
     The new name survives a power cut only after `sync_folder(path.parent)`. Raises OSError, after removing the
-    temporary file if possible.
+    temporary file if possible. On storage it is put, whole.
     """
+    if isinstance(path, StoragePath):
+        path.write_pieces([data] if isinstance(data, bytes) else data)
+        return
     temp = path.with_name(f"{TEMP_PREFIX}{path.name}.{os.getpid()}{_PROCESS}{TEMP_SUFFIX}")
     try:
         with open(temp, "wb") as file:
@@ -103,6 +108,8 @@ def is_temporary(name: str) -> bool:
 
 def sync_folder(folder: Path) -> None:
     """Sync the directory, so that names in `folder` survive a power cut."""
+    if isinstance(folder, StoragePath):
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -158,13 +165,23 @@ def whole_lines(path: Path) -> Iterator[bytes]:
         yield from block
 
 
+def each_of(data: bytes) -> Iterator[Any]:
+    """Yield the JSON values of the content of a JSONL file, as `each_line` does."""
+    for block in _blocks_of(io.BytesIO(data)):
+        yield from _parsed(block)
+
+
 def _blocks(path: Path) -> Iterator[list[bytes]]:
     """Yield the whole lines of a file, about a megabyte at a time."""
-    with open(path, "rb") as file:
-        while block := file.readlines(2**20):
-            if not block[-1].endswith(b"\n"):
-                block.pop()
-            yield block
+    with path.open("rb") as file:
+        yield from _blocks_of(file)
+
+
+def _blocks_of(file: IO[bytes]) -> Iterator[list[bytes]]:
+    while block := file.readlines(2**20):
+        if not block[-1].endswith(b"\n"):
+            block.pop()
+        yield block
 
 
 def _parsed(block: Sequence[bytes]) -> list[Any]:

@@ -7,10 +7,12 @@ import json
 import os
 import shlex
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import InputError, shown
+from genkit.storage import StoragePath, parsed
 
 DIGITS = 40  # of an integer; transformers writes 10**30 for "no limit"
 JSON_LIMIT = 2**20  # bytes of a config; real ones have a few thousand
@@ -26,6 +28,31 @@ def user_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(text)))
 
 
+def run_path(text: str | Path) -> Path:
+    """Return `user_path`, or what a URL names: a run folder may lie on storage, as at s3://bucket/run."""
+    return parsed(text) or user_path(text)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the files in a folder. Raises OSError."""
+    return [path.name for path in folder.iterdir()] if isinstance(folder, StoragePath) else os.listdir(folder)
+
+
+def there(folder: Path, paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield those of `paths`, which are below `folder`, that are files; storage is listed once."""
+    if isinstance(folder, StoragePath):
+        names = folder.sizes().keys()
+        yield from (path for path in paths if path.relative_to(folder).as_posix() in names)
+    else:
+        yield from (path for path in paths if path.is_file())
+
+
+def local(path: Path | None, option: str = "--out") -> None:
+    """Raise InputError for a path on storage where only a local one can be written."""
+    if isinstance(path, StoragePath):
+        raise InputError(f"{option}: {path} is on object storage; this is written to a local path")
+
+
 def refuse_pointer(start: bytes, path: Path | str) -> None:
     """Raise InputError if a file that begins so is a Git LFS pointer: what stands in a clone for a large file."""
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
@@ -35,6 +62,10 @@ def refuse_pointer(start: bytes, path: Path | str) -> None:
 
 def file_size(path: Path) -> int:
     """Return the bytes of a regular, readable file; links are followed. Raises InputError for anything else."""
+    if isinstance(path, StoragePath):
+        if not path.is_file():
+            raise InputError(f"{place(path)}: is absent")
+        return path.stat().st_size
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -61,7 +92,7 @@ def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
         raise InputError(f"{place(path)}: is empty")
     if size > limit:
         raise InputError(f"{place(path)}: has {size} bytes, more than the {limit} that such a file may have")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         data = file.read(limit + 1)  # the file may have grown
     refuse_pointer(data[:64], path)
     try:

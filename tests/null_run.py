@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 
 from genkit.errors import HostError
+from genkit.files import run_path
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.run import Run
@@ -96,7 +97,7 @@ def main(folder: str, rows: str, images: str, threads: str, seconds: str, kill: 
         kill_at(function, when, int(count))
     print("ready", flush=True)
     try:
-        draw(Path(folder), rows_of(int(rows), int(images)), int(threads), float(seconds))
+        draw(run_path(folder), rows_of(int(rows), int(images)), int(threads), float(seconds))
     except HostError as error:
         print(error, file=sys.stderr)
         return 3

@@ -49,12 +49,16 @@ class Command(TyperCommand):
         _write_sections(formatter, list(zip(titles, (record for _, record in records), strict=True)))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command, with ~ and $HOME resolved in every path."""
-        from genkit.files import user_path
+        """Run the command, with ~ and $HOME resolved in every path, and URLs of storage taken as such."""
+        from genkit.files import run_path, user_path
 
         for name, value in ctx.params.items():
-            if isinstance(value, Path) or (name in PATHS and isinstance(value, str)):
-                ctx.params[name] = type(value)(user_path(value))
+            if isinstance(value, Path):
+                ctx.params[name] = run_path(value)
+            elif isinstance(value, list | tuple) and any(isinstance(one, Path) for one in value):
+                ctx.params[name] = [run_path(one) for one in value]
+            elif name in PATHS and isinstance(value, str):
+                ctx.params[name] = str(user_path(value))
         return super().invoke(ctx)
 
 

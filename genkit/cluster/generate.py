@@ -8,7 +8,7 @@ from typing import Any
 
 from genkit.cluster.crew import check_address, parse_workers, ray_crew
 from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM
-from genkit.files import user_path
+from genkit.files import run_path, user_path
 from genkit.job.plan import Job, plan_job
 from genkit.job.run import Summary, run_job
 from genkit.options import Options
@@ -47,7 +47,7 @@ def generate(
     """
     rows = read_prompts(prompts, defaults, format_in) if isinstance(prompts, str | Path) else list(prompts)
     aesthetic = None if aesthetic is None else str(user_path(aesthetic))
-    seed = run_seed(seed, user_path(out))
+    seed = run_seed(seed, run_path(out))
     options = Options(
         model=model, clip=clip, device=device, dtype=dtype, batch_size=batch_size, memory=memory, seed=seed,
         quiet=quiet, attention=attention, format=format, quality=quality, aesthetic=aesthetic,
@@ -57,7 +57,7 @@ def generate(
         refiner_start=refiner_start, detector=detector, segmenter=segmenter, classifier=classifier,
         captioner=captioner,
     )  # fmt: skip
-    return _unless_stopped(run_on(plan_job(rows, options, defaults or {}), user_path(out), workers, ray))
+    return _unless_stopped(run_on(plan_job(rows, options, defaults or {}), run_path(out), workers, ray))
 
 
 def run_on(job: Job, folder: Path, workers: int | str | None = None, ray: str | None = None) -> Summary:

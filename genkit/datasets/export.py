@@ -14,6 +14,7 @@ from genkit.datasets.kept import caption, picture
 from genkit.datasets.shards import need_pyarrow, write_shards
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, each_line, is_temporary, json_line, write_whole
 from genkit.errors import HostError, InputError, nearest, shown
+from genkit.files import local
 from genkit.progress import Steps
 from genkit.rows.result import Result
 
@@ -40,6 +41,7 @@ class Target:
 
     def check(self, out: Path | None) -> None:
         """Raise InputError for an invalid combination, before anything is read or written."""
+        local(out)
         if self.form not in FORMATS:
             known = ", ".join(FORMATS)
             raise InputError(f"--format: {shown(self.form)} is none of {known}{nearest(self.form, FORMATS)}")

@@ -18,6 +18,7 @@ from genkit.phases import phase
 from genkit.progress import Progress
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.runs.destination import check_rights
 from genkit.runs.look_again import unseen
 from genkit.runs.run import Run, read_config
 from genkit.sampling.draws import Draws
@@ -62,6 +63,7 @@ def run_job(job: Job, out: Path, crew: Crew | None = None) -> Summary:
 
 
 def _run_job(job: Job, out: Path, crew: Crew, began: float) -> Summary:
+    check_rights(out)
     recorded = read_config(out)
     # The first start loads before it writes, so that it leaves nothing behind if the weights do not fit. A later one
     # scans the folder first: another process may hold the lock, or nothing may be left to do.

@@ -26,9 +26,11 @@ from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
 from genkit.pages.gallery import policy
 from genkit.rows.result import Result
+from genkit.runs.lease import Lease
 from genkit.scoring.gates import passes
 from genkit.selection.calibrate import check_asked, checked_gate, read_pictures
 from genkit.selection.votes import COLUMNS, MEANING, UNDO, VOTES, header, read_votes, standing
+from genkit.storage import StoragePath
 
 LONG = 2000  # characters of a prompt that are shown
 KEYS = "Open the address above; y good, n bad, u undo, space later; Ctrl-C ends."
@@ -78,18 +80,45 @@ class Ballots:
         cells = {"image": str(r.file), "vote": vote, "sha256": r.sha256 or ""}
         line = ",".join(cells.get(column, "") for column in self._columns)
         with disk(self.path):
-            size = os.fstat(self._handle).st_size
-            try:
-                if os.write(self._handle, data := f"{line}\n".encode()) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(self._handle)
-            except OSError:
-                os.ftruncate(self._handle, size)
-                raise
+            self._append(f"{line}\n".encode())
+
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._handle).st_size
+        try:
+            if os.write(self._handle, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._handle)
+        except OSError:
+            os.ftruncate(self._handle, size)
+            raise
 
     def close(self) -> None:
         """Let another process have the file."""
         os.close(self._handle)
+
+
+class StoredBallots(Ballots):
+    """The same for a run on storage: the whole file is put again with each vote."""
+
+    def __init__(self, folder: StoragePath) -> None:
+        self.path, self._lease = folder / VOTES, Lease(folder / "label")
+        try:
+            if not self.path.exists():
+                write_whole(self.path, (",".join(COLUMNS) + "\n").encode())
+            self._text = self.path.read_bytes()
+            self.votes = read_votes(self.path)
+            self._columns = header(self.path)
+        except BaseException:
+            self._lease.close()
+            raise
+
+    def _append(self, line: bytes) -> None:
+        self._lease.check()
+        self.path.write_bytes(self._text + (b"" if self._text.endswith(b"\n") else b"\n") + line)
+        self._text = self.path.read_bytes()
+
+    def close(self) -> None:
+        self._lease.close()
 
 
 class Desk:
@@ -278,10 +307,13 @@ class Handler(BaseHTTPRequestHandler):
 def _picture(folder: Path, r: Result) -> tuple[str, bytes]:
     """Return the type and bytes of a record's picture: a regular file that begins as a picture does."""
     try:
-        handle = os.open(folder / str(r.file), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(handle, "rb") as file:
-            found = os.fstat(handle)
-            data = file.read() if stat.S_ISREG(found.st_mode) and found.st_size <= PICTURE else b""
+        if isinstance(folder, StoragePath):
+            data = (folder / str(r.file)).read_bytes()
+        else:
+            handle = os.open(folder / str(r.file), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(handle, "rb") as file:
+                found = os.fstat(handle)
+                data = file.read() if stat.S_ISREG(found.st_mode) and found.st_size <= PICTURE else b""
     except OSError:
         raise Refused(404, "the picture is gone") from None
     kind = next((kind for magic, kind in _KINDS.items() if data.startswith(magic)), None)
@@ -305,7 +337,7 @@ def label(folder: Path, where: str | None = None, seed: int = 0, port: int = 0) 
         pictures = {name: r for name, r in pictures.items() if passes(gate, r.scores)}
         if not pictures:
             raise InputError(f"--where: {shown(where)}: no picture passes")
-    ballots = Ballots(folder)
+    ballots = StoredBallots(folder) if isinstance(folder, StoragePath) else Ballots(folder)
     try:
         desk = Desk(pictures, ballots, seed)
         with Server(folder, desk, port) as server:

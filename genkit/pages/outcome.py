@@ -10,6 +10,7 @@ from genkit.pages.gallery import write_gallery
 from genkit.pages.large import remove_older, write_large_gallery
 from genkit.runs.records import read_rows
 from genkit.selection.verdicts import Selection, write_selection_file
+from genkit.storage import StoragePath
 
 LARGE = 10_000  # images above which the page loads what it shows
 
@@ -18,9 +19,11 @@ def write_outcome(folder: Path, selection: Selection, config: Mapping[str, Any])
     """Write selection.json and index.html of a run folder; return the page's path. Raises HostError."""
     write_selection_file(folder, selection)
     table = selection.table
-    if len(table) > LARGE:
+    stored = isinstance(folder, StoragePath)  # where a page of a thousand objects would be slow to write
+    if len(table) > LARGE and not stored:
         return write_large_gallery(folder, selection, config)
     results = list(table.whole(range(len(table))))
     page = write_gallery(folder, read_rows(folder), results, {"images": dict(selection.images())}, config)
-    remove_older(folder)
+    if not stored:
+        remove_older(folder)
     return page

@@ -13,6 +13,7 @@ from typing import Any
 
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError, shown
+from genkit.files import local
 from genkit.pages.gallery import policy
 from genkit.pictures.images import read_image
 
@@ -22,6 +23,7 @@ SUFFIX = ".html"
 
 def check_page(path: Path) -> None:
     """Raise InputError if the page cannot be written there."""
+    local(path, "--page")
     if path.suffix.lower() != SUFFIX or path.is_dir():
         raise InputError(f"--page: {shown(str(path))} is not a file that ends in {SUFFIX}")
     if not path.absolute().parent.is_dir():

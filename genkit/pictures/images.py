@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError
 from genkit.files import file_size, place
+from genkit.storage import StoragePath, parsed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,8 +33,10 @@ def check_image(path: str | Path, contained: bool = False, mask: bool = False) -
     contained: refuse a symbolic link that points outside its folder. Cached until the file changes. Raises InputError
     naming the file and what is wrong with it.
     """
-    path = Path(path)
+    path = path if isinstance(path, StoragePath) else Path(path)
     file_size(path)
+    if isinstance(path, StoragePath):
+        return (read_mask if mask else read_image)(path).size
     if contained and path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
         raise InputError(f"{place(path)}: is a link that leads out of its folder")
     status = os.stat(path)
@@ -76,7 +79,7 @@ def _read(source: Any, convert: Callable[[Image.Image], Image.Image]) -> Image.I
             return _converted(source, convert)
         if hasattr(source, "__array_interface__"):
             return convert(_from_array(source))
-        return _decoded(source if isinstance(source, bytes) else _bytes(Path(source)), convert)
+        return _decoded(source if isinstance(source, bytes) else _bytes(source), convert)
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(where) else f"{where}: {message}") from None
@@ -111,6 +114,8 @@ def list_files(folder: str | Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise InputError(f"{place(error.filename)}: cannot be listed: {error.strerror}")
 
+    if isinstance(folder, StoragePath):
+        return sorted((folder / name for name in folder.sizes() if f"/{name}".find("/.") < 0), key=natural)
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -124,12 +129,15 @@ def natural(path: Path) -> list[Any]:
     return [[(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in part] for part in parts]
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(source: str | Path) -> bytes:
+    path = parsed(source) or Path(source)
     size = file_size(path)
     if size == 0:
         raise InputError("is empty")
     if size > MAX_BYTES:
         raise InputError(f"has {size} bytes, more than the {MAX_BYTES} that a picture may have")
+    if isinstance(path, StoragePath):
+        return path.read_bytes()
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # O_NONBLOCK: do not wait if it became a pipe
         return file.read(MAX_BYTES + 1)
 
@@ -139,7 +147,6 @@ def picture_bytes(path: str | Path) -> bytes:
 
     Raises InputError as `read_image` does for a file that is too large, damaged, or of another format.
     """
-    path = Path(path)
     try:
         data = _bytes(path)
         _plugin(data)

@@ -15,8 +15,10 @@ from genkit.errors import HostError, InputError, shown
 from genkit.rows.request import SEED_LIMIT
 from genkit.runs.records import CONFIG, read_config
 from genkit.scoring.senses import NAMES as SENSES
+from genkit.storage import StoragePath, check_storage, check_writable
 
 LONGEST = 3800  # bytes of a path; leaves room for names of images within the usual limit of 4,096
+LONGEST_KEY = 900  # bytes; a key of S3 has 1,024
 SHOWN = 10  # differences named in a refusal
 PLACES = (
     "model.name",
@@ -36,6 +38,9 @@ def check_folder(folder: Path, prompts: Path | None = None) -> None:
     prompts: the prompt file, which must not lie in the folder.
     """
     text = shown(str(folder)).strip("'")
+    if isinstance(folder, StoragePath):
+        _check_stored(folder, text)
+        return
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(folder)) or folder.name != folder.name.strip():
         raise InputError(f"--out: {shown(str(folder))} has a space at an end, or a character that no file name should")
     try:
@@ -60,10 +65,28 @@ def check_folder(folder: Path, prompts: Path | None = None) -> None:
         raise InputError(f"--out: {text} holds {shown(foreign)} and no {CONFIG}; name a new or empty folder")
 
 
+def _check_stored(folder: StoragePath, text: str) -> None:
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(folder)) or len(str(folder)) > LONGEST_KEY:
+        raise InputError(f"--out: {text} is longer than a key may be, or has a character that no key should")
+    check_storage(folder)
+    if read_config(folder) is None:
+        names = sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in folder.entries())
+        foreign = [name for name in names if not name.startswith(".")]
+        if foreign:
+            raise InputError(f"--out: {text} holds {shown(foreign[0])} and no {CONFIG}; name a new or empty folder")
+
+
+def check_rights(folder: Path) -> None:
+    """Raise InputError or HostError for a folder on storage that a run cannot be written to, before it has anything."""
+    if isinstance(folder, StoragePath):
+        check_storage(folder)
+        check_writable(folder)
+
+
 def free_name(folder: Path) -> Path:
     """Return `folder`, or the first of folder-2, folder-3, … that does not exist: for `--new-run`."""
     n, name = 1, folder
-    while os.path.lexists(name):
+    while name.exists() if isinstance(name, StoragePath) else os.path.lexists(name):
         n += 1
         name = folder.with_name(f"{folder.name}-{n}")
     return name

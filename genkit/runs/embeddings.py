@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from genkit.durable import disk, write_whole
 from genkit.errors import HostError, InputError
 from genkit.rows.result import Result
 from genkit.runs.records import Key, read_results
+from genkit.runs.segments import LINES, writer_name
+from genkit.storage import StoragePath, file_of
 
 EMBEDDINGS = "embeddings.npy"
 PARTS = "embeddings-*.npy"  # of the workers of a run that many draw
@@ -58,6 +61,9 @@ def fold_embeddings(folder: Path) -> list[Path]:
     Raises InputError for a file of another kind.
     """
     paths = sorted(folder.glob(PARTS))
+    if isinstance(folder, StoragePath):
+        _put_together(folder, paths)
+        return paths
     for path in paths:
         records, _ = _records(path)
         if len(records):
@@ -82,6 +88,10 @@ def by_content(folder: Path) -> tuple[dict[str, int], np.ndarray]:
 class Store:
     """The embeddings of a locked run, open for appending; thread-safe. A context manager."""
 
+    def __new__(cls, folder: Path, width: int, worker: str | None = None) -> Store:
+        """Return one for a local folder, or for one on storage."""
+        return object.__new__(StorageStore if isinstance(folder, StoragePath) else cls)
+
     def __init__(self, folder: Path, width: int, worker: str | None = None) -> None:
         """Open or create the file and truncate a torn record. Raises InputError for another kind of file or width.
 
@@ -93,13 +103,16 @@ class Store:
             if not self.path.exists():
                 write_whole(self.path, _header(self.dtype, 0))
             records, self._start = _records(self.path)
-            if records.dtype != self.dtype:
-                there = records.dtype["vector"].shape[0]
-                raise InputError(f"{self.path}: holds embeddings {there} wide, not {width}; move it away")
+            self._check(records.dtype, width)
             self.count = len(records)
             self._handle = os.open(self.path, os.O_RDWR)
             os.ftruncate(self._handle, self._end)
         self._lock = threading.Lock()
+
+    def _check(self, found: np.dtype[Any], width: int) -> None:
+        if found != self.dtype:
+            there = found["vector"].shape[0]
+            raise InputError(f"{self.path}: holds embeddings {there} wide, not {width}; move it away")
 
     @property
     def _end(self) -> int:
@@ -131,6 +144,9 @@ class Store:
                     data, at = data[written:], at + written
                 self.count += len(piece)
 
+    def flush(self) -> None:
+        """Put what was added, on storage; a local file has it already."""
+
     def close(self) -> None:
         """Write the count, sync, and close."""
         with self._lock, disk(self.path):
@@ -143,6 +159,64 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class StorageStore(Store):
+    """The embeddings of one writer of a run on storage: objects that are put again as they grow up to LINES records."""
+
+    def __init__(self, folder: Path, width: int, worker: str | None = None) -> None:
+        """Begin. Raises InputError where the run has embeddings of another width."""
+        self.path, self.dtype, self.count = folder / EMBEDDINGS, _dtype(width), 0
+        self._folder, self._writer, self._number = folder, writer_name(worker or "run"), 0
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                self._check(_dtype_of(self.path, file), width)
+        self._now: list[bytes] = []  # of the object that grows
+        self._new: list[bytes] = []
+        self._lock, self._adding = threading.Lock(), threading.Lock()
+
+    def add(self, row_id: str, index: int, sha256: str, vector: np.ndarray) -> None:
+        """Have the unit vector (width,) of a picture put by the next `flush`."""
+        data = np.array([(row_id.encode(), index, sha256.encode(), vector)], self.dtype).tobytes()
+        with self._adding:
+            self._new.append(data)
+            self.count += 1
+
+    def extend(self, records: np.ndarray) -> None:
+        """Have records put by the next `flush`."""
+        with self._adding:
+            self._new += [record.tobytes() for record in records]
+
+    def flush(self) -> None:
+        """Put what was added. Raises HostError."""
+        with self._lock:
+            with self._adding:
+                new, self._new = self._new, []
+            for start in range(0, len(new), LINES):
+                piece = new[start : start + LINES]
+                if self._now and len(self._now) + len(piece) > LINES:
+                    self._now, self._number = [], self._number + 1
+                self._now += piece
+                name = f"embeddings-{self._writer}__{self._number:06d}.npy"
+                (self._folder / name).write_bytes(_header(self.dtype, len(self._now)) + b"".join(self._now))
+
+    def close(self) -> None:
+        """Put what was added."""
+        self.flush()
+
+
+def _put_together(folder: Path, paths: list[Path]) -> None:
+    """Put embeddings.npy with the records of `paths` after its own."""
+    parts = [records for path in paths if len(records := _records(path)[0])]
+    if not parts:
+        return
+    before, _ = _records(folder / EMBEDDINGS)
+    every = [before, *parts] if len(before) else parts
+    every = [records for records in every if records.dtype == every[0].dtype]
+    pieces = (
+        records[start : start + RECENT].tobytes() for records in every for start in range(0, len(records), RECENT)
+    )
+    write_whole(folder / EMBEDDINGS, itertools.chain([_header(every[0].dtype, sum(map(len, every)))], pieces))
 
 
 def _dtype(width: int) -> np.dtype[Any]:
@@ -162,18 +236,24 @@ def _records(path: Path) -> tuple[np.ndarray, int]:
     """Return the complete records of the file, memory-mapped, and the offset of the first."""
     if not path.is_file():
         return np.empty(0, _dtype(0)), 0
-    with disk(path), open(path, "rb") as file:
-        try:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError
-            dtype = np.lib.format.read_array_header_1_0(file)[2]
-            if dtype.names != _dtype(0).names or dtype != _dtype(dtype["vector"].shape[0]):
-                raise ValueError
-        except (ValueError, IndexError, KeyError, TypeError):
-            raise InputError(f"{path}: holds no embeddings of a run; move it away") from None
+    with disk(path), file_of(path) as file:
+        dtype = _dtype_of(path, file)
         start = file.tell()
         count = (os.fstat(file.fileno()).st_size - start) // dtype.itemsize
         return (np.memmap(file, dtype, "r", start, (count,)) if count else np.empty(0, dtype)), start
+
+
+def _dtype_of(path: Path, file: IO[bytes]) -> np.dtype[Any]:
+    """Return the type of the records, of which the first follows in the file."""
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError
+        dtype: np.dtype[Any] = np.lib.format.read_array_header_1_0(file)[2]
+        if dtype.names != _dtype(0).names or dtype != _dtype(dtype["vector"].shape[0]):
+            raise ValueError
+    except (ValueError, IndexError, KeyError, TypeError):
+        raise InputError(f"{path}: holds no embeddings of a run; move it away") from None
+    return dtype
 
 
 def _together(folder: Path) -> np.ndarray:

@@ -11,19 +11,24 @@ from genkit.durable import Journal, disk, sync_folder
 from genkit.errors import HostError
 from genkit.rows.result import Result
 from genkit.runs.embeddings import fold_embeddings
+from genkit.runs.gather import gather
 from genkit.runs.recorder import lock_part
 from genkit.runs.records import Key, part_of, parts_of, read_parts
+from genkit.runs.segments import Segments
+from genkit.storage import StoragePath
 
 WAIT = 30.0  # seconds for the workers of a driver that was killed, which end when they miss it
 PIECE = 10_000  # records appended at a time
 
 
-def fold(folder: Path, journal: Journal, records: dict[Key, Result], wait: float = WAIT) -> list[str]:
+def fold(folder: Path, journal: Journal | Segments, records: dict[Key, Result], wait: float = WAIT) -> list[str]:
     """Append what the parts of a locked run hold to its journal, add it to `records`, and remove the parts.
 
     A crash in between leaves the parts: the next fold finds what is appended already, and removes them. Returns what
     to say of damaged lines. Raises HostError for a part whose writer has not ended after `wait` seconds.
     """
+    if isinstance(folder, StoragePath):
+        return gather(folder, journal, records)
     paths = parts_of(folder)
     if not paths and not any(folder.glob("embeddings-*.npy")):
         return []
@@ -47,6 +52,8 @@ def fold(folder: Path, journal: Journal, records: dict[Key, Result], wait: float
 
 def ended(folder: Path, worker: str, wait: float) -> dict[Key, Result]:
     """Return what a worker that died recorded; {} if it never began. wait: seconds for its process to end."""
+    if isinstance(folder, StoragePath):  # where no lock tells: a segment that comes late counts at the next fold
+        return read_parts(p for p in parts_of(folder) if p.name.startswith(f"results-{worker}_"))[0]
     path = part_of(folder, worker)
     if not path.exists():
         return {}

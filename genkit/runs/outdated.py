@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from genkit.errors import shown
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import Key
+from genkit.storage import StoragePath
 
 HASHED = 8 * 2**30  # bytes of images whose hash is checked, newest first; of the rest only the size
+STORED_HASHED = 2**26  # the same on storage, where reading is what costs
 # Fields that affect only which images are kept.
 _DECIDING = {"num_images", "keep", "gate", "rank_by", "max_images", "meta", "prune", "detect", "ask"}
 
@@ -42,15 +44,18 @@ def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprint
 def damaged(folder: Path, done: Sequence[Result]) -> tuple[dict[Key, str], int]:
     """Return what is wrong with the files of finished images, and how many were hashed.
 
-    Size alone does not detect a zeroed tail, a flipped bit, or another image's content: only the hash does.
+    Size alone does not detect a zeroed tail, a flipped bit, or another image's content: only the hash does. Of images
+    on storage, which has checksums of its own, sizes are listed, and fewer are hashed.
     """
     newest_first = list(reversed(done))
-    left, hashed = HASHED, []
+    stored = isinstance(folder, StoragePath)
+    left, hashed = STORED_HASHED if stored else HASHED, []
     for r in newest_first:
         left -= r.bytes or 0
         hashed.append(left >= 0)
-    with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda r, whole: _damage(folder / str(r.file), r, whole), newest_first, hashed)
+    check = _check_on(folder) if isinstance(folder, StoragePath) and done else _damage
+    with ThreadPoolExecutor(16 if stored else 4) as pool:
+        found = pool.map(lambda r, whole: check(folder / str(r.file), r, whole), newest_first, hashed)
         texts = {(r.id, r.index): text for r, text in zip(newest_first, found, strict=True) if text is not None}
     return texts, sum(hashed)
 
@@ -67,6 +72,23 @@ def _damage(path: Path, r: Result, hashed: bool) -> str | None:
     if hashed and hashlib.sha256(path.read_bytes()).hexdigest() != r.sha256:
         return "has another content than was recorded"
     return None
+
+
+def _check_on(folder: StoragePath) -> Callable[[Path, Result, bool], str | None]:
+    """Return what `_damage` does, for a folder on storage that is listed once."""
+    sizes = folder.sizes()
+
+    def damage(path: Path, r: Result, hashed: bool) -> str | None:
+        size = sizes.get(str(r.file))
+        if size is None:
+            return "missing"
+        if size != r.bytes:
+            return f"has {size} bytes, and had {r.bytes}"
+        if hashed and hashlib.sha256(path.read_bytes()).hexdigest() != r.sha256:
+            return "has another content than was recorded"
+        return None
+
+    return damage
 
 
 def announcements(

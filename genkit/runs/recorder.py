@@ -6,7 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from genkit.durable import Journal, disk, sync_folder, write_whole
@@ -14,6 +14,8 @@ from genkit.errors import HostError
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import Key, part_of
+from genkit.runs.segments import Segments
+from genkit.storage import StoragePath
 
 BLOCK = 1000  # rows in a subfolder of images/, in a run of more rows than that
 
@@ -24,7 +26,7 @@ class Recorder:
     rows: by id; results: the newest record of each of their images; done: those that need no drawing.
     """
 
-    _journal: Journal
+    _journal: Journal | Segments
 
     def __init__(self, folder: Path, rows: Sequence[Request]) -> None:
         self.folder = folder
@@ -63,6 +65,11 @@ class Recorder:
         """Record an image that failed (tried again on resume) or was pruned (not tried again). Raises HostError."""
         self._record(result)
 
+    def first(self, work: Callable[[], None]) -> None:
+        """Have `work` done before records are put on storage; of local folders the caller sees to the order."""
+        if isinstance(self._journal, Segments):
+            self._journal.before.append(work)
+
     def fingerprint(self, row_id: str) -> str:
         """Return `Request.fingerprint` of a row, which reads its input files, computed once."""
         found = self._fingerprints.get(row_id)
@@ -86,13 +93,18 @@ class Recorder:
 class Part(Recorder):
     """One of many writers of a run that another process opened and holds; a context manager.
 
-    Its records are in `part_of(folder, worker)`, which it locks: whoever folds waits until the writer has ended.
+    Its records are in `part_of(folder, worker)`, which it locks: whoever folds waits until the writer has ended. On
+    storage there is no such lock, and they are in segments: one that is put after a fold counts at the next.
     """
 
     def __init__(self, folder: Path, rows: Sequence[Request], worker: str) -> None:
         """Begin the part of `worker`, a name that no part has. Raises HostError."""
         super().__init__(folder, rows)
         self.worker = worker
+        self._lock: int | None = None
+        if isinstance(folder, StoragePath):
+            self._journal = Segments(folder, worker)
+            return
         path = part_of(folder, worker)
         with disk(path):
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -108,7 +120,8 @@ class Part(Recorder):
     def close(self) -> None:
         """Release the part. Everything saved is on disk already."""
         self._journal.close()
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def __enter__(self) -> Part:
         return self

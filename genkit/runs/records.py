@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.durable import disk, each_line
+from genkit.durable import disk, each_line, each_of
 from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.storage import StoragePath, check_storage, contents
 
 CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
     "run.json",
@@ -36,8 +37,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     try:
         with disk(path):
             config = json.loads(path.read_bytes()) if path.is_file() else None
+    except InputError:  # of storage
+        raise
     except (ValueError, RecursionError):
         raise InputError(f"{path}: is not JSON; restore it, or use another folder") from None
+    if config is None and isinstance(folder, StoragePath):
+        check_storage(folder)
     if config is not None and not (
         isinstance(config, dict) and all(isinstance(config.get(k), dict) for k in ("binding", "info"))
     ):
@@ -88,7 +93,7 @@ def read_results(folder: Path) -> list[Result]:
         while parts:
             try:
                 found, _ = read_parts(parts)
-                if all(map(Path.exists, parts)):
+                if _are_there(folder, parts):
                     records |= found
                     break
             except FileNotFoundError:
@@ -98,20 +103,39 @@ def read_results(folder: Path) -> list[Result]:
     return [r for r in records.values() if r.status != REPLACED]
 
 
+def _are_there(folder: Path, parts: list[Path]) -> bool:
+    if isinstance(folder, StoragePath):
+        return {*parts} <= {*parts_of(folder)}
+    return all(map(Path.exists, parts))
+
+
 def read_parts(paths: Iterable[Path]) -> tuple[dict[Key, Result], list[tuple[str, int]]]:
     """Return the record of each image in the parts, and (file name, number) of invalid lines. Raises OSError.
 
-    Of an image that several workers recorded, as when one was taken for dead, the same record counts in any order.
+    Of an image that several workers recorded, as when one was taken for dead, the same record counts in any order; of
+    one that a worker recorded in several segments, the last.
     """
     found: dict[Key, Result] = {}
     bad: list[tuple[str, int]] = []
-    for path in paths:
-        records, wrong = newest(each_line(path))
+    of_worker: dict[str, dict[Key, Result]] = {}
+    for path, lines in _lines_of(list(paths)):
+        records, wrong = newest(lines)
         bad += [(path.name, number) for number in wrong]
+        of_worker.setdefault(path.stem.partition("__")[0], {}).update(records)
+    for records in of_worker.values():
         for key, result in records.items():
             if key not in found or _order(result) > _order(found[key]):
                 found[key] = result
     return found, bad
+
+
+def _lines_of(paths: list[Path]) -> Iterator[tuple[Path, Iterable[Any]]]:
+    """Yield each part and its lines; of those on storage some are read ahead."""
+    stored = [path for path in paths if isinstance(path, StoragePath)]
+    for segment, data in zip(stored, contents(stored), strict=True):
+        yield segment, each_of(data)
+    for path in paths[len(stored) :]:
+        yield path, each_line(path)
 
 
 def _order(result: Result) -> tuple[Any, ...]:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genkit.components import weight_hashes
-from genkit.durable import lock_folder
 from genkit.errors import HostError
+from genkit.rows.result import Result
 from genkit.runs.embeddings import Store, read_embeddings
+from genkit.runs.lease import Hold, Lease, hold
 from genkit.runs.records import RESULTS, read_config, read_results
+from genkit.storage import StoragePath
 
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
@@ -62,9 +64,11 @@ class Stored:
     """
 
     def __init__(self, folder: Path | None, clip: ModelInfo | None = None) -> None:
-        self._lock: int | None = None
+        self._lock: Hold | Lease | None = None
         self._store: Store | None = None
         self._rows: dict[tuple[str, int], int] = {}
+        self._waits: tuple[Path, int] | None = None  # the store to open with the first new embedding
+        self._sizes: dict[str, int] | None = None
         if folder is None or not (folder / RESULTS).is_file():
             self._records = {}
             return
@@ -74,17 +78,29 @@ class Stored:
         if clip is None or not isinstance(binding, dict) or binding.get("weights") != weight_hashes(clip):
             return
         self._rows, self._vectors = read_embeddings(folder, results)
-        with contextlib.suppress(HostError, OSError):
-            self._lock = lock_folder(folder)
-            self._store = Store(folder, clip.embedding_width)
+        self._waits = folder, clip.embedding_width
+        if isinstance(folder, StoragePath):  # to take a folder there may take time, and is a write
+            self._sizes = folder.sizes()
+        else:
+            self._open()
+
+    def _open(self) -> None:
+        if self._waits is not None:
+            (folder, width), self._waits = self._waits, None
+            with contextlib.suppress(HostError, OSError):
+                self._lock = hold(folder)
+                self._store = Store(folder, width)
 
     def vector(self, file: Path) -> np.ndarray | None:
         """Return the stored embedding of a picture, (width,) float16, or None; the file must have its recorded size."""
         r = self._records.get(file)
         row = None if r is None else self._rows.get((r.id, r.index))
-        if r is None or row is None or os.stat(file).st_size != r.bytes:
+        if r is None or row is None or self._size(file, r) != r.bytes:
             return None
         return np.array(self._vectors[row])
+
+    def _size(self, file: Path, r: Result) -> int | None:
+        return os.stat(file).st_size if self._sizes is None else self._sizes.get(str(r.file))
 
     def measures(self, file: Path) -> dict[str, Any] | None:
         """Return the recorded scores that depend only on the pixels, or None if some are missing."""
@@ -94,6 +110,7 @@ class Stored:
 
     def add(self, file: Path, vector: np.ndarray) -> None:
         """Store a new embedding with the run, if the file has the recorded SHA-256."""
+        self._open()
         r = self._records.get(file)
         if self._store is None or r is None or not r.sha256:
             return
@@ -107,4 +124,4 @@ class Stored:
         if self._store is not None:
             self._store.close()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()

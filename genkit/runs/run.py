@@ -9,16 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genkit.durable import Journal, disk, is_temporary, json_line, lock_folder, read_lines, sync_folder, write_whole
+from genkit.durable import Journal, disk, is_temporary, json_line, read_lines, sync_folder, write_whole
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.destination import check_binding, check_folder, free_name
 from genkit.runs.embeddings import read_embeddings
 from genkit.runs.folding import fold
+from genkit.runs.gather import gather
+from genkit.runs.lease import Hold, Lease, hold
 from genkit.runs.outdated import NEW_LABELS, announcements, damaged, outdated
 from genkit.runs.recorder import Recorder
 from genkit.runs.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
+from genkit.runs.segments import Segments
 from genkit.scoring.senses import NAMES as SENSES
+from genkit.storage import StoragePath
 
 __all__ = ["Run", "check_folder", "free_name", "read_config", "read_results"]
 
@@ -32,7 +36,7 @@ class Run(Recorder):
     labels or prompts than the current ones; config: run.json. `save` and `fail` are thread-safe.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], rows: Sequence[Request], lock: int) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], rows: Sequence[Request], lock: Hold | Lease) -> None:
         """For `Run.open`, which checks the folder and takes the lock."""
         super().__init__(folder, rows)
         self.config, self._lock = config, lock
@@ -50,7 +54,7 @@ class Run(Recorder):
         check_folder(folder)
         with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(folder)
+            lock = hold(folder)
             try:
                 recorded = read_config(folder)
                 if recorded is not None:
@@ -63,7 +67,7 @@ class Run(Recorder):
                 run._begin()
                 return run
             except BaseException:
-                os.close(lock)
+                lock.close()
                 raise
 
     def rescore(self, results: Sequence[Result]) -> None:
@@ -78,26 +82,30 @@ class Run(Recorder):
         records: dict[Key, Result] = {}
         self._note(fold(self.folder, self._journal, records))
         for result in records.values():
-            if result.id in self.rows:
+            if result.id in self.rows and result.status != REPLACED:
                 self._count(result)
 
     def close(self) -> None:
         """Release the lock. Everything saved is on disk already."""
         self._journal.close()
-        os.close(self._lock)
+        self._lock.close()
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and isinstance(self.folder, StoragePath):  # so that others read one object
+                gather(self.folder, self._journal, {})
+        finally:
+            self.close()
 
     def _begin(self) -> None:
         """Check what is there, move damaged and outdated images aside, and write the rows."""
         for name in self.blocks():
             (self.folder / "images" / name).mkdir(exist_ok=True)
         sync_folder(self.folder / "images")
-        self._journal = Journal(self.folder / RESULTS)
+        self._journal = self._opened()
         try:
             records, bad = newest(self._journal.lines)
             self._journal.lines.clear()
@@ -112,6 +120,14 @@ class Run(Recorder):
         except BaseException:
             self._journal.close()
             raise
+
+    def _opened(self) -> Journal | Segments:
+        if not isinstance(self.folder, StoragePath):
+            return Journal(self.folder / RESULTS)
+        assert isinstance(self._lock, Lease)
+        journal = Segments(self.folder, "run", self.folder / RESULTS)
+        journal.before.append(self._lock.check)
+        return journal
 
     def _tidy(self, recorded: set[str | None]) -> None:
         """Remove temporary files, and move aside pictures without a record, left when a run was killed."""
@@ -152,7 +168,7 @@ class Run(Recorder):
             if (r.id, r.index) not in why:
                 continue
             path, moved = self.folder / str(r.file), None
-            if r.status == "done" and os.path.lexists(path):
+            if r.status == "done" and _is_there(path):
                 moved = self._set_aside(path)
                 folders |= {path.parent, self.folder / REPLACED}
             text = why[r.id, r.index]
@@ -164,9 +180,9 @@ class Run(Recorder):
         """Move a picture to the first free name in replaced/; return that name, relative to the run folder."""
         (self.folder / REPLACED).mkdir(exist_ok=True)
         n = 1
-        while os.path.lexists(target := self.folder / REPLACED / f"{path.stem}.{n}{path.suffix}"):
+        while _is_there(target := self.folder / REPLACED / f"{path.stem}.{n}{path.suffix}"):
             n += 1
-        os.rename(path, target)
+        path.rename(target)
         return target.relative_to(self.folder).as_posix()
 
     def _recorded_rows(self) -> dict[str, dict[str, Any]]:
@@ -183,12 +199,19 @@ class Run(Recorder):
 
 def _files(folder: Path) -> Iterator[Path]:
     """Yield the files in images/ and in its numbered subfolders."""
+    if isinstance(folder, StoragePath):
+        yield from (folder / name for name in folder.sizes())
+        return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() and entry.name.isdigit():
                 yield from _files(Path(entry.path))
             else:
                 yield Path(entry.path)
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() if isinstance(path, StoragePath) else os.path.lexists(path)
 
 
 def _places(binding: dict[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from typing import Any
 
 from genkit.durable import disk, json_line, whole_lines
 from genkit.errors import InputError, shown
+from genkit.files import names_in
 from genkit.rows.request import MAX_TEXT, SEED_LIMIT, Request
 from genkit.rows.result import Result
 from genkit.runs.records import PICTURE, REPLACED, RESULTS, ROWS, newest, parts_of, read_results
 from genkit.scoring.names import names_of
+from genkit.storage import StoragePath
 
 LISTINGS = 8  # folders whose names are held at a time
 GONE = "its file is missing"
@@ -289,7 +291,7 @@ class Table:
                 if len(names) >= LISTINGS:
                     names.pop(next(iter(names)))
                 try:
-                    names[under] = set(os.listdir(os.fsencode(self.folder) + b"/" + under))
+                    names[under] = {os.fsencode(name) for name in names_in(self.folder / os.fsdecode(under))}
                 except OSError:
                     names[under] = set()
             if name not in names[under]:
@@ -298,8 +300,8 @@ class Table:
 
 
 def _records_of(folder: Path) -> tuple[Path, Any]:
-    """Return the file of a run's records, and what keeps it there: of many workers' parts it is a copy of all."""
-    if not parts_of(folder):
+    """Return the file of a run's records, and what keeps it there: with parts, or on storage, it is a copy."""
+    if not isinstance(folder, StoragePath) and not parts_of(folder):
         return folder / RESULTS, None
     copy = tempfile.NamedTemporaryFile(prefix="genkit-")  # noqa: SIM115
     copy.writelines(json_line(r.to_json()).encode() for r in read_results(folder))

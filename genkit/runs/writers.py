@@ -15,12 +15,14 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.embeddings import Store
 from genkit.runs.recorder import Recorder
+from genkit.storage import StoragePath
 
 # Images that may wait for a writer before denoising waits for the disk, and the bytes of their pixels: 64 of 1024x1024
 QUEUE, QUEUE_BYTES = 64, 2**28
 # Most of a small image's time is waiting for the disk. Of 128x128, on two cores: 1 thread 152 images/s, 2 334, 4 447,
 # 8 725, 16 887; of 512x512, which keep the cores busy, two threads and more alike.
 WRITERS = 8
+STORERS = 32  # of storage, which takes some 50 ms for what a disk does in one
 
 
 class Writers:
@@ -39,7 +41,10 @@ class Writers:
         self.words, self.written = words or {}, written
         self.run, self.encoding, self.origin, self.store = run, encoding, origin, store
         self.rows = {r.id: r for r in rows}
-        self.pool = ThreadPoolExecutor(WRITERS, "genkit-write")
+        if store is not None:
+            run.first(store.flush)
+        stored = isinstance(run.folder, StoragePath)
+        self.pool = ThreadPoolExecutor(STORERS if stored else WRITERS, "genkit-write")
         self.waiting: deque[tuple[Future[None], int]] = deque()  # with the bytes of its pixels
         self.bytes = 0
 

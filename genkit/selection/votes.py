@@ -84,7 +84,7 @@ def read_votes(path: Path) -> list[Vote]:
 
 def header(path: Path) -> list[str]:
     """Return the names of the columns of a votes.csv that `read_votes` has read."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", newline="") as file:
         return _names_of(next(csv.reader(file)))
 
 

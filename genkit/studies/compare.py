@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from genkit.durable import disk, json_line, json_pieces, write_whole
 from genkit.errors import HostError, InputError, shown
+from genkit.files import local, there
 from genkit.pages.gallery import LOCAL, policy, within_html
 from genkit.rows.request import Request
 from genkit.rows.result import Result
@@ -25,6 +26,7 @@ from genkit.scoring.boxes import counts
 from genkit.scoring.said import NOTHING, Said, said_of
 from genkit.selection.intervals import mean_interval, share_interval
 from genkit.selection.votes import name_of
+from genkit.storage import StoragePath
 
 PAGE, FIGURES = "compare.html", "comparison.json"
 NAMED = 10  # pictures without a partner that are named
@@ -64,6 +66,7 @@ def compare_runs(a: Path, b: Path, out: Path | None = None) -> dict[str, Any]:
     B/compare.html and links to the pictures where they are. Raises InputError for what is no run, and where no picture
     of the one has a partner in the other; HostError.
     """
+    local(out)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} is not an empty folder")
     one, two = _side(a), _side(b)
@@ -90,8 +93,9 @@ def _side(folder: Path) -> Side:
     places = {row: place for place, row in enumerate(rows)}
     found = sorted((r for r in read_results(folder) if r.id in rows), key=lambda r: (places[r.id], r.index))
     results = {name_of(r): r for r in found}
+    files = {*there(folder, [folder / str(r.file) for r in found if r.status == "done"])}
     for name, r in results.items():
-        if r.status == "done" and not (folder / str(r.file)).is_file():
+        if r.status == "done" and folder / str(r.file) not in files:
             results[name] = dataclasses.replace(r, status="missing")
     return Side(folder, config, rows, results)
 
@@ -238,18 +242,32 @@ def _half(r: Result, said: Said) -> dict[str, Any]:
 def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[Result], str]:
     """Return a function that returns a picture's URL relative to the page; with `out` it copies the picture there."""
     if out is None:
-        base = quote(os.fsencode(os.path.relpath(side.folder.resolve(), page.resolve())))  # may not be valid Unicode
+        base = quote(os.fsencode(_way(side.folder.resolve(), page.resolve())))  # may not be valid Unicode
         return lambda r: f"{base}/{r.file}" if base != "." else str(r.file)
     (out / letter).mkdir(exist_ok=True)
 
     def copied(r: Result) -> str:
         name = f"{letter}/{Path(str(r.file)).name}"
-        shutil.copyfile(side.folder / str(r.file), out / name)
+        source = side.folder / str(r.file)
+        if isinstance(source, StoragePath):
+            (out / name).write_bytes(source.read_bytes())
+        else:
+            shutil.copyfile(source, out / name)
         if (out / name).stat().st_size != r.bytes:
             raise HostError(f"{side.folder / str(r.file)}: is damaged; `genkit generate` draws it again")
         return name
 
     return copied
+
+
+def _way(folder: Path, page: Path) -> str:
+    """Return the relative path from a page's folder to another. Raises InputError where no link leads there."""
+    stored = [isinstance(path, StoragePath) for path in (folder, page)]
+    if not any(stored):
+        return os.path.relpath(folder, page)
+    if not all(stored) or folder.parts[:2] != page.parts[:2]:
+        raise InputError(f"{folder}, {page}: are not in one place that links reach: give -o, a folder for copies")
+    return os.path.relpath("/" + "/".join(folder.parts[1:]), "/" + "/".join(page.parts[1:]))
 
 
 def report(found: Mapping[str, Any]) -> str:

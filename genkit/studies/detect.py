@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from genkit.device.devices import check_device
 from genkit.durable import disk
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
+from genkit.files import local
 from genkit.pictures.images import read_image
 from genkit.progress import Progress
 from genkit.scoring.boxes import Box, check_word
@@ -117,6 +118,7 @@ def _check_draw(draw: Path | None, images: Path) -> None:
     """Raise InputError for a folder for drawings that is a file, or lies where the pictures do."""
     if draw is None:
         return
+    local(draw, "--draw")
     if draw.exists() and not draw.is_dir():
         raise InputError(f"--draw: {shown(str(draw))} is not a folder")
     home = images if images.is_dir() else images.parent

@@ -12,7 +12,7 @@ from typing import Any
 from genkit.components import weight_hashes
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError, shown
-from genkit.files import place, user_path
+from genkit.files import place, run_path
 from genkit.job.plan import Job, plan_job
 from genkit.job.run import Summary, run_job
 from genkit.options import Options
@@ -69,7 +69,7 @@ def replay(
     """
     options = options or Options()
     places = [pictures] if isinstance(pictures, str | Path) else list(pictures)
-    folder = user_path(out)
+    folder = run_path(out)
     checked = prepared(canonical(overrides or {}), Path())
     plan = plan_replay(find_pictures(places), checked, options, model, folder, other_weights)
     report, summary = run_replay(plan, folder)

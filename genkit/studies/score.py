@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from genkit.components import inspect_model
 from genkit.device.devices import check_device
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, nearest, shown
+from genkit.files import local
 from genkit.pictures.images import check_image, list_images, read_image
 from genkit.progress import Progress, printable, printable_json
 from genkit.rows.prompts import read_prompts, typed
@@ -174,6 +175,7 @@ def _measured(panel: Panel, file: Path, text: str) -> tuple[dict[str, Any], torc
 
 def check_out(out: Path | None) -> None:
     """Raise InputError if `out` cannot be written, before the work starts."""
+    local(out)
     if out is not None and out.is_dir():
         raise InputError(f"--out: {shown(str(out))} is a folder; name a file")
     if out is not None and not out.absolute().parent.is_dir():

@@ -13,7 +13,7 @@ import numpy as np
 from genkit.components import inspect_model, weight_hashes
 from genkit.device.devices import check_device
 from genkit.errors import InputError, shown
-from genkit.files import place, read_text
+from genkit.files import place, read_text, run_path, there
 from genkit.pictures.images import check_image, list_images, natural, read_image
 from genkit.runs.embeddings import read_embeddings
 from genkit.runs.records import found_at, is_run, read_config, read_results
@@ -56,7 +56,7 @@ def search(
     a path, a PIL image, or a list of such. clip: "auto" is the run's own model, and emoji-clip for folders. What is
     embedded is kept: with the run, or in an index in the cache folder. Raises InputError.
     """
-    folder = Path(images)
+    folder = run_path(images)
     texts, negative = ([t] if isinstance(t, str) else list(t) for t in (text, without))
     pictures = list(image) if isinstance(image, list | tuple) else [image]
     files = _check(folder, texts, pictures, negative, k)
@@ -114,7 +114,7 @@ def pictures_of(folder: Path) -> list[Path]:
         raise InputError(f"{place(folder)}: is no folder; give a run, or a folder of pictures")
     if is_run(folder):
         files = [folder / str(r.file) for r in read_results(folder) if r.status == "done"]
-        files = sorted((file for file in files if file.is_file()), key=natural)
+        files = sorted(there(folder, files), key=natural)
     else:
         files = list_images(folder)
     if not files:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from genkit.device.devices import usable_cores
 from genkit.errors import HostError, InputError, shown
-from genkit.files import place
+from genkit.files import local, place
 from genkit.progress import Progress
 from genkit.rows.pictures import check_apart
 from genkit.runs.records import is_run
@@ -29,6 +29,7 @@ THREADS = 4
 
 def check_folder(out: Path, files: Sequence[Path]) -> None:
     """Raise InputError unless `out` is, or can become, a folder that holds none of the pictures."""
+    local(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {shown(str(out))} is not a folder")
     check_apart(files, out)

@@ -11,7 +11,7 @@ from typing import Any
 
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM, InputError
-from genkit.files import user_path
+from genkit.files import run_path, user_path
 from genkit.job.plan import Job, plan_job
 from genkit.job.run import Summary, run_job
 from genkit.options import Options
@@ -66,8 +66,8 @@ def evaluate(
     anything is loaded, for bad input.
     """
     options = options or Options()
-    folder = out_folder(model, suite) if out is None else user_path(out)
-    place = None if against is None else user_path(against)
+    folder = out_folder(model, suite) if out is None else run_path(out)
+    place = None if against is None else run_path(against)
     plan = plan_evaluation(
         model, suite, folder, options, {"num_images": num_images, **(defaults or {})}, place, features
     )

@@ -14,9 +14,10 @@ import numpy as np
 
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError, shown
-from genkit.files import place, read_json, user_path
+from genkit.files import local, place, read_json, run_path
 from genkit.pages.evaluation import leaderboard_page
 from genkit.runs.records import RESULTS, read_results
+from genkit.storage import StoragePath
 from genkit.suites.evaluate import EVALUATION, PAGE
 from genkit.suites.verdicts import pictures_hash
 
@@ -50,12 +51,13 @@ def leaderboard(places: Sequence[str | Path], out: str | Path | None = None) -> 
     prompts, within tasks and the same for both, A is above B; ties count half. out: an .html file to write. Raises
     InputError for what is no evaluation, one older than its run's pictures, and for other suites and other judges.
     """
-    page = None if out is None else user_path(out)
+    page = None if out is None else run_path(out)
+    local(page)
     if page is not None and (page.is_dir() or page.suffix.lower() not in (".html", ".htm")):
         raise InputError(f"--out: {shown(str(page))} is not the name of an .html file")
     if page is not None and not page.absolute().parent.is_dir():
         raise InputError(f"--out: {shown(str(page.parent))} is no folder")
-    entries = _named([_read(user_path(path)) for path in places])
+    entries = _named([_read(run_path(path)) for path in places])
     if len(entries) < 2:
         raise InputError("RUN: one evaluation is no comparison; give two or more")
     _check_alike(entries)
@@ -199,7 +201,7 @@ def _notes(entries: Sequence[Entry], ids: Mapping[str, Sequence[str]]) -> list[s
 def _link(entry: Entry, page: Path) -> str:
     """Return the URL of the entry's own page, relative to the leaderboard's; "" where there is none."""
     there = entry.path.parent / PAGE
-    if entry.path.name != EVALUATION or not there.is_file():
+    if isinstance(there, StoragePath) or entry.path.name != EVALUATION or not there.is_file():
         return ""
     return quote(os.fsencode(os.path.relpath(there.resolve(), page.resolve().parent)))
 

@@ -381,6 +381,8 @@ def test_a_run_of_pngs_from_before_there_was_a_choice_goes_on(tmp_path: Path) ->
 class SlowRun:
     """A run folder on a disk that answers nobody until it is told to."""
 
+    folder = Path("run")
+
     def __init__(self) -> None:
         self.answers, self.saved = threading.Event(), list[tuple[str, int, str]]()
 

@@ -1,0 +1,123 @@
+"""A real S3 server on loopback (moto), behind a proxy that answers 503, 403 or not at all when a test says so."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import logging
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from genkit import storage
+from genkit.storage import StoragePath
+
+BUCKET = "pictures"
+ANSWERS = {503: "SlowDown", 403: "AccessDenied"}
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on; `answer`: 503 or 403 in place of that, 0 closes the connection; requests: how many so far."""
+
+    answer: int | None = None
+    requests = 0
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behind = port
+        Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that was killed."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Proxy
+    protocol_version = "HTTP/1.1"
+
+    def _any(self) -> None:
+        self.server.requests += 1
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            body = b"".join(self._chunks())
+        answer = self.server.answer
+        if answer == 0:
+            self.close_connection = True
+            return
+        if answer is not None:
+            self._send(answer, [], f"<Error><Code>{ANSWERS[answer]}</Code><Message>no</Message></Error>".encode())
+            return
+        onward = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
+        dropped = ("transfer-encoding", "content-length", "expect")
+        kept = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+        onward.request(self.command, self.path, body, kept)
+        found = onward.getresponse()
+        self._send(found.status, found.getheaders(), found.read())
+        onward.close()
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _any
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _send(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.send_response(status)
+        names = {name.lower() for name, _ in headers}
+        for name, value in headers:
+            if name.lower() not in ("connection", "transfer-encoding", "server", "date"):
+                self.send_header(name, value)
+        if "content-length" not in names:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def bucket(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Serve an empty bucket, by the environment, to this process and its children."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+    proxy = Proxy(server.get_host_and_port()[1])
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        patch.setenv(name, value)
+    storage._systems.clear()
+    try:
+        onward = http.client.HTTPConnection("127.0.0.1", server.get_host_and_port()[1])
+        onward.request("POST", "/moto-api/reset")
+        onward.getresponse().read()
+        onward.request("PUT", f"/{BUCKET}")
+        assert onward.getresponse().status == 200
+        yield proxy
+    finally:
+        storage._systems.clear()
+        proxy.shutdown()
+        proxy.server_close()
+        server.stop()
+
+
+def download(folder: StoragePath, to: Path) -> Path:
+    """Copy a run to a local folder, where `check_run` reads it."""
+    for name in folder.sizes():
+        if not name.startswith(".lock"):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_bytes((folder / name).read_bytes())
+    return to

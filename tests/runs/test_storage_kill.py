@@ -1,0 +1,84 @@
+"""Runs on a real S3 server that are killed, and whose server fails, come to what an uninterrupted local run is."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from genkit import generate
+from genkit.datasets.export import Target
+from genkit.runs.records import read_results
+from genkit.storage import StoragePath
+from genkit.studies.filter import refilter
+from genkit.studies.search import search
+from tests.buckets import BUCKET, bucket, download
+from tests.check_run import check, outcome
+from tests.null_run import draw, rows_of
+
+ROOT = Path(__file__).parents[2]
+COMMAND = "from genkit import storage; storage.PATIENCE = 1; from genkit.cli import main; main()"
+
+
+def wait_for(folder: StoragePath, count: int) -> None:
+    for _ in range(600):
+        if len(folder.sizes()) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} never had {count} objects")
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = random.Random(20261128)
+    draw(tmp_path / "local", rows_of(24, 5), 4)
+    with bucket(monkeypatch):
+        folder = StoragePath(f"s3://{BUCKET}/run")
+        for _ in range(3):
+            command = [sys.executable, "-m", "tests.null_run", str(folder), "24", "5", "4", "0.2"]
+            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            assert child.stdout is not None
+            while child.stdout.readline().strip() != "open":
+                pass
+            time.sleep(moment.uniform(0, 1.5))
+            child.kill()
+            child.communicate()
+            read_results(folder)
+        draw(folder, rows_of(24, 5), 4)
+        copy = download(folder, tmp_path / "copy")
+        assert outcome(copy) == outcome(tmp_path / "local") and check(copy) == []
+
+
+@pytest.mark.slow
+def test_generate_on_storage_that_fails_killed_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"a red apple, number {n}\n" for n in range(4)))
+    settings = {"num_inference_steps": 2, "num_images": 4}
+    generate(tmp_path / "prompts.txt", tmp_path / "local", defaults=settings, quiet=True, batch_size=1)
+    with bucket(monkeypatch) as proxy:
+        folder = StoragePath(f"s3://{BUCKET}/run")
+        words = ["generate", str(tmp_path / "prompts.txt"), "-o", str(folder), "--steps", "2", "-n", "4"]
+        command = [sys.executable, "-c", COMMAND, *words, "--batch-size", "1"]
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_for(folder / "images", 3)
+        proxy.answer = 503
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == 3 and said.splitlines()[-1].endswith("; the same command goes on")
+        proxy.answer = None
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_for(folder / "images", 8)
+        child.kill()
+        child.communicate()
+        summary = generate(tmp_path / "prompts.txt", str(folder), defaults=settings, quiet=True, batch_size=1)
+        assert summary.exit_code == 0 and 0 < summary.new < 13
+        assert outcome(download(folder, tmp_path / "copy")) == outcome(tmp_path / "local")
+        assert check(tmp_path / "copy") == []
+        refilter(folder, keep=1, out=tmp_path / "tars", target=Target("webdataset"))
+        assert list((tmp_path / "tars").glob("*.tar"))
+        seen = search(str(folder), "an apple", k=3)
+        assert len(seen.results) == 3 and seen.new == 0 and seen.results[0]["file"].startswith(f"{folder}/images/")
