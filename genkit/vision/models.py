@@ -182,6 +182,7 @@ def load_model(
     import torch
 
     from genkit.device.devices import compute_dtype
+    from genkit.vision.faster import quicken
 
     info = name if isinstance(name, VisionInfo) else inspect_vision(name, senses)
     if info.sense not in senses:
@@ -204,6 +205,7 @@ def load_model(
     }
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device=target, dtype=compute_dtype(target, dtype)).eval().requires_grad_(False)
+    quicken(model)
     return Loaded(info, model, read_tokenizer(info))
 
 
