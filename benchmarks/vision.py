@@ -9,7 +9,7 @@ memory. Peers are the pipelines of transformers, the one for detection of which 
 It has none for CLIPSeg, for which each batch is what its documentation shows, a picture for every text, and none for
 captions: there it is the processor and `generate`.
 
-Each side runs in a process of its own, once to warm up and once for the time, in turns; the table has the medians. CPU
+Each side runs in a process of its own, after one picture to warm up, in turns; the table has the medians. CPU
 seconds are of all threads, which other work on the machine lengthens less than the time by the clock. Memory is the
 process's peak, weights and warming up included.
 """
@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+Work = Callable[[list[Path]], Any]
 SIDES = ("transformers", "genkit")
 WORDS = ["a fox", "the sky"]
 TOKENS = 8
@@ -114,7 +115,12 @@ def _vit(path: Path) -> tuple[Any, int]:
     return ViTForImageClassification(ViTConfig(num_labels=1000)), 224
 
 
-def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
+def in_parts(files: list[Path], batch: int) -> list[list[Path]]:
+    """Return the files, `batch` at a time."""
+    return [files[start : start + batch] for start in range(0, len(files), batch)]
+
+
+def ours(sense: str, model: Path, batch: int) -> Work:
     """Return genkit's work on the pictures, as its commands do it."""
     from genkit.pictures.images import read_image
     from genkit.studies.senses import looked_at, read_ahead
@@ -132,7 +138,7 @@ def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[],
             found = segmenter.maps(pixels, WORDS)
             return [enlarged(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
 
-        return lambda: [one for _, one in looked_at(files, segmenter, maps)]
+        return lambda files: [one for _, one in looked_at(files, segmenter, maps)]
     if sense == "depth":
         depth = Depth.from_pretrained(model, device="cpu")
         depth.batch = batch
@@ -141,11 +147,11 @@ def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[],
             found = depth.maps(pixels)
             return [resized(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
 
-        return lambda: [one for _, one in looked_at(files, depth, values)]
+        return lambda files: [one for _, one in looked_at(files, depth, values)]
     if sense == "detect":
         detector = Detector.from_pretrained(model, device="cpu")
         detector.batch = batch
-        return lambda: [
+        return lambda files: [
             boxes
             for part in read_ahead(files, read_image, batch)
             for boxes in detector.detect([picture for _, picture in part], WORDS)
@@ -153,31 +159,32 @@ def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[],
     if sense == "classify":
         classifier = Classifier.from_pretrained(model, device="cpu")
         classifier.batch = batch
-        return lambda: [
+        return lambda files: [
             one
             for _, one in looked_at(files, classifier, lambda x, _: [classifier.best(p, 5) for p in classifier.odds(x)])
         ]
     captioner = Captioner.from_pretrained(model, device="cpu")
     captioner.batch = batch
-    return lambda: [one for _, one in looked_at(files, captioner, lambda x, _: captioner.captions(x, None, TOKENS))]
+    return lambda files: [
+        one for _, one in looked_at(files, captioner, lambda x, _: captioner.captions(x, None, TOKENS))
+    ]
 
 
-def theirs(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
+def theirs(sense: str, model: Path, batch: int) -> Work:
     """Return the same by transformers' model and processor."""
     import torch
     import transformers
     from PIL import Image
 
-    parts = [files[start : start + batch] for start in range(0, len(files), batch)]
     if sense == "segment":
         net: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(model).eval()
         prepare = transformers.ViTImageProcessor.from_pretrained(model)
         tokens = transformers.CLIPTokenizer.from_pretrained(model)(WORDS, padding=True, return_tensors="pt")
 
         @torch.inference_mode()
-        def maps() -> list[Any]:
+        def maps(files: list[Path]) -> list[Any]:
             found = []
-            for part in parts:
+            for part in in_parts(files, batch):
                 pictures = [Image.open(file).convert("RGB") for file in part]
                 pixels = prepare([p for p in pictures for _ in WORDS], return_tensors="pt")
                 told = {name: value.repeat(len(part), 1) for name, value in tokens.items()}
@@ -189,10 +196,10 @@ def theirs(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[
 
         return maps
     return {"caption": _blip_captions, "florence": _florence_captions, "depth": _depth_pipeline,
-            "detect": _owl_pipeline, "classify": _vit_pipeline}[sense](model, parts)  # fmt: skip
+            "detect": _owl_pipeline, "classify": _vit_pipeline}[sense](model, batch)  # fmt: skip
 
 
-def _blip_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+def _blip_captions(model: Path, batch: int) -> Work:
     import torch
     import transformers
     from PIL import Image
@@ -202,9 +209,9 @@ def _blip_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
     prepares = transformers.BlipImageProcessor.from_pretrained(model)
 
     @torch.inference_mode()
-    def captions() -> list[str]:
+    def captions(files: list[Path]) -> list[str]:
         found: list[str] = []
-        for part in parts:
+        for part in in_parts(files, batch):
             pixels = prepares([Image.open(file).convert("RGB") for file in part], return_tensors="pt")
             found += tokenizer.batch_decode(blip.generate(**pixels, max_new_tokens=TOKENS), skip_special_tokens=True)
         return found
@@ -212,7 +219,7 @@ def _blip_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
     return captions
 
 
-def _florence_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+def _florence_captions(model: Path, batch: int) -> Work:
     import torch
     import transformers
     from PIL import Image
@@ -222,9 +229,9 @@ def _florence_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any
     processor = transformers.Florence2Processor(images, transformers.BartTokenizer.from_pretrained(model))
 
     @torch.inference_mode()
-    def captions() -> list[str]:
+    def captions(files: list[Path]) -> list[str]:
         found: list[str] = []
-        for part in parts:
+        for part in in_parts(files, batch):
             pictures = [Image.open(file).convert("RGB") for file in part]
             inputs = processor(text=["<CAPTION>"] * len(part), images=pictures, return_tensors="pt")
             found += processor.batch_decode(
@@ -235,7 +242,7 @@ def _florence_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any
     return captions
 
 
-def _owl_pipeline(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+def _owl_pipeline(model: Path, batch: int) -> Work:
     import transformers
 
     network = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(model)
@@ -244,36 +251,35 @@ def _owl_pipeline(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
     pipe: Any = transformers.pipeline(
         "zero-shot-object-detection", model=network, image_processor=images, tokenizer=words
     )
-    asked = [{"image": str(file), "candidate_labels": WORDS} for part in parts for file in part]
-    return lambda: list(pipe(asked, batch_size=len(parts[0])))
+    return lambda files: list(
+        pipe([{"image": str(file), "candidate_labels": WORDS} for file in files], batch_size=batch)
+    )
 
 
-def _vit_pipeline(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+def _vit_pipeline(model: Path, batch: int) -> Work:
     import transformers
 
     network = transformers.AutoModelForImageClassification.from_pretrained(model)
     images: Any = transformers.AutoImageProcessor.from_pretrained(model)
     pipe: Any = transformers.pipeline("image-classification", model=network, image_processor=images)
-    files = [str(file) for part in parts for file in part]
-    return lambda: list(pipe(files, batch_size=len(parts[0])))
+    return lambda files: list(pipe([str(file) for file in files], batch_size=batch))
 
 
-def _depth_pipeline(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+def _depth_pipeline(model: Path, batch: int) -> Work:
     import transformers
 
     network = transformers.AutoModelForDepthEstimation.from_pretrained(model)
     images: Any = transformers.AutoImageProcessor.from_pretrained(model)
     pipe: Any = transformers.pipeline("depth-estimation", model=network, image_processor=images)
-    files = [str(file) for part in parts for file in part]
-    return lambda: [one["predicted_depth"] for one in pipe(files, batch_size=len(parts[0]))]
+    return lambda files: [one["predicted_depth"] for one in pipe([str(file) for file in files], batch_size=batch)]
 
 
 def measure(side: str, sense: str, model: Path, files: list[Path], batch: int) -> None:
     """Print seconds, CPU seconds and peak memory of one side as JSON."""
-    work = {"genkit": ours, "transformers": theirs}[side](sense, model, files, batch)
-    work()
+    work = {"genkit": ours, "transformers": theirs}[side](sense, model, batch)
+    work(files[:1])
     began, cpu = time.perf_counter(), time.process_time()
-    assert len(work()) == len(files)
+    assert len(work(files)) == len(files)
     found = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({**found, "gib": peak}))
