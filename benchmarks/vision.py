@@ -1,12 +1,17 @@
-"""Pictures a second of `genkit segment`, `caption` and `depth` beside transformers' own, at the same batch size.
+"""Pictures a second of genkit's vision models beside transformers' own pipelines, at the same batch size.
 
-    python benchmarks/vision.py [--pictures 16] [--side 1024] [--batch 8] [--tiny] [--only segment]
+    python benchmarks/vision.py [--pictures 24] [--rounds 3] [--side 1024] [--batch 8] [--tiny] [--only segment caption]
 
-Networks have random weights and the shapes of the published ones: CLIPSeg ViT-B/16 at 352 pixels, BLIP base at 384,
-Florence-2 base at 768 (captions of 8 tokens, three beams), Depth Anything small at 518 beside the pipeline. Both sides
-read the same JPEG files and keep the results in memory; transformers has no pipeline for CLIPSeg, so each batch is what
-its documentation shows: a picture for every text. Each side runs in a process of its own, once to warm up and once for
-the time; memory is that process's peak, weights included.
+Networks have random weights and the shapes of the published ones: OWL-ViT B/32 at 768 pixels with two words, CLIPSeg
+ViT-B/16 at 352 with two texts, BLIP base at 384, Florence-2 base at 768 (captions of 8 tokens, three beams), Depth
+Anything small at 518, ViT-B/16 at 224 with 1000 labels. Both sides read the same JPEG files and keep the results in
+memory. Peers are the pipelines of transformers, the one for detection of which looks at a picture once for each word.
+It has none for CLIPSeg, for which each batch is what its documentation shows, a picture for every text, and none for
+captions: there it is the processor and `generate`.
+
+Each side runs in a process of its own, after one picture to warm up, in turns; the table has the medians. CPU
+seconds are of all threads, which other work on the machine lengthens less than the time by the clock. Memory is the
+process's peak, weights and warming up included.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,21 +31,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+Work = Callable[[list[Path]], Any]
+SIDES = ("transformers", "genkit")
 WORDS = ["a fox", "the sky"]
 TOKENS = 8
-SENSES = ("segment", "caption", "florence", "depth")
+SENSES = ("detect", "segment", "classify", "caption", "florence", "depth")
 
 
 def make(folder: Path, sense: str, tiny: bool) -> Path:
     """Write a model folder: tiny, or of the published shape."""
-    from tests import captioners, depths, senses
+    from tests import captioners, classifiers, depths, detectors, senses
 
     write = {"segment": senses.tiny_clipseg, "caption": senses.tiny_blip,
-             "florence": captioners.tiny_florence, "depth": depths.tiny_depth_anything}[sense]  # fmt: skip
+             "florence": captioners.tiny_florence, "depth": depths.tiny_depth_anything,
+             "detect": detectors.tiny_owlvit, "classify": classifiers.tiny_classifier}[sense]  # fmt: skip
     path = write(folder / sense)
     if tiny:
         return path
-    network, side = {"segment": _clipseg, "caption": _blip, "florence": _florence, "depth": _depth}[sense](path)
+    network, side = {"segment": _clipseg, "caption": _blip, "florence": _florence, "depth": _depth,
+                     "detect": _owl, "classify": _vit}[sense](path)  # fmt: skip
     network.save_pretrained(path)
     processor = json.loads((path / "preprocessor_config.json").read_text())
     size = {"height": side, "width": side}
@@ -87,11 +97,37 @@ def _depth(path: Path) -> tuple[Any, int]:
     return DepthAnythingForDepthEstimation(DepthAnythingConfig()), 518
 
 
-def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
+def _owl(path: Path) -> tuple[Any, int]:
+    import torch
+    from transformers import OwlViTConfig, OwlViTForObjectDetection
+
+    from tests import tiny
+
+    text = {**tiny.TOKENS, "max_position_embeddings": 16, "pad_token_id": 0}
+    network: Any = OwlViTForObjectDetection(OwlViTConfig(text_config=text))
+    torch.nn.init.constant_(network.class_head.logit_shift.bias, -3.0)  # else every patch is a box
+    return network, 768
+
+
+def _vit(path: Path) -> tuple[Any, int]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(num_labels=1000)), 224
+
+
+def in_parts(files: list[Path], batch: int) -> list[list[Path]]:
+    """Return the files, `batch` at a time."""
+    return [files[start : start + batch] for start in range(0, len(files), batch)]
+
+
+def ours(sense: str, model: Path, batch: int) -> Work:
     """Return genkit's work on the pictures, as its commands do it."""
-    from genkit.studies.senses import looked_at
+    from genkit.pictures.images import read_image
+    from genkit.studies.senses import looked_at, read_ahead
     from genkit.vision.captioner import Captioner
+    from genkit.vision.classifier import Classifier
     from genkit.vision.depth import Depth, resized
+    from genkit.vision.detector import Detector
     from genkit.vision.segmenter import Segmenter, enlarged
 
     if sense == "segment":
@@ -102,7 +138,7 @@ def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[],
             found = segmenter.maps(pixels, WORDS)
             return [enlarged(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
 
-        return lambda: [one for _, one in looked_at(files, segmenter, maps)]
+        return lambda files: [one for _, one in looked_at(files, segmenter, maps)]
     if sense == "depth":
         depth = Depth.from_pretrained(model, device="cpu")
         depth.batch = batch
@@ -111,28 +147,44 @@ def ours(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[],
             found = depth.maps(pixels)
             return [resized(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
 
-        return lambda: [one for _, one in looked_at(files, depth, values)]
+        return lambda files: [one for _, one in looked_at(files, depth, values)]
+    if sense == "detect":
+        detector = Detector.from_pretrained(model, device="cpu")
+        detector.batch = batch
+        return lambda files: [
+            boxes
+            for part in read_ahead(files, read_image, batch)
+            for boxes in detector.detect([picture for _, picture in part], WORDS)
+        ]
+    if sense == "classify":
+        classifier = Classifier.from_pretrained(model, device="cpu")
+        classifier.batch = batch
+        return lambda files: [
+            one
+            for _, one in looked_at(files, classifier, lambda x, _: [classifier.best(p, 5) for p in classifier.odds(x)])
+        ]
     captioner = Captioner.from_pretrained(model, device="cpu")
     captioner.batch = batch
-    return lambda: [one for _, one in looked_at(files, captioner, lambda x, _: captioner.captions(x, None, TOKENS))]
+    return lambda files: [
+        one for _, one in looked_at(files, captioner, lambda x, _: captioner.captions(x, None, TOKENS))
+    ]
 
 
-def theirs(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[], Any]:
+def theirs(sense: str, model: Path, batch: int) -> Work:
     """Return the same by transformers' model and processor."""
     import torch
     import transformers
     from PIL import Image
 
-    parts = [files[start : start + batch] for start in range(0, len(files), batch)]
     if sense == "segment":
         net: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(model).eval()
         prepare = transformers.ViTImageProcessor.from_pretrained(model)
         tokens = transformers.CLIPTokenizer.from_pretrained(model)(WORDS, padding=True, return_tensors="pt")
 
         @torch.inference_mode()
-        def maps() -> list[Any]:
+        def maps(files: list[Path]) -> list[Any]:
             found = []
-            for part in parts:
+            for part in in_parts(files, batch):
                 pictures = [Image.open(file).convert("RGB") for file in part]
                 pixels = prepare([p for p in pictures for _ in WORDS], return_tensors="pt")
                 told = {name: value.repeat(len(part), 1) for name, value in tokens.items()}
@@ -143,10 +195,11 @@ def theirs(sense: str, model: Path, files: list[Path], batch: int) -> Callable[[
             return found
 
         return maps
-    return {"caption": _blip_captions, "florence": _florence_captions, "depth": _pipeline}[sense](model, parts)
+    return {"caption": _blip_captions, "florence": _florence_captions, "depth": _depth_pipeline,
+            "detect": _owl_pipeline, "classify": _vit_pipeline}[sense](model, batch)  # fmt: skip
 
 
-def _blip_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+def _blip_captions(model: Path, batch: int) -> Work:
     import torch
     import transformers
     from PIL import Image
@@ -156,9 +209,9 @@ def _blip_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
     prepares = transformers.BlipImageProcessor.from_pretrained(model)
 
     @torch.inference_mode()
-    def captions() -> list[str]:
+    def captions(files: list[Path]) -> list[str]:
         found: list[str] = []
-        for part in parts:
+        for part in in_parts(files, batch):
             pixels = prepares([Image.open(file).convert("RGB") for file in part], return_tensors="pt")
             found += tokenizer.batch_decode(blip.generate(**pixels, max_new_tokens=TOKENS), skip_special_tokens=True)
         return found
@@ -166,7 +219,7 @@ def _blip_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
     return captions
 
 
-def _florence_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+def _florence_captions(model: Path, batch: int) -> Work:
     import torch
     import transformers
     from PIL import Image
@@ -176,9 +229,9 @@ def _florence_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any
     processor = transformers.Florence2Processor(images, transformers.BartTokenizer.from_pretrained(model))
 
     @torch.inference_mode()
-    def captions() -> list[str]:
+    def captions(files: list[Path]) -> list[str]:
         found: list[str] = []
-        for part in parts:
+        for part in in_parts(files, batch):
             pictures = [Image.open(file).convert("RGB") for file in part]
             inputs = processor(text=["<CAPTION>"] * len(part), images=pictures, return_tensors="pt")
             found += processor.batch_decode(
@@ -189,35 +242,82 @@ def _florence_captions(model: Path, parts: list[list[Path]]) -> Callable[[], Any
     return captions
 
 
-def _pipeline(model: Path, parts: list[list[Path]]) -> Callable[[], Any]:
+def _owl_pipeline(model: Path, batch: int) -> Work:
+    import transformers
+
+    network = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(model)
+    images: Any = transformers.AutoImageProcessor.from_pretrained(model)
+    words: Any = transformers.CLIPTokenizer.from_pretrained(model)
+    pipe: Any = transformers.pipeline(
+        "zero-shot-object-detection", model=network, image_processor=images, tokenizer=words
+    )
+    return lambda files: list(
+        pipe([{"image": str(file), "candidate_labels": WORDS} for file in files], batch_size=batch)
+    )
+
+
+def _vit_pipeline(model: Path, batch: int) -> Work:
+    import transformers
+
+    network = transformers.AutoModelForImageClassification.from_pretrained(model)
+    images: Any = transformers.AutoImageProcessor.from_pretrained(model)
+    pipe: Any = transformers.pipeline("image-classification", model=network, image_processor=images)
+    return lambda files: list(pipe([str(file) for file in files], batch_size=batch))
+
+
+def _depth_pipeline(model: Path, batch: int) -> Work:
     import transformers
 
     network = transformers.AutoModelForDepthEstimation.from_pretrained(model)
     images: Any = transformers.AutoImageProcessor.from_pretrained(model)
     pipe: Any = transformers.pipeline("depth-estimation", model=network, image_processor=images)
-    files = [str(file) for part in parts for file in part]
-    return lambda: [one["predicted_depth"] for one in pipe(files, batch_size=len(parts[0]))]
+    return lambda files: [one["predicted_depth"] for one in pipe([str(file) for file in files], batch_size=batch)]
 
 
 def measure(side: str, sense: str, model: Path, files: list[Path], batch: int) -> None:
-    """Print seconds and peak memory of one side as JSON."""
-    work = {"genkit": ours, "transformers": theirs}[side](sense, model, files, batch)
-    work()
-    began = time.perf_counter()
-    assert len(work()) == len(files)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "gib": peak}))
+    """Print seconds, CPU seconds and peak memory of one side as JSON."""
+    work = {"genkit": ours, "transformers": theirs}[side](sense, model, batch)
+    work(files[:1])
+    began, cpu = time.perf_counter(), time.process_time()
+    assert len(work(files)) == len(files)
+    found = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    print(json.dumps({**found, "gib": peak_memory()}))
+
+
+def peak_memory() -> float:
+    """Return the most memory that this process had, GiB; `ru_maxrss` would be at least that of the one it came from."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def compared(sense: str, folder: Path, pictures: int, batch: int, rounds: int) -> str:
+    """Return the table's line of a sense, of `rounds` processes a side in turns."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for _ in range(rounds):
+        for side in SIDES:
+            words = [sys.executable, __file__, "--batch", str(batch), "--measure", side, sense, str(folder)]
+            done = subprocess.run(words, capture_output=True, text=True, env=os.environ)
+            if done.returncode:
+                sys.exit(done.stderr)
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    theirs, ours = ({k: statistics.median(one[k] for one in found[side]) for k in found[side][0]} for side in SIDES)
+    rates = pictures / theirs["seconds"], pictures / ours["seconds"], theirs["seconds"] / ours["seconds"]
+    cpu = theirs["cpu"] / pictures, ours["cpu"] / pictures, theirs["cpu"] / ours["cpu"]
+    cells = [f"{value:.2f}" for value in (*rates, *cpu, theirs["gib"], ours["gib"])]
+    return f"| {sense} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     """Measure each sense on both sides and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", choices=SENSES)
+    parser.add_argument("--only", choices=SENSES, nargs="+", default=SENSES)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -227,26 +327,16 @@ def main() -> None:
     from tests.senses import noise
 
     print(f"{options.pictures} pictures of {options.side}x{options.side}, batches of {options.batch}, on the CPU")
-    print(
-        "| sense | transformers, pictures/s | genkit | times | transformers, GiB | genkit |\n|---|---|---|---|---|---|"
-    )
+    print(f"threads of torch: {os.environ.get('OMP_NUM_THREADS', 'all')}; load before: {os.getloadavg()[0]:.1f}\n")
+    print("| sense | transformers, pictures/s | genkit | times | CPU s a picture | genkit | times | GiB | genkit |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temp:
         (Path(temp) / "pictures").mkdir()
         for n in range(options.pictures):
             noise(n, options.side, options.side).save(Path(temp, "pictures", f"{n:04d}.jpg"), quality=90)
-        for sense in [options.only] if options.only else SENSES:
+        for sense in options.only:
             make(Path(temp), sense, options.tiny)
-            found = {}
-            for side in ("transformers", "genkit"):
-                words = [sys.executable, __file__, "--batch", str(options.batch), "--measure", side, sense, temp]
-                done = subprocess.run(words, capture_output=True, text=True, env=os.environ)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                found[side] = json.loads(done.stdout.splitlines()[-1])
-            rates = [options.pictures / found[side]["seconds"] for side in ("transformers", "genkit")]
-            memory = [found[side]["gib"] for side in ("transformers", "genkit")]
-            figures = [f"{value:.2f}" for value in (*rates, rates[1] / rates[0], *memory)]
-            print(f"| {sense} | {' | '.join(figures)} |")
+            print(compared(sense, Path(temp), options.pictures, options.batch, options.rounds), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,13 @@ def test_gpu_benchmark_runs_with_tiny_networks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_vision_benchmark_runs_with_tiny_networks() -> None:
     done = subprocess.run(
-        [sys.executable, "benchmarks/vision.py", "--tiny", "--pictures", "4", "--side", "64"],
+        [sys.executable, "benchmarks/vision.py", "--tiny", "--pictures", "4", "--side", "64", "--rounds", "1"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines()[3:]] == ["segment", "caption", "florence", "depth"]
+    assert [line.split()[1] for line in done.stdout.splitlines()[5:]] == [
+        "detect", "segment", "classify", "caption", "florence", "depth",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

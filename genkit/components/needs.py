@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_strips
@@ -19,6 +20,7 @@ from genkit.device.memory import (
     TURNS,
     UNETS,
     Budget,
+    Look,
     Need,
     gib,
     peak,
@@ -29,12 +31,13 @@ from genkit.errors import HostError
 if TYPE_CHECKING:
     import torch
 
+NO_LOOKS: Mapping[str, Look] = MappingProxyType({})
 STATE = 12  # float32 values per latent element of an image in flight: sample, solver history, noise, guidance
 
 
 def need(
     configs: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], item: int, largest: float,
-    cost: float = 1.0, beside: bool = True, vae_item: int | None = None,
+    cost: float = 1.0, beside: bool = True, vae_item: int | None = None, looks: Mapping[str, Look] = NO_LOOKS,
 ) -> Need:  # fmt: skip
     """Return the Need of networks with these configs. item: bytes of an element; vae_item: … in the VAE."""
     unet, vae, clip = configs["unet"], configs.get("vae"), configs.get("clip")
@@ -44,7 +47,8 @@ def need(
     row = max(unet_row(configs[name], height, width) for name in UNETS if name in configs)
     score = 0 if clip is None else max(clip_row(clip["text_config"]), clip_row(clip["vision_config"]))
     return Need(
-        weights=weights,
+        weights={**weights, **{name: look.weights for name, look in looks.items()}},
+        looks={name: look.picture for name, look in looks.items()},
         image=rows * item * row + 4 * STATE * channels * height * width,
         area=height * width,
         decode=0 if vae is None else (vae_item or item) * vae_decode(vae, height, width),
@@ -59,9 +63,9 @@ def need(
 
 def model_need(
     info: ModelInfo, clip: ModelInfo | None, dtype: str, device: str, largest: tuple[int, int] | None = None,
-    refiner: ModelInfo | None = None,
+    refiner: ModelInfo | None = None, looks: Mapping[str, Look] = NO_LOOKS,
 ) -> Need:  # fmt: skip
-    """Return the Need of a model, its scorer and its refiner on "cuda" or "cpu", by headers and configs.
+    """Return the Need of a model, its scorer, its refiner and vision models on "cuda" or "cpu", by headers and configs.
 
     dtype: "float32", "float16", "bfloat16", or "int8" for the UNet's weights in 8 bits and the device's usual precision
     for everything else. largest: width and height of the largest picture of the job.
@@ -86,7 +90,8 @@ def model_need(
     unets = [parts[name] for name in UNETS if name in parts]
     heaviest = item * max(math.prod(t.shape) for unet in unets for t in unet.tensors.values())
     vae_item = 4 if widened else item
-    return need(configs, weights, item, largest=heaviest, cost=cost, beside=device == "cuda", vae_item=vae_item)
+    return need(configs, weights, item, largest=heaviest, cost=cost, beside=device == "cuda", vae_item=vae_item,
+                looks=looks)  # fmt: skip
 
 
 def vae_in_float32(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> bool:
@@ -97,9 +102,9 @@ def vae_in_float32(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> bool
 
 def budget_for(info: ModelInfo, clip: ModelInfo | None, device: torch.device, dtype: torch.dtype, memory: str = "auto",
                slots: int | None = None, largest: tuple[int, int] | None = None,
-               refiner: ModelInfo | None = None) -> Budget:  # fmt: skip
-    """Return the budget for a model, its scorer and its refiner with the memory that is free on `device` now."""
-    n = model_need(info, clip, str(dtype).removeprefix("torch."), device.type, largest, refiner)
+               refiner: ModelInfo | None = None, looks: Mapping[str, Look] = NO_LOOKS) -> Budget:  # fmt: skip
+    """Return the budget for a model, its scorer, refiner and vision models with the memory free on `device` now."""
+    n = model_need(info, clip, str(dtype).removeprefix("torch."), device.type, largest, refiner, looks)
     return plan_memory(n, free_memory(device), memory, slots, device=str(device), host=host_memory())
 
 
@@ -126,17 +131,19 @@ def describe(
     slots: int | None,
     largest: tuple[int, int],
     refiner: ModelInfo | None = None,
+    looks: Callable[[str, str], Mapping[str, Look]] = lambda stored, kind: NO_LOOKS,
 ) -> dict[str, Any]:
     """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
 
     weights, and what an image in flight and a decode take; the peak of one image with everything on the device (high),
     with one network at a time (low), and at the very least: layer by layer and in strips.
+    looks: what vision models take in a dtype on a kind of device.
     """
     found: dict[str, Any] = {}
     for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
         if device.split(":")[0] in ("auto", kind):
             stored = usual if dtype == "auto" else DTYPES[dtype]
-            n = model_need(info, clip, stored, kind, largest, refiner)
+            n = model_need(info, clip, stored, kind, largest, refiner, looks(stored, kind))
 
             found[kind] = {
                 "weights": gib(sum(n.weights.values())),

@@ -39,6 +39,45 @@ def pack_linears(network: Any) -> int:
     return packed
 
 
+def through_onednn(network: Any) -> int:
+    """Compute linear layers with oneDNN on their own weights; returns the number of these layers.
+
+    As `pack_linears` without the memory: each call arranges the weight anew, which costs little of a call on many rows.
+    """
+    layers = [m for m in network.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= WORTH_PACKING]
+    found = 0
+    for module in layers:
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError, NotImplementedError):  # another torch
+            forward = _Linear(module)
+            forward(torch.zeros(1, module.in_features))
+            module.forward = forward  # type: ignore[method-assign, assignment]
+            found += 1
+    return found
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN may compute a linear layer: in float32 on a CPU, without gradients, not while compiling."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and weight.device.type == x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
+    )
+
+
+class _Linear:
+    """The forward of one linear layer, on the weight as it is."""
+
+    def __init__(self, module: torch.nn.Linear) -> None:
+        self.module = module
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.module.weight, self.module.bias
+        if not _plain(x, weight) or x.numel() == 0:
+            return linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class _PackedLinear:
     """The forward of one linear layer; packs the weight again if it was changed or replaced."""
 
@@ -49,12 +88,7 @@ class _PackedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.module.weight, self.module.bias
-        plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == x.device.type == "cpu"
-        if (
-            torch.compiler.is_compiling()
-            or not plain
-            or (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
-        ):
+        if not _plain(x, weight):
             return linear(x, weight, bias)
         state = weight.data_ptr(), weight._version
         if self.weight is None or state != self.state:

@@ -37,14 +37,23 @@ def check_memory(memory: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Look:
+    """Bytes that a model which looks at pictures takes: its weights, and its work on one of them."""
+
+    weights: float
+    picture: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Need:
     """Bytes that the networks of a job and their work take on a device.
 
-    weights: by network ("unet", "vae", "text_encoder", "clip"; "refiner", "refiner_text" of SDXL's refiner); largest:
-    the UNet's largest weight. image: denoising one image of the model's own size, with guidance. area: latent positions
-    (rows times columns) of that size. decode, strips: decoding one such image, whole and in strips. text: a batch of
-    prompts; score: one picture in CLIP. cost: pixels of the job's largest picture relative to the model's own size.
-    beside: whether decoding overlaps denoising.
+    weights: by network ("unet", "vae", "text_encoder", "clip"; "refiner", "refiner_text" of SDXL's refiner; "detector",
+    "classifier", "captioner"); largest: the UNet's largest weight. image: denoising one image of the model's own size,
+    with guidance. area: latent positions (rows times columns) of that size. decode, strips: decoding one such image,
+    whole and in strips. text: a batch of prompts; score: one picture in CLIP; looks: one picture in each vision model.
+    cost: pixels of the job's largest picture relative to the model's own size. beside: whether decoding overlaps
+    denoising.
     """
 
     weights: Mapping[str, float]
@@ -55,6 +64,7 @@ class Need:
     strips: float
     text: float = 0.0
     score: float = 0.0
+    looks: Mapping[str, float] = dataclasses.field(default_factory=dict)
     cost: float = 1.0
     beside: bool = True
 
@@ -82,7 +92,13 @@ def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = Fals
     """Return the peak bytes with `slots` images in flight and `pictures` of the largest size a decode."""
     rows = n.image * max(slots, n.cost)
     decode = n.cost * (n.strips if strips else n.decode * pictures)
-    return _PEAKS[level](n, rows, decode, n.score * min(slots, CLIP_BATCH))
+    return _PEAKS[level](n, rows, decode, _at_work(n, slots))
+
+
+def _at_work(n: Need, slots: int) -> dict[str, float]:
+    """Return the bytes of the work of each model that looks at pictures."""
+    looks = {name: size * min(slots, PICTURES) for name, size in n.looks.items()}
+    return {"clip": n.score * min(slots, CLIP_BATCH), **looks}
 
 
 def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = None, *, device: str = "cuda",
@@ -122,7 +138,9 @@ def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: 
         most = CUDA_SLOTS if n.beside else CPU_SLOTS
         slots = max([1, *(s for s in range(1, most + 1) if peak(n, level, s, pictures, strips) <= usable)])
     much = 1e15
-    left = room - (_PEAKS[level](n, n.image * max(slots, n.cost), much, 0) - much)  # the most that a decode may take
+    left = room - (
+        _PEAKS[level](n, n.image * max(slots, n.cost), much, {"clip": 0}) - much
+    )  # the most that a decode may take
     area = n.area * left / n.decode if n.decode else math.inf
     return Budget(level, slots, area, peak(n, level, slots, pictures, strips), free)
 
@@ -136,22 +154,23 @@ def gib(size: float) -> float:
     return round(size / 2**30, 2 if size > 2**30 else 3)
 
 
-def _guests(n: Need, decode: float, score: float) -> float:
+def _guests(n: Need, decode: float, looks: Mapping[str, float]) -> float:
     """Return the peak bytes of the networks that are moved to the device one at a time, each with its work."""
     w = n.weights
-    return max(w.get("vae", 0) + decode, max(w.get(name, 0) for name in TEXTS) + n.text, w.get("clip", 0) + score)
+    looking = max((w.get(name, 0) + work for name, work in looks.items()), default=0)
+    return max(w.get("vae", 0) + decode, max(w.get(name, 0) for name in TEXTS) + n.text, looking)
 
 
 def _unets(n: Need) -> list[float]:
     return [n.weights[name] for name in UNETS if name in n.weights]
 
 
-def _resident(n: Need, rows: float, decode: float, score: float) -> float:
-    work = max(decode, n.text, score)
+def _resident(n: Need, rows: float, decode: float, looks: Mapping[str, float]) -> float:
+    work = max(decode, n.text, *looks.values())
     return sum(n.weights.values()) + (rows + work if n.beside else max(rows, work))
 
 
-_PEAKS: dict[str, Callable[[Need, float, float, float], float]] = {
+_PEAKS: dict[str, Callable[[Need, float, float, Mapping[str, float]], float]] = {
     RESIDENT: _resident,
     PARTS: lambda n, rows, *work: sum(_unets(n)) + rows + _guests(n, *work),
     TURNS: lambda n, rows, *work: max(max(_unets(n)) + rows, _guests(n, *work)),

@@ -57,11 +57,11 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
         warm_up(device, compute_dtype(device, dtype), widths)
     o = job.options
     prepare_masks(rows, job.segmenter, device)
-    # before memory is planned, which they take some of
-    senses = load_senses(job.senses, job.rows, device, compute_dtype(device, dtype))
     with phase("plan memory"):
-        budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner)
-    in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip"))
+        looks = job.looks(str(dtype).removeprefix("torch."), device.type)
+        budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner, looks)
+    in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip", *job.senses))
+    senses = load_senses(job.senses, job.rows, device, compute_dtype(device, dtype), in_ram)
     parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)
     if job.inversions.used:
         from genkit.components.inversion import add_embeddings
@@ -71,6 +71,9 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
     if job.refiner is not None:
         second = load_components(job.refiner, device=device, dtype=dtype, in_ram=in_ram), job.refiner_start
     generator = Generator.from_components(parts, budget, attention=o.attention, refiner=second)
+    for name in job.senses:
+        sense = getattr(senses, name)
+        sense.hold = generator.residency.add(name, sense.model)
     scorer = head = None
     if job.clip is not None:
         scorer = ClipScorer.from_components(load_components(job.clip, device=device, dtype=dtype, in_ram=in_ram))

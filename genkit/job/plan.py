@@ -11,7 +11,7 @@ from genkit.components import inspect_model
 from genkit.components.geometry import Geometry
 from genkit.components.needs import describe
 from genkit.device.devices import CPU_SLOTS, check_attention, check_device
-from genkit.device.memory import TEXTS, check_memory
+from genkit.device.memory import TEXTS, Look, check_memory
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
 from genkit.job.masks import find_segmenter
@@ -32,6 +32,7 @@ from genkit.scoring.aesthetic import check_head
 from genkit.scoring.gates import check_row
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
+from genkit.vision.footprint import looks
 from genkit.vision.models import VisionInfo
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Job:
                 slots=self.options.batch_size,
                 largest=self.largest,
                 refiner=self.refiner,
+                looks=self.looks,
             ),
             **({"embeddings": words} if (words := self.inversions.describe()) else {}),
             **({"notes": list(self.notes)} if self.notes else {}),
@@ -92,6 +94,10 @@ class Job:
     def largest(self) -> tuple[int, int]:
         """Width and height of the largest picture."""
         return max(((r.width or 1, r.height or 1) for r in self.rows), key=lambda size: size[0] * size[1])
+
+    def looks(self, dtype: str, device: str) -> dict[str, Look]:
+        """Return what the vision models take in `dtype` on a kind of device."""
+        return looks(self.senses, dtype, device, self.largest)
 
 
 def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Job:

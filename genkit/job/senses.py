@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from genkit.errors import InputError, shown
@@ -87,14 +87,22 @@ def idle_notes(senses: Mapping[str, VisionInfo], rows: Sequence[Request]) -> lis
     ]
 
 
-def load_senses(infos: Mapping[str, VisionInfo], rows: Sequence[Request], device: torch.device, dtype: Any) -> Senses:
-    """Load the models of a run onto its device. Raises InputError and HostError as `load_model` does."""
+def load_senses(
+    infos: Mapping[str, VisionInfo], rows: Sequence[Request], device: torch.device, dtype: Any,
+    in_ram: Collection[str] = (),
+) -> Senses:  # fmt: skip
+    """Load the models of a run onto its device, or into RAM. Raises InputError and HostError as `load_model` does.
+
+    in_ram: those that come to the device only for their work; each one's `hold` has to bring it.
+    """
     senses = Senses()
     for name, info in infos.items():
         from genkit.vision.models import load_model
 
         with phase(f"{name}: read weights"):
-            setattr(senses, name, _class(name)(load_model(info, (name,), device, dtype)))
+            sense = _class(name)(load_model(info, (name,), "cpu" if name in in_ram else device, dtype, name in in_ram))
+        sense.device = device
+        setattr(senses, name, sense)
     if senses.detector is not None:
         senses.detector.check_words(word for row in rows for word in row.sought)
     if senses.captioner is not None:

@@ -14,6 +14,7 @@ from genkit.pictures.images import read_image
 from genkit.progress import Progress
 from genkit.scoring.boxes import Box, check_word
 from genkit.studies.score import check_out, line_of, output_of, pictures_at
+from genkit.studies.senses import read_ahead
 from genkit.vision.models import inspect_vision
 from genkit.vision.words import Lengths
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from genkit.vision.detector import Detector
 
-BATCH = 8  # pictures in memory
+BATCH = 8  # pictures looked at; as many are read ahead
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")  # one a word
 
 
@@ -61,8 +62,8 @@ def detect_images(
     least = threshold if threshold is not None else (model.threshold if like is None else 0.6)
     failed = 0
     with output_of(out) as write, Progress(len(files)) as progress:
-        for start in range(0, len(files), BATCH):
-            for file, found in _batch(model, files[start : start + BATCH], words, example, least, draw, images):
+        for part in read_ahead(files, _read, BATCH):
+            for file, found in _batch(model, part, words, example, least, draw, images):
                 failed += "error" in found
                 if "error" in found:
                     progress.message(found["error"])
@@ -71,17 +72,19 @@ def detect_images(
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
+def _read(file: Path) -> Image.Image | InputError:
+    try:
+        return read_image(file)
+    except InputError as error:
+        return error
+
+
 def _batch(
-    model: Detector, files: Sequence[Path], words: Sequence[str], example: Any, least: float, draw: Path | None,
-    images: Path,
+    model: Detector, part: Sequence[tuple[Path, Image.Image | InputError]], words: Sequence[str], example: Any,
+    least: float, draw: Path | None, images: Path,
 ) -> list[tuple[Path, dict[str, Any]]]:  # fmt: skip
-    pictures: dict[Path, Any] = {}
-    found: dict[Path, dict[str, Any]] = {}
-    for file in files:
-        try:
-            pictures[file] = read_image(file)
-        except InputError as error:
-            found[file] = {"error": str(error)}
+    found: dict[Path, dict[str, Any]] = {file: {"error": str(one)} for file, one in part if isinstance(one, InputError)}
+    pictures = {file: one for file, one in part if not isinstance(one, InputError)}
     shots = list(pictures.values())
     boxes = model.detect(shots, words, least) if example is None else model.detect_like(shots, example, least)
     for (file, picture), some in zip(pictures.items(), boxes, strict=True):
@@ -94,7 +97,7 @@ def _batch(
             with disk(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 overlay(picture, some, words or ["like"]).save(target)
-    return [(file, found[file]) for file in files]
+    return [(file, found[file]) for file, _ in part]
 
 
 def overlay(picture: Image.Image, boxes: Sequence[Box], words: Sequence[str]) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from genkit.vision.models import Sense
 
 T = TypeVar("T")
+R = TypeVar("R")
 
-READ = 32  # pictures prepared before the model sees them; of those at full size only as many as there are threads
+READ = 16  # pictures that the model is given; as many are prepared ahead, and of those at full size one a thread
 THREADS = 4
 
 
@@ -82,14 +83,13 @@ def looked_at(
     """
     import torch
 
-    with Progress(len(files)) as progress, ThreadPoolExecutor(min(THREADS, usable_cores())) as pool:
+    with Progress(len(files)) as progress:
         for note in sense.loaded.notes:
             progress.message(note)
-        for start in range(0, len(files), READ):
-            part = files[start : start + READ]
+        for part in read_ahead(files, lambda file: _prepared(file, sense), READ):
             found: dict[Path, T | InputError] = {}
             ready: dict[tuple[int, ...], list[tuple[Path, torch.Tensor, tuple[int, int]]]] = {}
-            for file, read in zip(part, pool.map(lambda file: _prepared(file, sense), part), strict=True):
+            for file, read in part:
                 if isinstance(read, InputError):
                     found[file] = read
                 else:
@@ -97,7 +97,7 @@ def looked_at(
             for group in ready.values():
                 said = look(torch.cat([pixels for _, pixels, _ in group]), [size for _, _, size in group])
                 found |= {file: _named(file, one) for (file, _, _), one in zip(group, said, strict=True)}
-            for file in part:
+            for file, _ in part:
                 one = found[file]
                 if isinstance(one, InputError):
                     progress.message(str(one))
@@ -105,11 +105,27 @@ def looked_at(
                 yield file, one
 
 
+def read_ahead(files: Sequence[Path], read: Callable[[Path], R], count: int) -> Iterator[list[tuple[Path, R]]]:
+    """Yield `count` files at a time with what `read` returns of each; the next ones are read meanwhile, in threads."""
+    pool = ThreadPoolExecutor(min(THREADS, usable_cores()), "genkit-read")
+    try:
+        ahead: list[tuple[Path, Future[R]]] = []
+        for start in range(0, len(files) + count, count):
+            part, ahead = ahead, [(file, pool.submit(read, file)) for file in files[start : start + count]]
+            if part:
+                yield [(file, future.result()) for file, future in part]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _prepared(file: Path, sense: Sense) -> tuple[torch.Tensor, tuple[int, int]] | InputError:
-    from genkit.scoring.clip import as_tensor
+    import numpy as np
+    import torch
+
+    from genkit.pictures.images import read_image
 
     try:
-        picture = as_tensor(file)
+        picture = torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)[None]  # colours last, as Pillow has it
         return sense.pixels(picture), (picture.shape[-2], picture.shape[-1])
     except InputError as error:
         return _named(file, error)

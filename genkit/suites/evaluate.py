@@ -169,7 +169,7 @@ def _common(values: Sequence[Any]) -> Any:
 def described(found: Mapping[str, Any], folder: Path) -> str:
     """Return an evaluation as text."""
     s, n = found["suite"], found["settings"]["num_images"]
-    each = f"{n} pictures each" if isinstance(n, int) else "different numbers of pictures"
+    each = f"{n} picture{'s' * (n != 1)} each" if isinstance(n, int) else "different numbers of pictures"
     lines = [f"{found['model']['name']} on the suite {s['name']}: {s['rows']:,} prompts, {each}"]
     table = [("task", "prompts", "pictures", "right", "(95 %)", "prompts with one right", "(95 %)")]
     for t in found["tasks"]:

@@ -121,7 +121,7 @@ class Captioner(Sense):
         if self._able:
             return self._answer(self._encoded(pixels), self._tokens(str(text)), tokens)
         given, most = _KINDS[self.loaded.kind](self, pixels, text)
-        return self._texts(self.model, len(pixels), tokens, most, pixel_values=pixels, **given)
+        return self._texts(self.model, len(pixels), tokens, most, **given)
 
     def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return what the text networks read of pictures, (B, patches + 1, width)."""
@@ -188,33 +188,35 @@ def check_text(info: VisionInfo, text: str | None) -> None:
         raise InputError(f"question: {shown(text)} is no text")
 
 
-Given = tuple[dict[str, Any], int]  # what `generate` is given beside pixels, and how many tokens there is room for
+Given = tuple[dict[str, Any], int]  # what `generate` is given, and how many tokens there is room for
 
 
 def _blip(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given:
     most = captioner.model.config.text_config.max_position_embeddings
     if text is None:
-        return {"num_beams": 1}, most - 1
+        return {"pixel_values": pixels, "num_beams": 1}, most - 1
     tokens = captioner._tokens(text)
     repeated = {name: value.repeat(len(pixels), 1) for name, value in tokens.items()}
-    return {"num_beams": 1, **repeated}, most - tokens["input_ids"].shape[1] + 1
+    return {"pixel_values": pixels, "num_beams": 1, **repeated}, most - tokens["input_ids"].shape[1] + 1
 
 
 def _florence(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given:
-    """Return the ids of Florence-2's processor: a place for each feature of the picture, then what is asked."""
+    """Return what Florence-2's decoder reads: the picture's features, then what is asked, encoded together."""
     model, tokenizer = captioner.model, captioner.loaded.tokenizer
-    places = model.get_image_features(pixels[:1]).pooler_output.shape[1]
+    features = model.get_image_features(pixels).pooler_output
     asked = tokenizer(f"{tokenizer.bos_token}{text}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
-    most = model.config.text_config.max_position_embeddings
+    most, places = model.config.text_config.max_position_embeddings, features.shape[1]
     if places + len(asked) > most:
         raise InputError(f"{captioner.name}: {places} features and {len(asked)} tokens are more than {most}")
-    ids = torch.tensor([[model.config.image_token_id] * places + asked], device=captioner.device)
-    ids = ids.repeat(len(pixels), 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, most - 1
+    words = model.get_input_embeddings()(torch.tensor([asked], device=captioner.device)).expand(len(pixels), -1, -1)
+    inputs = torch.cat([features.to(words.dtype), words], dim=1)
+    mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=captioner.device)
+    encoded = model.model.language_model.encoder(attention_mask=mask, inputs_embeds=inputs)
+    return {"encoder_outputs": encoded, "attention_mask": mask}, most - 1
 
 
 def _gpt2(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given:
-    return {}, captioner.model.config.decoder.max_position_embeddings - 1
+    return {"pixel_values": pixels}, captioner.model.config.decoder.max_position_embeddings - 1
 
 
 _KINDS: dict[str, Callable[[Captioner, torch.Tensor, str | None], Given]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import re
@@ -26,6 +27,8 @@ from genkit.vision.processors import read_classifier_processor
 
 if TYPE_CHECKING:
     import torch
+
+    from genkit.device.residency import Hold
 
 T = TypeVar("T")
 THRESHOLD = "detection_threshold"  # a key of genkit's own; transformers keeps it without reading it
@@ -106,16 +109,16 @@ class Loaded:
 
 
 class Sense:
-    """What all senses share: a loaded model, how many pictures it takes at once, and caches that can be dropped."""
+    """What all senses share: a loaded model, how many pictures it takes at once, and caches that can be dropped.
+
+    device: where it works. hold: context manager that keeps it there (device/residency.py).
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.model = loaded, loaded.model
         self.batch = BATCH
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return next(self.model.parameters()).device
+        self.device: torch.device = next(self.model.parameters()).device
+        self.hold: Hold = contextlib.nullcontext
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +131,7 @@ class Sense:
 
         from genkit.device.outofmemory import in_parts
 
-        with torch.inference_mode():
+        with torch.inference_mode(), self.hold():
             found, self.batch = in_parts(count, self.batch, call, what)
         return found
 
@@ -180,17 +183,20 @@ def inspect_vision(name: str | Path, senses: Collection[str], option: str = "mod
 
 
 def load_model(
-    name: str | Path | VisionInfo, senses: Collection[str], device: torch.device | str, dtype: torch.dtype
-) -> Loaded:
+    name: str | Path | VisionInfo, senses: Collection[str], device: torch.device | str, dtype: torch.dtype,
+    pinned: bool = False,
+) -> Loaded:  # fmt: skip
     """Load a vision model for one of `senses`; its weights are equal to those that from_pretrained loads.
 
     It is built without weights from its class and config, every name and shape is compared with the files, and only
-    then are they read. Raises InputError as `inspect_vision` does, and for weights that are missing, too many, of
-    another shape, all zero or not finite in `dtype`; HostError if memory runs out.
+    then are they read. pinned: in RAM, from where they are copied to a GPU at once. Raises InputError as
+    `inspect_vision` does, and for weights that are missing, too many, of another shape, all zero or not finite in
+    `dtype`; HostError if memory runs out.
     """
     import torch
 
     from genkit.device.devices import compute_dtype
+    from genkit.vision.faster import quicken
 
     info = name if isinstance(name, VisionInfo) else inspect_vision(name, senses)
     if info.sense not in senses:
@@ -213,6 +219,9 @@ def load_model(
     }
     model.load_state_dict(weights, strict=True, assign=True)
     model.to(device=target, dtype=compute_dtype(target, dtype)).eval().requires_grad_(False)
+    for tensor in (*model.parameters(), *model.buffers()) if pinned and torch.cuda.is_available() else ():
+        tensor.data = tensor.data.pin_memory()
+    quicken(model)
     return Loaded(info, model, read_tokenizer(info))
 
 

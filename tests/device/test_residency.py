@@ -18,7 +18,15 @@ from genkit.device.residency import Residency
 from genkit.runs.run import read_config
 from genkit.sampling.codec import Codec
 from genkit.sampling.strips import can_strip, decode_in_strips, encode_in_strips
+from genkit.scoring.panel import Panel
+from genkit.scoring.senses import Senses
+from genkit.vision.captioner import Captioner
+from genkit.vision.classifier import Classifier
+from genkit.vision.detector import Detector
+from tests.classifiers import tiny_classifier
+from tests.detectors import tiny_owlvit
 from tests.grids import thinned
+from tests.senses import tiny_blip_vqa
 
 CPU = torch.device("cpu")
 SMALL: Any = {"width": 64, "height": 64}
@@ -101,6 +109,33 @@ def test_one_network_at_a_time_is_on_the_device() -> None:
     assert residency.log == ["text_encoder", "-text_encoder", "unet", "-unet", "vae", "-vae", "clip"], (
         "prompts are embedded together, and pictures decoded and scored together"
     )
+
+
+@pytest.mark.parametrize("level", [TURNS, pytest.param(PARTS, marks=pytest.mark.slow)])
+def test_vision_models_come_for_their_work(level: str, tmp_path: Path) -> None:
+    found: list[dict[str, Any]] = []
+    for now in (RESIDENT, level):
+        gen, scorer, residency = generator(now)
+        senses = Senses(Detector.from_pretrained(tmp_path / "owl" if found else tiny_owlvit(tmp_path / "owl")),
+                        Classifier.from_pretrained(tmp_path / "cls" if found else tiny_classifier(tmp_path / "cls")),
+                        Captioner.from_pretrained(tmp_path / "vqa" if found else tiny_blip_vqa(tmp_path / "vqa")),
+                        )  # fmt: skip
+        for name in senses.names:
+            sense = getattr(senses, name)
+            sense.hold = residency.add(name, sense.model)
+        asked: Any = {"detect": ["a cat"], "ask": ["how many cat?"]}
+        requests = [Request(id=str(k), prompt="a fox", seed=k, num_inference_steps=1, **asked, **SMALL)
+                    for k in range(2)]  # fmt: skip
+        found.append({r.id: r.scores for r in gen.stream(requests, scorer=Panel(scorer, ["a fox"], senses=senses))})
+    for key, scores in found[1].items():
+        expected = found[0][key]
+        assert scores["answers"] == expected["answers"] and len(scores["boxes"]) == len(expected["boxes"])
+        assert scores["classes"] == pytest.approx(expected["classes"], abs=1e-3)
+    here: set[str] = set()
+    for entry in residency.log:
+        here = here - {entry[1:]} if entry[0] == "-" else here | {entry}
+        assert len(here) <= 1
+    assert {"detector", "classifier", "captioner", "clip"} <= set(residency.log)
 
 
 def test_moving_off_is_forgetting_a_copy() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,16 @@ from genkit.cli import run as command
 from genkit.errors import InputError
 from genkit.options import Options
 from genkit.rows.result import Result
+from genkit.runs.records import read_results
 from genkit.scoring.distances import DISTANCES
+from genkit.scoring.gates import Expression, passes
 from genkit.selection.intervals import share_interval, wilson
+from genkit.suites import geneval
 from genkit.suites.leaderboard import leaderboard
 from genkit.suites.suite import read_suite
 from genkit.suites.verdicts import judge_rows, mean_of, overall, task_table
 from tests.children import ROOT
+from tests.detectors import tiny_owlvit
 
 LABELS = ["a fox", "a car", "a cup"]
 ROWS: list[dict[str, Any]] = [
@@ -311,3 +317,34 @@ def test_other_suites_judges_and_pictures_are_refused(tmp_path: Path, run: tuple
             leaderboard([a, run[1]])
     finally:
         (run[1] / "evaluation.json").write_text(json.dumps(old))
+
+
+@pytest.mark.slow
+def test_geneval_with_a_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--steps", "1", "-n", "1", "--width", "64", "--height", "64", "--device", "cpu"]
+    options = ["--detector", str(tiny_owlvit(tmp_path / "owl")), *small]
+    whole = ["evaluate", "emoji", "--suite", "geneval", *options, "-o", str(tmp_path / "whole")]
+    assert command([*whole, "--max-total-images", "3"]) != 0, "it is evaluated when all pictures are there"
+    assert not (tmp_path / "whole" / "evaluation.json").exists()
+    assert len(read_results(tmp_path / "whole")) == 3
+    rows = geneval.rows()[::25]  # some of each task
+    assert len({row["task"] for row in rows}) == 6
+    some = ["evaluate", "emoji", "--suite", str(suite_file(tmp_path, rows)), *options, "-o", str(tmp_path / "some")]
+    assert command(some) == 0
+    capsys.readouterr()
+    found = json.loads((tmp_path / "some" / "evaluation.json").read_text())
+    assert [task["task"] for task in found["tasks"]] == list(dict.fromkeys(row["task"] for row in rows))
+    assert list(found["judge"]["detector"]["weights"]) == ["model.safetensors"]
+    scores = {r.id: r.scores for r in read_results(tmp_path / "some")}
+    for row in found["rows"]:
+        [image] = row["images"]
+        assert image["right"] == passes(Expression(row["verify"], names=None), scores[row["id"]]), row
+        counted = [(w, n) for key, n in image["found"].items() for w in re.findall(r"^count\['(.*)'\]$", key)]
+        for word, count in counted:
+            assert 0 <= count <= sum(box[0] == word and box[1] > 0.1 for box in scores[row["id"]]["boxes"])
+    wrong = [row for row in found["rows"] if not row["images"][0]["right"]]
+    page = (tmp_path / "some" / "evaluation.html").read_text()
+    assert wrong and all(escape(row["prompt"]) in page for row in wrong)
+    before = (tmp_path / "some" / "evaluation.json").read_text()
+    assert command(some) == 0, "nothing is left to draw"
+    assert (tmp_path / "some" / "evaluation.json").read_text() == before

@@ -12,15 +12,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import GroundingDinoForObjectDetection, Owlv2ForObjectDetection, OwlViTForObjectDetection
+from transformers import (
+    BlipForQuestionAnswering,
+    GroundingDinoForObjectDetection,
+    Owlv2ForObjectDetection,
+    OwlViTForObjectDetection,
+)
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
+from genkit.device.cpu import through_onednn
 from genkit.errors import InputError
+from genkit.vision import preprocess
 from genkit.vision.models import inspect_vision, load_model
-from genkit.vision.preprocess import prepare, resize
+from genkit.vision.preprocess import CLIP_MEAN, CLIP_STD, Processor, prepare, resize
 from tests.detectors import tiny_grounding_dino, tiny_owlv2, tiny_owlvit
+from tests.senses import tiny_blip_vqa
 
 MODELS: dict[str, tuple[Any, Any, Any]] = {
     "owlvit": (tiny_owlvit, OwlViTForObjectDetection, OwlViTImageProcessorPil),
@@ -61,6 +69,28 @@ def test_resizing_is_that_of_pil(name: str, code: int) -> None:
         expected = np.array(Image.fromarray(pixels).resize(after[::-1], code))
         found = resize(torch.from_numpy(pixels).permute(2, 0, 1).int(), after, name)
         assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+def test_pictures_in_memory_and_on_a_device_are_prepared_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = Processor({"shortest_edge": 32}, "bicubic", CLIP_MEAN, CLIP_STD, crop=(24, 32))
+    pictures = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (2, 3, 70, 90), dtype=np.uint8))
+    by_pillow = prepare(pictures, processor)
+    assert torch.equal(prepare(pictures.to(memory_format=torch.channels_last), processor), by_pillow)
+    monkeypatch.setattr(preprocess, "_by_pillow", preprocess._by_torch)
+    assert torch.equal(prepare(pictures, processor), by_pillow)
+
+
+def test_linear_layers_and_blip_s_attention_are_those_of_transformers(tmp_path: Path) -> None:
+    reference = BlipForQuestionAnswering.from_pretrained(tiny_blip_vqa(tmp_path / "vqa")).eval()
+    model = load_model(tmp_path / "vqa", ("captioner",), "cpu", torch.float32).model
+    wide, x = torch.nn.Linear(96, 64).requires_grad_(False), torch.randn(2, 7, 96)
+    assert through_onednn(wide) == 1
+    assert torch.allclose(wide(x), torch.nn.functional.linear(x, wide.weight, wide.bias), atol=1e-5)
+    assert torch.equal(wide.double()(x.double()), torch.nn.functional.linear(x.double(), wide.weight, wide.bias))
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        found, expected = (m.vision_model(pixel_values=pixels)[0] for m in (model, reference))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_shards_and_old_buffers_are_read(tmp_path: Path) -> None:
