@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from genkit.rows.request import Request
 from genkit.rows.result import Result
@@ -56,6 +57,9 @@ class Draws:
     selection/decide.py), so the same images are kept however many were drawn ahead, in whatever order results came,
     and however often the run was interrupted.
     """
+
+    engine: Any = None  # of the stream that draws, set by it
+    watch: Any = None  # follows what is drawn: an engine.Watch
 
     def __init__(
         self,
@@ -178,6 +182,14 @@ class Draws:
         """Return whether `take` has an image to draw right now."""
         self._held = self.take()
         return self._held is not None
+
+    def more(self) -> bool:
+        """Return whether to go on once everything is drawn: a source to which rows are added waits for them here."""
+        return False
+
+    def scored(self, request: Request) -> bool:
+        """Return whether the scores of a row's images are of use to anyone."""
+        return True
 
     def report(self, result: Result) -> None:
         """Count a finished image; its row draws another one if too few have passed."""

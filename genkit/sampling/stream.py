@@ -69,12 +69,14 @@ class Stream:
         self.engine = engine = Engine(
             self.generator.denoiser, self.generator.device, slots, self._relieve,
             refiner=None if refiner is None else refiner.denoiser, steady=self.generator.residency.steady,
+            watch=self.draws.watch,
         )  # fmt: skip
+        self.draws.engine = engine
         if pool is not None and self.generator.residency.resident:
             pool.submit(self._rehearse)
         try:
             progress = True
-            while progress:
+            while progress or self.draws.more():
                 progress = yield from self._pass(engine, self._draw, pool)
                 if self.retries:
                     progress |= yield from self._retry_in_float32(engine, pool)
@@ -320,6 +322,11 @@ class Stream:
             return [{} for _ in ended]
         requests = [t.tag[0] for t in ended]
         prompts, labels = [r.plain_prompt for r in requests], [r.labels for r in requests]
+        if not all(map(self.draws.scored, requests)):
+            some = [t for t in ended if self.draws.scored(t.tag[0])]
+            rows = torch.tensor([self.draws.scored(r) for r in requests], device=pictures.device)
+            found = iter(self._score(some, pictures[rows], look) if some else ())
+            return [next(found) if self.draws.scored(r) else {} for r in requests]
         senses = getattr(self.scorer, "senses", None)  # a caller's own scorer need not have any
         if senses is None or not senses.names or not look:
             return self.scorer.scores(pictures, prompts, labels)
