@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from genkit.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from genkit.cluster.generate import generate
     from genkit.errors import HostError, InputError
-    from genkit.job import generate
     from genkit.rows.request import Request
     from genkit.rows.result import Result
     from genkit.sampling.generators import ImageToImage, TextToImage, Unconditional
@@ -30,7 +30,7 @@ _HOMES = {
     "ImageToImage": "genkit.sampling.generators",
     "TextToImage": "genkit.sampling.generators",
     "Unconditional": "genkit.sampling.generators",
-    "generate": "genkit.job",
+    "generate": "genkit.cluster.generate",
     "Request": "genkit.rows.request",
     "Result": "genkit.rows.result",
     "Scheduler": "genkit.schedulers",

@@ -30,6 +30,7 @@ class Progress:
     def __init__(self, total: int, done: int = 0, *, quiet: bool = False) -> None:
         self.total, self.done, self.earlier, self.failed, self.passed = total, done, done, 0, 0
         self.quiet = quiet
+        self.about = ""  # what else the bar says
         self.began = self.last_line = time.monotonic()
         self._bar: Bar | None = None
 
@@ -42,12 +43,14 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]} images/s  passed {task.fields[passed]}  failed {task.fields[failed]}"),
-                TextColumn("ETA {task.fields[eta]}  after"),
+                TextColumn("{task.fields[about]}ETA {task.fields[eta]}  after"),
                 TimeElapsedColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._bar.add_task("", total=self.total, completed=self.done, rate="-", eta="-", passed=0, failed=0)
+            self._bar.add_task(
+                "", total=self.total, completed=self.done, rate="-", eta="-", passed=0, failed=0, about=""
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,25 +67,31 @@ class Progress:
         """Seconds to go at the rate so far: batches end all at once, which rich's own estimate is not made for."""
         return (self.total - self.done) / max(self.rate, 1e-9)
 
-    def advance(self, failed: bool, passed: bool, total: int) -> None:
-        """Count one more image; `total` is what the run now expects."""
-        self.total, self.done = total, self.done + 1
+    def advance(self, failed: int, passed: int, total: int, images: int = 1) -> None:
+        """Count one more image, or several; `total` is what the run now expects."""
+        self.total, self.done = total, self.done + images
         self.failed += failed
         self.passed += passed
+        self.show()
+
+    def show(self) -> None:
+        """Bring the bar up to date; where there is no terminal, print a line now and then."""
         if self._bar is not None:
             self._bar.update(
                 self._bar.task_ids[0],
-                total=total,
+                total=self.total,
                 completed=self.done,
                 rate=f"{self.rate:.2f}",
                 eta=_clock(self.left),
                 passed=self.passed,
                 failed=self.failed,
+                about=f"{self.about}  " if self.about else "",
             )
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
             done = f"{self.done} of {self.total} images, {self.rate:.2f} a second"
-            self.message(f"{done}, {_clock(self.left)} to go, {self.passed} passed, {self.failed} failed")
+            about = f", {self.about}" if self.about else ""
+            self.message(f"{done}, {_clock(self.left)} to go, {self.passed} passed, {self.failed} failed{about}")
 
     def message(self, text: str) -> None:
         """Print one line to standard error."""

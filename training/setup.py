@@ -317,7 +317,7 @@ def _check_channels(info: ModelInfo) -> None:
 
 def _prior(recipe: Recipe, task: Any, out: Path, device: str, draw: bool) -> Pictures:
     """Return DreamBooth's prior pictures: those given, or drawn once with the untrained model."""
-    from genkit.job import generate
+    from genkit.cluster.generate import generate
     from genkit.rows.request import Request
 
     prior = recipe.prior

@@ -105,12 +105,17 @@ def generate(
     format_in: Annotated[
         str, typer.Option(help="Of PROMPTS: auto, genkit, or of other tools a1111-lines, infotext, kohya, comfyui.")
     ] = "auto",
+    workers: Annotated[
+        str | None, typer.Option(help="So many processes draw, each with a GPU, or cores, of its own: 4, or 4:64.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Draw on a cluster of Ray: auto, or HOST:PORT.")] = None,
     new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time went.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Make the images of a prompt file; the same command again goes on where it stopped."""
+    from genkit.cluster.generate import check_workers
     from genkit.job.plan import plan_job
     from genkit.rows.prompts import read_prompts
     from genkit.rows.request import Request
@@ -120,6 +125,7 @@ def generate(
     if profile:
         phases.record()
     _check_source(prompts, prompt, from_images, options)
+    bounds = check_workers(workers, ray)
     defaults = row.fields()
     folder = free_name(out) if new_run else out
     options = dataclasses.replace(options, seed=run_seed(options.seed, folder))
@@ -139,9 +145,10 @@ def generate(
             job = dataclasses.replace(job, notes=(*job.notes, *other_models(shots, job.info, options.vae)))
     check_folder(folder, prompts)
     if dry_run:
-        print_found(job.describe(), as_json)
+        drawn_by = {"workers": workers, "ray": ray} if bounds or ray else {}
+        print_found({**job.describe(), **{name: value for name, value in drawn_by.items() if value}}, as_json)
         return EXIT_OK
-    return _run_job(job, folder, as_json)
+    return _run_job(job, folder, as_json, workers, ray)
 
 
 @app.command(cls=Command, rich_help_panel=MAKE)
@@ -210,12 +217,12 @@ def _check(fields: dict[str, Any]) -> None:
             raise InputError(f"--{str(error).replace('_', '-', str(error).split(':')[0].count('_'))}") from None
 
 
-def _run_job(job: Job, folder: Path, as_json: bool) -> int:
+def _run_job(job: Job, folder: Path, as_json: bool, workers: str | None, ray: str | None) -> int:
+    from genkit.cluster.generate import run_on
     from genkit.device.devices import reuse_memory
-    from genkit.job.run import run_job
 
     reuse_memory()
-    summary = run_job(job, folder)
+    summary = run_on(job, folder, workers, ray)
     print_found({**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}, as_json)
     if not as_json:
         print(f"gallery: {folder / 'index.html'}", file=sys.stderr)

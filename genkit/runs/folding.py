@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from genkit.durable import Journal, disk, sync_folder
@@ -12,7 +12,7 @@ from genkit.errors import HostError
 from genkit.rows.result import Result
 from genkit.runs.embeddings import fold_embeddings
 from genkit.runs.recorder import lock_part
-from genkit.runs.records import PART, Key, parts_of, read_parts
+from genkit.runs.records import Key, part_of, parts_of, read_parts
 
 WAIT = 30.0  # seconds for the workers of a driver that was killed, which end when they miss it
 PIECE = 10_000  # records appended at a time
@@ -45,17 +45,15 @@ def fold(folder: Path, journal: Journal, records: dict[Key, Result], wait: float
     return [f"{name}:{line}: damaged; its image is drawn again" for name, line in bad]
 
 
-def free_workers(folder: Path, count: int, taken: Iterable[str] = ()) -> list[str]:
-    """Return `count` names of workers that no part in the folder has, nor `taken`: w0000, w0001, …"""
-    used = {PART.fullmatch(path.name)[1] for path in parts_of(folder)} | set(taken)  # type: ignore[index]
-    used |= {path.stem.removeprefix("embeddings-") for path in folder.glob("embeddings-*.npy")}
-    names: list[str] = []
-    number = 0
-    while len(names) < count:
-        if (name := f"w{number:04d}") not in used:
-            names.append(name)
-        number += 1
-    return names
+def ended(folder: Path, worker: str, wait: float) -> dict[Key, Result]:
+    """Return what a worker that died recorded; {} if it never began. wait: seconds for its process to end."""
+    path = part_of(folder, worker)
+    if not path.exists():
+        return {}
+    with disk(path):
+        with contextlib.suppress(HostError):  # of a node that cannot be reached, the lock may stay for long
+            os.close(_claimed(path, time.monotonic() + wait))
+        return read_parts([path])[0]
 
 
 def _claimed(path: Path, until: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from genkit.phases import first_picture, phase
@@ -28,13 +28,15 @@ class Writers:
 
     origin: what the metadata of the pictures says of what drew them; None writes pictures without metadata. store: for
     their embeddings; `close` closes it. words: {row id: {word: SHA-256 of the textual inversion it stands for}}.
+    written: called in a writer's thread with each result whose record is on the disk.
     """
 
     def __init__(
         self, run: Recorder, rows: Iterable[Request], encoding: Encoding, origin: Origin | None,
         store: Store | None = None, words: Mapping[str, Mapping[str, str]] | None = None,
+        written: Callable[[Result], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.words = words or {}
+        self.words, self.written = words or {}, written
         self.run, self.encoding, self.origin, self.store = run, encoding, origin, store
         self.rows = {r.id: r for r in rows}
         self.pool = ThreadPoolExecutor(WRITERS, "genkit-write")
@@ -72,6 +74,7 @@ class Writers:
     def _write(self, result: Result) -> None:
         if result.status != "done":
             self.run.fail(result)
+            self.written(result)
             return
         text = {} if self.origin is None else self._texts(result, self.origin)
         with phase("encode pictures"):
@@ -82,6 +85,7 @@ class Writers:
             self.run.save(result, data, self.encoding.suffix)
         first_picture()
         result.pixels = None  # frees the memory
+        self.written(result)
 
 
 def texts_of(row: Request, result: Result, origin: Origin, words: Mapping[str, str] | None = None) -> dict[str, str]:

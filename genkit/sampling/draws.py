@@ -21,6 +21,7 @@ class _Row:
     gate: Expression | None
     least: int  # images that it will have at the end, at least
     expected: int  # … and probably, by the share that passed so far
+    cap: float = math.inf  # images that may be issued, for a row that a budget was given
     issued: int = 0
     in_flight: int = 0
     passed: int = 0
@@ -30,13 +31,15 @@ class _Row:
     def wants_more(self) -> bool:
         """Whether another image is needed even if all in flight pass."""
         r = self.request
-        return self.issued < r.num_images or (self.open and self.passed + self.in_flight < (r.keep or 0))
+        wanted = self.issued < r.num_images or (self.open and self.passed + self.in_flight < (r.keep or 0))
+        return wanted and self.issued < self.cap
 
     @property
     def open(self) -> bool:
         """Whether more images may be drawn to satisfy the gate."""
         r = self.request
-        return r.max_images is not None and self.issued < r.max_images and self.passed < (r.keep or 0)
+        most = 0 if r.max_images is None else min(r.max_images, self.cap)
+        return self.issued < most and self.passed < (r.keep or 0)
 
     def shortfall(self, rate: float) -> float:
         """Return how many more images than those in flight are needed, if images pass at the row's own rate.
@@ -53,12 +56,13 @@ class Draws:
     done: the images of earlier starts of the run; they count as drawn. most: limit of images, those included; until: a
     time.monotonic(). Past either limit nothing new is handed out, and `short` names the limit.
 
+    stopped: set it, and the stream ends at the next step of its network without finishing what is in flight.
+
     A row's images are handed out in order. Those that count end with the image at which `keep` of them have passed (see
     selection/decide.py), so the same images are kept however many were drawn ahead, in whatever order results came,
     and however often the run was interrupted.
     """
 
-    engine: Any = None  # of the stream that draws, set by it
     watch: Any = None  # follows what is drawn: an engine.Watch
 
     def __init__(
@@ -70,6 +74,7 @@ class Draws:
     ) -> None:
         self._done = done or {}
         self._most, self._until = most, until
+        self._thrifty = most is not None  # a limited number of images is not spent on ones that may not be needed
         self._rows: dict[str, _Row] = {}
         self._next: deque[_Row] = deque()
         self._open: dict[str, _Row] = {}  # waiting for results; may draw ahead
@@ -78,14 +83,42 @@ class Draws:
         self._passed = self._finished = 0  # over the rows with max_images
         self.total = 0  # images that the run will probably have at the end
         self.short: str | None = None
-        self.slots_full: float | None = None  # set by the stream: `Engine.slots_full`
+        self.stopped = False
+        self.engine: Any = None  # of the stream that draws, set by it
         earlier = Counter(row_id for row_id, _ in self._done)
         for request in rows:
-            gate = None if request.gate is None else Expression(request.gate, request.labels, names=None)
-            least = max(request.num_images, earlier[str(request.id)])
-            row = self._rows[str(request.id)] = _Row(request, gate, least, least)
-            self._next.append(row)
-            self.total += least
+            self._admit(request, earlier[str(request.id)])
+
+    def _admit(self, request: Request, earlier: int) -> _Row:
+        """Add a row of which there are so many images from earlier starts."""
+        gate = None if request.gate is None else Expression(request.gate, request.labels, names=None)
+        least = max(request.num_images, earlier)
+        row = self._rows[str(request.id)] = _Row(request, gate, least, least)
+        self._next.append(row)
+        self.total += least
+        return row
+
+    @property
+    def slots_full(self) -> float | None:
+        """`Engine.slots_full` of the stream that drew; None before it begins."""
+        return None if self.engine is None else self.engine.slots_full
+
+    def anew(self, done: Mapping[tuple[str, int], Result]) -> Draws:
+        """Return the same draws from the beginning, with other results of earlier starts."""
+        return Draws((row.request for row in self._rows.values()), done, self._most, self._until)
+
+    def settle(self, results: Mapping[tuple[str, int], Result], short: str | None) -> None:
+        """Count what others drew, until the limit `short` if that ended it: `lacking` is right then."""
+        ended = Draws((row.request for row in self._rows.values()), results)
+        for row_id, row in ended._rows.items():
+            while row.wants_more and (row_id, row.issued) in results:
+                ended._issue(row)
+        self._rows, self.short = ended._rows, short
+
+    @property
+    def until(self) -> float | None:
+        """The time.monotonic() after which nothing is begun."""
+        return self._until
 
     def earlier(self, request: Request) -> list[Result]:
         """Return the results that earlier starts of the run recorded for the row."""
@@ -101,6 +134,9 @@ class Draws:
         if self._held is not None:
             held, self._held = self._held, None
             return held
+        return self._certain() or (None if self.short else self._ahead())
+
+    def _certain(self) -> tuple[Request, int] | None:
         while self._next:
             row = self._next[0]
             if not row.wants_more:
@@ -111,10 +147,10 @@ class Draws:
                 return drawn
             elif self.short:
                 return None
-        return self._ahead()
+        return None
 
     def _ahead(self) -> tuple[Request, int] | None:
-        if self._most is not None:  # a limited number of images is not spent on ones that may not be needed
+        if self._thrifty:
             return None
         rate = self._rate
         while self._open:

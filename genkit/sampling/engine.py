@@ -219,6 +219,12 @@ class Engine:
         used, ticks = self._until_last
         return used / (ticks * self.slots) if ticks else None
 
+    @property
+    def use(self) -> tuple[float, float]:
+        """What `slots_full` is the quotient of: slots in use and slots, both summed over the calls of the network."""
+        used, ticks = self._until_last
+        return used, ticks * self.slots
+
     @torch.inference_mode()
     def run(self, take: Take) -> Iterator[list[Trajectory]]:
         """Yield after each call the trajectories that finished, with clean `latent` or `error` set, or that pause.

@@ -76,12 +76,11 @@ class Stream:
             pool.submit(self._rehearse)
         try:
             progress = True
-            while progress or self.draws.more():
+            while (progress or self.draws.more()) and not self.draws.stopped:
                 progress = yield from self._pass(engine, self._draw, pool)
-                if self.retries:
+                if self.retries and not self.draws.stopped:
                     progress |= yield from self._retry_in_float32(engine, pool)
         finally:
-            self.draws.slots_full = engine.slots_full
             if engine.slots < slots:
                 self.generator.most_slots = engine.slots
             if pool is not None:
@@ -114,6 +113,8 @@ class Stream:
                 self.to_decode += ended + self._shared_by(ended)
                 self._submit(pool)
             yield from self._completed(PENDING)
+            if self.draws.stopped:
+                return False
         self.to_decode += self.shared
         self.shared = []
         self._submit(pool, everything=True)

@@ -165,7 +165,7 @@ def draw_similar(
 
     A row is known by the content of its picture, so that more pictures can be added to the folder.
     """
-    from genkit.job import generate
+    from genkit.cluster.generate import generate
 
     rows = {}
     for one in found:

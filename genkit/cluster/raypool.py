@@ -1,0 +1,301 @@
+"""Workers as actors of Ray. Ray is imported here alone, and only when it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from genkit.cluster.units import Event, Unit
+from genkit.errors import HostError, InputError, reason
+from genkit.job.plan import Job
+
+THREADS = 8  # calls that an actor takes at a time: two chunks, a recall, a halt, and room
+STORE = 2**27  # bytes of a local Ray's object store: the job is in it, and little else
+SECONDS = 12  # to find a cluster
+GONE = 5.0  # seconds between two looks whether any node is alive
+
+
+class RayPool:
+    """Workers on the nodes of a cluster, or, for `address` None, of a Ray that is started here and ends with it.
+
+    Raises InputError where Ray is not installed, HostError where it does not answer.
+    """
+
+    def __init__(self, job: Job, folder: Path, address: str | None, gpu: bool, workers: int, threads: int) -> None:
+        """gpu: whether each worker has one; else it has `threads` cores. workers: most, of a Ray that is started."""
+        self.ray = import_ray()
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.actors: dict[str, Any] = {}
+        self.finishing: set[str] = set()
+        self.gpu, self.threads, self.local = gpu, threads, address is None
+        self.lost = False
+        self._temporary: str | None = None
+        self.folder = folder
+        self.recorded: dict[str, Any] | None = None
+        self._looked = time.monotonic()
+        self._connect(address, workers)
+        try:
+            self.job = self.ray.put((job, folder))
+            self.actor = self.ray.remote(_actor())
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, address: str | None, workers: int) -> None:
+        quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        before = signal.getsignal(signal.SIGTERM)
+        if address is None:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for work beside other work
+            self._temporary = tempfile.mkdtemp(prefix="gk-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+            resources = {"num_cpus": workers * self.threads, "num_gpus": workers if self.gpu else 0}
+            with _says("cannot start Ray here"):
+                self.ray.init(  # "local", as without an address it would take RAY_ADDRESS
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=STORE,
+                    _temp_dir=self._temporary,
+                    **resources,
+                    **quiet,
+                )
+        else:
+            os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "2")
+            with _says(f"--ray: no cluster answers at {address}"), _within(SECONDS, address):
+                self.ray.init(address=address, **quiet)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own would leave without a word
+
+    def resources(self) -> dict[str, float]:
+        """Return what the cluster has, of "CPU" and "GPU"."""
+        return self.ray.cluster_resources()
+
+    def start(self, worker: str, *, masks: bool = False) -> None:
+        share: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if self.gpu else {"num_cpus": self.threads}
+        actor = self.actor.options(max_restarts=0, max_concurrency=THREADS, **share).remote(
+            self.job, worker, 0 if self.gpu else self.threads
+        )
+        self.actors[worker] = actor
+        self._when(actor.load.remote(self.recorded, masks), worker, "ready")
+
+    def open(self, worker: str) -> None:
+        self._when(self.actors[worker].open.remote(), worker, "opened")
+
+    def send(self, worker: str, units: list[Unit]) -> None:
+        self._when(self.actors[worker].draw.remote(units), worker, "drawn")
+
+    def recall(self, worker: str) -> None:
+        self._when(self.actors[worker].give_back.remote(), worker, "given")
+
+    def halt(self, worker: str) -> None:
+        self._when(self.actors[worker].halt.remote(), worker, "halted")
+
+    def finish(self, worker: str) -> None:
+        self.finishing.add(worker)
+        self._when(self.actors[worker].finish.remote(), worker, "ended")
+
+    def kill(self, worker: str) -> None:
+        actor = self.actors.pop(worker, None)
+        if actor is not None:
+            with contextlib.suppress(Exception):
+                self.ray.kill(actor, no_restart=True)
+
+    def look_back(self, worker: str, detect: bool) -> None:
+        """Have images of earlier starts scored again, or looked at again: "looked", with the results."""
+        self._when(self.actors[worker].look_back.remote(detect), worker, "looked")
+
+    def poll(self, seconds: float) -> list[Event]:
+        came: list[Event] = []
+        with contextlib.suppress(queue.Empty):
+            came.append(self.events.get(timeout=seconds))
+            while True:
+                came.append(self.events.get_nowait())
+        found = [event for event in came if event.worker in self.actors]  # of calls that fail together, one tells
+        for event in found:
+            if event.kind == "died":  # here: in Ray's thread it would wait for itself
+                self.kill(event.worker)
+        if time.monotonic() - self._looked > GONE or any(event.kind == "died" for event in found):
+            self._looked = time.monotonic()
+            self._check_alive()
+        return found
+
+    def _check_alive(self) -> None:
+        """Raise HostError when Ray itself has ended, which leaves calls without an answer for ever."""
+        if self.local:
+            self.lost = bool(_daemon(self.ray).dead_processes())
+        else:
+            self.lost = not any(node["Alive"] for node in self.ray.nodes())
+        if self.lost:
+            raise HostError("Ray has ended: its processes are gone; the same command goes on from here")
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            if self.lost and self.local:  # to ask it for anything would wait a minute
+                _daemon(self.ray).kill_all_processes(check_alive=False, allow_graceful=False)
+            elif not self.lost:
+                for worker in list(self.actors):
+                    self.kill(worker)
+                self.ray.shutdown()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _when(self, call: Any, worker: str, kind: str) -> None:
+        call.future().add_done_callback(functools.partial(self._came, worker, kind))
+
+    def _came(self, worker: str, kind: str, future: Any) -> None:
+        """Turn what a call came to into an event. Called in a thread of Ray's."""
+        error = future.exception()
+        if error is None:
+            value, notes, use = future.result()
+            self.events.put(Event(kind, worker, value, tuple(notes), use))
+            return
+        cause = getattr(error, "cause", None) or error
+        if worker in self.finishing and isinstance(cause, InterruptedError):
+            return
+        if isinstance(cause, InputError | HostError):
+            self.events.put(Event("error", worker, cause))
+            return
+        self.events.put(Event("died", worker, _why(error, cause)))
+
+
+def import_ray() -> Any:
+    """Return the module. Raises InputError with the command that installs it."""
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--workers and --ray: Ray is not installed: pip install 'genkit-diffusion[ray]'") from None
+    return ray
+
+
+def _daemon(ray: Any) -> Any:
+    """Return Ray's node of this machine, which started its processes."""
+    return ray._private.worker._global_node
+
+
+def _actor() -> type:
+    """Return the class of the actors: a Worker, and what Ray's metrics show of it."""
+    from genkit.cluster.worker import Worker
+
+    class GenkitWorker:
+        def __init__(self, job: tuple[Job, Path], name: str, threads: int) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN) if _main() else None
+            self.worker = Worker(*job, name, threads)
+            self.metrics = _Metrics(self.worker)
+
+        def _answer(self, value: Any) -> tuple[Any, list[str], tuple[float, float]]:
+            feed = getattr(self.worker, "feed", None)
+            return value, self.worker.news(), (0.0, 0.0) if feed is None else feed.use()
+
+        def load(self, recorded: dict[str, Any] | None, masks: bool) -> Any:
+            return self._answer(self.worker.load(recorded, masks))
+
+        def look_back(self, detect: bool) -> Any:
+            return self._answer(self.worker.look_back(detect))
+
+        def open(self) -> Any:
+            self.worker.open()
+            return self._answer(None)
+
+        def draw(self, units: list[Unit]) -> Any:
+            drawn = self.worker.draw(units)
+            self.metrics.update()
+            return self._answer(drawn)
+
+        def give_back(self) -> Any:
+            return self._answer(self.worker.give_back())
+
+        def halt(self) -> Any:
+            self.worker.halt()
+            return self._answer(None)
+
+        def finish(self) -> Any:
+            self.worker.finish()
+            return self._answer(None)
+
+    return GenkitWorker
+
+
+class _Metrics:
+    """Counters and a gauge that Ray exports, to Prometheus say."""
+
+    def __init__(self, worker: Any) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        self.worker = worker
+        names = {"done": "genkit_pictures", "failed": "genkit_failed"}
+        self.counters = {key: Counter(name, tag_keys=("worker",)) for key, name in names.items()}
+        self.slots = Gauge("genkit_slots_full", "Share of the slots in use.", tag_keys=("worker",))
+        self.said = {"done": 0, "failed": 0}
+        self.lock = threading.Lock()
+
+    def update(self) -> None:
+        tags = {"worker": self.worker.name}
+        with self.lock:
+            for key, counter in self.counters.items():
+                if (new := self.worker.counted[key] - self.said[key]) > 0:
+                    counter.inc(new, tags)
+                    self.said[key] += new
+        if (full := self.worker.slots_full) is not None:
+            self.slots.set(full, tags)
+
+
+def _main() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _why(error: BaseException, cause: BaseException) -> str:
+    """Return why a worker died, as a few words."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return _SIGNS["NODE_OUT_OF_MEMORY"]
+    if type(error).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
+        text = str(error)
+        for sign, words in _SIGNS.items():
+            if sign in text:
+                return words
+        return "its process ended"
+    return f"{type(cause).__name__}: {reason(cause)}"
+
+
+_SIGNS = {
+    "NODE_OUT_OF_MEMORY": "memory of its node ran out",
+    "node has died": "its node is gone",
+    "node was": "its node is gone",
+}
+
+
+@contextlib.contextmanager
+def _says(what: str) -> Any:
+    """Turn what Ray raises into a HostError of one line."""
+    try:
+        yield
+    except (InputError, HostError):
+        raise
+    except Exception as error:
+        raise HostError(f"{what}: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _within(seconds: float, address: str) -> Any:
+    """Raise HostError in the main thread when the block takes too long: Ray waits a minute for a cluster."""
+    if not _main() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise HostError(f"--ray: no cluster answers at {address} within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,249 @@
+"""Runs of many workers, here in threads of one process: the pictures of one worker, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genkit import HostError, InputError, Request, generate
+from genkit.cluster.crew import Workers, check_address, parse_workers, ray_crew
+from genkit.cluster.feed import Feed
+from genkit.cluster.units import Drawn, Unit
+from genkit.job.plan import plan_job
+from genkit.job.run import Summary, run_job
+from genkit.options import Options
+from genkit.rows.result import Result
+from genkit.runs.records import parts_of, read_results
+from tests.check_run import check, lines_of, outcome
+from tests.cluster.pools import ThreadPool
+from tests.tiny import tiny_stable_diffusion
+
+STEPS = {"num_inference_steps": 1}
+MODEL: dict[str, Any] = {}  # a tiny one, and one slot: the last bit of a picture may depend on those beside it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tiny_stable_diffusion(tmp_path_factory.mktemp("model") / "tiny")
+    MODEL.update(model=str(folder), clip="emoji-clip", batch_size=1)
+
+
+def alone(rows: Sequence[Request], out: Path) -> Summary:
+    return generate([row.filled(STEPS) for row in rows], out, quiet=True, **MODEL)
+
+
+def run_with(
+    rows: Sequence[Request], out: Path, workers: int, change: Callable[[Any], None] = lambda pool: None, **options: Any
+) -> Summary:
+    """Draw with workers in threads. change: what to alter of the pool."""
+    job = plan_job([row.filled(STEPS) for row in rows], Options(quiet=True, **{**MODEL, **options}), {})
+
+    def make(gpu: bool | None) -> tuple[Any, int, int]:
+        pool = ThreadPool(job, out)
+        change(pool)
+        return pool, workers, workers
+
+    return run_job(job, out, Workers(job, out, make))
+
+
+def of(folder: Path) -> list[tuple[Any, ...]]:
+    return sorted(outcome(folder))
+
+
+PLAIN = [
+    Request(id="fox", prompt="a red fox", num_images=5),
+    Request(id="cat", prompt="a cat", seed=7, num_images=3),
+]
+
+
+def test_the_union_is_what_one_process_draws_and_resumes_either_way(tmp_path: Path) -> None:
+    wanted = alone(PLAIN, tmp_path / "one")
+    found = run_with(PLAIN, tmp_path / "two", 2)
+    assert (found.exit_code, found.new, found.kept) == (0, wanted.new, wanted.kept)
+    assert of(tmp_path / "two") == of(tmp_path / "one") and check(tmp_path / "two") == []
+    assert parts_of(tmp_path / "two") == [] and (tmp_path / "two/index.html").is_file()
+    config = [json.loads((tmp_path / name / "run.json").read_text())["binding"] for name in ("one", "two")]
+    assert config[0] == config[1]
+    more = [*PLAIN, Request(id="dog", prompt="a dog", num_images=2)]
+    assert run_with(more, tmp_path / "one", 2).new == 2, "what one began, two go on with"
+    assert alone(more, tmp_path / "two").new == 2
+    assert of(tmp_path / "two") == of(tmp_path / "one")
+    scores = [{(r.id, r.index): r.scores["clip_z"] for r in read_results(tmp_path / name)} for name in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-2), "old pictures are scored again for the new prompt"
+
+
+@pytest.mark.slow
+def test_gated_and_pruned_rows_keep_what_one_process_keeps(tmp_path: Path) -> None:
+    rows = [
+        Request(id="gate", prompt="a red fox", num_images=1, keep=2, gate="sharpness > 0", max_images=6, seed=1),
+        Request(id="prune", prompt="a cat", num_images=4, keep=1, prune={"after": 0.5, "keep": 0.5}, seed=5),
+    ]
+    rows = [row.filled({"num_inference_steps": 2}) for row in rows]
+    alone(rows, tmp_path / "one")
+    summary = run_with(rows, tmp_path / "two", 2)
+    kept = [json.loads((tmp_path / name / "selection.json").read_text())["images"] for name in ("one", "two")]
+    assert [{k for k, v in found.items() if v["kept"]} for found in kept] == 2 * [
+        {k for k, v in kept[0].items() if v["kept"]}
+    ]
+    assert summary.kept == 3 and check(tmp_path / "two", finished=False) == []
+
+
+@pytest.mark.slow
+def test_limits_hold_for_all_together(tmp_path: Path) -> None:
+    some = run_with(PLAIN, tmp_path, 2, max_total_images=4)
+    assert (some.exit_code, some.images, some.stopped) == (1, 4, True)
+    assert run_with(PLAIN, tmp_path, 2, max_seconds=1e-6).new == 0
+    assert run_with(PLAIN, tmp_path, 1, max_total_images=8).exit_code == 0
+    assert check(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_worker_whose_device_fails_is_replaced(tmp_path: Path) -> None:
+    def faulty(pool: ThreadPool) -> None:
+        send = pool.send
+
+        def first_fails(worker: str, units: list[Unit]) -> None:
+            if worker == "w0000":
+                pool.workers[worker].feed.take = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+            send(worker, units)
+
+        pool.send = first_fails  # type: ignore[method-assign]
+
+    alone(PLAIN, tmp_path / "one")
+    assert run_with(PLAIN, tmp_path / "two", 2, faulty).exit_code == 0
+    assert of(tmp_path / "two") == of(tmp_path / "one") and check(tmp_path / "two") == []
+
+
+def test_a_full_disk_of_a_worker_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(pool: ThreadPool) -> None:
+        def draw(*_: object) -> None:
+            raise HostError("/disk: No space left on device")
+
+        monkeypatch.setattr("genkit.cluster.worker.Worker.draw", draw)
+
+    with pytest.raises(HostError, match="No space left"):
+        run_with(PLAIN, tmp_path, 2, full)
+    monkeypatch.undo()
+    assert run_with(PLAIN, tmp_path, 1).exit_code == 0
+
+
+def test_sigterm_writes_what_is_finished_and_the_same_goes_on(tmp_path: Path) -> None:
+    def stop_soon(pool: ThreadPool) -> None:
+        poll, told = pool.poll, list[int]()
+
+        def once(seconds: float) -> list[Any]:
+            found = poll(seconds)
+            if not told and any(event.kind == "drawn" for event in found):
+                told.append(1)  # a second one would leave at once
+                signal.raise_signal(signal.SIGTERM)
+            return found
+
+        pool.poll = once  # type: ignore[method-assign]
+
+    rows = [Request(id=f"r{n}", prompt=f"fox {n}", num_images=8) for n in range(6)]
+    stopped = run_with(rows, tmp_path, 1, stop_soon, batch_size=2)
+    assert stopped.exit_code == 143 and stopped.stopped and 0 < stopped.images < 48
+    assert check(tmp_path, finished=False) == [] and parts_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("genkit", "0.0.1", r"node n7: genkit is '0.0.1', and "),
+        ("torch", "1.13", r"node n7: torch is '1.13', and "),
+        ("weights", {"model": {}}, r"node n7: model: \S+ has SHA-256 absent…, and [0-9a-f]{12}… here"),
+    ],
+)
+def test_a_node_that_differs_is_named(
+    key: str, value: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: Any, recorded: Any, masks: bool = False) -> dict[str, Any]:
+        from importlib.metadata import version
+
+        from genkit.job.load import hashes
+        from genkit.version import __version__
+
+        binding = {"device": "cpu", "dtype": "float32"}
+        facts = {
+            "host": "n7", "genkit": __version__, "torch": version("torch"), "weights": hashes(self.job),
+            "config": {"binding": binding}, "slots": 4, "notes": [], "masks": {},
+        }  # fmt: skip
+        return {**facts, key: value}
+
+    monkeypatch.setattr("genkit.cluster.worker.Worker.load", load)
+    with pytest.raises(HostError, match=text):
+        run_with(PLAIN, tmp_path / "run", 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_feed_gives_back_what_is_not_begun() -> None:
+    rows = {
+        "a": Request(id="a", prompt="a", num_images=6),
+        "g": Request(id="g", keep=1, gate="clip > 0.9", max_images=9),
+    }
+    over: list[Drawn] = []
+    feed = Feed(rows, lambda result: result.status == "done", over.append)
+    feed.add([Unit(0, "a", list(range(6))), Unit(1, "g", None, earlier=[Result("g", 0, 0)])])
+    taken = [feed.take() for _ in range(3)]
+    assert [(str(row.id), k) for row, k in filter(None, taken)] == [("g", 1), ("a", 0), ("a", 1)]
+    assert [(one.number, one.indexes) for one in feed.give_back()] == [(0, [4, 5])]
+    assert [(one.number, one.indexes) for one in feed.give_back()] == [(0, [3])]
+    feed.halt()
+    assert feed.take() is None and over == []
+    for row_id, index in (("a", 0), ("g", 1), ("a", 1)):
+        result = Result(row_id, index, 0, "failed" if row_id == "g" else "done")
+        feed.report(result)
+        feed.written(result)
+    assert over == [Drawn(1, [(1, "failed", False)]), Drawn(0, [(0, "done", True), (1, "done", True)])]
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ("0", "not within 1"),
+        ("many", "not a number"),
+        ("8:4", "smaller number first"),
+        ("-1", "not a number"),
+        ("", "not"),
+    ],
+)
+def test_a_wrong_number_of_workers_is_refused(asked: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^--workers: .*{text}"):
+        generate([Request(prompt="a")], tmp_path / "run", workers=asked, **MODEL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bounds_and_addresses() -> None:
+    assert parse_workers(None) is None and parse_workers(3) == (3, 3) and parse_workers("4:64") == (4, 64)
+    for good in (None, "auto", "10.0.0.1:6379"):
+        check_address(good)
+    with pytest.raises(InputError, match="ray job submit"):
+        check_address("ray://head:10001")
+    with pytest.raises(InputError, match="--ray: 'head' is not auto or HOST:PORT"):
+        check_address("head")
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "text"),
+    [
+        (4096, "cpu", "--workers: 4096 is more than the"),
+        (2, "cuda:1", "--device: cuda:1 is one device"),
+        (2, "mps", "mps is one device"),
+    ],
+)
+def test_more_workers_than_devices_are_refused(workers: int, device: str, text: str, tmp_path: Path) -> None:
+    job = plan_job([Request(prompt="a")], Options(device=device), {})
+    with pytest.raises(InputError, match=text):
+        ray_crew(job, tmp_path, (workers, workers), None)
+
+
+def test_without_ray_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'genkit-diffusion\[ray\]'"):
+        generate([Request(prompt="a")], tmp_path / "run", workers=2)
+    assert not (tmp_path / "run").exists() and lines_of(tmp_path / "run" / "results.jsonl") == []
