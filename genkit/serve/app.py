@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from genkit.errors import shown
 from genkit.serve.calls import Serving
-from genkit.serve.limits import Gate, Refused
+from genkit.serve.limits import ANYWHERE, STATUSES, Gate, Refused
 from genkit.serve.metrics import Metrics
 from genkit.version import __version__
 
@@ -26,7 +26,10 @@ ABOUT = "Pictures of one diffusion model, for clients of the OpenAI images API a
 
 def create_app(serving: Serving) -> FastAPI:
     """Return the application of a server. Its engine is started and closed by the caller."""
-    app = FastAPI(title="genkit", version=__version__, description=ABOUT, docs_url=None, redoc_url=None)
+    everywhere: Any = {code: STATUSES[code] for code in ANYWHERE}
+    app = FastAPI(
+        title="genkit", version=__version__, description=ABOUT, docs_url=None, redoc_url=None, responses=everywhere
+    )
     app.state.serving, app.state.metrics = serving, Metrics(serving.engine)
     serving.refused = app.state.metrics.refuse
     for name in INTERFACES:
@@ -36,12 +39,13 @@ def create_app(serving: Serving) -> FastAPI:
     _add_facts(app, serving)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _broken)
     app.add_middleware(Gate, keys=serving.keys, body=serving.most.body, answer=answer, host=serving.host)
     return app
 
 
 def _add_facts(app: FastAPI, serving: Serving) -> None:
-    @app.get("/health", tags=["server"], responses={503: {"description": "No picture was drawn yet, and why"}})
+    @app.get("/health", tags=["server"], responses={503: STATUSES[503]})
     async def health() -> Response:
         """Say whether the server draws: 200 once a picture was drawn."""
         engine = serving.engine
@@ -57,7 +61,8 @@ def _add_facts(app: FastAPI, serving: Serving) -> None:
 def answer(scope: dict[str, Any], refused: HTTPException) -> JSONResponse:
     """Return an error as clients of its path expect it."""
     if not isinstance(refused, Refused):
-        refused = Refused(refused.status_code, str(refused.detail), "not_found", None, dict(refused.headers or {}))
+        code = {404: "not_found", 405: "method_not_allowed"}.get(refused.status_code, "invalid_request")
+        refused = Refused(refused.status_code, str(refused.detail), code, None, dict(refused.headers or {}))
     serving = getattr(getattr(scope.get("app"), "state", None), "serving", None)
     if serving is not None:
         serving.refused(refused.code)
@@ -68,6 +73,10 @@ def answer(scope: dict[str, Any], refused: HTTPException) -> JSONResponse:
 
 async def _refuse(request: Any, error: Any) -> Response:
     return answer(request.scope, error)
+
+
+async def _broken(request: Any, error: Any) -> Response:
+    return answer(request.scope, Refused(500, f"the server failed: {type(error).__name__}", "server_error"))
 
 
 async def _invalid(request: Any, error: Any) -> Response:

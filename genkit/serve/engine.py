@@ -61,7 +61,7 @@ class ServingEngine:
 
     def start(self) -> ServingEngine:
         """Load the networks, draw one picture, then start the thread. Raises InputError and HostError as `load`."""
-        job = self.plan([self._first()])
+        job = self.plan([self.sample(seed=0)])
         self.generator, self.panel = load(dataclasses.replace(job, inversions=self._words()), None)
         from genkit.serve.previews import Preview
 
@@ -74,13 +74,23 @@ class ServingEngine:
 
     def warm(self, seconds: float = 600.0) -> None:
         """Draw a picture, after which the engine is ready. Raises HostError where that fails."""
-        for event in self.submit(self.plan([self._first()]).rows, client="genkit").wait():
+        for event in self.submit(
+            self.plan([self.sample(seed=0, num_inference_steps=1, scheduler="ddim")]).rows, client="genkit"
+        ).wait():
             if event["type"] == "failed":
                 raise HostError(f"the first picture failed: {event['reason']}")
 
-    def _first(self) -> Request:
-        text = self.models.info.geometry is not None and self.models.info.geometry.text
-        row = Request(seed=0, num_inference_steps=1, scheduler="ddim", **({"prompt": "a red apple"} if text else {}))
+    def sample(self, **fields: Any) -> Request:
+        """Return a row that the model can draw, whatever its kind."""
+        g = self.models.info.geometry
+        assert g is not None
+        fields |= {"prompt": "a red apple"} if g.text else {}
+        if g.inpaints or g.refines:
+            from PIL import Image
+
+            fields["image"] = Image.new("RGB", (g.width, g.height), "gray")
+            fields |= {"mask_image": Image.new("L", (g.width, g.height), 255)} if g.inpaints else {}
+        row = Request(**fields)
         row._source = "first picture"
         return row
 

@@ -19,7 +19,18 @@ from starlette.exceptions import HTTPException
 from genkit.errors import InputError
 from genkit.files import place
 
-OPEN = ("/health",)  # needs no key
+OPEN = ("/health", "/v1/images/files/")  # beginnings of paths that need no key: the names of files are secrets
+# By status, of a description of the interfaces
+STATUSES: dict[int, dict[str, Any]] = {
+    code: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for code, text in {
+        400: "Something in the request is wrong: the error names it", 401: "No key, or a wrong one",
+        403: "Called by a page of another site", 404: "There is no such thing here", 413: "The body is too large",
+        421: "The Host header names another machine", 422: "No picture passes the gate",
+        429: "The queue is full: see Retry-After", 500: "A picture failed", 503: "The server does not draw, and why",
+    }.items()
+}  # fmt: skip
+ANYWHERE = (401, 403, 413, 421)
 LEAST_KEY = 16  # characters
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
@@ -86,7 +97,9 @@ class Gate:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            self._check_site(scope, headers)
+            if not (scope["method"] == "GET" and scope["path"].startswith(OPEN)):
+                self._check_site(headers, scope["method"])
+            self._check_host(headers)
             scope["client_name"] = self._caller(scope, headers)
             length = headers.get("content-length", "0")
             if not length.isdigit() or int(length[:18]) > self.body:
@@ -109,7 +122,9 @@ class Gate:
 
         async def watched(message: Any) -> None:
             nonlocal begun
-            begun = True
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
         try:
@@ -118,15 +133,19 @@ class Gate:
             if not begun:
                 await self.answer(scope, refused)(scope, receive, send)
 
-    def _check_site(self, scope: dict[str, Any], headers: dict[str, str]) -> None:
-        host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+    def _check_host(self, headers: dict[str, str]) -> None:
+        try:
+            name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        except ValueError:
+            name = ""
         if not self.hashes and name not in self.names and not _is_address(name):
             raise Refused(421, "the Host header names another machine; call this server by its address", "wrong_host")
-        visits = scope["method"] in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
+
+    def _check_site(self, headers: dict[str, str], method: str) -> None:
+        visits = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
         origin = headers.get("origin")
         other = headers.get("sec-fetch-site") in ("cross-site", "same-site") and not visits
-        if other or (origin is not None and urlsplit(origin).netloc != host):
+        if other or (origin is not None and origin.partition("://")[2] != headers.get("host")):
             raise Refused(403, "pages of other sites may not call this server", "cross_site")
 
     def _caller(self, scope: dict[str, Any], headers: dict[str, str]) -> str:
@@ -137,7 +156,7 @@ class Gate:
         matches = [hmac.compare_digest(given, known) for known in self.hashes]  # all of them, in constant time
         if any(matches):
             return f"key {matches.index(True) + 1}"
-        if scope["path"] in OPEN:
+        if scope["path"].startswith(OPEN):
             return str(address)
         ask = {"WWW-Authenticate": 'Basic realm="genkit", charset="UTF-8"'}
         raise Refused(401, "a key of this server is missing: Authorization: Bearer KEY", "invalid_api_key", None, ask)

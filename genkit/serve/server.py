@@ -59,8 +59,7 @@ def prepare(
 ) -> Serving:
     """Return what a server shares, with nothing loaded. Raises InputError for options that do not go together."""
     engine = ServingEngine(options, defaults, max_queue)
-    row = engine._first()
-    engine.plan([row])  # the defaults of rows fit the model
+    engine.plan([engine.sample()])  # the defaults of rows fit the model
     return Serving(
         engine, Intake(engine, most), most, served_name(engine), keys, listen.host, listen.runs, listen.drain
     )
