@@ -72,7 +72,7 @@ class ServingEngine:
         self._thread.start()
         return self
 
-    def warm(self, seconds: float = 600.0) -> None:
+    def warm(self) -> None:
         """Draw a picture, after which the engine is ready. Raises HostError where that fails."""
         for event in self.submit(
             self.plan([self.sample(seed=0, num_inference_steps=1, scheduler="ddim")]).rows, client="genkit"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -120,6 +122,19 @@ def test_urls_models_and_formats(served: Served) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         ours.images.generate(prompt=PROMPT, model="gpt-9")
     assert caught.value.code == "model_not_found"
+
+
+def test_the_snippets_of_the_guide_run(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code.replace("http://127.0.0.1:7860", served.url), names)
+    lines = capsys.readouterr().out.split()
+    assert lines == ["7", *["image_generation.partial_image"] * 3, "image_generation.completed"]
+    assert Image.open("apple.png").size == (128, 128)
 
 
 def test_a_gate_says_which_pictures_are_returned(served: Served) -> None:
