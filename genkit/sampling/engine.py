@@ -18,6 +18,7 @@ from genkit.sampling.refiner import Refined
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
+PATIENCE = 50  # calls after which a network that is not on the device has its turn, where new trajectories keep coming
 AHEAD = 2  # network calls that are queued on a GPU
 # Of the network, a row for each trajectory
 INPUTS = ("cond", "uncond", "added_cond", "added_uncond", "beside", "embedded")
@@ -106,13 +107,14 @@ class Watch(Protocol):
 class _Group:
     """The trajectories of one network, latent shape and number of tokens, stacked: a step needs no loop over images."""
 
-    def __init__(self, key: tuple[Any, ...], device: torch.device) -> None:
+    def __init__(self, key: tuple[Any, ...], device: torch.device, turn: int = 0) -> None:
+        """turn: the tick of its last call, or of its beginning."""
+        self.turn = turn
         self.device, self.refines, shape = device, key[0], key[1:-1]
         self.live: list[Trajectory] = []
         self.x = torch.empty(0, *shape, device=device)
         self.history = torch.empty(HISTORY, 0, *shape, device=device)
         self.inputs: dict[str, torch.Tensor | None] = dict.fromkeys(INPUTS)
-        self.turn = 0  # the tick of its last call
 
     def add(self, new: list[Trajectory]) -> bool:
         """Add trajectories: all of them, or none if it raises."""
@@ -248,7 +250,9 @@ class Engine:
         """Return the largest group, for the most rows a call; smaller groups grow until it is their turn."""
         groups = [g for g in self._groups.values() if g.live]
         if not self.steady:  # a network is moved as seldom as possible
-            groups = [g for g in groups if g.refines == self._refining] or groups
+            same = [g for g in groups if g.refines == self._refining] or groups
+            patient = self.watch is None or max(self._ticks - g.turn for g in groups) < PATIENCE
+            groups = same if patient else groups
         group = max(groups, key=lambda g: len(g.live)) if self.watch is None else min(groups, key=lambda g: g.turn)
         self._refining, group.turn = group.refines, self._ticks
         return group
@@ -296,7 +300,7 @@ class Engine:
             groups.setdefault(trajectory.group, []).append(trajectory)
         failed: list[Trajectory] = []
         for key, new in groups.items():
-            group = self._groups.get(key) or _Group(key, self.device)
+            group = self._groups.get(key) or _Group(key, self.device, self._ticks)
             if attempt(lambda g=group, t=new: g.add(t)):  # type: ignore[misc]
                 self._groups[key] = group
                 continue

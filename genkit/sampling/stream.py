@@ -126,6 +126,8 @@ class Stream:
         return progress or self.pruning.waiting
 
     def _draw(self) -> Draw | None:
+        if self.retries and self.draws.watch is not None:  # with rows without end, this pass would not end for them
+            return None
         while (drawn := self.draws.take()) is not None:
             draw = (*drawn, drawn[0].seed_of(drawn[1], self.seed))
             if not self._repeats(draw):
@@ -232,6 +234,7 @@ class Stream:
         self.to_decode = []
         for ended in shapes.values():
             patient = not (pool is None or self.starved) if steady else True
+            patient = patient and self.draws.watch is None  # with rows without end, the last of a shape may never come
             if patient and not everything and len(ended) < PICTURES:
                 self.to_decode += ended
             elif pool is not None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import queue
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.sampling.draws import Draws
-from genkit.sampling.engine import CANCELLED, Trajectory
 
+if TYPE_CHECKING:
+    from genkit.sampling.engine import Trajectory
+
+log = logging.getLogger("genkit")
 Event = dict[str, Any]
 
 
@@ -50,8 +54,11 @@ class Ticket:
         event = {"type": kind, "ticket": self.id, **about}
         if self._on is None:
             self.results.put(event)
-        else:
+            return
+        try:
             self._on(event)
+        except Exception:  # of one client: the thread that draws goes on for the others
+            log.exception("an event of %s was not taken", self.id)
 
     def wait(self) -> Iterator[Event]:
         """Yield its events until the last; for a ticket without `on`."""
@@ -80,7 +87,7 @@ class Line(Draws):
     """Draws of a server: clients take turns, then the rows of each; thread-safe.
 
     stepped: of each row, its events. cost(request): of an image. finished: called with each result, its ticket and
-    cost, in the thread that draws. A row that is given up ends with results that failed as CANCELLED.
+    cost, in the thread that draws. A row that is given up ends with results that failed as "cancelled".
     """
 
     def __init__(
@@ -300,6 +307,3 @@ class Line(Draws):
             del self._of[str(entry.request.id)]
         del self.tickets[ticket.id]
         ticket.tell("done", cancelled=ticket.cancelled)
-
-
-__all__ = ["CANCELLED", "Event", "Line", "Ticket"]

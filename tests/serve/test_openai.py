@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 
 from genkit.rows.request import Request
+from genkit.sampling.stream import Stream
+from genkit.serve.line import Line
 
 if TYPE_CHECKING:
     from conftest import Served
@@ -167,3 +169,24 @@ def test_a_full_queue_says_when_to_come_back(served: Served, monkeypatch: pytest
         ticket.cancel()
     assert caught.value.code == "rate_limit_exceeded" and int(caught.value.response.headers["retry-after"]) >= 1
     served.settled()
+
+
+def test_an_error_of_the_engine_ends_what_is_there_and_no_more(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine.generator, "begin", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
+            client(served).images.generate(prompt=PROMPT, extra_body={"steps": 1})
+    got = client(served).images.generate(prompt=PROMPT, extra_body={"steps": 1})
+    assert got.data and got.data[0].b64_json
+
+
+def test_an_image_without_numbers_is_drawn_again_while_others_come(served: Served) -> None:
+    """Retries in float32 wait for nothing but what is in flight: here as half precision would have them."""
+    queue = Line(lambda row: 1.0, lambda latent: latent)
+    assert served.engine.generator is not None
+    stream = Stream(served.engine.generator, queue, None, 0)
+    queue.submit([Request(prompt=PROMPT)], "a")
+    stream.retries.append((Request(id="x", prompt=PROMPT), 0, 1))
+    assert stream._draw() is None
+    stream.retries.clear()
+    assert stream._draw() is not None
