@@ -6,7 +6,8 @@
 Requests arrive at random (Poisson), from at most 64 clients, each for one picture of 8 to 40 steps, every other one
 with guidance; a client that is still waiting does not ask again. The wrapper draws (a) one request at a time, or (b)
 what waits in batches of equal settings. A load is a multiple of what (a) draws when it is never idle. Each server is a
-process of its own on this machine; clients are in this one.
+process of its own on this machine; clients are in this one. "CPU s" is a server's CPU time for each picture, which
+other work on the machine disturbs less than the rest.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ def wrapped(batch: int, port: int) -> None:
 
 
 @contextmanager
-def server(arm: str) -> Iterator[str]:
-    """Run a server in a process of its own until it answers; yield its address."""
+def server(arm: str) -> Iterator[tuple[str, int]]:
+    """Run a server in a process of its own until it answers; yield its address and process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,7 +153,7 @@ def server(arm: str) -> Iterator[str]:
             except httpx.TransportError:
                 assert process.poll() is None, "the server ended"
         httpx.post(url + PATH, json=bodies(2)[1], timeout=600).raise_for_status()
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         process.wait(60)
@@ -177,6 +178,15 @@ async def loaded(url: str, asked: list[dict[str, Any]], rate: float) -> tuple[fl
             await asyncio.sleep(rng.expovariate(rate))
         await asyncio.gather(*tasks)
     return len(asked) / (time.perf_counter() - began), seconds
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the CPU time of a process so far; NaN where the system does not tell."""
+    stat = Path(f"/proc/{process}/stat")
+    if not stat.exists():
+        return float("nan")
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def capacity(url: str, asked: list[dict[str, Any]]) -> float:
@@ -244,24 +254,27 @@ def main() -> None:
     if given.lone:
         lone(given.lone)
     asked, whole = bodies(given.requests), 0.0
-    print(f"{'server':<32} {'load':>5} {'a second':>9} {'median s':>9} {'p95 s':>7}")
-    rows: dict[tuple[str, float], tuple[float, float]] = {}
+    print(f"{'server':<32} {'load':>5} {'a second':>9} {'median s':>9} {'p95 s':>7} {'CPU s':>7}")
+    rows: dict[tuple[str, float], tuple[float, float, float]] = {}
     for arm in given.arms:
-        with server(arm) as url:
+        with server(arm) as (url, process):
             if arm == given.arms[0]:
                 whole = capacity(url, asked[: max(4, len(asked) // 4)])
                 print(f"{ARMS[arm] + ', never idle':<32} {'':>5} {whole:>9.3f}", flush=True)
             for load in given.loads:
+                used = cpu_seconds(process)
                 rate, seconds = asyncio.run(loaded(url, asked, load * whole))
                 p95 = sorted(seconds)[max(0, round(0.95 * len(seconds)) - 1)]
-                rows[arm, load] = rate, p95
+                used = (cpu_seconds(process) - used) / len(asked)
+                rows[arm, load] = rate, p95, used
                 middle = statistics.median(seconds)
-                print(f"{ARMS[arm]:<32} {load:>5g} {rate:>9.3f} {middle:>9.2f} {p95:>7.2f}", flush=True)
+                print(f"{ARMS[arm]:<32} {load:>5g} {rate:>9.3f} {middle:>9.2f} {p95:>7.2f} {used:>7.2f}", flush=True)
     for load in given.loads:
         for other in ("one", "batch"):
             if ("genkit", load) in rows and (other, load) in rows:
-                (ours, wait), (theirs, longer) = rows["genkit", load], rows[other, load]
-                print(f"load {load:g}: genkit draws {ours / theirs:.2f} of {ARMS[other][:3]}, p95 {wait / longer:.2f}")
+                (ours, wait, own), (theirs, longer, more) = rows["genkit", load], rows[other, load]
+                said = f"{ours / theirs:.2f} times the pictures a second of {ARMS[other][:3]}, p95 {wait / longer:.2f}"
+                print(f"load {load:g}: genkit has {said}; pictures a CPU second {more / own:.2f}")
 
 
 def cpu() -> str:

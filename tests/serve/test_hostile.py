@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from genkit.errors import InputError
 from genkit.options import Options
+from genkit.serve.engine import ServingEngine
 from genkit.serve.limits import read_keys
-from genkit.serve.rows import Most
+from genkit.serve.rows import Intake, Most
 from genkit.serve.server import Listen, bound, prepare, run
 
 if TYPE_CHECKING:
@@ -251,3 +254,28 @@ def test_health_metrics_and_openapi(served: Served) -> None:
     )
     assert {"200", "400", "401", "429", "503"} <= set(described["paths"]["/v1/images/generations"]["post"]["responses"])
     assert json.dumps(described).count("genkit") > 0
+
+
+def test_loras_are_those_of_the_server_by_name(tmp_path: Path) -> None:
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{layer}.lora_up.weight": torch.ones(256, 1), f"{layer}.lora_down.weight": torch.ones(1, 256)}
+    (tmp_path / "more").mkdir()
+    for name in ("style", "more/ink"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    style, ink = (str(tmp_path / f"{name}.safetensors") for name in ("style", "more/ink"))
+    engine = ServingEngine(Options(clip="none", lora_dir=str(tmp_path / "more")), {"loras": [{"file": style}]})
+    intake = Intake(engine, Most())
+
+    def loras(**fields: Any) -> list[tuple[str, float]]:
+        row = intake.rows([{"prompt": "a", **fields}])[0]
+        assert row.prompt == "a"
+        return [(lora["file"], lora["weight"]) for lora in row.loras or ()]
+
+    assert loras() == [(style, 1.0)]
+    assert loras(loras=[{"name": "ink", "weight": 0.5}, "style:0.25"]) == [(ink, 0.5), (style, 0.25)]
+    assert loras(prompt="a<lora:ink:0.7>", syntax="a1111") == [(ink, 0.7)]
+    for wrong in ("inc", ink, "../more/ink", {"file": ink}, {"name": "ink", "path": ink}):
+        with pytest.raises(InputError, match="loras: "):
+            loras(loras=[wrong])
+    with pytest.raises(InputError, match="'inc' is no LoRA of this server"):
+        loras(prompt="<lora:inc:1>", syntax="a1111")
