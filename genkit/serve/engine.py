@@ -91,7 +91,7 @@ class ServingEngine:
             fields["image"] = Image.new("RGB", (g.width, g.height), "gray")
             fields |= {"mask_image": Image.new("L", (g.width, g.height), 255)} if g.inpaints else {}
         row = Request(**fields)
-        row._source = "first picture"
+        row._source = "command line"
         return row
 
     def _words(self) -> Inversions:

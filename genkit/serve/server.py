@@ -39,7 +39,10 @@ class Listen:
 
 def run(options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float) -> int:
     """Serve until a signal ends it; return the exit code. Raises InputError and HostError before it is ready."""
+    from genkit.device.devices import reuse_memory
+
     keys = _keys(listen)
+    reuse_memory()
     serving = prepare(options, defaults, listen, most, max_queue, keys)
     with contextlib.closing(bound(listen)) as listener:
         server = Server(serving, listener)
