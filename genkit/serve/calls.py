@@ -19,7 +19,7 @@ from genkit.rows.result import Result
 from genkit.serve.engine import Full, ServingEngine
 from genkit.serve.limits import Refused
 from genkit.serve.line import Event, Ticket
-from genkit.serve.rows import Intake, Most
+from genkit.serve.rows import Intake, Most, Planned
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class Serving:
     drain: float = 30.0
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
 
-    async def rows(self, many: Sequence[Mapping[str, Any]]) -> list[Request]:
+    async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return planned rows. Raises Refused, 400 with the field as `param`."""
         try:
             return await run_in_threadpool(self.intake.rows, many)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("genkit")
 WINDOW = 256  # finished images over which the rate is measured
+MOST_CUT = 1000  # prompts that are remembered for being too long
 TRIES = 3  # errors of the stream in a row after which the engine is given up
 
 
@@ -58,10 +59,12 @@ class ServingEngine:
         self._thread = threading.Thread(target=self._run, name="genkit-engine", daemon=True)
         self._began = 0.0
         self.panel: Any = None
+        self.notes: tuple[str, ...] = ()  # of the model's files
 
     def start(self) -> ServingEngine:
         """Load the networks, draw one picture, then start the thread. Raises InputError and HostError as `load`."""
         job = self.plan([self.sample(seed=0)])
+        self.notes = job.notes
         self.generator, self.panel = load(dataclasses.replace(job, inversions=self._words()), None)
         from genkit.serve.previews import Preview
 
@@ -107,6 +110,18 @@ class ServingEngine:
     def plan(self, rows: Sequence[Request]) -> Job:
         """Check rows as `genkit generate` checks a prompt file, and fill in every default. Raises InputError."""
         return plan_job(rows, self.options, self.defaults, self.models)
+
+    def cut(self, rows: Sequence[Request]) -> list[str]:
+        """Return what to say of drawn rows whose prompts are longer than the model reads."""
+        long = set().union(*(encoder.truncated for encoder in self._encoders()))
+        named = [(name, getattr(row, name)) for row in rows for name in ("prompt", "negative_prompt")]
+        fields = dict.fromkeys(name for name, text in named if text in long)
+        return [f"{name}: is longer than the model reads: its end had no say" for name in fields]
+
+    def _encoders(self) -> list[Any]:
+        text = None if self.generator is None else self.generator.text
+        inner = [getattr(text, name, None) for name in ("first", "second", "encoder")]
+        return [one for one in inner if one is not None] or ([] if text is None else [text])
 
     def cost_of(self, row: Request) -> float:
         """Return what an image of a planned row costs, in pictures of the model's own size and steps."""
@@ -194,6 +209,9 @@ class ServingEngine:
         if done:
             self.ready, self.why = True, ""
             self._ends.append((time.monotonic() - self._began - self.line.idle, cost))
+        for encoder in self._encoders():
+            if len(encoder.truncated) > MOST_CUT:
+                encoder.truncated.clear()
         for observer in self.observers:
             observer(result, ticket)
 

@@ -26,6 +26,7 @@ from genkit.serve.calls import Serving, bad, encoded, failed, pictures
 from genkit.serve.limits import STATUSES, Refused
 from genkit.serve.line import Event
 from genkit.serve.openaifields import STOOD_FOR, Wanted, of_form, pictures_of, wanted
+from genkit.serve.rows import Planned
 
 KEPT_SECONDS, KEPT_BYTES = 3600.0, 2**28  # of pictures that are answered as a URL
 LARGEST_PART = 2**20  # of a form, that is text
@@ -201,11 +202,17 @@ async def _answered(
     if asked.stream:
         steps = rows[0].num_inference_steps or 1
         events = await serving.events(call, rows, previews=max(1, steps // (asked.partial + 1)) if asked.partial else 0)
-        return StreamingResponse(_streamed(asked, rows, events, kind), media_type="text/event-stream")
+        return StreamingResponse(_streamed(serving, asked, rows, events, kind), media_type="text/event-stream")
     found = _kept(rows, await pictures(await serving.events(call, rows)))
     data = [await _datum(asked, shelf, call, result) for result in found]
     about = {"output_format": asked.form.name, "background": "opaque", "size": _size(found[0])}
-    return JSONResponse({"created": int(time.time()), "data": data, **about})
+    return JSONResponse({"created": int(time.time()), "data": data, **about, **_notes(serving, rows)})
+
+
+def _notes(serving: Serving, rows: Planned) -> dict[str, Any]:
+    """Return what was assumed, or had no say, beside OpenAI's fields; nothing if there is none."""
+    found = [*rows.notes, *serving.engine.cut(rows)]
+    return {"notes": found} if found else {}
 
 
 async def _datum(asked: Wanted, shelf: Shelf, call: Request, result: Result) -> dict[str, Any]:
@@ -240,7 +247,7 @@ def _kept(rows: list[Row], results: list[Result]) -> list[Result]:
 
 
 async def _streamed(
-    asked: Wanted, rows: list[Row], events: AsyncIterator[Event], kind: str
+    serving: Serving, asked: Wanted, rows: Planned, events: AsyncIterator[Event], kind: str
 ) -> AsyncIterator[str]:  # fmt: skip
     about = {"background": "opaque", "output_format": asked.form.name, "quality": "auto"}
     partial: dict[int, int] = {}
@@ -259,9 +266,9 @@ async def _streamed(
             if event["type"] == "image":
                 done.append(event["result"])
                 if whole:
-                    yield await _completed(asked, done[-1], kind, about)
+                    yield await _completed(asked, done[-1], kind, {**about, **_notes(serving, rows)})
         for result in () if whole else _kept(rows, done):
-            yield await _completed(asked, result, kind, about)
+            yield await _completed(asked, result, kind, {**about, **_notes(serving, rows)})
     except Refused as refused:
         yield f"event: error\ndata: {json.dumps(error(refused))}\n\n"
     finally:

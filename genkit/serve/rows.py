@@ -47,6 +47,12 @@ class Most:
     prompt: int = 10_000
 
 
+class Planned(list[Request]):
+    """Planned rows, and notes of what was assumed or has no say, as `genkit generate` prints them."""
+
+    notes: tuple[str, ...] = ()
+
+
 class Intake:
     """Turns clients' fields into planned rows, by the rules of one server."""
 
@@ -54,7 +60,7 @@ class Intake:
         self.engine, self.most = engine, most
         self.loras = named_loras(engine.defaults.get("loras") or (), engine.options.lora_dir)
 
-    def rows(self, many: Sequence[Mapping[str, Any]]) -> list[Request]:
+    def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return the planned rows of several sets of fields, pictures as `data:` URLs, bytes or PIL images.
 
         Raises InputError, one line naming the field, for anything that cannot be drawn or is over the limits.
@@ -64,11 +70,14 @@ class Intake:
         if images > self.most.images:
             raise InputError(f"num_images: {images} pictures in one request; this server draws {self.most.images}")
         try:
-            rows = self.engine.plan(made).rows
+            job = self.engine.plan(made)
         except InputError as error:
-            raise InputError(re.sub(r"\Arequest \d+: ", "", str(error)) if len(made) == 1 else str(error)) from None
-        for row in rows:
+            raise InputError(_alone(str(error)) if len(made) == 1 else str(error)) from None
+        for row in job.rows:
             self._check(row)
+        rows = Planned(job.rows)
+        new = [note for note in job.notes if note not in self.engine.notes]
+        rows.notes = tuple(_alone(note) if len(made) == 1 else note for note in new)
         return rows
 
     def _check(self, row: Request) -> None:
@@ -142,6 +151,11 @@ class Intake:
                 f"loras: {shown(name)} is no LoRA of this server{nearest(name, self.loras)}; there: {there[:300]}"
             )
         return self.loras[name]
+
+
+def _alone(message: str) -> str:
+    """Return a message about the only row of a request without the row's number."""
+    return re.sub(r"\Arequest \d+: ", "", message)
 
 
 def named_loras(given: Sequence[Mapping[str, Any]], folder: str | None) -> dict[str, str]:
