@@ -113,9 +113,9 @@ class ServingEngine:
 
     def cut(self, rows: Sequence[Request]) -> list[str]:
         """Return what to say of drawn rows whose prompts are longer than the model reads."""
-        long = set().union(*(encoder.truncated for encoder in self._encoders()))
+        long = [encoder.truncated for encoder in self._encoders()]  # the thread that draws may add to them
         named = [(name, getattr(row, name)) for row in rows for name in ("prompt", "negative_prompt")]
-        fields = dict.fromkeys(name for name, text in named if text in long)
+        fields = dict.fromkeys(name for name, text in named if any(text in found for found in long))
         return [f"{name}: is longer than the model reads: its end had no say" for name in fields]
 
     def _encoders(self) -> list[Any]:
