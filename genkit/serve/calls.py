@@ -16,7 +16,7 @@ from genkit.errors import HostError, InputError
 from genkit.pictures.encoders import Encoding
 from genkit.rows.request import Request
 from genkit.rows.result import Result
-from genkit.serve.engine import Full, ServingEngine
+from genkit.serve.engine import STOPPING, Full, ServingEngine
 from genkit.serve.limits import Refused
 from genkit.serve.line import Event, Ticket
 from genkit.serve.rows import Intake, Most, Planned
@@ -111,13 +111,18 @@ async def pictures(events: AsyncIterator[Event]) -> list[Result]:
     async for event in events:
         if event["type"] == "failed":
             raise failed(event)
+        if event["type"] == "done" and event["cancelled"]:
+            raise Refused(503, STOPPING, "stopping")
         if event["type"] == "image":
             found.append(event["result"])
     return sorted(found, key=lambda r: (r.id, r.index))
 
 
 def failed(event: Event) -> Refused:
-    """Return the error of an image that failed."""
+    """Return the error of an image that failed, or of all."""
+    if event["result"] is None:
+        stopping = event["reason"] == STOPPING
+        return Refused(503 if stopping else 500, event["reason"], "stopping" if stopping else "server_error")
     return Refused(500, f"image {event['index']} failed: {event['reason']}", "server_error")
 
 

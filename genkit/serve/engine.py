@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("genkit")
 WINDOW = 256  # finished images over which the rate is measured
 MOST_CUT = 1000  # prompts that are remembered for being too long
+STOPPING = "the server is stopping"
 TRIES = 3  # errors of the stream in a row after which the engine is given up
 
 
@@ -222,9 +223,15 @@ class ServingEngine:
             time.sleep(0.05)
         return not self.line.tickets
 
+    def give_up(self) -> None:
+        """Draw no more, and say so to everyone who waits."""
+        self.ready, self.why = False, STOPPING
+        self.line.halt()
+        self.line.fail(STOPPING)
+
     def close(self) -> None:
         """Give up what is left and end the thread."""
-        self.ready, self.why = False, "the server is stopping"
+        self.ready, self.why = False, STOPPING
         self.line.close()
         if self._thread.is_alive():
             self._thread.join(60)

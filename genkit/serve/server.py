@@ -24,6 +24,8 @@ from genkit.serve.limits import is_loopback, read_keys
 from genkit.serve.rows import Intake, Most
 from genkit.signals import Signals
 
+ANSWERED = 10  # seconds in which clients are told that the server ends
+
 
 @dataclasses.dataclass(frozen=True)
 class Listen:
@@ -112,7 +114,7 @@ class Server(uvicorn.Server):
         self.exit_code = EXIT_OK
         config = uvicorn.Config(
             create_app(serving), log_level="warning", access_log=False, server_header=False, lifespan="off",
-            timeout_graceful_shutdown=max(1, round(serving.drain)), timeout_keep_alive=30, limit_concurrency=1000,
+            timeout_graceful_shutdown=round(serving.drain) + ANSWERED, timeout_keep_alive=30, limit_concurrency=1000,
             h11_max_incomplete_event_size=2**16,
         )  # fmt: skip
         super().__init__(config)
@@ -156,4 +158,7 @@ class Server(uvicorn.Server):
             os._exit(self.exit_code)
         self.exit_code = Signals.CODES[signal.Signals(number)]
         self.should_exit = True
+        late = threading.Timer(self.serving.drain, self.serving.engine.give_up)
+        late.daemon = True
+        late.start()
         print("stopping: drawing what is in flight", file=sys.stderr)
