@@ -143,13 +143,13 @@ def test_the_snippets_of_the_guide_run(
 
 def test_a_gate_says_which_pictures_are_returned(served: Served) -> None:
     ours = client(served)
-    got = ours.images.generate(prompt=PROMPT, n=3, extra_body={"steps": 2, "seed": 1, "keep": 1})
+    got = ours.images.generate(prompt=PROMPT, n=3, size="64x64", extra_body={"steps": 2, "seed": 1, "keep": 1})
     assert got.data is not None and len(got.data) == 1 and "clip" in got.data[0].scores  # type: ignore[attr-defined]
     more = {"steps": 1, "guidance_scale": 1.0, "negative_prompt": "blue", "width": 64, "height": 64}
     noted = ours.images.generate(prompt="apple " * 99, extra_body=more)
     assert [note.split(":")[0] for note in noted.notes] == ["negative_prompt", "prompt"]  # type: ignore[attr-defined]
     with pytest.raises(openai.UnprocessableEntityError) as caught:
-        ours.images.generate(prompt=PROMPT, extra_body={"steps": 1, "gate": "clip > 0.99"})
+        ours.images.generate(prompt=PROMPT, size="64x64", extra_body={"steps": 1, "gate": "clip > 0.99"})
     assert caught.value.code == "none_passed"
 
 
