@@ -65,6 +65,7 @@ class Workers:
         self.weights: Mapping[str, Any] | None = None
         self.names: Iterator[str] = (f"w{n:04d}" for n in itertools.count())
         self.notes: list[str] = []
+        self.found: dict[str, Any] = {}  # masks in words, of rows
 
     def load(self, recorded: dict[str, Any] | None, rows: Sequence[Request]) -> None:
         """Start the least number of workers, and wait until all are ready and fit together."""
@@ -76,8 +77,9 @@ class Workers:
         self.pool.recorded = recorded
         masks = any(row.mask is not None for row in rows)
         waiting = [next(self.names) for _ in range(self.least)]
-        for n, name in enumerate(waiting):
-            self.pool.start(name, masks=masks and n == 0)
+        finder = waiting[0]  # of masks
+        for name in waiting:
+            self.pool.start(name, masks=masks and name == finder)
         deaths = 0
         while waiting:
             for event in self.pool.poll(POLL):
@@ -90,9 +92,10 @@ class Workers:
                     deaths += 1
                     if deaths >= LOADS:
                         raise HostError(f"workers die while they load their networks: {event.value}")
-                    waiting.remove(event.worker)
-                    waiting.append(next(self.names))
-                    self.pool.start(waiting[-1], masks=masks and event.worker == "w0000")
+                    self.facts.pop(event.worker, None)
+                    waiting = [*(name for name in waiting if name != event.worker), next(self.names)]
+                    finder = waiting[-1] if event.worker == finder else finder
+                    self.pool.start(waiting[-1], masks=masks and waiting[-1] == finder)
 
     def config(self, recorded: dict[str, Any] | None, weights: dict[str, dict[str, str]]) -> dict[str, Any]:
         self.weights = weights
@@ -103,10 +106,9 @@ class Workers:
         return next(iter(self.facts.values()))["config"]
 
     def masks(self, folder: Path) -> list[str]:
-        for facts in self.facts.values():
-            for row in self.job.rows:
-                if str(row.id) in facts["masks"]:
-                    row._found, row._empty = facts["masks"][str(row.id)]
+        for row in self.job.rows:
+            if str(row.id) in self.found:
+                row._found, row._empty = self.found[str(row.id)]
         return write_masks(folder, self.job.rows)
 
     def rescore(self, run: Run) -> int:
@@ -161,6 +163,7 @@ class Workers:
     def _check(self, name: str, facts: dict[str, Any]) -> None:
         """Take what a worker says of itself. Raises HostError where it differs from this process."""
         self.facts[name] = facts
+        self.found |= facts["masks"]
         for line in facts["notes"]:
             if line not in self.notes:
                 self.notes.append(line)

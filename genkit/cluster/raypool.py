@@ -8,6 +8,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -20,7 +21,7 @@ from genkit.job.plan import Job
 
 THREADS = 8  # calls that an actor takes at a time: two chunks, a recall, a halt, and room
 STORE = 2**27  # bytes of a local Ray's object store: the job is in it, and little else
-SECONDS = 12  # to find a cluster
+SECONDS = 10  # to find a cluster
 GONE = 5.0  # seconds between two looks whether any node is alive
 
 
@@ -42,8 +43,8 @@ class RayPool:
         self.folder = folder
         self.recorded: dict[str, Any] | None = None
         self._looked = time.monotonic()
-        self._connect(address, workers)
         try:
+            self._connect(address, workers)
             self.job = self.ray.put((job, folder))
             self.actor = self.ray.remote(_actor())
         except BaseException:
@@ -68,9 +69,8 @@ class RayPool:
                     **quiet,
                 )
         else:
-            os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "2")
-            with _says(f"--ray: no cluster answers at {address}"), _within(SECONDS, address):
-                self.ray.init(address=address, **quiet)
+            with _says(f"--ray: no cluster answers at {address}"):
+                self.ray.init(address=_answering(self.ray, address), **quiet)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's own would leave without a word
 
@@ -161,6 +161,7 @@ class RayPool:
         if worker in self.finishing and isinstance(cause, InterruptedError):
             return
         if isinstance(cause, InputError | HostError):
+            cause = cause if self.local else type(cause)(f"worker {worker}: {cause}")
             self.events.put(Event("error", worker, cause))
             return
         self.events.put(Event("died", worker, _why(error, cause)))
@@ -282,20 +283,16 @@ def _says(what: str) -> Any:
         raise HostError(f"{what}: {reason(error)}") from None
 
 
-@contextlib.contextmanager
-def _within(seconds: float, address: str) -> Any:
-    """Raise HostError in the main thread when the block takes too long: Ray waits a minute for a cluster."""
-    if not _main() or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def late(*_: object) -> None:
-        raise HostError(f"--ray: no cluster answers at {address} within {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _answering(ray: Any, address: str) -> str:
+    """Return HOST:PORT of a cluster that takes calls: Ray itself would try for a minute. Raises HostError."""
+    if address == "auto":
+        running = sorted(ray._private.services.find_gcs_addresses())
+        address = os.environ.get("RAY_ADDRESS") or (running[0] if running else "")
+        if not address or address == "auto":
+            raise HostError("--ray: auto: no cluster of Ray runs here, and RAY_ADDRESS names none")
+    host, _, port = address.rpartition(":")
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        socket.create_connection((host, int(port)), SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise HostError(f"--ray: no cluster answers at {address}: {reason(error)}") from None
+    return address

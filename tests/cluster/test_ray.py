@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("GENKIT_KILLS", "5"))  # of workers; by hand: GENKIT_KILLS=30 GENKIT_DRIVER_KILLS=3
 DRIVER_KILLS = int(os.environ.get("GENKIT_DRIVER_KILLS", "1"))
-ROWS, IMAGES, STEPS = 5 * KILLS, 4, 15
+ROWS, IMAGES, STEPS = 15 + 2 * KILLS, 4, 15
 
 
 def rows_of(count: int) -> list[Request]:
