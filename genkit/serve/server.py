@@ -72,7 +72,11 @@ def prepare(
 
 def served_name(engine: ServingEngine) -> str:
     """Return the model's name for clients: no path of this machine."""
-    return Path(engine.models.info.name).stem if os.sep in engine.models.info.name else engine.models.info.name
+    info = engine.models.info
+    if info.revision is not None or os.sep not in info.name:  # of the hub, or built in
+        return info.name
+    path = Path(info.name)
+    return path.stem if path.suffix == ".safetensors" else path.name
 
 
 def _keys(listen: Listen) -> list[str]:
