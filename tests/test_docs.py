@@ -15,7 +15,8 @@ Before a block:
     <!-- test: generate --steps 4 -->          words for this block in place of the head's
     <!-- test: cheaper NAME=VALUE -->          this argument in a snippet is changed, or added where a line has `seed=`
     <!-- test: exit 2 -->                      what its commands exit with; else 0
-    <!-- test: skip REASON -->                 not run; options of its `genkit` commands and keys of recipes are checked
+    <!-- test: skip REASON -->                 not run; options of its `genkit` commands, keys of recipes, syntax of
+                                               snippets are checked
 
 Of a console block the lines after a command must be among those that it prints.
 """
@@ -255,7 +256,9 @@ def test_every_block_runs(
         if "file" in block.said:
             (tmp_path / block.said["file"]).write_text(block.text)
         elif block.language == "python":
-            exec(compile(cheaper_calls(block), str(path), "exec"), names)
+            snippet = compile(cheaper_calls(block), str(path), "exec")
+            if "skip" not in block.said:
+                exec(snippet, names)
         elif block.language in ("bash", "console"):
             for line, shown in commands_of(block):
                 if "skip" in block.said:

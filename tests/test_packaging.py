@@ -50,7 +50,7 @@ def test_light_modules_do_not_import_torch() -> None:
         "cli job rows.request rows.prompts rows.settings runs.run selection.decide selection.calibrate selection.votes"
         " pages.gallery pages.label pictures.images sampling.draws schedulers scoring.gates components studies.score"
         " studies.study studies.compare datasets.sources training.doctor"
-        " vision.models vision.words vision.preprocess studies.detect rows.detecting"
+        " serve.server vision.models vision.words vision.preprocess studies.detect rows.detecting"
     )
     code = f"import sys\nfor m in {modules.split()!r}:\n    __import__('genkit.' + m)\n"
     code += "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"

@@ -188,7 +188,7 @@ class _Looking:
 
     def __init__(self, worker: Worker) -> None:
         self.folder, self.rows, self.found = worker.folder, worker.rows, list[Result]()
-        self.config = read_config(self.folder)
+        self.config = {"binding": worker.job.senses}  # whose names are those of the binding
         results = [r for r in read_results(self.folder) if r.id in self.rows and r.status in ("done", "pruned")]
         self.done: dict[Key, Result] = {(r.id, r.index): r for r in results}
 

@@ -100,8 +100,21 @@ class Job:
         return looks(self.senses, dtype, device, self.largest)
 
 
-def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Job:
-    """Check everything that can be checked without torch; raises InputError naming the row and field at fault."""
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What a job's options name, checked: models and scorers. computed: the names of all scores."""
+
+    info: ModelInfo
+    clip: ModelInfo | None
+    senses: dict[str, VisionInfo]
+    scorers: list[Plugin]
+    computed: frozenset[str]
+    refiner: ModelInfo | None
+    refiner_start: float
+
+
+def inspect_models(options: Options) -> Models:
+    """Check the options of a job, and the models that they name. Raises InputError."""
     check_device(options.device, options.dtype)
     check_attention(options.attention)
     encoding(options.format, options.quality)
@@ -115,12 +128,23 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
         raise InputError(f"--model: {options.model} is a CLIP model: it scores pictures and draws none")
     clip = _clip(options, info)
     senses = find_senses(options)
-    looked = Checks(senses)
     scorers, computed = _scorers(options, clip)
     options.picking.check()
     if clip is None and options.picking.needs_embeddings:
         raise InputError(f"{options.picking.needs_embeddings}: needs a CLIP model, and there is none: give --clip")
-    refiner, start = _refiner(options, info)
+    return Models(info, clip, senses, scorers, computed, *_refiner(options, info))
+
+
+def plan_job(
+    rows: Sequence[Request], options: Options, defaults: dict[str, Any], models: Models | None = None
+) -> Job:  # fmt: skip
+    """Check everything that can be checked without torch; raises InputError naming the row and field at fault.
+
+    models: what `inspect_models` found for the same options, if that is known.
+    """
+    m = models or inspect_models(options)
+    info, clip, senses, computed = m.info, m.clip, m.senses, m.computed
+    refiner, start, looked = m.refiner, m.refiner_start, Checks(senses)
     geometry = info.geometry
     assert geometry is not None
     geometry = dataclasses.replace(geometry, scored=geometry.scored or refiner is not None)
@@ -154,7 +178,7 @@ def plan_job(rows: Sequence[Request], options: Options, defaults: dict[str, Any]
     notes += [note for other in (clip, refiner, *senses.values()) if other is not None for note in other.notes]
     notes += idle_notes(senses, filled)
     said_once = tuple(dict.fromkeys(notes))
-    return Job(filled, options, info, clip, calls, scorers, said_once, inversions, refiner, start, senses, segmenter)
+    return Job(filled, options, info, clip, calls, m.scorers, said_once, inversions, refiner, start, senses, segmenter)
 
 
 def _clip(options: Options, info: ModelInfo) -> ModelInfo | None:

@@ -63,6 +63,8 @@ class Draws:
     and however often the run was interrupted.
     """
 
+    watch: Any = None  # follows what is drawn: an engine.Watch
+
     def __init__(
         self,
         rows: Iterable[Request],
@@ -216,6 +218,14 @@ class Draws:
         """Return whether `take` has an image to draw right now."""
         self._held = self.take()
         return self._held is not None
+
+    def more(self) -> bool:
+        """Return whether to go on once everything is drawn: a source to which rows are added waits for them here."""
+        return False
+
+    def scored(self, request: Request) -> bool:
+        """Return whether the scores of a row's images are of use to anyone."""
+        return True
 
     def report(self, result: Result) -> None:
         """Count a finished image; its row draws another one if too few have passed."""

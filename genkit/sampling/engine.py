@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from genkit.sampling.refiner import Refined
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
+PATIENCE = 50  # calls after which a network that is not on the device has its turn, where new trajectories keep coming
 AHEAD = 2  # network calls that are queued on a GPU
 # Of the network, a row for each trajectory
 INPUTS = ("cond", "uncond", "added_cond", "added_uncond", "beside", "embedded")
+CANCELLED = "cancelled"
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 
 
@@ -89,10 +91,25 @@ class Trajectory:
         return getattr(self.refined if self.refines else self, name)
 
 
+class Watch(Protocol):
+    """Whoever follows trajectories while they are drawn, as a server does. Called in the thread that draws."""
+
+    def gone(self, tag: Any) -> bool:
+        """Whether nobody waits for the trajectory any more: it then leaves its slot, with CANCELLED as its error."""
+
+    def wants(self, trajectory: Trajectory) -> bool:
+        """Whether to predict its x0 at its next call."""
+
+    def stepped(self, trajectory: Trajectory) -> None:
+        """Told after each of its calls; `x0` is there if it was wanted."""
+
+
 class _Group:
     """The trajectories of one network, latent shape and number of tokens, stacked: a step needs no loop over images."""
 
-    def __init__(self, key: tuple[Any, ...], device: torch.device) -> None:
+    def __init__(self, key: tuple[Any, ...], device: torch.device, turn: int = 0) -> None:
+        """turn: the tick of its last call, or of its beginning."""
+        self.turn = turn
         self.device, self.refines, shape = device, key[0], key[1:-1]
         self.live: list[Trajectory] = []
         self.x = torch.empty(0, *shape, device=device)
@@ -139,8 +156,10 @@ class _Group:
             for i, t in enumerate(self.live)
             if t.step in (t.plan.nfe, t.pause) or t.error or t.refines != self.refines
         ]
-        if not over:
-            return []
+        return self.remove(over) if over else []
+
+    def remove(self, over: list[int]) -> list[Trajectory]:
+        """Remove and return the trajectories at these places, each with its latent."""
         ended = [self.live[i] for i in over]
         for i, trajectory in zip(over, ended, strict=True):
             trajectory.latent = self.x[i]
@@ -170,12 +189,15 @@ class Engine:
         relieve: Callable[[], bool] = lambda: False,
         refiner: Denoiser | None = None,
         steady: bool = True,
+        watch: Watch | None = None,
     ) -> None:
         """relieve: called when memory runs out; waits for other work on the device, returns whether there was any.
 
         refiner: the network of trajectories that are `refined`. steady: whether both networks stay on the device; else
-        one computes until nothing is left for it.
+        one computes until nothing is left for it. watch: follows what is drawn; all groups then take turns, as new
+        trajectories come without end.
         """
+        self.watch = watch
         self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
         self.refiner, self.steady, self._refining = refiner, steady, False
         self.calls = 0  # network rows computed so far
@@ -213,7 +235,7 @@ class Engine:
         nothing is in flight, and one trajectory may cost more than `free`. The run ends when it then returns none.
         """
         while True:
-            ended = self._admit(take)
+            ended = self._drop() + self._admit(take)
             if not self.live and not ended and not self._waiting:
                 return
             if self.live:
@@ -228,10 +250,26 @@ class Engine:
         """Return the largest group, for the most rows a call; smaller groups grow until it is their turn."""
         groups = [g for g in self._groups.values() if g.live]
         if not self.steady:  # a network is moved as seldom as possible
-            groups = [g for g in groups if g.refines == self._refining] or groups
-        group = max(groups, key=lambda g: len(g.live))
-        self._refining = group.refines
+            same = [g for g in groups if g.refines == self._refining] or groups
+            patient = self.watch is None or max(self._ticks - g.turn for g in groups) < PATIENCE
+            groups = same if patient else groups
+        group = max(groups, key=lambda g: len(g.live)) if self.watch is None else min(groups, key=lambda g: g.turn)
+        self._refining, group.turn = group.refines, self._ticks
         return group
+
+    def _drop(self) -> list[Trajectory]:
+        """Remove and return the trajectories that nobody waits for any more."""
+        watch, ended = self.watch, []
+        if watch is None:
+            return []
+        for group in self._groups.values():
+            over = [i for i, t in enumerate(group.live) if watch.gone(t.tag)]
+            ended += group.remove(over) if over else []
+        lost = [t for t in self._waiting if watch.gone(t.tag)]
+        self._waiting = [t for t in self._waiting if t not in lost] if lost else self._waiting
+        for trajectory in (*ended, *lost):
+            trajectory.error = CANCELLED
+        return ended + lost
 
     def _keep_pace(self) -> None:
         """Wait until a GPU is only AHEAD calls behind: so results are handed on while the next images are drawn."""
@@ -262,7 +300,7 @@ class Engine:
             groups.setdefault(trajectory.group, []).append(trajectory)
         failed: list[Trajectory] = []
         for key, new in groups.items():
-            group = self._groups.get(key) or _Group(key, self.device)
+            group = self._groups.get(key) or _Group(key, self.device, self._ticks)
             if attempt(lambda g=group, t=new: g.add(t)):  # type: ignore[misc]
                 self._groups[key] = group
                 continue
@@ -305,6 +343,8 @@ class Engine:
             group.change(i)
             if trajectory.known is not None and trajectory.keep_mask is not None:
                 group.x[i] = _blend(group.x[i], trajectory)
+            if self.watch is not None:
+                self.watch.stepped(trajectory)
         self.calls += len(live)
         ended = group.remove_finished()
         handed = [t for t in ended if t.refines != group.refines and t.step not in (t.plan.nfe, t.pause)]
@@ -336,10 +376,11 @@ class Engine:
             group.inputs["embedded"],
             *_composed(live, self.device),
         )
-        if any(t.step + 1 == t.pause for t in live):
+        shown = [t.step + 1 == t.pause or (self.watch is not None and self.watch.wants(t)) for t in live]
+        if any(shown):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output
             for i, trajectory in enumerate(live):
-                trajectory.x0 = predicted[i] if trajectory.step + 1 == trajectory.pause else None
+                trajectory.x0 = predicted[i] if shown[i] else None
         if isinstance(noise, torch.Tensor):
             noise = noise.to(self.device, non_blocking=True)
         x, new = step(group.x, output, rows, group.history, noise, any(t.plan.threshold for t in live))

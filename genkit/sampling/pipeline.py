@@ -34,6 +34,8 @@ from genkit.sampling.guidance import embedded_guidance, guidance_scales
 from genkit.sampling.refiner import Refiner
 from genkit.schedulers import Plan, Scheduler
 
+MOST_PLANS = 1000  # that are kept
+
 
 class Pipeline:
     """The components of a diffusion model, used as they are: on their device and in their dtype; they may be shared.
@@ -125,6 +127,8 @@ class Pipeline:
         s = self.settings(request)
         key = json.dumps([s.scheduler, s.steps, s.strength, s.guidance])
         if key not in self._plans:
+            if len(self._plans) >= MOST_PLANS:  # of a server whose clients choose any guidance scale
+                self._plans.clear()
             plan = plan_for(self.scheduler, s.scheduler, s.steps, s.strength, s.guidance, folder=self.folder)
             if (r := self.refiner) is not None:
                 plan = refined_plan(plan, self.scheduler, s.scheduler, s.steps, r.start, r.scheduler.prediction)

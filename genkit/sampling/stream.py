@@ -69,13 +69,14 @@ class Stream:
         self.engine = engine = Engine(
             self.generator.denoiser, self.generator.device, slots, self._relieve,
             refiner=None if refiner is None else refiner.denoiser, steady=self.generator.residency.steady,
+            watch=self.draws.watch,
         )  # fmt: skip
         self.draws.engine = engine
         if pool is not None and self.generator.residency.resident:
             pool.submit(self._rehearse)
         try:
             progress = True
-            while progress and not self.draws.stopped:
+            while (progress or self.draws.more()) and not self.draws.stopped:
                 progress = yield from self._pass(engine, self._draw, pool)
                 if self.retries and not self.draws.stopped:
                     progress |= yield from self._retry_in_float32(engine, pool)
@@ -125,6 +126,8 @@ class Stream:
         return progress or self.pruning.waiting
 
     def _draw(self) -> Draw | None:
+        if self.retries and self.draws.watch is not None:  # with rows without end, this pass would not end for them
+            return None
         while (drawn := self.draws.take()) is not None:
             draw = (*drawn, drawn[0].seed_of(drawn[1], self.seed))
             if not self._repeats(draw):
@@ -231,6 +234,7 @@ class Stream:
         self.to_decode = []
         for ended in shapes.values():
             patient = not (pool is None or self.starved) if steady else True
+            patient = patient and self.draws.watch is None  # with rows without end, the last of a shape may never come
             if patient and not everything and len(ended) < PICTURES:
                 self.to_decode += ended
             elif pool is not None:
@@ -322,6 +326,11 @@ class Stream:
             return [{} for _ in ended]
         requests = [t.tag[0] for t in ended]
         prompts, labels = [r.plain_prompt for r in requests], [r.labels for r in requests]
+        if not all(map(self.draws.scored, requests)):
+            some = [t for t in ended if self.draws.scored(t.tag[0])]
+            rows = torch.tensor([self.draws.scored(r) for r in requests], device=pictures.device)
+            found = iter(self._score(some, pictures[rows], look) if some else ())
+            return [next(found) if self.draws.scored(r) else {} for r in requests]
         senses = getattr(self.scorer, "senses", None)  # a caller's own scorer need not have any
         if senses is None or not senses.names or not look:
             return self.scorer.scores(pictures, prompts, labels)

@@ -324,3 +324,53 @@ def test_identical_images_fail_together_when_their_picture_is_gone(gen: TextToIm
     stream = gen.stream(rows)
     (tmp_path / "a.png").unlink()
     assert [(r.id, r.status) for r in stream] == [("a", "failed"), ("b", "failed")]
+
+
+class Watching:
+    """Whoever follows an engine: asks for x0 of some trajectories, and waits no more for others."""
+
+    def __init__(self) -> None:
+        self.lost: set[str] = set()
+        self.seen: list[tuple[str, int, torch.Tensor | None]] = []
+
+    def gone(self, tag: Any) -> bool:
+        return tag[0].id in self.lost
+
+    def wants(self, trajectory: Trajectory) -> bool:
+        return trajectory.tag[0].id == "large" and trajectory.step == 1
+
+    def stepped(self, trajectory: Trajectory) -> None:
+        self.seen.append((trajectory.tag[0].id, trajectory.step, trajectory.x0))
+        trajectory.x0 = None
+
+
+def test_a_watched_engine_lets_sizes_take_turns_and_drops_what_nobody_waits_for(gen: TextToImage) -> None:
+    watch = Watching()
+    engine = Engine(Denoiser(Elementwise()), torch.device("cpu"), 2.0, watch=watch)
+
+    def start(row_id: str, side: int, steps: int) -> Trajectory:
+        row = Request(id=row_id, prompt="a", width=side, height=side, num_inference_steps=steps, seed=1)
+        return gen.begin(row, 0, 1)
+
+    waiting, ended = [start("large", 96, 3), start("lost", 64, 50)], dict[str, Trajectory]()
+
+    def take(free: float, alone: bool) -> list[Trajectory]:  # small ones keep coming
+        taken, waiting[:] = list(waiting), []
+        free -= sum(t.cost for t in taken)
+        while free >= 0.25 and len(ended) < 20:
+            taken.append(start(f"small-{len(ended)}-{len(taken)}", 64, 2))
+            free -= taken[-1].cost
+        return taken
+
+    for calls, finished in enumerate(engine.run(take)):
+        ended |= {t.tag[0].id: t for t in finished}
+        if calls == 4:
+            watch.lost.add("lost")
+        if "large" in ended and "at" not in vars(watch):
+            watch.__dict__["at"] = calls
+    assert vars(watch)["at"] == 4  # every other call is its own
+    assert ended["lost"].error == "cancelled" and ended["lost"].step == 2
+    shown = [(name, step) for name, step, x0 in watch.seen if x0 is not None]
+    assert shown == [("large", 2)] and all(not t.error for name, t in ended.items() if name != "lost")
+    alone = Engine(Denoiser(Elementwise()), torch.device("cpu"), 2.0)
+    assert torch.equal(finals(alone, [start("large", 96, 3)])["large"], ended["large"].latent)

@@ -1,0 +1,1 @@
+"""`genkit serve`: the slot engine behind HTTP interfaces that people already call, and a page."""

@@ -1,0 +1,137 @@
+"""Between the event loop of the server and the thread that draws: rows in, events out, and a caller that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as Call
+
+from genkit.errors import HostError, InputError
+from genkit.pictures.encoders import Encoding
+from genkit.rows.request import Request
+from genkit.rows.result import Result
+from genkit.serve.engine import STOPPING, Full, ServingEngine
+from genkit.serve.limits import Refused
+from genkit.serve.line import Event, Ticket
+from genkit.serve.rows import Intake, Most, Planned
+
+
+@dataclasses.dataclass
+class Serving:
+    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs."""
+
+    engine: ServingEngine
+    intake: Intake
+    most: Most
+    name: str
+    keys: Sequence[str] = ()
+    host: str = "127.0.0.1"
+    runs: Any = None
+    drain: float = 30.0
+    refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
+
+    async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
+        """Return planned rows. Raises Refused, 400 with the field as `param`."""
+        try:
+            return await run_in_threadpool(self.intake.rows, many)
+        except InputError as error:
+            raise bad(str(error)) from None
+
+    def submit(
+        self, rows: Sequence[Request], client: str, on: Callable[[Event], None] | None = None, previews: int = 0,
+        steps: bool = False, seed: int | None = None,
+    ) -> Ticket:  # fmt: skip
+        """Queue planned rows. Raises Refused: 429 with Retry-After, or 503 where the server does not draw."""
+        engine = self.engine
+        if not engine.ready:
+            raise Refused(503, f"the server is not ready: {engine.why}", "not_ready", None, {"Retry-After": "5"})
+        try:
+            return engine.submit(rows, client, on, previews, steps, seed)
+        except Full as full:
+            wait = {"Retry-After": str(min(3600, round(full.seconds + 0.5)))}
+            said = f"the queue is full; try again in {wait['Retry-After']} s"
+            raise Refused(429, said, "rate_limit_exceeded", None, wait) from None
+        except HostError as error:
+            raise Refused(503, str(error), "not_ready") from None
+
+    async def events(
+        self, call: Call, rows: Sequence[Request], previews: int = 0, steps: bool = False, seed: int | None = None
+    ) -> AsyncIterator[Event]:
+        """Queue planned rows and return their events; the rows are given up when the caller leaves.
+
+        The first event is waited for, so that a refusal comes before a streamed answer begins.
+        """
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def on(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        ticket = self.submit(rows, client_of(call), on, previews, steps, seed)
+        return _followed(call, ticket, queue)
+
+
+async def _followed(call: Call, ticket: Ticket, queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+    gone = asyncio.create_task(_left(call))
+    try:
+        while True:
+            event = asyncio.create_task(queue.get())
+            await asyncio.wait((event, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not event.done():
+                event.cancel()
+                raise Refused(499, "the caller left", "caller_left")
+            yield event.result()
+            if event.result()["type"] == "done":
+                return
+    finally:
+        gone.cancel()
+        ticket.cancel()
+
+
+async def _left(call: Call) -> None:
+    while (await call.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def encoded(form: Encoding, pixels: Any, text: dict[str, str] | None = None) -> bytes:
+    """Return pixels as the bytes of a file, encoded beside the event loop."""
+    return await run_in_threadpool(functools.partial(form.encode, pixels, text))
+
+
+async def pictures(events: AsyncIterator[Event]) -> list[Result]:
+    """Return the finished images of a request, by row and index. Raises Refused, 500, if one failed."""
+    found: list[Result] = []
+    async for event in events:
+        if event["type"] == "failed":
+            raise failed(event)
+        if event["type"] == "done" and event["cancelled"]:
+            raise Refused(503, STOPPING, "stopping")
+        if event["type"] == "image":
+            found.append(event["result"])
+    return sorted(found, key=lambda r: (r.id, r.index))
+
+
+def failed(event: Event) -> Refused:
+    """Return the error of an image that failed, or of all."""
+    if event["result"] is None:
+        stopping = event["reason"] == STOPPING
+        return Refused(503 if stopping else 500, event["reason"], "stopping" if stopping else "server_error")
+    return Refused(500, f"image {event['index']} failed: {event['reason']}", "server_error")
+
+
+def client_of(call: Call) -> str:
+    """Return who calls, for turns and limits: a key, or an address."""
+    return str(call.scope.get("client_name", "local"))
+
+
+def bad(message: str, status: int = 400, code: str = "invalid_value") -> Refused:
+    """Return the error of a request that states something wrong, with the field as `param` if the message names one."""
+    field = message.split(":")[0].split("[")[0].strip("'\"")
+    return Refused(status, " ".join(message.split()), code, field if field.replace("_", "").isalnum() else None)

@@ -1,0 +1,184 @@
+"""Who may call: keys, the Host and Origin of a call, the size of its body. One ASGI layer around the whole app."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.exceptions import HTTPException
+
+from genkit.errors import InputError
+from genkit.files import place
+
+OPEN = ("/health", "/v1/images/files/")  # beginnings of paths that need no key: the names of files are secrets
+# By status, of a description of the interfaces
+STATUSES: dict[int, dict[str, Any]] = {
+    code: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for code, text in {
+        400: "Something in the request is wrong: the error names it", 401: "No key, or a wrong one",
+        403: "Called by a page of another site", 404: "There is no such thing here", 413: "The body is too large",
+        421: "The Host header names another machine", 422: "No picture passes the gate",
+        429: "The queue is full: see Retry-After", 500: "A picture failed", 503: "The server does not draw, and why",
+    }.items()
+}  # fmt: skip
+ANYWHERE = (401, 403, 413, 421)
+LEAST_KEY = 16  # characters
+App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
+
+
+class Refused(HTTPException):
+    """A call that is answered with an error. code: of the OpenAI API, or a word like it."""
+
+    def __init__(
+        self, status: int, message: str, code: str = "invalid_request", param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(status, message, headers)
+        self.code, self.param = code, param
+
+
+def read_keys(path: Path) -> list[str]:
+    """Return the keys in a file, one a line; empty lines and those that begin with # are none.
+
+    Raises InputError for a file without keys, one that others may read, and a key that is easy to guess.
+    """
+    try:
+        text = path.read_text("utf-8")
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--api-key-file: {place(path)}: {error}") from None
+    if stat.S_IMODE(mode) & (stat.S_IRGRP | stat.S_IROTH):
+        raise InputError(f"--api-key-file: {place(path)} can be read by others: chmod 600")
+    keys = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise InputError(f"--api-key-file: {place(path)} holds no key")
+    short = next((n for n, key in enumerate(keys, 1) if len(key) < LEAST_KEY or not key.isascii()), None)
+    if short is not None:
+        raise InputError(f"--api-key-file: {place(path)}: key {short} is not {LEAST_KEY} or more ASCII characters")
+    return keys
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Gate:
+    """ASGI middleware: refuses calls without a key, from other sites, for other hosts, and bodies that are too large.
+
+    keys: that are accepted, as `Authorization: Bearer KEY`, or as the password of Basic; none: no key is asked for, and
+    the Host must be an address, localhost, or a name of this machine, which no page of another site can have. answer:
+    (scope, Refused) -> an ASGI app. `scope["client_name"]` is who calls, for turns and limits.
+    """
+
+    def __init__(
+        self, app: App, keys: Sequence[str], body: int, answer: Callable[[dict[str, Any], Refused], App], host: str = ""
+    ) -> None:
+        self.app, self.body, self.answer = app, body, answer
+        self.hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self.names = {"localhost", host.lower(), socket.gethostname().lower()} - {""}
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            if not (scope["method"] == "GET" and scope["path"].startswith(OPEN)):
+                self._check_site(headers, scope["method"])
+            self._check_host(headers)
+            scope["client_name"] = self._caller(scope, headers)
+            length = headers.get("content-length", "0")
+            if not length.isdigit() or int(length[:18]) > self.body:
+                raise _large(self.body)
+        except Refused as refused:
+            await self.answer(scope, refused)(scope, receive, send)
+            return
+        await self._limited(scope, receive, send)
+
+    async def _limited(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        seen, begun = 0, False
+
+        async def counted() -> Any:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.body:
+                raise _large(self.body)
+            return message
+
+        async def watched(message: Any) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            await self.app(scope, counted, watched)
+        except Refused as refused:
+            if not begun:
+                await self.answer(scope, refused)(scope, receive, send)
+
+    def _check_host(self, headers: dict[str, str]) -> None:
+        try:
+            name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        except ValueError:
+            name = ""
+        if not self.hashes and name not in self.names and not _is_address(name):
+            raise Refused(421, "the Host header names another machine; call this server by its address", "wrong_host")
+
+    def _check_site(self, headers: dict[str, str], method: str) -> None:
+        visits = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
+        origin = headers.get("origin")
+        other = headers.get("sec-fetch-site") in ("cross-site", "same-site") and not visits
+        if other or (origin is not None and origin.partition("://")[2] != headers.get("host")):
+            raise Refused(403, "pages of other sites may not call this server", "cross_site")
+
+    def _caller(self, scope: dict[str, Any], headers: dict[str, str]) -> str:
+        address = (scope.get("client") or ("local",))[0]
+        if not self.hashes:
+            return str(address)
+        given = hashlib.sha256(_key(headers.get("authorization", "")).encode()).digest()
+        matches = [hmac.compare_digest(given, known) for known in self.hashes]  # all of them, in constant time
+        if any(matches):
+            return f"key {matches.index(True) + 1}"
+        if scope["path"].startswith(OPEN):
+            return str(address)
+        ask = {"WWW-Authenticate": 'Basic realm="genkit", charset="UTF-8"'}
+        raise Refused(401, "a key of this server is missing: Authorization: Bearer KEY", "invalid_api_key", None, ask)
+
+
+def _key(authorization: str) -> str:
+    kind, _, value = authorization.partition(" ")
+    if kind.lower() == "basic":  # of browsers, and of clients of AUTOMATIC1111: any name, the key as password
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return ""
+    return value.strip() if kind.lower() == "bearer" else ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _large(most: int) -> Refused:
+    return Refused(413, f"the body has more than the {most} bytes of this server", "body_too_large")

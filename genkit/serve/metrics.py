@@ -1,0 +1,100 @@
+"""What a server measures, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+from genkit.rows.result import Result
+from genkit.serve.engine import ServingEngine
+from genkit.serve.line import Ticket
+
+SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own."""
+
+    def __init__(self, engine: ServingEngine) -> None:
+        self.engine = engine
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        self.pictures = Counter("genkit_pictures", "Pictures that were drawn.", **own)
+        self.failures = Counter("genkit_failures", "Pictures that failed, by reason.", ["reason"], **own)
+        self.refusals = Counter("genkit_refusals", "Calls that were refused, by code.", ["code"], **own)
+        self.latency = Histogram(
+            "genkit_picture_seconds", "From the request to the finished picture.", buckets=SECONDS, **own
+        )
+        self.drawing = Histogram(
+            "genkit_drawing_seconds", "From the slot to the finished picture.", buckets=SECONDS, **own
+        )
+        self.registry.register(_Now(engine))
+        engine.observers.append(self.finished)
+
+    def finished(self, result: Result, ticket: Ticket) -> None:
+        """Count a result, in the thread that draws."""
+        if result.status != "done":
+            self.failures.labels(_short(result.reason)).inc()
+            return
+        self.pictures.inc()
+        self.latency.observe(time.monotonic() - ticket.submitted)
+        self.drawing.observe(result.seconds or 0.0)
+
+    def refuse(self, code: str) -> None:
+        """Count a refused call."""
+        self.refusals.labels(code).inc()
+
+    def text(self) -> tuple[bytes, int, dict[str, str]]:
+        """Return body, status and headers of /metrics."""
+        return generate_latest(self.registry), 200, {"Content-Type": CONTENT_TYPE_LATEST}
+
+
+class _Now:
+    """Gauges that are read when they are asked for."""
+
+    def __init__(self, engine: ServingEngine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        now = self.engine.snapshot()
+        gauges = {
+            "genkit_ready": ("1 once a picture was drawn.", float(now["ready"])),
+            "genkit_queue_rows": ("Rows with something to begin.", now["rows_waiting"]),
+            "genkit_queue_cost": (
+                "What is not drawn, in pictures of the model's own size and steps.",
+                now["queue_cost"],
+            ),
+            "genkit_queue_most": ("The cost at which calls are refused.", now["queue_most"]),
+            "genkit_in_flight": ("Images in flight.", now["images_in_flight"]),
+            "genkit_slots": ("Slots of the engine.", now["slots"]),
+            "genkit_slots_used": ("Slots in use.", now["slots_used"]),
+            "genkit_rate": ("Cost drawn a second of busy time.", now["rate"] or 0.0),
+            **_memory(),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=float(value))
+
+
+def _memory() -> dict[str, tuple[str, float]]:
+    found: dict[str, tuple[str, float]] = {}
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        found["genkit_resident_bytes"] = "Memory of the process.", float(statm.read_text().split()[1]) * PAGE
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["genkit_device_bytes"] = "Memory that torch holds on the GPU.", float(torch.cuda.memory_reserved())
+    return found
+
+
+def _short(reason: str | None) -> str:
+    """Return a reason as a label: there are few of them, whatever clients send."""
+    known = ("cancelled", "nan", "out of memory")
+    return next((one for one in known if (reason or "").startswith(one)), "other")

@@ -1,0 +1,168 @@
+"""`genkit serve`: bind, load, listen, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from genkit.errors import EXIT_OK, HostError, InputError
+from genkit.options import Options
+from genkit.serve.app import create_app
+from genkit.serve.calls import Serving
+from genkit.serve.engine import ServingEngine
+from genkit.serve.limits import is_loopback, read_keys
+from genkit.serve.rows import Intake, Most
+from genkit.signals import Signals
+
+ANSWERED = 10  # seconds in which clients are told that the server ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Listen:
+    """Where a server listens, to whom, and what it does when it stops: see `genkit serve --help`."""
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    key_file: Path | None = None
+    no_key: bool = False
+    runs: Path | None = None
+    drain: float = 30.0
+
+
+def run(options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float) -> int:
+    """Serve until a signal ends it; return the exit code. Raises InputError and HostError before it is ready."""
+    from genkit.device.devices import reuse_memory
+
+    keys = _keys(listen)
+    reuse_memory()
+    serving = prepare(options, defaults, listen, most, max_queue, keys)
+    with contextlib.closing(bound(listen)) as listener:
+        server = Server(serving, listener)
+        loader = threading.Thread(target=server.load, name="genkit-load", daemon=True)
+        loader.start()
+        try:
+            server.run(sockets=[listener])
+        finally:
+            serving.engine.close()
+    if server.error is not None:
+        raise server.error
+    return server.exit_code
+
+
+def prepare(
+    options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float, keys: list[str]
+) -> Serving:
+    """Return what a server shares, with nothing loaded. Raises InputError for options that do not go together."""
+    engine = ServingEngine(options, defaults, max_queue)
+    engine.plan([engine.sample()])  # the defaults of rows fit the model
+    return Serving(
+        engine, Intake(engine, most), most, served_name(engine), keys, listen.host, listen.runs, listen.drain
+    )
+
+
+def served_name(engine: ServingEngine) -> str:
+    """Return the model's name for clients: no path of this machine."""
+    info = engine.models.info
+    if info.revision is not None or os.sep not in info.name:  # of the hub, or built in
+        return info.name
+    path = Path(info.name)
+    return path.stem if path.suffix == ".safetensors" else path.name
+
+
+def _keys(listen: Listen) -> list[str]:
+    if listen.key_file is not None:
+        if listen.no_key:
+            raise InputError("--no-key: does not go with --api-key-file")
+        return read_keys(listen.key_file)
+    if not is_loopback(listen.host) and not listen.no_key:
+        raise InputError(
+            f"--host: {listen.host} is reached by other machines: give --api-key-file, or --no-key if anyone may draw"
+        )
+    return []
+
+
+def bound(listen: Listen) -> socket.socket:
+    """Return a socket that is bound, and does not listen yet. Raises HostError for a port in use."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise HostError(f"--host: {listen.host}: {error.strerror or error}") from None
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise HostError(f"--port: {listen.host}:{listen.port}: {error.strerror or error}") from None
+    return found
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which loads while it listens and leaves with genkit's exit codes."""
+
+    def __init__(self, serving: Serving, listener: socket.socket) -> None:
+        self.serving, self.listener = serving, listener
+        self.error: InputError | HostError | None = None
+        self.exit_code = EXIT_OK
+        config = uvicorn.Config(
+            create_app(serving), log_level="warning", access_log=False, server_header=False, lifespan="off",
+            timeout_graceful_shutdown=round(serving.drain) + ANSWERED, timeout_keep_alive=30, limit_concurrency=1000,
+            h11_max_incomplete_event_size=2**16,
+        )  # fmt: skip
+        super().__init__(config)
+
+    @property
+    def address(self) -> str:
+        """Where it is reached."""
+        host, port = self.listener.getsockname()[:2]
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        return f"http://{shown}:{port}"
+
+    def load(self) -> None:
+        """Load the networks and draw a picture; end the server if that fails."""
+        try:
+            self.serving.engine.start()
+            self.serving.engine.warm()
+            print(self.address, flush=True)
+        except (InputError, HostError) as error:
+            self.error = error
+            self.should_exit = True
+        except BaseException as error:
+            self.error = HostError(f"loading failed: {type(error).__name__}: {error}")
+            self.should_exit = True
+            raise
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the server in order, a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._signalled) for number in Signals.CODES}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+    def _signalled(self, number: int, _frame: object) -> None:
+        if self.exit_code:
+            os._exit(self.exit_code)
+        self.exit_code = Signals.CODES[signal.Signals(number)]
+        self.should_exit = True
+        late = threading.Timer(self.serving.drain, self.serving.engine.give_up)
+        late.daemon = True
+        late.start()
+        print("stopping: drawing what is in flight", file=sys.stderr)

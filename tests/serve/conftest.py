@@ -1,0 +1,52 @@
+"""One server for all tests of this folder, in this process, on loopback."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from genkit.options import Options
+from genkit.serve.rows import Most
+from genkit.serve.server import Listen, Server, bound, prepare
+
+
+class Served:
+    """A running server. url: without a slash at the end."""
+
+    def __init__(self, server: Server, thread: threading.Thread) -> None:
+        self.server, self.thread = server, thread
+        self.serving, self.engine, self.url = server.serving, server.serving.engine, server.address
+
+    def settled(self, seconds: float = 30.0) -> dict[str, Any]:
+        """Return the engine's facts once nothing is left in it."""
+        end = time.monotonic() + seconds
+        while self.engine.line.tickets and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.engine.snapshot()
+
+
+def serve(options: Options, most: Most | None = None, **listen: Any) -> Served:
+    """Start a server on a free port; return it once it is ready."""
+    where = Listen(port=0, **listen)
+    server = Server(
+        prepare(options, {}, where, most or Most(pixels=128 * 128, steps=60, images=8), 64.0, []), bound(where)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [server.listener]}, daemon=True)
+    thread.start()
+    server.load()
+    assert server.error is None
+    return Served(server, thread)
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    running = serve(Options(device="cpu", batch_size=8))
+    yield running
+    running.server.should_exit = True
+    running.thread.join(20)
+    running.engine.close()
+    running.server.listener.close()
