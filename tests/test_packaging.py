@@ -22,10 +22,10 @@ def test_packages_listed_by_hand_are_those_on_disk() -> None:
 
 def test_pages_are_part_of_the_package() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert {p.parent.name for p in (ROOT / "genkit").rglob("*.html")} == {"pages"} and data["genkit.pages"] == [
-        "*.html",
-        "*.js",
-    ]
+    assert {p.parent.relative_to(ROOT / "genkit").as_posix() for p in (ROOT / "genkit").rglob("*.html")} == {
+        "pages", "serve/page"
+    }  # fmt: skip
+    assert data["genkit.pages"] == ["*.css", "*.html", "*.js"] and data["genkit.serve"] == ["page/*"]
 
 
 @pytest.mark.parametrize("name", ["schedulers", "training"])

@@ -8,10 +8,10 @@ import io
 import re
 from collections.abc import Iterator
 from html import escape
-from importlib.resources import files
 
 from genkit.datasets.report import Report
 from genkit.errors import InputError
+from genkit.pages import look
 
 SIDE = 112  # pixels of a thumbnail
 MOST, SOME = 48, 60  # pictures of a finding, and of the data set as a whole
@@ -20,7 +20,7 @@ LONG = 300  # characters of a caption
 
 def page(report: Report) -> str:
     """Return the report as HTML. Names and captions are escaped; its policy allows no scripts and no loads."""
-    template = files("genkit.pages").joinpath("doctor.html").read_text("utf-8")
+    template = look.template("doctor")
     style = re.search(r"<style>(.*?)</style>", template, re.DOTALL)
     assert style is not None
     digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()

@@ -7,9 +7,10 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
+
+from genkit.pages import look
 
 MOST = 60  # failures shown of a task
 EACH = 2  # of a prompt
@@ -119,7 +120,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[Any]], last: bool = Fal
 
 def _page(title: str, body: str) -> str:
     """Return the page; its policy allows no scripts, its own style, and pictures beside it."""
-    template = files("genkit.pages").joinpath("evaluation.html").read_text("utf-8")
+    template = look.template("evaluation")
     style = re.search(r"<style>(.*?)</style>", template, re.DOTALL)
     assert style is not None
     digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()

@@ -10,11 +10,11 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from genkit.durable import disk, json_pieces, write_whole
+from genkit.pages import look
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import GALLERY
@@ -48,9 +48,8 @@ def write_page(folder: Path, data: Iterable[str], large: bool = False) -> Path:
 
     large: whether the images are in files that the page loads.
     """
-    pages = files("genkit.pages")
-    more = pages.joinpath("gallery_large.js").read_text("utf-8").strip() if large else ""
-    template = pages.joinpath("gallery.html").read_text("utf-8").replace("{{large}}\n", f"{more}\n")
+    more = look.script("gallery_large") if large else ""
+    template = look.template("gallery").replace("{{large}}\n", f"{more}\n")
     parts = {"policy": policy(template, LOCAL, loads=large), "title": html.escape(folder.resolve().name)}
     before, after = template.split("{{data}}")
     before, after = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in (before, after))

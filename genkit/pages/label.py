@@ -18,12 +18,12 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
+from genkit.pages import look
 from genkit.pages.gallery import policy
 from genkit.rows.result import Result
 from genkit.runs.lease import Lease
@@ -183,7 +183,7 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             raise HostError(f"--port: {port}: {error.strerror or error}") from None
         self.folder, self.desk, self.token = folder, desk, secrets.token_urlsafe(32)
-        self.page = files("genkit.pages").joinpath("label.html").read_bytes()
+        self.page = look.template("label").encode()
         own = policy(self.page.decode(), "img-src 'self'", "connect-src 'self'")
         self.always = {
             "Content-Security-Policy": f"{own}; frame-ancestors 'none'",

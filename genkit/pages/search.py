@@ -7,13 +7,13 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError, shown
 from genkit.files import local
+from genkit.pages import look
 from genkit.pages.gallery import policy
 from genkit.pictures.images import read_image
 
@@ -32,7 +32,7 @@ def check_page(path: Path) -> None:
 
 def write_page(path: Path, query: Mapping[str, Any], results: Sequence[Mapping[str, Any]], about: str) -> None:
     """Write the page. query, results: as in `studies.search.Found`; about: a line below. Raises HostError."""
-    template = files("genkit.pages").joinpath("search.html").read_text("utf-8")
+    template = look.template("search")
     asked = "".join(
         f'<dt>{name}</dt><dd dir="auto">{escape(str(value))}</dd>' for name, values in query.items() for value in values
     )

@@ -206,12 +206,12 @@ def _pictured(
     path: Path, found: Found, overrides: dict[str, Any], lora_dir: str | Path | None, row_id: str
 ) -> Pictured:
     about = found.about
-    fields = {k: v for k, v in canonical(found.fields).items() if k not in _CHOOSING}
+    fields = drawing(canonical(found.fields))
     if about["form"] == "genkit" and "seed" in about:
         fields["seed"] = about["seed"]  # the picture's own; the row may have had several, or one derived for it
     lacking = [name for name in found.lacking if name not in _INPUTS]
     if about["form"] in ("infotext", "comfyui", "invokeai") and not str(about.get("version")).startswith("genkit"):
-        lacking += _plain_prompts(fields, about["form"])
+        lacking += plain_prompts(fields, about["form"])
     for name in ("prompt", "negative_prompt"):
         if not str(fields.get(name, "-")).strip():  # of a model without prompts
             del fields[name]
@@ -230,6 +230,11 @@ def _pictured(
         lacking.append("all of its row: the record's fingerprint is another")
     kept = tuple(entry for entry in inputs if entry is not None)
     return Pictured(path, row, found, tuple(dict.fromkeys(lacking)), tuple(changed), kept)
+
+
+def drawing(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row that make a picture, without those that choose among several."""
+    return {k: v for k, v in fields.items() if k not in _CHOOSING}
 
 
 def _given(lacked: str, overrides: Mapping[str, Any]) -> bool:
@@ -253,7 +258,7 @@ def _brief(value: Any) -> str:
     return "none" if value is None else shown(value, 40)
 
 
-def _plain_prompts(fields: dict[str, Any], form: str) -> list[str]:
+def plain_prompts(fields: dict[str, Any], form: str) -> list[str]:
     """Take LoRAs' tags out of prompts of another tool, and say how they are read; return what of its syntax rows lack.
 
     Those of AUTOMATIC1111 keep its syntax; ComfyUI and InvokeAI weigh words in other ways.

@@ -35,6 +35,7 @@ class Serving:
     runs: Any = None
     drain: float = 30.0
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
+    stopping: Callable[[], bool] = lambda: False  # whether the server ends: streams that wait for work end too
 
     async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return planned rows. Raises Refused, 400 with the field as `param`."""

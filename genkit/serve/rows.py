@@ -72,13 +72,21 @@ class Intake:
         try:
             job = self.engine.plan(made)
         except InputError as error:
-            raise InputError(_alone(str(error)) if len(made) == 1 else str(error)) from None
+            message = self._without_folders(str(error))
+            raise InputError(_alone(message) if len(made) == 1 else message) from None
         for row in job.rows:
             self._check(row)
         rows = Planned(job.rows)
-        new = [note for note in job.notes if note not in self.engine.notes]
+        new = [self._without_folders(note) for note in job.notes if note not in self.engine.notes]
         rows.notes = tuple(_alone(note) if len(made) == 1 else note for note in new)
         return rows
+
+    def _without_folders(self, message: str) -> str:
+        """Return a message for clients: of the model's and the LoRAs' files the names alone, not where they lie."""
+        folders = {self.engine.models.info.folder, *(Path(file).parent for file in self.loras.values())}
+        for folder in sorted(map(str, folders), key=len, reverse=True):
+            message = message.replace(f"{folder}/", "")
+        return message
 
     def _check(self, row: Request) -> None:
         width, height, steps = row.width or 1, row.height or 1, row.num_inference_steps or 1

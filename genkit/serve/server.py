@@ -122,6 +122,7 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=2**16,
         )  # fmt: skip
         super().__init__(config)
+        serving.stopping = lambda: self.should_exit
 
     @property
     def address(self) -> str:

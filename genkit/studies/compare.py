@@ -10,7 +10,6 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +17,7 @@ from urllib.parse import quote
 from genkit.durable import disk, json_line, json_pieces, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.files import local, there
+from genkit.pages import look
 from genkit.pages.gallery import LOCAL, policy, within_html
 from genkit.rows.request import Request
 from genkit.rows.result import Result
@@ -216,7 +216,7 @@ def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pai
         links = [_links(side, letter, out, folder) for side, letter in ((one, "a"), (two, "b"))]
         shown_pairs = ({**_shown(pair), "a": {**_half(pair.a, said), "file": links[0](pair.a)},
                         "b": {**_half(pair.b, said), "file": links[1](pair.b)}} for pair in pairs)  # fmt: skip
-        template = files("genkit.pages").joinpath("compare.html").read_text("utf-8")
+        template = look.template("compare")
         names = [side.folder.resolve().name for side in (one, two)]
         parts = {"policy": policy(template, LOCAL), "title": html.escape(f"{names[0]} and {names[1]}")}
         halves = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in template.split("{{data}}"))

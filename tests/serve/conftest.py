@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,11 +29,11 @@ class Served:
         return self.engine.snapshot()
 
 
-def serve(options: Options, most: Most | None = None, **listen: Any) -> Served:
+def serve(options: Options, most: Most | None = None, keys: Sequence[str] = (), **listen: Any) -> Served:
     """Start a server on a free port; return it once it is ready."""
     where = Listen(port=0, **listen)
     server = Server(
-        prepare(options, {}, where, most or Most(pixels=128 * 128, steps=60, images=8), 64.0, []), bound(where)
+        prepare(options, {}, where, most or Most(pixels=128 * 128, steps=60, images=8), 64.0, [*keys]), bound(where)
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [server.listener]}, daemon=True)
     thread.start()
