@@ -84,8 +84,7 @@ def _run_job(job: Job, out: Path, crew: Crew, began: float) -> Summary:
             if draws.has_next() or changed or (run.stale and job.clip is not None):
                 crew.load(recorded, [row for row in job.rows if _lacks(row, run)])
                 stopped, draws = _work(job, run, crew, changed, draws, progress)
-        results = list(run.results.values())
-        kept, hard = _decide(job, out, run.config, results)
+        results, kept, hard = conclude(job, run)
     for line in hard_lines(hard):
         progress.message(line)
     lacking = 0 if stopped else draws.lacking
@@ -108,17 +107,18 @@ def _run_job(job: Job, out: Path, crew: Crew, began: float) -> Summary:
     )
 
 
-def _decide(job: Job, out: Path, config: dict[str, Any], results: list[Result]) -> tuple[int, list[dict[str, Any]]]:
-    """Write selection.json and the gallery; return how many images are kept, and the hard rows."""
+def conclude(job: Job, run: Run) -> tuple[list[Result], int, list[dict[str, Any]]]:
+    """Write selection.json and the gallery of a run; return its results, how many are kept, and the hard rows."""
+    results = list(run.results.values())
     if len(results) > LARGE:  # in columns, as `genkit filter` does it
-        columns = select(out, config, Question(picking=job.options.picking))
-        write_outcome(out, columns, config)
-        return columns.count, columns.hard
-    known = read_known(out, config, results, job.options.picking, [row.rank_by for row in job.rows])
+        columns = select(run.folder, run.config, Question(picking=job.options.picking))
+        write_outcome(run.folder, columns, run.config)
+        return results, columns.count, columns.hard
+    known = read_known(run.folder, run.config, results, job.options.picking, [row.rank_by for row in job.rows])
     selection = decide(job.rows, results, picking=job.options.picking, known=known)
-    write_selection(out, selection)
-    write_gallery(out, job.rows, results, selection, config)
-    return selection["kept"], selection["hard"]
+    write_selection(run.folder, selection)
+    write_gallery(run.folder, job.rows, results, selection, run.config)
+    return results, selection["kept"], selection["hard"]
 
 
 def _work(job: Job, run: Run, crew: Crew, changed: list[Result], draws: Draws, progress: Progress) -> tuple[int, Draws]:

@@ -84,6 +84,10 @@ class Run(Recorder):
         for result in records.values():
             if result.id in self.rows and result.status != REPLACED:
                 self._count(result)
+        if not isinstance(self.folder, StoragePath):  # of writers that were killed
+            for path in _files(self.folder / "images"):
+                if is_temporary(path.name):
+                    path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release the lock. Everything saved is on disk already."""

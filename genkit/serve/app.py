@@ -18,7 +18,7 @@ from genkit.serve.metrics import Metrics
 from genkit.version import __version__
 
 # Modules of genkit.serve with a function `router(serving)`; of these the first path that fits answers.
-INTERFACES = ("openai", "page")
+INTERFACES = ("openai", "runs", "a1111", "page")
 # By the beginning of paths: how their errors look, a function (Refused) -> JSON. Others are {"error": message}.
 ERRORS: dict[str, Callable[[Refused], Any]] = {}
 ABOUT = "Pictures of one diffusion model, for clients of the OpenAI images API and others."

@@ -36,6 +36,7 @@ class Serving:
     drain: float = 30.0
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
     stopping: Callable[[], bool] = lambda: False  # whether the server ends: streams that wait for work end too
+    draining = stopped = False  # no new work is taken; nothing is drawn any more
 
     async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return planned rows. Raises Refused, 400 with the field as `param`."""
@@ -44,14 +45,20 @@ class Serving:
         except InputError as error:
             raise bad(str(error)) from None
 
+    def check_ready(self) -> None:
+        """Raise Refused, 503, where the server takes no new work."""
+        if self.draining:
+            raise stopping()
+        if not self.engine.ready:
+            raise Refused(503, f"the server is not ready: {self.engine.why}", "not_ready", None, {"Retry-After": "5"})
+
     def submit(
         self, rows: Sequence[Request], client: str, on: Callable[[Event], None] | None = None, previews: int = 0,
         steps: bool = False, seed: int | None = None,
     ) -> Ticket:  # fmt: skip
         """Queue planned rows. Raises Refused: 429 with Retry-After, or 503 where the server does not draw."""
         engine = self.engine
-        if not engine.ready:
-            raise Refused(503, f"the server is not ready: {engine.why}", "not_ready", None, {"Retry-After": "5"})
+        self.check_ready()
         try:
             return engine.submit(rows, client, on, previews, steps, seed)
         except Full as full:
@@ -113,17 +120,21 @@ async def pictures(events: AsyncIterator[Event]) -> list[Result]:
         if event["type"] == "failed":
             raise failed(event)
         if event["type"] == "done" and event["cancelled"]:
-            raise Refused(503, STOPPING, "stopping")
+            raise stopping()
         if event["type"] == "image":
             found.append(event["result"])
     return sorted(found, key=lambda r: (r.id, r.index))
 
 
+def stopping() -> Refused:
+    """Return the error of what a server that ends does not do any more."""
+    return Refused(503, STOPPING, "stopping", None, {"Retry-After": "10"})
+
+
 def failed(event: Event) -> Refused:
     """Return the error of an image that failed, or of all."""
     if event["result"] is None:
-        stopping = event["reason"] == STOPPING
-        return Refused(503 if stopping else 500, event["reason"], "stopping" if stopping else "server_error")
+        return stopping() if event["reason"] == STOPPING else Refused(500, event["reason"], "server_error")
     return Refused(500, f"image {event['index']} failed: {event['reason']}", "server_error")
 
 

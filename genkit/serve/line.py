@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from genkit.rows.request import Request
@@ -38,7 +38,8 @@ class Ticket:
     ) -> None:  # fmt: skip
         self.id, self.rows, self.client, self.previews, self.steps = f"t{number}", list(rows), client, previews, steps
         self.results: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.cancelled = self.done = False
+        self.cancelled = self.done = self.scored = False  # scored: by all scorers, whatever its rows ask for
+        self.judge: Callable[[Result], None] | None = None  # changes the scores of a result before its gate reads them
         self.cost = 0.0
         self.submitted = time.monotonic()
         self._on = on
@@ -113,14 +114,15 @@ class Line(Draws):
     def submit(
         self, rows: Sequence[Request], client: str, on: Callable[[Event], None] | None = None, previews: int = 0,
         steps: bool = False, seed: int = 0, check: Callable[[Ticket], None] = lambda _: None,
+        done: Mapping[tuple[str, int], Result] | None = None,
     ) -> Ticket:  # fmt: skip
         """Add rows; return their ticket. seed: what rows without a seed derive theirs from.
 
-        check: called before anything changes, within the lock; may raise.
+        check: called before anything changes, within the lock; may raise. done: images of theirs that are there.
         """
         with self._came:
             ticket = Ticket(next(self._numbers), rows, client, on, previews, steps)
-            entries = ticket._entries = [self._entry(ticket, n, row, seed) for n, row in enumerate(rows)]
+            entries = ticket._entries = [self._entry(ticket, n, row, seed, done or {}) for n, row in enumerate(rows)]
             ticket.cost = sum(e.each * (e.row.max_images or e.row.num_images) for e in entries)
             check(ticket)
             ticket._close = self._cancel
@@ -132,17 +134,29 @@ class Line(Draws):
             self._came.notify()
         return ticket
 
-    def _entry(self, ticket: Ticket, number: int, row: Request, seed: int) -> _Entry:
+    def _entry(
+        self, ticket: Ticket, number: int, row: Request, seed: int, done: Mapping[tuple[str, int], Result]
+    ) -> _Entry:
         most = row.max_images or row.num_images
         seeds = [row.seed_of(index, seed) for index in range(most)]  # of its own id, before it gets another
         request = row.model_copy(update={"id": f"{ticket.id}.{number}", "seed": seeds})
-        return _Entry(ticket, row, request, Draws([request]), self._cost(row))
+        keys = ((str(row.id), index) for index in range(most if done else 0))
+        there = {(str(request.id), key[1]): done[key] for key in keys if key in done}
+        return _Entry(ticket, row, request, Draws([request], there), self._cost(row))
 
     def _cancel(self, ticket: Ticket) -> None:
         with self._lock:
             if ticket.cancelled or ticket.done:
                 return
             ticket.cancelled = True
+            for entry in ticket._entries:
+                self._unready(entry)
+                entry.over = True
+            self._close_if_over(ticket)
+
+    def wind_up(self, ticket: Ticket) -> None:
+        """Begin no more of a ticket; what is in flight is finished."""
+        with self._lock:
             for entry in ticket._entries:
                 self._unready(entry)
                 entry.over = True
@@ -226,8 +240,10 @@ class Line(Draws):
             if entry is None:  # of before an error that ended everything
                 return
             entry.flying -= 1
-            entry.draws.report(result)
             ticket = entry.ticket
+            if ticket.judge is not None:
+                ticket.judge(result)
+            entry.draws.report(result)
             ticket.cost = max(0.0, ticket.cost - entry.each)
             own = dataclasses.replace(result, id=str(entry.row.id))
             about = {"row": own.id, "index": own.index, "result": own}
@@ -254,8 +270,9 @@ class Line(Draws):
 
     def scored(self, request: Request) -> bool:
         """Whether a row asks for scores: to pass a gate, to be ranked, or by labels and questions."""
-        r = request
-        return any(value is not None for value in (r.gate, r.rank_by, r.keep, r.labels, r.detect, r.ask))
+        r, entry = request, self._of.get(str(request.id))
+        asked = (r.gate, r.rank_by, r.keep, r.labels, r.detect, r.ask)
+        return (entry is not None and entry.ticket.scored) or any(value is not None for value in asked)
 
     # What the engine does: engine.Watch
 

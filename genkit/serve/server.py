@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from genkit.serve.calls import Serving
 from genkit.serve.engine import ServingEngine
 from genkit.serve.limits import is_loopback, read_keys
 from genkit.serve.rows import Intake, Most
+from genkit.serve.served import Runs
 from genkit.signals import Signals
 
 ANSWERED = 10  # seconds in which clients are told that the server ends
@@ -53,7 +55,10 @@ def run(options: Options, defaults: dict[str, Any], listen: Listen, most: Most, 
         try:
             server.run(sockets=[listener])
         finally:
+            serving.stopped = True
             serving.engine.close()
+            if serving.runs is not None:
+                serving.runs.close()
     if server.error is not None:
         raise server.error
     return server.exit_code
@@ -65,9 +70,9 @@ def prepare(
     """Return what a server shares, with nothing loaded. Raises InputError for options that do not go together."""
     engine = ServingEngine(options, defaults, max_queue)
     engine.plan([engine.sample()])  # the defaults of rows fit the model
-    return Serving(
-        engine, Intake(engine, most), most, served_name(engine), keys, listen.host, listen.runs, listen.drain
-    )
+    intake = Intake(engine, most)
+    runs = None if listen.runs is None else Runs(listen.runs, intake)
+    return Serving(engine, intake, most, served_name(engine), keys, listen.host, runs, listen.drain)
 
 
 def served_name(engine: ServingEngine) -> str:
@@ -118,7 +123,7 @@ class Server(uvicorn.Server):
         self.exit_code = EXIT_OK
         config = uvicorn.Config(
             create_app(serving), log_level="warning", access_log=False, server_header=False, lifespan="off",
-            timeout_graceful_shutdown=round(serving.drain) + ANSWERED, timeout_keep_alive=30, limit_concurrency=1000,
+            timeout_graceful_shutdown=ANSWERED, timeout_keep_alive=30, limit_concurrency=1000,
             h11_max_incomplete_event_size=2**16,
         )  # fmt: skip
         super().__init__(config)
@@ -136,9 +141,11 @@ class Server(uvicorn.Server):
         try:
             self.serving.engine.start()
             self.serving.engine.warm()
+            if self.serving.runs is not None:
+                self.serving.runs.feeder.start()
             print(self.address, flush=True)
         except (InputError, HostError) as error:
-            self.error = error
+            self.error = None if self.serving.draining else error  # a signal came first
             self.should_exit = True
         except BaseException as error:
             self.error = HostError(f"loading failed: {type(error).__name__}: {error}")
@@ -162,8 +169,17 @@ class Server(uvicorn.Server):
         if self.exit_code:
             os._exit(self.exit_code)
         self.exit_code = Signals.CODES[signal.Signals(number)]
-        self.should_exit = True
-        late = threading.Timer(self.serving.drain, self.serving.engine.give_up)
-        late.daemon = True
-        late.start()
         print("stopping: drawing what is in flight", file=sys.stderr)
+        threading.Thread(target=self.drain, name="genkit-drain", daemon=True).start()
+
+    def drain(self) -> None:
+        """Take no new work, draw what was submitted for at most `drain` seconds, then end; runs go on next time."""
+        serving, end = self.serving, time.monotonic() + self.serving.drain
+        serving.draining = True
+        if serving.engine.ready:
+            if serving.runs is not None:
+                serving.runs.feeder.settle(self.serving.drain)
+            serving.engine.drain(max(0.0, end - time.monotonic()))
+        serving.stopped = True
+        serving.engine.give_up()
+        self.should_exit = True

@@ -162,12 +162,12 @@ def test_generate_writes_it_too(small: None, tmp_path: Path, monkeypatch: pytest
     with Run.open(run, CONFIG, rows) as opened:
         options = SimpleNamespace(picking=Picking())
         planned: Any = SimpleNamespace(rows=rows, options=options)
-        found = job._decide(planned, run, opened.config, list(opened.results.values()))
+        found = job.conclude(planned, opened)[1:]
     assert found == (40, [])
     assert head(run)["images"] == 60
     data = (run / "selection.json").read_bytes()
     monkeypatch.setattr(job, "LARGE", 100)
-    assert job._decide(planned, run, opened.config, list(opened.results.values())) == found
+    assert job.conclude(planned, opened)[1:] == found
     assert (run / "selection.json").read_bytes() == data
 
 

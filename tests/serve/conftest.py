@@ -50,3 +50,9 @@ def served() -> Iterator[Served]:
     running.thread.join(20)
     running.engine.close()
     running.server.listener.close()
+
+
+@pytest.fixture(scope="session")
+def start() -> Any:
+    """Return `serve`, for tests that need a server of their own."""
+    return serve

@@ -1,0 +1,68 @@
+"""Real servers that are killed: what was accepted is drawn by the next; SIGTERM lets what is in flight finish."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.soak import Server, finish
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+LINES = {"content-type": "application/x-ndjson"}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    running = Server(tmp_path / "runs", tmp_path / "log")
+    running.start()
+    yield running
+    if running.process is not None and running.process.poll() is None:
+        running.stop(signal.SIGKILL)
+
+
+def lines(server: Server, run_id: str) -> list[dict[str, Any]]:
+    text = (server.runs / run_id / "results.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def test_a_killed_server_goes_on_and_sigterm_drains(server: Server) -> None:
+    rows = "\n".join(json.dumps({"prompt": "a dog", "num_images": 4, "steps": 6}) for _ in range(6))
+    run = httpx.post(f"{server.url}/v1/runs", content=rows, headers=LINES, timeout=60).json()
+    while not lines(server, run["id"]):
+        time.sleep(0.02)
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    first = lines(server, run["id"])
+    assert 0 < len(first) < 24
+    server.start()
+    while len(lines(server, run["id"])) == len(first):
+        time.sleep(0.02)
+    answers: list[Any] = []
+    body = {"prompt": "a dog", "steps": 10}
+    caller = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=60))
+    )
+    caller.start()
+    time.sleep(0.3)
+    assert server.process is not None
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    refused = httpx.post(f"{server.url}/v1/runs", content=rows, headers=LINES, timeout=60)
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+    server.codes.append(server.process.wait(60))
+    caller.join(60)
+    assert server.codes[-1] == 143 and answers[0].status_code in (200, 503)
+    second = lines(server, run["id"])
+    assert second[: len(first)] == first and len(second) <= 24
+    server.start()
+    finish(server, 120)
+    done = [(r["id"], r["index"]) for r in lines(server, run["id"])]
+    assert len(done) == len(set(done)) == 24
+    assert not list(server.runs.glob(".new-*"))
