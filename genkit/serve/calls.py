@@ -35,7 +35,6 @@ class Serving:
     runs: Any = None
     drain: float = 30.0
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
-    stopping: Callable[[], bool] = lambda: False  # whether the server ends: streams that wait for work end too
     draining = stopped = False  # no new work is taken; nothing is drawn any more
 
     async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:

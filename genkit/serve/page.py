@@ -35,6 +35,7 @@ from genkit.serve.rows import NOT_SERVED, PICTURES
 from genkit.version import __version__
 
 BEAT = 15.0  # seconds after which a stream says that it is there
+LAST = 5.0  # seconds for what is left to tell when nothing is drawn any more: then the server cuts what is open
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -124,9 +125,9 @@ async def _stream(serving: Serving, desks: Desks, desk: Desk) -> AsyncIterator[s
     queue, said = desks.listen(desk), ""
     beat, end = time.monotonic(), math.inf
     try:
-        while time.monotonic() < end and (desk.busy or not queue.empty() or not serving.stopping()):
-            if serving.stopping() and end == math.inf:
-                end = time.monotonic() + serving.drain - 1  # before the server cuts what is open
+        while time.monotonic() < end and (desk.busy or not queue.empty() or not serving.draining):
+            if serving.stopped and end == math.inf:
+                end = time.monotonic() + LAST
             if (now := _state(serving)) != said:
                 said = now
                 yield f"data: {said}\n\n"
@@ -145,7 +146,7 @@ async def _stream(serving: Serving, desks: Desks, desk: Desk) -> AsyncIterator[s
 def _state(serving: Serving) -> str:
     """Return the event that says whether the server draws, and why not."""
     ready, why = serving.engine.ready, serving.engine.why
-    if serving.stopping():
+    if serving.draining:
         ready, why = False, "the server is stopping"
     return json.dumps({"type": "server", "ready": ready, "why": why})
 

@@ -127,7 +127,6 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=2**16,
         )  # fmt: skip
         super().__init__(config)
-        serving.stopping = lambda: self.should_exit
 
     @property
     def address(self) -> str:
@@ -146,10 +145,10 @@ class Server(uvicorn.Server):
             print(self.address, flush=True)
         except (InputError, HostError) as error:
             self.error = None if self.serving.draining else error  # a signal came first
-            self.should_exit = True
+            self._leave()
         except BaseException as error:
             self.error = HostError(f"loading failed: {type(error).__name__}: {error}")
-            self.should_exit = True
+            self._leave()
             raise
 
     @contextlib.contextmanager
@@ -182,4 +181,8 @@ class Server(uvicorn.Server):
             serving.engine.drain(max(0.0, end - time.monotonic()))
         serving.stopped = True
         serving.engine.give_up()
-        self.should_exit = True
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let streams, and then the server, end."""
+        self.serving.draining = self.serving.stopped = self.should_exit = True
