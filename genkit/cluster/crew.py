@@ -14,6 +14,7 @@ from genkit.cluster.dispatch import LOADS, POLL, Dispatcher, Hand, Listener
 from genkit.cluster.units import Event, Pool, Unit
 from genkit.device.devices import usable_cores
 from genkit.errors import HostError, InputError, shown
+from genkit.job.drawing import passing
 from genkit.job.load import run_config
 from genkit.job.masks import write_masks
 from genkit.job.plan import Job
@@ -23,7 +24,6 @@ from genkit.rows.result import Result
 from genkit.runs.folding import ended
 from genkit.runs.run import Run
 from genkit.sampling.draws import Draws
-from genkit.scoring.gates import Expression, passes
 from genkit.signals import Signals
 from genkit.version import __version__
 
@@ -213,7 +213,7 @@ class _Telling:
 
     def __init__(self, crew: Workers, run: Run, draws: Draws, progress: Progress) -> None:
         self.crew, self.run, self.draws, self.progress = crew, run, draws, progress
-        self.gates = {r.id: Expression(r.gate, r.labels, names=None) for r in crew.job.rows if r.gate is not None}
+        self.passed = passing(crew.job.rows)
 
     def listener(self) -> Listener:
         return Listener(self.drawn, self.progress.message, self.recorded, self.poison, self.passed, self.crew._check)
@@ -225,9 +225,6 @@ class _Telling:
 
     def recorded(self, worker: str) -> Mapping[Any, Result]:
         return ended(self.run.folder, worker, DEAD)
-
-    def passed(self, result: Result) -> bool:
-        return result.status == "done" and passes(self.gates.get(result.id), result.scores)
 
     def poison(self, unit: Unit, why: str) -> None:
         row = self.run.rows[unit.row_id]

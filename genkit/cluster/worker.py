@@ -13,7 +13,6 @@ from typing import Any
 
 from genkit.cluster.feed import Feed
 from genkit.cluster.units import Drawn, Given, Unit
-from genkit.errors import reason
 from genkit.job.drawing import Drawing, logged
 from genkit.job.load import hashes, load, run_config
 from genkit.job.masks import recall_masks
@@ -194,8 +193,3 @@ class _Looking:
 
     def rescore(self, results: list[Result]) -> None:
         self.found += results
-
-
-def text_of(error: BaseException) -> str:
-    """Return an error as a line."""
-    return f"{type(error).__name__}: {reason(error)}"

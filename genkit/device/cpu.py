@@ -27,16 +27,8 @@ def pack_linears(network: Any) -> int:
     the operation that torch.compile's CPU backend uses. Modules and parameters are kept, so that packed weights take
     memory again: of a large network none is packed.
     """
-    packed = 0
-    layers = [m for m in network.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= WORTH_PACKING]
-    if sum(layer.weight.nbytes for layer in layers) <= MOST_PACKED:
-        for module in layers:
-            with contextlib.suppress(AttributeError, RuntimeError, TypeError, NotImplementedError):  # another torch
-                forward = _PackedLinear(module)
-                forward(torch.zeros(1, module.in_features))
-                module.forward = forward  # type: ignore[method-assign, assignment]
-                packed += 1
-    return packed
+    layers = _worthwhile(network)
+    return _computed_by(_PackedLinear, layers) if sum(layer.weight.nbytes for layer in layers) <= MOST_PACKED else 0
 
 
 def through_onednn(network: Any) -> int:
@@ -44,11 +36,19 @@ def through_onednn(network: Any) -> int:
 
     As `pack_linears` without the memory: each call arranges the weight anew, which costs little of a call on many rows.
     """
-    layers = [m for m in network.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= WORTH_PACKING]
+    return _computed_by(_Linear, _worthwhile(network))
+
+
+def _worthwhile(network: Any) -> list[torch.nn.Linear]:
+    return [m for m in network.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= WORTH_PACKING]
+
+
+def _computed_by(kind: type[_Linear | _PackedLinear], layers: list[torch.nn.Linear]) -> int:
+    """Give layers a forward of this kind, if it runs on this torch; return how many have it."""
     found = 0
     for module in layers:
         with contextlib.suppress(AttributeError, RuntimeError, TypeError, NotImplementedError):  # another torch
-            forward = _Linear(module)
+            forward = kind(module)
             forward(torch.zeros(1, module.in_features))
             module.forward = forward  # type: ignore[method-assign, assignment]
             found += 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from genkit.job.origin import origin_of
 from genkit.job.plan import Job
 from genkit.pictures.encoders import encoding
+from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.embeddings import Store
 from genkit.runs.recorder import Recorder
@@ -31,7 +32,7 @@ class Drawing:
         form = encoding(job.options.format, job.options.quality)
         origin = None if job.options.no_metadata else origin_of(job, dict(binding), self.generator)
         self.writers = Writers(recorder, job.rows, form, origin, store, job.inversions.of_rows(), written)
-        self._gates = {r.id: Expression(r.gate, r.labels, names=None) for r in job.rows if r.gate is not None}
+        self.passed = passing(job.rows)
         self._said = 0
 
     def results(self, draws: Draws) -> Iterator[Result]:
@@ -44,10 +45,6 @@ class Drawing:
                 yield result
         finally:
             stream.close()
-
-    def passed(self, result: Result) -> bool:
-        """Whether an image is done and passes its row's gate."""
-        return result.status == "done" and passes(self._gates.get(result.id), result.scores)
 
     def notes(self) -> list[str]:
         """Return what there is to say since the last time."""
@@ -67,6 +64,12 @@ class Drawing:
 
     def __exit__(self, *_: object) -> None:
         self.writers.close()
+
+
+def passing(rows: Sequence[Request]) -> Callable[[Result], bool]:
+    """Return a function that says whether an image is done and passes its row's gate."""
+    gates = {r.id: Expression(r.gate, r.labels, names=None) for r in rows if r.gate is not None}
+    return lambda result: result.status == "done" and passes(gates.get(result.id), result.scores)
 
 
 @contextlib.contextmanager

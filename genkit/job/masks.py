@@ -128,10 +128,10 @@ def prepare_masks(rows: Sequence[Request], info: VisionInfo | None, device: Any)
     from genkit.device.outofmemory import release
     from genkit.phases import phase
     from genkit.vision.models import load_model
-    from genkit.vision.segmenter import SENSES, Segmenter
+    from genkit.vision.segmenter import Segmenter
 
     with phase("find masks"):
-        segmenter = Segmenter(load_model(info, SENSES, device, torch.float32))
+        segmenter = Segmenter(load_model(info, (Segmenter.sense,), device, torch.float32))
         try:
             find_masks(lacking, segmenter)
         finally:

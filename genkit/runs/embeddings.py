@@ -22,7 +22,7 @@ from genkit.durable import disk, write_whole
 from genkit.errors import HostError, InputError
 from genkit.rows.result import Result
 from genkit.runs.records import Key, read_results
-from genkit.runs.segments import LINES, writer_name
+from genkit.runs.segments import Growing, writer_name
 from genkit.storage import StoragePath, file_of
 
 EMBEDDINGS = "embeddings.npy"
@@ -167,11 +167,11 @@ class StorageStore(Store):
     def __init__(self, folder: Path, width: int, worker: str | None = None) -> None:
         """Begin. Raises InputError where the run has embeddings of another width."""
         self.path, self.dtype, self.count = folder / EMBEDDINGS, _dtype(width), 0
-        self._folder, self._writer, self._number = folder, writer_name(worker or "run"), 0
+        name = f"embeddings-{writer_name(worker or 'run')}"
+        self._growing = Growing(folder, name, ".npy", lambda count: _header(self.dtype, count))
         if self.path.is_file():
             with self.path.open("rb") as file:
                 self._check(_dtype_of(self.path, file), width)
-        self._now: list[bytes] = []  # of the object that grows
         self._new: list[bytes] = []
         self._lock, self._adding = threading.Lock(), threading.Lock()
 
@@ -192,13 +192,7 @@ class StorageStore(Store):
         with self._lock:
             with self._adding:
                 new, self._new = self._new, []
-            for start in range(0, len(new), LINES):
-                piece = new[start : start + LINES]
-                if self._now and len(self._now) + len(piece) > LINES:
-                    self._now, self._number = [], self._number + 1
-                self._now += piece
-                name = f"embeddings-{self._writer}__{self._number:06d}.npy"
-                (self._folder / name).write_bytes(_header(self.dtype, len(self._now)) + b"".join(self._now))
+            self._growing.add(new)
 
     def close(self) -> None:
         """Put what was added."""

@@ -67,8 +67,13 @@ def _damage(path: Path, r: Result, hashed: bool) -> str | None:
         return "missing"
     if not stat.S_ISREG(found.st_mode):
         return "no file of its own"
-    if found.st_size != r.bytes:
-        return f"has {found.st_size} bytes, and had {r.bytes}"
+    return _differs(path, found.st_size, r, hashed)
+
+
+def _differs(path: Path, size: int, r: Result, hashed: bool) -> str | None:
+    """Return how a file of this size differs from the record, if it does."""
+    if size != r.bytes:
+        return f"has {size} bytes, and had {r.bytes}"
     if hashed and hashlib.sha256(path.read_bytes()).hexdigest() != r.sha256:
         return "has another content than was recorded"
     return None
@@ -80,13 +85,7 @@ def _check_on(folder: StoragePath) -> Callable[[Path, Result, bool], str | None]
 
     def damage(path: Path, r: Result, hashed: bool) -> str | None:
         size = sizes.get(str(r.file))
-        if size is None:
-            return "missing"
-        if size != r.bytes:
-            return f"has {size} bytes, and had {r.bytes}"
-        if hashed and hashlib.sha256(path.read_bytes()).hexdigest() != r.sha256:
-            return "has another content than was recorded"
-        return None
+        return "missing" if size is None else _differs(path, size, r, hashed)
 
     return damage
 

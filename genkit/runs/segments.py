@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,32 @@ def writer_name(worker: str) -> str:
     return f"{worker}_{secrets.token_hex(4)}"
 
 
+class Growing:
+    """An object of a writer that is put again as it grows, up to LINES pieces; then the next one begins.
+
+    name: the beginning of the objects' names, of results or embeddings. head: what goes before so many pieces.
+    """
+
+    def __init__(self, folder: Path, name: str, suffix: str, head: Callable[[int], bytes] = lambda _: b"") -> None:
+        self.folder, self.name, self.suffix, self.head = folder, name, suffix, head
+        self._now: list[bytes] = []
+        self._number = 0
+
+    def add(self, pieces: Sequence[bytes]) -> None:
+        """Put pieces. Raises HostError."""
+        for start in range(0, len(pieces), LINES):
+            some = pieces[start : start + LINES]
+            if self._now and len(self._now) + len(some) > LINES:
+                self.roll()
+            self._now += some
+            path = self.folder / f"{self.name}__{self._number:06d}{self.suffix}"
+            path.write_bytes(self.head(len(self._now)) + b"".join(self._now))
+
+    def roll(self) -> None:
+        """Begin another object with the next piece."""
+        self._now, self._number = [], self._number + 1
+
+
 class Segments:
     """The records of one writer; thread-safe. What is appended has been put when `append` returns.
 
@@ -35,7 +61,8 @@ class Segments:
 
     def __init__(self, folder: StoragePath, worker: str, results: StoragePath | None = None) -> None:
         """results: the file of all records, which is made; `lines` has its contents."""
-        self.folder, self.writer, self._number = folder, writer_name(worker), 0
+        self.folder, self.writer = folder, writer_name(worker)
+        self._growing = Growing(folder, f"results-{self.writer}", ".jsonl")
         self.path = results or folder
         self.before: list[Callable[[], None]] = []  # called before records are put; what they raise stops the writer
         self.lines: list[Any] = []
@@ -44,7 +71,6 @@ class Segments:
                 self.lines, _ = read_lines(results)
             except FileNotFoundError:
                 results.write_bytes(b"")
-        self._now: list[bytes] = []  # lines of the segment that grows
         self._waiting: list[bytes] = []
         self._asked = self._put = 0  # lines so far
         self._last = float("-inf")
@@ -78,8 +104,7 @@ class Segments:
         try:
             for work in self.before:
                 work()
-            for start in range(0, len(batch), LINES):
-                self._grow(batch[start : start + LINES])
+            self._growing.add(batch)
             error = None
         except (HostError, OSError) as problem:
             error = problem
@@ -91,16 +116,9 @@ class Segments:
             self._broken = self._broken or error
             self._changed.notify_all()
 
-    def _grow(self, lines: list[bytes]) -> None:
-        if self._now and len(self._now) + len(lines) > LINES:
-            self.roll()
-        self._now += lines
-        name = f"results-{self.writer}__{self._number:06d}.jsonl"
-        (self.folder / name).write_bytes(b"".join(self._now))
-
     def roll(self) -> None:
         """Begin another segment with the next record."""
-        self._now, self._number = [], self._number + 1
+        self._growing.roll()
 
     def own(self, path: Path) -> bool:
         """Whether this is a segment of this writer."""

@@ -6,10 +6,8 @@ import asyncio
 import base64
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -33,6 +31,7 @@ from genkit.serve.calls import Serving, bad, client_of, encoded, failed, stoppin
 from genkit.serve.feeder import config_of
 from genkit.serve.limits import STATUSES, Refused
 from genkit.serve.line import Event
+from genkit.serve.rows import as_file
 
 PREVIEWS = 5  # previews of a picture, for `progress`
 EMPTY = {  # what clients list, and this server has none of
@@ -292,7 +291,7 @@ class Api:
 
     async def words(self) -> Any:
         """Return the textual inversions of the server."""
-        return (await run_in_threadpool(self.serving.engine._words)).used
+        return (await run_in_threadpool(self.serving.engine.words)).used
 
     def _told(self) -> Origin:
         """Return what the pictures' metadata says of what drew them, made once."""
@@ -350,13 +349,8 @@ def settings_of(image: str) -> dict[str, Any]:
     """
     inline("image", image)
     data = base64.b64decode(image.partition("base64,")[2] if image.startswith("data:") else image)
-    with tempfile.TemporaryDirectory(prefix="genkit-info-") as folder:
-        path = Path(folder) / "image"
-        path.write_bytes(data)
-        try:
-            texts = read_texts(path)
-        except InputError as wrong:
-            raise InputError(f"image: {str(wrong).removeprefix(f'{path}: ')}") from None
+    with as_file(data, "image") as path:
+        texts = read_texts(path)
     text = next((one for one in texts.values() if is_infotext(one)), "")
     if not text:
         return {"info": "", "items": texts, "parameters": {}}

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
-import functools
 import itertools
 import secrets
 import time
@@ -21,7 +20,7 @@ from genkit.pictures.metadata import Origin
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.writers import texts_of
-from genkit.serve.calls import Serving
+from genkit.serve.calls import Serving, encoded
 from genkit.serve.limits import Refused
 from genkit.serve.line import Event, Ticket
 from genkit.serve.rows import PICTURES
@@ -230,7 +229,7 @@ class Desks:
         if self._origin is None:
             self._origin = await run_in_threadpool(origin, self.serving)
         text = texts_of(job.row, result, self._origin)
-        data = await run_in_threadpool(functools.partial(encoding("png").encode, result.pixels, text))
+        data = await encoded(encoding("png"), result.pixels, text)
         scores = {k: v for k, v in result.scores.items() if type(v) in (int, float)}
         about = {name: getattr(result, name) for name in ("index", "seed", "width", "height", "steps", "seconds")}
         job.encoding -= 1

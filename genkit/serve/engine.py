@@ -66,7 +66,7 @@ class ServingEngine:
         """Load the networks, draw one picture, then start the thread. Raises InputError and HostError as `load`."""
         job = self.plan([self.sample(seed=0)])
         self.notes = job.notes
-        self.generator, self.panel = load(dataclasses.replace(job, inversions=self._words()), None)
+        self.generator, self.panel = load(dataclasses.replace(job, inversions=self.words()), None)
         from genkit.serve.previews import Preview
 
         g = self.generator
@@ -98,7 +98,7 @@ class ServingEngine:
         row._source = "command line"
         return row
 
-    def _words(self) -> Inversions:
+    def words(self) -> Inversions:
         """Return all textual inversions that were given, as any row may use them."""
         from genkit.components.words import all_embeddings
 

@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import math
-import tempfile
 import time
 import zipfile
 from collections.abc import AsyncIterator
@@ -20,7 +19,6 @@ from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
 from genkit.errors import InputError, shown
-from genkit.files import place
 from genkit.pages.look import look
 from genkit.rows.infotext import read_picture_settings
 from genkit.rows.pictures import drawing, plain_prompts
@@ -31,7 +29,7 @@ from genkit.schedulers import SOLVERS
 from genkit.serve.calls import Serving, bad, client_of
 from genkit.serve.desks import Desk, Desks, Work
 from genkit.serve.limits import Refused
-from genkit.serve.rows import NOT_SERVED, PICTURES
+from genkit.serve.rows import NOT_SERVED, PICTURES, as_file
 from genkit.version import __version__
 
 BEAT = 15.0  # seconds after which a stream says that it is there
@@ -242,13 +240,8 @@ def settings_in(data: bytes, serving: Serving) -> dict[str, Any]:
 
     notes: what is not as it was there. Raises InputError for a file without settings.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "picture")
-        path.write_bytes(data)
-        try:
-            found = read_picture_settings(path)
-        except InputError as error:
-            raise InputError(str(error).removeprefix(f"{place(path)}: ")) from None
+    with as_file(data) as path:
+        found = read_picture_settings(path)
     fields = drawing(canonical(found.fields))
     notes = [*found.notes]
     if found.about["form"] == "genkit" and "seed" in found.about:

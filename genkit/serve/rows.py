@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import re
+import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
-from genkit.files import user_path
+from genkit.files import place, user_path
 from genkit.pictures.images import MAX_BYTES, as_pil
 from genkit.rows.plans import TUNED, is_tuned
 from genkit.rows.request import Request, canonical
@@ -75,7 +77,7 @@ class Intake:
             message = self._without_folders(str(error))
             raise InputError(_alone(message) if len(made) == 1 else message) from None
         for row in job.rows:
-            self._check(row)
+            self.check(row)
         rows = Planned(job.rows)
         new = [self._without_folders(note) for note in job.notes if note not in self.engine.notes]
         rows.notes = tuple(_alone(note) if len(made) == 1 else note for note in new)
@@ -88,7 +90,8 @@ class Intake:
             message = message.replace(f"{folder}/", "")
         return message
 
-    def _check(self, row: Request) -> None:
+    def check(self, row: Request) -> None:
+        """Raise InputError for a planned row that is over the limits of one picture."""
         width, height, steps = row.width or 1, row.height or 1, row.num_inference_steps or 1
         if width * height > self.most.pixels:
             raise InputError(f"width: {width}x{height} has more than the {self.most.pixels} pixels of this server")
@@ -108,9 +111,8 @@ class Intake:
             text = found.get(name)
             if isinstance(text, str) and len(text) > self.most.prompt:
                 raise InputError(f"{name}: has {len(text)} characters, more than the {self.most.prompt} of this server")
-        if is_tuned(found.get("scheduler")) and found["scheduler"] != TUNED:
-            raise InputError(f"scheduler: {shown(found['scheduler'])} is a path; a served row names {TUNED!r} alone")
-        loras = self._loras(found.get("loras"))
+        check_scheduler(found.get("scheduler"))
+        loras = self.loras_of(found.get("loras"))
         if found.get("syntax", self.engine.defaults.get("syntax")) == "a1111":
             loras += self._written(found)
         if loras or "loras" in found:
@@ -133,9 +135,10 @@ class Intake:
         if not isinstance(found.get("prompt"), str):
             return []
         found["prompt"], tags = lora_tags(found["prompt"])
-        return [{"file": self._file(n), "weight": w, "text_weight": t} for n, w, t in tags]
+        return [{"file": self.file_of(n), "weight": w, "text_weight": t} for n, w, t in tags]
 
-    def _loras(self, value: Any) -> list[dict[str, Any]]:
+    def loras_of(self, value: Any) -> list[dict[str, Any]]:
+        """Return LoRAs as rows have them, of what a client says: names, or objects with one. Raises InputError."""
         if value is None:
             return []
         if not isinstance(value, list):
@@ -149,10 +152,11 @@ class Intake:
             if isinstance(name, str) and name not in self.loras and re.search(r":-?[\d.]+\Z", name):
                 name, _, weight = name.rpartition(":")
                 one.setdefault("weight", float(weight) if re.fullmatch(r"-?\d*\.?\d+", weight) else weight)
-            found.append({**one, "file": self._file(name)})
+            found.append({**one, "file": self.file_of(name)})
         return found
 
-    def _file(self, name: Any) -> str:
+    def file_of(self, name: Any) -> str:
+        """Return the file of a LoRA of this server. Raises InputError."""
         if not isinstance(name, str) or name not in self.loras:
             there = ", ".join(sorted(self.loras)) or "it was started with none"
             raise InputError(
@@ -179,6 +183,25 @@ def named_loras(given: Sequence[Mapping[str, Any]], folder: str | None) -> dict[
         if found.setdefault(file.stem, str(file)) != str(file):
             raise InputError(f"--lora: {file.stem} is the name of {found[file.stem]} and of {file}")
     return found
+
+
+def check_scheduler(value: Any) -> None:
+    """Raise InputError for a tuned plan that is a file."""
+    if is_tuned(value) and value != TUNED:
+        raise InputError(f"scheduler: {shown(value)} is a path; a served row names {TUNED!r} alone")
+
+
+@contextlib.contextmanager
+def as_file(data: bytes, field: str = "") -> Iterator[Path]:
+    """Yield a file with what a client sent, to be read; an InputError names the field, if any, not the path."""
+    with tempfile.TemporaryDirectory(prefix="genkit-sent-") as folder:
+        path = Path(folder) / "picture"
+        path.write_bytes(data)
+        try:
+            yield path
+        except InputError as error:
+            said = str(error).removeprefix(f"{place(path)}: ")
+            raise InputError(f"{field}: {said}" if field else said) from None
 
 
 def picture(field: str, value: Any) -> Any:

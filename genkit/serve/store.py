@@ -13,7 +13,6 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +205,6 @@ def owner_of(client: str, keys: list[str]) -> str:
     if not keys or not number.isdigit():
         return ""
     return hashlib.sha256(b"genkit run\0" + keys[int(number) - 1].encode()).hexdigest()[:16]
-
-
-Hashes = Callable[[Job], dict[str, dict[str, str]]]
 
 
 def unavailable(error: Exception) -> str:

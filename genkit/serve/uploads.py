@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from genkit.durable import disk, sync_folder, write_whole
-from genkit.errors import InputError, shown
+from genkit.errors import InputError
 from genkit.files import place, user_path
 from genkit.job.plan import Job, plan_job
 from genkit.rows.inputs import is_picture
-from genkit.rows.plans import TUNED, is_tuned
 from genkit.rows.prompting import PROMPTS
 from genkit.rows.prompts import Rows, checked_rows
 from genkit.rows.request import field_name
 from genkit.rows.rowfiles import open_rows
 from genkit.rows.syntax import lora_tags
 from genkit.rows.wildcards import combinations
-from genkit.serve.rows import NOT_SERVED, PICTURES, Intake, picture
+from genkit.serve.rows import NOT_SERVED, PICTURES, Intake, check_scheduler, picture
 
 MOST_IMAGES = 100_000  # of a run
 SUFFIXES = {  # of a prompt file, by the type of what is sent
@@ -49,7 +48,7 @@ class Upload:
             raise InputError(f"{self.name}: asks for {most} pictures; a run has {MOST_IMAGES} at most")
         for row in job.rows:
             try:
-                self.intake._check(row)
+                self.intake.check(row)
             except InputError as error:
                 raise InputError(f"{row.source}: {error}") from None
         return job
@@ -92,10 +91,10 @@ class Upload:
                 raise InputError(f"{name}: {NOT_SERVED[name]}")
             if name in PICTURES:
                 found[key] = self._kept(name, picture(name, value))
-            elif name == "scheduler" and is_tuned(value) and value != TUNED:
-                raise InputError(f"scheduler: {shown(value)} is a path; a served row names {TUNED!r} alone")
+            elif name == "scheduler":
+                check_scheduler(value)
             elif name == "loras":
-                found[key] = self.intake._loras([value] if isinstance(value, str) else value)
+                found[key] = self.intake.loras_of([value] if isinstance(value, str) else value)
         syntax = fields.get(named.get("syntax", "syntax"), self.intake.engine.defaults.get("syntax"))
         if syntax == "a1111" and isinstance(fields.get(named.get("prompt", "prompt")), str):
             self._untagged(found, named)
@@ -105,7 +104,7 @@ class Upload:
         """Take the tags of LoRAs out of a prompt; in a template they stay, as names of LoRAs of this server."""
         prompt = found[named["prompt"]]
         text, tags = lora_tags(prompt)
-        loras = [{"file": self.intake._file(n), "weight": w, "text_weight": t} for n, w, t in tags]
+        loras = [{"file": self.intake.file_of(n), "weight": w, "text_weight": t} for n, w, t in tags]
         if loras and "{" not in prompt and "__" not in prompt:
             found[named["prompt"]] = text.strip()
             key = named.get("loras", "loras")

@@ -14,7 +14,7 @@ from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
 from genkit.files import parse_json, place, read_text
 from genkit.progress import printable, printable_json
 from genkit.studies.score import pictures_at
-from genkit.studies.senses import READ, check_folder, looked_at, made_folder, names_of
+from genkit.studies.senses import READ, check_folder, looked_at, made_folder, names_of, write_png
 from genkit.vision.models import VisionInfo, inspect_vision
 
 if TYPE_CHECKING:
@@ -150,12 +150,11 @@ def _coloured(share: np.ndarray) -> np.ndarray:
 
 def _write(path: Path, values: np.ndarray) -> None:
     import numpy as np
-    from PIL import Image
 
+    if path.suffix != ".npy":
+        write_png(path, values)
+        return
     data = io.BytesIO()
-    if path.suffix == ".npy":
-        np.save(data, values)
-    else:
-        Image.fromarray(values).save(data, "PNG")
+    np.save(data, values)
     with disk(path):
-        write_whole(path, data.getbuffer().tobytes())
+        write_whole(path, data.getvalue())

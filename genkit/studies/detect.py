@@ -13,7 +13,7 @@ from genkit.files import local
 from genkit.pictures.images import read_image
 from genkit.progress import Progress
 from genkit.scoring.boxes import Box, check_word
-from genkit.studies.score import check_out, line_of, output_of, pictures_at
+from genkit.studies.score import check_out, output_of, pictures_at, written
 from genkit.studies.senses import read_ahead
 from genkit.vision.models import inspect_vision
 from genkit.vision.words import Lengths
@@ -63,12 +63,7 @@ def detect_images(
     failed = 0
     with output_of(out) as write, Progress(len(files)) as progress:
         for part in read_ahead(files, _read, BATCH):
-            for file, found in _batch(model, part, words, example, least, draw, images):
-                failed += "error" in found
-                if "error" in found:
-                    progress.message(found["error"])
-                progress.advance("error" in found, True, len(files))
-                write(line_of({"file": str(file), **found}))
+            failed += written(_batch(model, part, words, example, least, draw, images), len(files), write, progress)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 

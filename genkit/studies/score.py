@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -251,6 +251,20 @@ def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | 
 def line_of(record: dict[str, Any]) -> str:
     """Return a record as a line of JSON that any terminal prints."""
     return printable_json(record) + "\n"
+
+
+def written(
+    found: Iterable[tuple[Path, dict[str, Any]]], total: int, write: Callable[[str], None], progress: Progress
+) -> int:
+    """Write a JSON line for each file, and advance the progress; return how many have an error."""
+    failed = 0
+    for file, said in found:
+        failed += "error" in said
+        if "error" in said:
+            progress.message(said["error"])
+        progress.advance("error" in said, True, total)
+        write(line_of({"file": str(file), **said}))
+    return failed
 
 
 @contextlib.contextmanager

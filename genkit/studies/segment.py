@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from genkit.durable import disk, json_line, write_whole
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
 from genkit.progress import printable_json
 from genkit.studies.score import pictures_at
-from genkit.studies.senses import check_folder, looked_at, made_folder, names_of, slugs
+from genkit.studies.senses import check_folder, looked_at, made_folder, names_of, slugs, write_png
 from genkit.vision.models import inspect_vision
 from genkit.vision.words import check_lengths
 
@@ -72,12 +71,12 @@ def segment_images(
         for word, slug, mask, area, peak in zip(texts, parts, *one, strict=True):
             path = out / f"{names[file]}.{slug}.png"
             made_folder(path.parent)
-            _write_png(path, mask)
+            write_png(path, mask)
             found = {"file": str(file), "word": word, "mask": str(path), "area": round(area, 6), "most": round(peak, 6)}
             records.append(found)
             print(printable_json(found))
         if draw:
-            _write_png(out / f"{names[file]}.drawn.png", _drawn(file, one[0]))
+            write_png(out / f"{names[file]}.drawn.png", _drawn(file, one[0]))
     with disk(made_folder(out)):
         write_whole(out / LINES, "".join(map(json_line, records)).encode())
     return EXIT_SOME_FAILED if failed else EXIT_OK
@@ -106,12 +105,3 @@ def _drawn(file: Path, masks: np.ndarray) -> np.ndarray:
         share = mask[..., None] / 255 * 0.5
         found = found * (1 - share) + np.array(COLOURS[number % len(COLOURS)], dtype=np.float32) * share
     return found.round().astype(np.uint8)
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
-    with disk(path):
-        write_whole(path, data.getvalue())

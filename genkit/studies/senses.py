@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from genkit.device.devices import usable_cores
+from genkit.durable import disk, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.files import local, place
 from genkit.progress import Progress
@@ -17,6 +19,7 @@ from genkit.rows.pictures import check_apart
 from genkit.runs.records import is_run
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from genkit.vision.models import Sense
@@ -116,6 +119,16 @@ def read_ahead(files: Sequence[Path], read: Callable[[Path], R], count: int) -> 
                 yield [(file, future.result()) for file, future in part]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write pixels as a PNG file, whole or not at all. Raises HostError."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    with disk(path):
+        write_whole(path, data.getvalue())
 
 
 def _prepared(file: Path, sense: Sense) -> tuple[torch.Tensor, tuple[int, int]] | InputError:

@@ -12,7 +12,7 @@ from genkit.files import place
 from genkit.progress import Progress
 from genkit.rows.typed import typed
 from genkit.scoring.names import check_labels
-from genkit.studies.score import check_out, line_of, output_of
+from genkit.studies.score import check_out, output_of, written
 from genkit.vision.models import inspect_vision
 from genkit.vision.words import check_lengths
 
@@ -46,12 +46,8 @@ def classify_clips(
         for note in info.notes:
             progress.message(note)
         for start in range(0, len(clips), sense.batch):
-            for clip, found in _batch(sense, clips[start : start + sense.batch], names, texts):
-                failed += "error" in found
-                if "error" in found:
-                    progress.message(found["error"])
-                progress.advance("error" in found, True, len(clips))
-                write(line_of({"file": str(clip), **found}))
+            found = _batch(sense, clips[start : start + sense.batch], names, texts)
+            failed += written(found, len(clips), write, progress)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 

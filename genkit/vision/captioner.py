@@ -5,36 +5,28 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from genkit.device.devices import pick_device
-from genkit.errors import HostError, InputError, shown
+from genkit.errors import InputError, shown
 from genkit.scoring.said import check_question
 from genkit.vision.classes import CLASSES
 from genkit.vision.generation import FLORENCE, detail_of
-from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
+from genkit.vision.models import Loaded, Sense, VisionInfo
 
-if TYPE_CHECKING:
-    from typing import Self
-
-SENSES = ("captioner",)
 BLIP = "BlipForConditionalGeneration"  # continues texts
 TOKENS = 50  # most, of an answer
 QUESTIONS = 1000  # whose tokens are kept
 
 
 class Captioner(Sense):
-    """Captions of pictures, or answers to a question about them, never sampled: a picture has one caption.
+    """Captions of pictures, or answers to a question about them, never sampled: a picture has one caption."""
 
-    Attribute name: as it was loaded.
-    """
+    sense = "captioner"
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
-        self.name = loaded.info.name
         self._able = CLASSES[loaded.kind].answers
         self._questions: dict[str, dict[str, torch.Tensor]] = {}
         stated = loaded.info.generation
@@ -45,11 +37,6 @@ class Captioner(Sense):
         how = self.model.generation_config
         if CLASSES[loaded.kind].generates and how.decoder_start_token_id is None and how.bos_token_id is None:
             raise InputError(f"{self.name}: generation_config.json: decoder_start_token_id: is missing")
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Self:
-        """Load a captioner by folder or hub id. Raises InputError and HostError as `load_model` does."""
-        return cls(load_model(name, SENSES, *pick_device(device, dtype)))
 
     def __call__(
         self, pictures: torch.Tensor, text: str | None = None, tokens: int | None = None, detail: str | None = None
@@ -73,8 +60,7 @@ class Captioner(Sense):
         found = self.in_batches(len(pixels), lambda part: self._say(pixels[part].to(self.device), words, count))
         texts = [caption for part in found for caption in part]
         if None in texts:
-            kind = str(self.dtype).removeprefix("torch.")
-            raise HostError(f"{self.name}: its scores are no numbers in {kind}: use --dtype float32")
+            raise self.no_numbers()
         return [str(text) for text in texts]
 
     def answers(self, pictures: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[str | None]]:

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from genkit.device.devices import pick_device
-from genkit.errors import HostError, InputError
+from genkit.errors import InputError
 from genkit.pictures.images import read_image
-from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
-
-SENSES = ("classifier",)
+from genkit.vision.models import Loaded, Sense
 
 
 class Classifier(Sense):
-    """An image classifier of transformers. labels: in the order of its logits; several: each is asked for by itself.
+    """An image classifier of transformers. labels: in the order of its logits; several: each is asked for by itself."""
 
-    Attribute name: as it was loaded.
-    """
+    sense = "classifier"
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
-        self.name, self.labels = loaded.info.name, loaded.info.labels
+        self.labels = loaded.info.labels
         stated = loaded.info.part.config.get("problem_type")
         self.several = stated == "multi_label_classification" or len(self.labels) == 1
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Classifier:
-        """Load a folder in transformers' layout or a hub id. Raises InputError naming what is wrong with it."""
-        return cls(load_model(name, SENSES, *pick_device(device, dtype)))
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return p of uint8 pictures (B, 3, H, W), (B, len(labels)) float32 in memory; NaN where logits are NaN."""
@@ -60,8 +50,7 @@ class Classifier(Sense):
     def best(self, odds: torch.Tensor, top: int) -> list[tuple[str, float]]:
         """Return the `top` most probable labels of one picture, with their p. odds: (len(labels),)."""
         if bool(odds.isnan().any()):
-            kind = str(self.dtype).removeprefix("torch.")
-            raise HostError(f"{self.name}: its scores are no numbers in {kind}: use --dtype float32")
+            raise self.no_numbers()
         order = torch.argsort(-odds, stable=True)[:top].tolist()
         return [(self.labels[n], round(float(odds[n]), 6)) for n in order]
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import torch
 
 from genkit.errors import HostError, InputError
-from genkit.vision.models import Sense, VisionInfo, load_model
+from genkit.vision.models import Sense
 from genkit.vision.preprocess import read_size
 
-if TYPE_CHECKING:
-    from typing import Self
-
-SENSES = ("depth estimator",)
 MOST_PIXELS = 2**22  # that the network reads at once, of all pictures in a batch
 
 
@@ -24,12 +17,7 @@ class Depth(Sense):
     Models of relative depth give nearness: the larger, the nearer. Those of metric depth give metres.
     """
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Self:
-        """Load a model by folder or hub id. Raises InputError and HostError as `load_model` does."""
-        from genkit.device.devices import pick_device
-
-        return cls(load_model(name, SENSES, *pick_device(device, dtype)))
+    sense = "depth estimator"
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return the depth (B, H, W) of uint8 pictures (B, 3, H, W), float32 on the CPU.

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from genkit.device.devices import pick_device
-from genkit.errors import HostError, InputError
+from genkit.errors import InputError
 from genkit.pictures.images import read_image
 from genkit.scoring.boxes import Box, check_word
 from genkit.vision.colors import colors_of
-from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
+from genkit.vision.models import Loaded, Sense
 from genkit.vision.words import joined, refuse_long, refuse_many
 
-SENSES = ("detector",)
 FLOOR = 0.05  # boxes that score less are not stored with a run
 MOST = 300  # boxes stored of one picture, the best
 WORDS = 256  # whose embeddings are cached
@@ -36,23 +33,15 @@ class Seen:
 
 
 class Detector(Sense):
-    """A zero-shot detector. threshold: its default, that of its processor in transformers.
+    """A zero-shot detector. threshold: its default, that of its processor in transformers."""
 
-    Attribute name: as it was loaded.
-    """
+    sense = "detector"
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
-        self.name = loaded.info.name
         self._find, usual = _KINDS[loaded.kind]
         self.threshold = usual if loaded.info.threshold is None else loaded.info.threshold
         self._words: dict[str, torch.Tensor] = {}
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Detector:
-        """Load a folder in transformers' layout or a hub id. Raises InputError naming what is wrong with it."""
-        target, precision = pick_device(device, dtype)
-        return cls(load_model(name, SENSES, target, precision))
 
     def detect(self, pictures: Any, words: Sequence[str] | Sequence[Sequence[str]],
                threshold: float | None = None) -> list[list[Box]]:  # fmt: skip
@@ -158,8 +147,7 @@ class Detector(Sense):
 
     def _sound(self, seen: Seen) -> list[Box]:
         if seen.broken:
-            kind = str(self.dtype).removeprefix("torch.")
-            raise HostError(f"{self.name}: its scores are no numbers in {kind}: use --dtype float32")
+            raise self.no_numbers()
         return list(seen.boxes)
 
 

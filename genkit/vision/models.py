@@ -17,7 +17,7 @@ from genkit.components.loading import load_tokenizer, read_network
 from genkit.components.rules import refuse_code
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import Tensor, check_shapes, hash_once, read_weights, wanted_weights
-from genkit.errors import InputError, nearest, shown
+from genkit.errors import HostError, InputError, nearest, shown
 from genkit.files import place, read_json
 from genkit.vision.classes import CLASSES, Kind
 from genkit.vision.generation import read_generation
@@ -26,6 +26,8 @@ from genkit.vision.preprocess import Processor, read_processor
 from genkit.vision.processors import read_classifier_processor
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import torch
 
     from genkit.device.residency import Hold
@@ -111,19 +113,34 @@ class Loaded:
 class Sense:
     """What all senses share: a loaded model, how many pictures it takes at once, and caches that can be dropped.
 
-    device: where it works. hold: context manager that keeps it there (device/residency.py).
+    sense: of the models that a class takes, as classes.py has it. name: of the model, as it was loaded. device: where
+    it works. hold: context manager that keeps it there (device/residency.py).
     """
 
+    sense = ""
+
     def __init__(self, loaded: Loaded) -> None:
-        self.loaded, self.model = loaded, loaded.model
+        self.loaded, self.model, self.name = loaded, loaded.model, loaded.info.name
         self.batch = BATCH
         self.device: torch.device = next(self.model.parameters()).device
         self.hold: Hold = contextlib.nullcontext
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Self:
+        """Load a model by folder or hub id. Raises InputError and HostError as `load_model` does."""
+        from genkit.device.devices import pick_device
+
+        return cls(load_model(name, (cls.sense,), *pick_device(device, dtype)))
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return next(self.model.parameters()).dtype
+
+    def no_numbers(self) -> HostError:
+        """Return the error of a model whose scores are NaN in its dtype."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return HostError(f"{self.name}: its scores are no numbers in {kind}: use --dtype float32")
 
     def in_batches(self, count: int, call: Callable[[slice], T], what: str = "pictures") -> list[T]:
         """Return call(part) for slices that cover range(count), at most `batch` long; it is halved out of memory."""

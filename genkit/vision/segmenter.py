@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from genkit.errors import InputError, shown
-from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
+from genkit.vision.models import Loaded, Sense
 
-if TYPE_CHECKING:
-    from typing import Self
-
-SENSES = ("segmenter",)
 THRESHOLD = 0.5  # of the probability that makes a pixel part of a mask
 MOST_WORDS = 100
 CACHED = 10_000  # embeddings of texts
@@ -27,16 +21,11 @@ class Segmenter(Sense):
     A picture is encoded once for all texts, a text once for all pictures.
     """
 
+    sense = "segmenter"
+
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
         self._embedded: dict[str, torch.Tensor] = {}
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Self:
-        """Load a segmenter by folder or hub id. Raises InputError and HostError as `load_model` does."""
-        from genkit.device.devices import pick_device
-
-        return cls(load_model(name, SENSES, *pick_device(device, dtype)))
 
     def __call__(self, pictures: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
         """Return the maps (B, W, H, W') of uint8 pictures (B, 3, H, W') for W texts: probabilities 0 to 1, float32."""

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from genkit.errors import HostError, InputError, shown
+from genkit.errors import InputError, shown
 from genkit.pictures.frames import read_frames
-from genkit.vision.models import Loaded, Sense, VisionInfo, load_model
+from genkit.vision.models import Loaded, Sense
 
-if TYPE_CHECKING:
-    from typing import Self
-
-SENSES = ("video classifier",)
 FRAMES = 64  # of all clips in a call
 
 
 class VideoClassifier(Sense):
     """Probabilities of labels for clips. Attribute frames: how many of a clip the model looks at."""
 
+    sense = "video classifier"
+
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
         self.frames = int(self.model.config.vision_config.num_frames)
         self.batch = max(1, FRAMES // self.frames)
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path | VisionInfo, *, device: str = "auto", dtype: str = "auto") -> Self:
-        """Load a model by folder or hub id. Raises InputError and HostError as `load_model` does."""
-        from genkit.device.devices import pick_device
-
-        return cls(load_model(name, SENSES, *pick_device(device, dtype)))
 
     def __call__(self, clips: Sequence[Any], labels: Sequence[str]) -> torch.Tensor:
         """Return the probabilities (B, L), float32 on the CPU, of L labels for B clips; each row sums to 1.
@@ -79,6 +69,5 @@ class VideoClassifier(Sense):
 
         found = torch.cat(self.in_batches(len(pixels), look, "clips"))
         if not bool(found.isfinite().all()):
-            kind = str(self.dtype).removeprefix("torch.")
-            raise HostError(f"{self.loaded.info.name}: its scores are no numbers in {kind}: use --dtype float32")
+            raise self.no_numbers()
         return found

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from genkit.cluster.units import Event, Unit
-from genkit.cluster.worker import Worker, text_of
-from genkit.errors import HostError, InputError
+from genkit.cluster.worker import Worker
+from genkit.errors import HostError, InputError, reason
 from genkit.job.plan import Job
 
 
@@ -37,7 +37,7 @@ class ThreadPool:
                 self.events.put(Event("error", worker, error))
             except Exception as error:
                 if self.workers.pop(worker, None) is not None:
-                    self.events.put(Event("died", worker, text_of(error)))
+                    self.events.put(Event("died", worker, f"{type(error).__name__}: {reason(error)}"))
             else:
                 feed = getattr(one, "feed", None)
                 use = (0.0, 0.0) if feed is None else feed.use()
