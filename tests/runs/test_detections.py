@@ -30,6 +30,7 @@ def _records(run: Path) -> dict[int, dict[str, Any]]:
     return {r["index"]: r for r in map(json.loads, (run / "results.jsonl").read_text().splitlines())}
 
 
+@pytest.mark.slow
 def test_a_gate_on_count_is_killed_and_resumed_and_filtered_without_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -267,6 +267,7 @@ def test_a_real_server(s3: tuple[StoragePath, Proxy], tmp_path: Path, monkeypatc
         compare_runs(tmp_path / "local", folder)
 
 
+@pytest.mark.slow
 def test_storage_that_answers_503_for_a_while(s3: tuple[StoragePath, Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, proxy = s3
     for answer in (503, 0):

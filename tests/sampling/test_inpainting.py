@@ -74,6 +74,7 @@ def test_equal_to_diffusers(folder: Path, single: bool, strength: float) -> None
     assert np.abs(found - np.asarray(made.images[0]).astype(int)).max() <= 2
 
 
+@pytest.mark.slow
 def test_rows_with_different_masks_share_a_batch(folder: Path) -> None:
     rows = [row("a"), row("b", mask_image=mask(40)), row("c", image=picture(9), strength=0.6), row("d", seed=8)]
     together = pixels(folder, rows)

@@ -36,6 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "fit", functools.partial(tune.fit, iterations=12, batch=4))
 
 
+@pytest.mark.slow
 def test_a_tuned_plan_is_written_beside_the_model_and_drawn_with(folder: Path, quick: None, capsys: Any) -> None:
     found = tune_model(str(folder), 4, guidance=2.0, noises=12)
     assert found["better"] and found["tuned_error"] < found["stock_error"] and found["held_out"] == 3

@@ -208,6 +208,7 @@ def test_pictures_are_sent_inline_and_kept_with_the_run(client: httpx.Client, se
     assert client.delete(f"/v1/runs/{run['id']}").status_code == 204 and not inputs.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_left_goes_on(server: Any, client: httpx.Client) -> None:
     """What is on the disk and not over is drawn, of runs in which something is drawn already, too."""
     from genkit.serve.served import Runs

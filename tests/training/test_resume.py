@@ -163,6 +163,7 @@ def test_workers_and_accumulation_are_exact_too(
         same(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_captions_dropout_and_adapters_are_exact_too(places: Path, tmp_path: Path) -> None:
     changes = {
         "task": "lora", "model": str(places / "sd"), "lora": {"rank": 2, "text_encoder": True},

@@ -306,6 +306,7 @@ def test_dreambooth_keeps_the_prior_in_every_batch(
     assert inspect_model(tmp_path).kind == "text-to-image"
 
 
+@pytest.mark.slow
 def test_autoencoder_learns_and_measures_its_scale(places: Path, tmp_path: Path) -> None:
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     sizes = {"block_out_channels": [16, 16], "latent_channels": 4, "norm_num_groups": 4, "sample_size": 16}
