@@ -5,26 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from genkit.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived: finish what is being written and leave."""
-
-
 class Signals:
-    """While open and `armed`, the first SIGINT or SIGTERM sets `exit_code`; a second one leaves at once.
+    """While open, the first SIGINT or SIGTERM sets `exit_code` and calls `then`; a second one leaves at once.
 
-    interrupt: the first one raises Interrupted too. Only the main thread may catch signals: elsewhere this does
-    nothing.
+    then: runs between any two instructions of the main thread, so it may set a flag and no more. Raising there instead
+    would leave locks of thread pools and of the terminal held. Only the main thread may catch signals: elsewhere this
+    does nothing.
     """
 
     CODES: ClassVar = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
-    def __init__(self, *, interrupt: bool = False) -> None:
-        self.interrupt, self.armed, self.exit_code = interrupt, not interrupt, EXIT_OK
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
+        self.then, self.exit_code = then, EXIT_OK
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -39,7 +37,5 @@ class Signals:
     def _handle(self, number: int, _frame: object) -> None:
         if self.exit_code:
             os._exit(self.exit_code)
-        if self.armed:
-            self.armed, self.exit_code = False, self.CODES[signal.Signals(number)]
-            if self.interrupt:
-                raise Interrupted
+        self.exit_code = self.CODES[signal.Signals(number)]
+        self.then()

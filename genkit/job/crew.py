@@ -17,7 +17,7 @@ from genkit.runs.look_again import look_again
 from genkit.runs.rescore import rescore
 from genkit.runs.run import Run
 from genkit.sampling.draws import Draws
-from genkit.signals import Interrupted, Signals
+from genkit.signals import Signals
 
 
 class Crew(Protocol):
@@ -90,19 +90,17 @@ class Alone:
         drawing = Drawing(self.job, run, run.config["binding"], self.parts)
         for note in drawing.notes():
             progress.message(note)
-        with Signals(interrupt=True) as signals, logged(progress.message):
+        with Signals(draws.stop) as signals, logged(progress.message):
             results = drawing.results(draws)
             try:
-                signals.armed = True
                 for result in results:
                     progress.advance(result.status == "failed", drawing.passed(result), draws.total)
                     if result.status == "failed":
                         progress.message(f"row {result.id}, image {result.index}: failed: {result.reason}")
                     for note in drawing.notes():
                         progress.message(note)
-                signals.armed = False
-            except Interrupted:
-                progress.message("stopping: writing what is finished")
+                if signals.exit_code:
+                    progress.message("stopping: writing what is finished")
             finally:
                 results.close()  # type: ignore[attr-defined]
                 drawing.writers.close()

@@ -56,7 +56,7 @@ class Draws:
     done: the images of earlier starts of the run; they count as drawn. most: limit of images, those included; until: a
     time.monotonic(). Past either limit nothing new is handed out, and `short` names the limit.
 
-    stopped: set it, and the stream ends at the next step of its network without finishing what is in flight.
+    stopped: whether the stream ends at the next step of its network, without finishing what is in flight.
 
     A row's images are handed out in order. Those that count end with the image at which `keep` of them have passed (see
     selection/decide.py), so the same images are kept however many were drawn ahead, in whatever order results came,
@@ -102,6 +102,10 @@ class Draws:
     def slots_full(self) -> float | None:
         """`Engine.slots_full` of the stream that drew; None before it begins."""
         return None if self.engine is None else self.engine.slots_full
+
+    def stop(self) -> None:
+        """Let the stream end at its next step."""
+        self.stopped = True
 
     def anew(self, done: Mapping[tuple[str, int], Result]) -> Draws:
         """Return the same draws from the beginning, with other results of earlier starts."""

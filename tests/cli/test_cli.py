@@ -10,7 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,33 @@ def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals
     assert {k: (r["seed"], r["status"]) for k, r in found.items()} == {
         k: (r["seed"], r["status"]) for k, r in expected.items()
     }
+
+
+def test_a_signal_leaves_no_lock_held(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come while the main thread holds a lock of the pool of writers, which they need to end."""
+    lock, sent = threading.Lock(), []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, work: Any, *arguments: Any) -> Any:
+            def locked() -> Any:
+                assert lock.acquire(timeout=20)
+                lock.release()
+                return work(*arguments)
+
+            lock.acquire()
+            future = super().submit(locked)
+            if not sent:
+                sent.append(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+            lock.release()
+            return future
+
+    monkeypatch.setattr("genkit.runs.writers.ThreadPoolExecutor", Pool)
+    run = prompts.parent / "run"
+    stopped = here("generate", prompts, "-o", run, "-n", "4", "--batch-size", "2", *QUICK)
+    assert stopped.returncode == 143, stopped.stderr
+    assert 0 < len(records(run)) < 12
+    check_run(run)
 
 
 def test_a_second_process_on_the_folder_is_refused(prompts: Path) -> None:
