@@ -120,6 +120,7 @@ def test_half_precision_and_what_training_left(file: Path, tmp_path: Path, dtype
     assert np.abs(drawn(tmp_path / "pruned.safetensors") - drawn(file)).max() <= 8
 
 
+@pytest.mark.slow
 def test_missing_networks_are_named_and_taken_from_others(file: Path, tmp_path: Path) -> None:
     bare = changed(file, tmp_path / "bare.safetensors", first_stage_model=None, cond_stage_model=None)
     with pytest.raises(InputError, match=r"SD 1, without a vae: give --vae"):

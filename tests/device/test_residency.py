@@ -307,6 +307,7 @@ def test_weights_in_8_bits() -> None:
         assert torch.equal(layers(x), found)
 
 
+@pytest.mark.slow
 def test_int8_from_end_to_end(tmp_path: Path) -> None:
     exact = TextToImage.from_pretrained("emoji", device="cpu")
     small = TextToImage.from_pretrained("emoji", device="cpu", dtype="int8")
@@ -332,6 +333,7 @@ def test_int8_layer_by_layer() -> None:
     assert torch.equal(plain, by_layer)
 
 
+@pytest.mark.slow
 def test_image_to_image_in_turns_fetches_each_network_once_an_image() -> None:
     gen, _, residency = generator(TURNS)
     image = gen("a cat", seed=3, num_inference_steps=2).images[0]

@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 import threading
+import time
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -411,7 +412,10 @@ def test_denoising_waits_for_writers_by_count_and_by_bytes(
 
     thread = threading.Thread(target=hand_over)
     thread.start()
-    thread.join(0.5)
+    deadline = time.monotonic() + 30
+    while len(handed) < waiting and time.monotonic() < deadline:
+        time.sleep(0.01)
+    thread.join(0.2)
     handed_over = len(handed)  # the last of them is not taken yet
     run.answers.set()
     thread.join(30)

@@ -6,8 +6,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,23 +214,18 @@ def here(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command(sd: Path, *more: str) -> list[str]:
     options = ["--model", str(sd), "--clip", "none", "--device", "cpu", "--steps", "2"]
     given = ["--embedding", "learned_embeds.safetensors", "--embedding-dir", "words"]
-    return [sys.executable, "-m", "genkit", "generate", "rows.jsonl", "-o", "run", *options, *given, *more]
+    return ["generate", "rows.jsonl", "-o", "run", *options, *given, *more]
 
 
-def run(sd: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(sd, *more), capture_output=True, text=True, check=False)
-
-
-def test_a_run_says_what_it_uses(sd: Path, here: Path) -> None:
-    planned = run(sd, "--dry-run", "--json")
-    assert planned.returncode == 0, planned.stderr
-    words = json.loads(planned.stdout)["embeddings"]
+def test_a_run_says_what_it_uses(sd: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(command(sd, "--dry-run", "--json")) == 0
+    words = json.loads(capfd.readouterr().out)["embeddings"]
     assert {word: (one["vectors"], one["width"], one["rows"]) for word, one in words.items()} == {
         "<cat>": (1, "16", "a"), "badpic": (2, "16", "a, c"),
     }  # fmt: skip
-    done = run(sd)
-    assert done.returncode == 0, done.stderr
-    assert "badpic.safetensors: 'badpic' is 2 vectors of width 16; used by 2 rows" in done.stderr
+    assert run_command(command(sd)) == 0
+    said = capfd.readouterr().err
+    assert "badpic.safetensors: 'badpic' is 2 vectors of width 16; used by 2 rows" in said
     bound = json.loads((here / "run" / "run.json").read_text())["binding"]["embeddings"]
     assert list(bound) == ["<cat>", "badpic"] and len(bound["badpic"]["sha256"]) == 64
     told = {name: Image.open(here / "run" / "images" / f"{name}-00.png").info["parameters"] for name in "abc"}

@@ -93,6 +93,7 @@ def test_generate_takes_it_and_a_changed_file_is_noticed(folder: Path, quick: No
     assert wrong.returncode == 2 and "no plan for 9" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_unconditional_models_are_tuned_too(tmp_path: Path, quick: None) -> None:
     found = tune_model(str(tiny_ddpm(tmp_path / "ddpm")), 4, noises=8)
     assert found["guidance_scale"] == 1.0 and np.isfinite([found["stock_error"], found["tuned_error"]]).all()

@@ -128,6 +128,7 @@ def test_tasks_without_captions_miss_none(pictures: Path, models: Path) -> None:
     assert not report_for(recipe_of(models / "ddpm", pictures, "unconditional")).findings
 
 
+@pytest.mark.slow
 def test_captions_past_the_token_limit_as_templates_make_them(pictures: Path, models: Path) -> None:
     (pictures / "5.txt").write_text("one two three four " * 9)
     said = only(report_for(recipe_of(models / "sd", pictures)), "warning")

@@ -226,6 +226,7 @@ def test_textual_inversion_changes_one_word_alone(places: Path, tmp_path: Path) 
     assert np.abs(np.asarray(ours, dtype=int) - np.asarray(other, dtype=int)).max() <= 2
 
 
+@pytest.mark.slow
 def test_a_shared_cache_does_not_take_other_words_for_these(places: Path, tmp_path: Path) -> None:
     """The same captions, pictures and weights, but tokens of another number or of another tokenizer."""
     tokenizer = shutil.copytree(places / "tiny_stable_diffusion" / "tokenizer", tmp_path / "tokenizer")

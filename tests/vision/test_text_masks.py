@@ -78,6 +78,7 @@ def test_drawn_as_with_the_same_mask_as_a_picture(here: Path, tmp_path: Path) ->
     assert draw(here, tmp_path / "other", [row(here, mask="two houses"), *rows[1:]], no_metadata=True) != found
 
 
+@pytest.mark.slow
 def test_going_on_draws_again_what_depends_on_the_mask(here: Path, tmp_path: Path) -> None:
     plain = Request(id="z", prompt="a fox", num_inference_steps=3, seed=9)
     rows, out = [row(here), row(here, "b", seed=4), plain], tmp_path / "run"
