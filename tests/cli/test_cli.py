@@ -262,10 +262,10 @@ def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals
 
 def test_a_signal_leaves_no_lock_held(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may come while the main thread holds a lock of the pool of writers, which they need to end."""
-    lock, sent = threading.Lock(), []
+    lock, sent = threading.Lock(), list[signal.Signals]()
 
     class Pool(ThreadPoolExecutor):
-        def submit(self, work: Any, *arguments: Any) -> Any:
+        def submit(self, work: Any, *arguments: Any) -> Any:  # type: ignore[override]
             def locked() -> Any:
                 assert lock.acquire(timeout=20)
                 lock.release()
