@@ -26,6 +26,10 @@ LEFT_OUT = (
 def serve(
     row: RowOptions,
     options: Options,
+    models: Annotated[
+        Path | None, typer.Option(help="A folder of models and LoRAs, served by name; --model is the first.")
+    ] = None,
+    loaded: Annotated[int, typer.Option(min=1, help="With --models: how many are in memory at once.")] = 1,
     host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 7860,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line, that calls need.")] = None,
@@ -46,9 +50,11 @@ def serve(
     except ImportError as error:
         needed = "fastapi, uvicorn, prometheus-client and python-multipart"
         raise HostError(f"serve needs {needed}: pip install 'genkit-diffusion[serve]' ({error})") from None
+    from genkit.serve.choice import Choice
     from genkit.serve.rows import Most
 
     listen = Listen(host, port, api_key_file, no_key, runs, drain)
     usual = Most()
     most = Most(max_pixels or usual.pixels, max_steps, max_images, max_body, usual.prompt)
-    return run(options, row.fields(), listen, most, max_queue)
+    choice = None if models is None else Choice(models, loaded)
+    return run(options, row.fields(), listen, most, max_queue, choice)

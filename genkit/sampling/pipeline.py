@@ -14,6 +14,7 @@ from genkit.components.chunks import Prompt
 from genkit.components.geometry import REFINER_IDS, TIME_IDS, Geometry
 from genkit.components.text import Penultimate, SecondEncoder, TextEncoder, TextEncoderPair, Weights
 from genkit.components.words import Words
+from genkit.device.devices import give_back
 from genkit.device.memory import Budget
 from genkit.device.processor import AttentionChoice
 from genkit.device.residency import Residency
@@ -108,6 +109,20 @@ class Pipeline:
     def device(self) -> torch.device:
         """The device that the networks compute on."""
         return self.residency.device
+
+    def unload(self) -> None:
+        """Give the weights up. What they were is still known; nothing can be drawn any more."""
+        self.residency.release()
+        networks = [self.unet, self.vae, self.text_encoder, self.text_encoder_2]
+        if (r := self.refiner) is not None:
+            networks += [r.unet, r.text.encoder.model.model]
+        for denoiser in (self.denoiser, *(() if r is None else (r.denoiser,))):
+            if denoiser.graphs is not None:
+                denoiser.graphs.reset()
+        for network in networks:
+            if network is not None:
+                network.to("meta")
+        give_back(self.device)
 
     def settings(self, request: Request) -> Settings:
         """Return the request with this model's defaults; raises InputError if the model cannot draw it."""

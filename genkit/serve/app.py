@@ -21,7 +21,7 @@ from genkit.version import __version__
 INTERFACES = ("openai", "runs", "a1111", "page")
 # By the beginning of paths: how their errors look, a function (Refused) -> JSON. Others are {"error": message}.
 ERRORS: dict[str, Callable[[Refused], Any]] = {}
-ABOUT = "Pictures of one diffusion model, for clients of the OpenAI images API and others."
+ABOUT = "Pictures of diffusion models, for clients of the OpenAI images API and others."
 
 
 def create_app(serving: Serving) -> FastAPI:
@@ -30,7 +30,7 @@ def create_app(serving: Serving) -> FastAPI:
     app = FastAPI(
         title="genkit", version=__version__, description=ABOUT, docs_url=None, redoc_url=None, responses=everywhere
     )
-    app.state.serving, app.state.metrics = serving, Metrics(serving.engine)
+    app.state.serving, app.state.metrics = serving, Metrics([one.engine for one in serving.models.values()])
     serving.refused = app.state.metrics.refuse
     for name in INTERFACES:
         module = import_module(f"genkit.serve.{name}")
@@ -49,7 +49,12 @@ def _add_facts(app: FastAPI, serving: Serving) -> None:
     async def health() -> Response:
         """Say whether the server draws: 200 once a picture was drawn."""
         engine = serving.engine
-        about = {"status": "ok" if engine.ready else "not ready", "model": serving.name, "version": __version__}
+        about: dict[str, Any] = {
+            "status": "ok" if engine.ready else "not ready",
+            "model": serving.name,
+            "version": __version__,
+        }
+        about |= {"models": list(serving.models)} if len(serving.models) > 1 else {}
         return JSONResponse(about | ({} if engine.ready else {"reason": engine.why}), 200 if engine.ready else 503)
 
     @app.get("/metrics", tags=["server"], response_class=Response)

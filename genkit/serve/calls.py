@@ -24,7 +24,10 @@ from genkit.serve.rows import Intake, Most, Planned
 
 @dataclasses.dataclass
 class Serving:
-    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs."""
+    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs.
+
+    others: of several models, what there is for each by its name, this one first; one that is served alone has none.
+    """
 
     engine: ServingEngine
     intake: Intake
@@ -35,7 +38,17 @@ class Serving:
     runs: Any = None
     drain: float = 30.0
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
+    others: dict[str, Serving] = dataclasses.field(default_factory=dict)
     draining = stopped = False  # no new work is taken; nothing is drawn any more
+
+    @property
+    def models(self) -> dict[str, Serving]:
+        """What there is for each model by its name, the first one's first."""
+        return self.others or {self.name: self}
+
+    def of(self, name: Any) -> Serving:
+        """Return what there is for a model of a name, which is this one for any other name."""
+        return self.models.get(name, self) if isinstance(name, str) else self
 
     async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return planned rows. Raises Refused, 400 with the field as `param`."""
@@ -46,7 +59,8 @@ class Serving:
 
     def check_ready(self) -> None:
         """Raise Refused, 503, where the server takes no new work."""
-        if self.draining:
+        first = next(iter(self.models.values()))
+        if first.draining:
             raise stopping()
         if not self.engine.ready:
             raise Refused(503, f"the server is not ready: {self.engine.why}", "not_ready", None, {"Retry-After": "5"})
