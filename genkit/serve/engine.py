@@ -229,6 +229,7 @@ class ServingEngine:
                     self.line.idle += time.monotonic() - waits
                     if not self.loaded:
                         self._load()
+                    self.turns.begin()
                     for _ in self._stream():
                         errors = 0
             except Exception as error:

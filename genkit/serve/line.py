@@ -229,13 +229,16 @@ class Line(Draws):
 
     def more(self) -> bool:
         """Wait for rows; False once the line is closed, and when it gives way."""
-        return self.wait(lambda: self.gives_way(bool(self._clients))) and not self.gives_way(bool(self._clients))
+        return self.wait(lambda: self.gives_way(self._some())) and not self.gives_way(self._some())
+
+    def _some(self) -> bool:
+        return not self.halted and (bool(self._clients) or self._held is not None)
 
     def wait(self, ended: Callable[[], bool] = lambda: False) -> bool:
         """Wait for rows, or until `ended`; False once the line is closed."""
         with self._came:
             began = time.monotonic()
-            self._came.wait_for(lambda: self.closed or (bool(self._clients) and not self.halted) or ended())
+            self._came.wait_for(lambda: self.closed or self._some() or ended())
             self.idle += time.monotonic() - began
             return not self.closed
 

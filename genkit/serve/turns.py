@@ -27,7 +27,7 @@ class Turns:
         self._came = threading.Condition()
         self._waiting: list[ServingEngine] = []
         self._holder: ServingEngine | None = None
-        self._since = 0.0  # when the holder began, or the first of the others came
+        self._since = 0.0  # when the holder began to draw, or the first of the others came
         self._recent: OrderedDict[ServingEngine, None] = OrderedDict()  # in memory, the latest last
 
     def ask(self, engine: ServingEngine) -> None:
@@ -59,7 +59,7 @@ class Turns:
                 leaving = None
             else:
                 self._waiting.pop(0)
-                self._holder, self._since = engine, time.monotonic()
+                self._holder = engine
                 self._recent[engine] = None
                 self._recent.move_to_end(engine)
                 leaving = [other for other in list(self._recent)[: -self.loaded] if other is not engine]
@@ -76,6 +76,11 @@ class Turns:
             with self._came:
                 self._holder = None
                 self._came.notify_all()
+
+    def begin(self) -> None:
+        """Count patience from now on: the one whose turn it is has loaded, and draws something before it leaves."""
+        with self._came:
+            self._since = time.monotonic()
 
     def close(self) -> None:
         """Let those that wait end."""
