@@ -21,6 +21,7 @@ from genkit.job.plan import Job
 from genkit.progress import Progress
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.rows.settings import cost
 from genkit.runs.folding import ended
 from genkit.runs.run import Run
 from genkit.sampling.draws import Draws
@@ -155,10 +156,8 @@ class Workers:
             self.pool.close()
 
     def _cost(self, row: Request) -> float:
-        """Return about how many slots an image takes; see `Pipeline.cost`."""
-        usual = self.job.info.geometry
-        assert usual is not None
-        return (row.width or usual.width) * (row.height or usual.height) / (usual.width * usual.height)
+        assert self.job.info.geometry is not None
+        return cost(row, self.job.info.geometry)
 
     def _check(self, name: str, facts: dict[str, Any]) -> None:
         """Take what a worker says of itself. Raises HostError where it differs from this process."""
