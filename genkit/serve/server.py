@@ -124,7 +124,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             create_app(serving), log_level="warning", access_log=False, server_header=False, lifespan="off",
             timeout_graceful_shutdown=ANSWERED, timeout_keep_alive=30, limit_concurrency=1000,
-            h11_max_incomplete_event_size=2**16,
+            http="h11", loop="asyncio", h11_max_incomplete_event_size=2**16,  # whatever else is installed
         )  # fmt: skip
         super().__init__(config)
 
