@@ -27,7 +27,10 @@ from genkit.serve.rows import Intake, Most, Planned
 
 @dataclasses.dataclass
 class Serving:
-    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs."""
+    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs.
+
+    replica: its name where it is one of several that answer; what one process keeps in memory is not served then.
+    """
 
     engine: ServingEngine
     intake: Intake
@@ -37,6 +40,7 @@ class Serving:
     host: str = "127.0.0.1"
     runs: Any = None
     drain: float = 30.0
+    replica: str = ""
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
     _origin: asyncio.Task[Origin] | None = None
     draining = stopped = False  # no new work is taken; nothing is drawn any more
