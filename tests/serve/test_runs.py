@@ -138,6 +138,14 @@ def test_filter_chooses_again(client: httpx.Client, server: Any, run: dict[str, 
     assert client.post(at, json={"keep": 0}).status_code == 400
 
 
+def test_the_page_is_told_of_runs(client: httpx.Client, run: dict[str, Any]) -> None:
+    with client.stream("GET", "/app/events") as answer:
+        events = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
+        told = next(event for event in events if event["type"] == "runs")
+    assert told["runs"] == client.get("/v1/runs").json()["data"] and told["count"] == len(told["runs"])
+    assert run["id"] in [one["id"] for one in told["runs"]] and told["live"] == 0
+
+
 def test_the_gallery_of_a_drawn_run_is_written_when_records_came(
     server: Any, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
