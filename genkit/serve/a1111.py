@@ -17,9 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from genkit.errors import InputError
-from genkit.job.origin import origin_of
 from genkit.pictures.encoders import encoding
-from genkit.pictures.metadata import Origin
 from genkit.pictures.samplers import SAMPLERS, SCHEDULE_TYPES
 from genkit.pictures.written import read_texts
 from genkit.rows.infotext import is_infotext, pairs, read_infotext
@@ -29,7 +27,6 @@ from genkit.rows.result import Result
 from genkit.runs.writers import texts_of
 from genkit.serve.a1111fields import Asked, asked, check_settings, inline
 from genkit.serve.calls import Serving, bad, client_of, encoded, failed, stopping
-from genkit.serve.feeder import config_of
 from genkit.serve.limits import STATUSES, Refused
 from genkit.serve.line import Event
 from genkit.serve.rows import as_file
@@ -223,7 +220,6 @@ class Api:
         self.serving = serving
         self.calls: dict[str, list[Progress]] = {}
         self.chosen: OrderedDict[str, str] = OrderedDict()  # the models that clients chose
-        self._origins: dict[str, Origin] = {}
 
     def of(self, call: Request) -> Serving:
         """Return what there is for the model that the caller chose."""
@@ -249,6 +245,7 @@ class Api:
         progress = Progress(row.max_images or row.num_images)
         mine = self.calls.setdefault(client_of(call), [])
         mine.append(progress)
+        serving.origin()  # begins while the pictures are drawn
         try:
             previews = max(1, (row.num_inference_steps or 1) // PREVIEWS)
             results = await _finished(await serving.events(call, rows, previews=previews, steps=True), progress)
@@ -256,7 +253,7 @@ class Api:
             mine.remove(progress)
             if not mine:
                 self.calls.pop(client_of(call), None)
-        origin = await run_in_threadpool(self._told, serving)
+        origin = await serving.origin()
         texts = [texts_of(row, result, origin) for result in results]
         images = [await run_in_threadpool(_laid, wanted, result) for result in results]
         files = [await encoded(encoding("png"), pixels, text) for pixels, text in zip(images, texts, strict=True)]
@@ -310,14 +307,6 @@ class Api:
     async def words(self) -> Any:
         """Return the textual inversions of the server."""
         return (await run_in_threadpool(self.serving.engine.words)).used
-
-    def _told(self, serving: Serving) -> Origin:
-        """Return what the pictures' metadata says of what drew them, made once."""
-        if serving.name not in self._origins:
-            engine = serving.engine
-            job = engine.plan([engine.sample()])
-            self._origins[serving.name] = origin_of(job, config_of(job, engine)["binding"], engine.generator)
-        return self._origins[serving.name]
 
 
 async def _finished(events: AsyncIterator[Event], progress: Progress) -> list[Result]:
