@@ -18,9 +18,10 @@ from genkit.pictures.encoders import encoding
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.writers import texts_of
-from genkit.serve.calls import Serving, encoded
+from genkit.serve.calls import Serving, bad, encoded
 from genkit.serve.limits import Refused
 from genkit.serve.line import Event, Ticket
+from genkit.serve.openaifields import not_served
 from genkit.serve.rows import PICTURES
 
 BYTES = 2**28  # of all pictures that are held; then the oldest finished job is forgotten, jobs with kept pictures last
@@ -50,6 +51,7 @@ class Work:
     id: str
     fields: dict[str, Any]
     row: Request
+    serving: Serving
     state: str = "queued"
     reason: str | None = None
     ticket: Ticket | None = None
@@ -168,9 +170,13 @@ class Desks:
         if len(desk.jobs) >= JOBS and next(iter(desk.jobs.values())).state in LIVE:
             raise Refused(429, f"{JOBS} jobs wait; cancel some", "too_many_jobs", None, {"Retry-After": "10"})
         stated = {"seed": secrets.randbits(32)} | {k: v for k, v in fields.items() if v is not None}
-        rows = await self.serving.rows([stated])
+        name = stated.get("model")
+        if name is not None and name not in self.serving.models:
+            raise bad(not_served("model", name, self.serving.models))
+        serving = self.serving.of(name)
+        rows = await serving.rows([{k: v for k, v in stated.items() if k != "model"}])
         row = rows[0]
-        job = Work(f"{next(desk.numbers)}", {k: v for k, v in stated.items() if k not in PICTURES}, row)
+        job = Work(f"{next(desk.numbers)}", {k: v for k, v in stated.items() if k not in PICTURES}, row, serving)
         job.notes = tuple(getattr(rows, "notes", ()))
         loop = asyncio.get_running_loop()
 
@@ -179,9 +185,9 @@ class Desks:
                 loop.call_soon_threadsafe(self._happened, desk, job, event)
 
         every = max(1, -(-(row.num_inference_steps or 1) // 10))
-        job.ticket = self.serving.submit([row], desk.client, on, every, True)
+        job.ticket = serving.submit([row], desk.client, on, every, True)
         desk.jobs[job.id] = job
-        self.serving.origin()  # begins while the pictures are drawn
+        serving.origin()  # begins while the pictures are drawn
         while len(desk.jobs) > JOBS:
             self.forget(desk, next(iter(desk.jobs.values())))
         desk.tell_job(job)
@@ -227,7 +233,7 @@ class Desks:
         scores = {k: v for k, v in result.scores.items() if type(v) in (int, float)}
         about = {name: getattr(result, name) for name in ("index", "seed", "width", "height", "steps", "seconds")}
         try:
-            text = texts_of(job.row, result, await self.serving.origin())
+            text = texts_of(job.row, result, await job.serving.origin())
             picture = Picture(about | {"scores": scores}, await encoded(encoding("png"), result.pixels, text))
         except Exception as error:  # say, weights that cannot be hashed, as their files are gone
             job.reason = reason(error)

@@ -78,8 +78,9 @@ def router(serving: Serving) -> APIRouter:
     _add_jobs(routes, desks)
 
     @routes.get("/app/about")
-    async def about(model: str | None = None) -> Response:
-        return JSONResponse(await run_in_threadpool(facts, serving.of(model)), headers=ALWAYS)
+    async def about() -> Response:
+        found = await run_in_threadpool(lambda: [facts(one) for one in serving.models.values()])
+        return JSONResponse({**found[0], "models": found}, headers=ALWAYS)
 
     @routes.post("/app/settings")
     async def settings(call: Request) -> Response:
@@ -240,7 +241,6 @@ def facts(serving: Serving) -> dict[str, Any]:
     usual = ("num_inference_steps", "guidance_scale", "width", "height", "negative_prompt")
     return {
         "model": serving.name,
-        "models": list(serving.models),
         "version": __version__,
         "text": geometry.text,
         "inpaints": geometry.inpaints,

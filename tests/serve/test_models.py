@@ -162,6 +162,35 @@ def test_clients_of_automatic1111_choose_theirs(several: Served) -> None:
         client.post("/options", json={"sd_model_checkpoint": "beta"})
 
 
+@pytest.mark.slow
+def test_the_page_draws_with_the_model_that_is_chosen(several: Served, tmp_path: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    with api.sync_playwright() as playwright:
+        page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
+        page.goto(several.url)
+        api.expect(page.locator("body[data-ready]")).to_have_count(1)
+        assert page.locator("#choice option").all_inner_texts() == ["beta", "alpha", "ddpm"]
+        page.fill("#prompt", "a fox")
+        page.select_option("#choice", "ddpm")
+        api.expect(page.locator("#words")).to_be_hidden()
+        page.select_option("#choice", "alpha")
+        api.expect(page.locator("#model")).to_have_text("alpha")
+        page.fill("#num_inference_steps", "2")
+        page.fill("#num_images", "1")
+        page.click("#draw")
+        card = page.locator(".card[data-drawn]")
+        api.expect(card).to_have_count(1, timeout=60_000)
+        assert loaded(several) == ["alpha"]
+        data = httpx.get(several.url + str(card.locator("img").first.get_attribute("src")), timeout=30).content
+        (tmp_path / "drawn.png").write_bytes(data)
+        page.select_option("#choice", "beta")
+        page.set_input_files("#settings-file", tmp_path / "drawn.png")
+        api.expect(page.locator("#choice")).to_have_value("alpha")
+
+
 class Named:
     """As much of an engine as turns need."""
 

@@ -196,7 +196,7 @@ def test_memory_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> N
     for desk, number, kept, state in ((own, "1", True, "done"), (own, "2", None, "done"), (other, "1", None, "done"),
                                       (other, "2", None, "drawing")):  # fmt: skip
         pictures = {0: desks.Picture({"index": 0}, b"x" * 100, kept)}
-        desk.jobs[number] = desks.Work(number, {}, Request(num_images=2), state, pictures=pictures)
+        desk.jobs[number] = desks.Work(number, {}, Request(num_images=2), served.serving, state, pictures=pictures)
     for most, left in ((400, "12 12"), (399, "1 12"), (250, "1 2"), (1, "1 2")):  # one that is over stays
         monkeypatch.setattr(desks, "BYTES", most)
         tray._make_room()

@@ -74,7 +74,7 @@ async function settingsOf(file) {
   complain(null);
   try {
     const found = await ask("/app/settings", file, "application/octet-stream");
-    fill({ num_images: $("num_images").value, ...found.fields });
+    fill({ num_images: $("num_images").value, ...found.fields, model: found.model });
     const other = found.model && found.model !== $("model").textContent ? [`It was drawn by ${found.model}; this server has ${$("model").textContent}.`] : [];
     note([`Settings of ${file.name || "the picture"}.`, ...other, ...found.notes]);
   } catch (error) { complain(error); }
