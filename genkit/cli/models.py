@@ -38,6 +38,26 @@ def inspect(
 
 
 @app.command(cls=Command, rich_help_panel=LOOK)
+def models(
+    folder: Annotated[Path, typer.Argument(help="A folder of models and LoRAs.")],
+    variant: Variant = None,
+    as_json: AsJson = False,
+) -> int:
+    """List the models and LoRAs below a folder by the names under which `serve --models` has them."""
+    from genkit.components.collection import collection
+
+    items = [item.describe() for item in collection(folder, variant)]
+    if as_json:
+        print_found({"models": items}, as_json)
+        return EXIT_OK
+    for item in items:
+        facts = [str(item[key]) for key in ("kind", "family", "size") if key in item]
+        facts += [f"{item['parameters'] / 1e6:.0f} million parameters"] if "parameters" in item else []
+        print(f"{item['name']}: {', '.join(facts)}" + (f": {item['why']}" if "why" in item else ""))
+    return EXIT_OK
+
+
+@app.command(cls=Command, rich_help_panel=LOOK)
 def convert(
     model: Annotated[str, typer.Argument(help="A .safetensors file, a model folder, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="A new folder, or a new file that ends in .safetensors.")],

@@ -10,7 +10,7 @@ import typer
 from genkit.cli.app import MAKE, Command, app
 from genkit.cli.generate import RowOptions
 from genkit.cli.options import spread
-from genkit.errors import HostError
+from genkit.errors import HostError, InputError
 from genkit.options import Options
 
 # Options that make no sense for rows of many clients
@@ -26,11 +26,19 @@ LEFT_OUT = (
 def serve(
     row: RowOptions,
     options: Options,
+    models: Annotated[
+        Path | None, typer.Option(help="A folder of models and LoRAs, served by name; --model is the first.")
+    ] = None,
+    loaded: Annotated[int, typer.Option(min=1, help="With --models: how many are in memory at once.")] = 1,
     host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 7860,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line, that calls need.")] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Listen beyond this machine without a key.")] = False,
     runs: Annotated[Path | None, typer.Option(help="A folder for runs that clients start.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="So many processes draw, each with a GPU, or cores, of its own: 4, or 4:64.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Serve from a cluster of Ray: auto, or HOST:PORT.")] = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for what is in flight when the server stops.")] = 30.0,
     max_queue: Annotated[
         float, typer.Option(min=1, help="Pictures of the model's size and steps that may wait.")
@@ -46,9 +54,17 @@ def serve(
     except ImportError as error:
         needed = "fastapi, uvicorn, prometheus-client and python-multipart"
         raise HostError(f"serve needs {needed}: pip install 'genkit-diffusion[serve]' ({error})") from None
+    from genkit.serve.choice import Choice
     from genkit.serve.rows import Most
 
     listen = Listen(host, port, api_key_file, no_key, runs, drain)
     usual = Most()
     most = Most(max_pixels or usual.pixels, max_steps, max_images, max_body, usual.prompt)
-    return run(options, row.fields(), listen, most, max_queue)
+    if workers is not None or ray is not None:
+        from genkit.serve import replicas
+
+        if models is not None:
+            raise InputError("--models: does not go with --workers and --ray: each of them serves one model")
+        return replicas.run(options, row.fields(), listen, most, max_queue, workers, ray)
+    choice = None if models is None else Choice(models, loaded)
+    return run(options, row.fields(), listen, most, max_queue, choice)

@@ -40,8 +40,9 @@ LEFTOVER = re.compile(
     r"|conditioner\.embedders\.\d\.model\.(visual\..*|attn_mask)"
 )
 # Other kinds of files, by a pattern that one of their keys matches
+LORA = "a LoRA: give it with --lora"
 OTHERS = {
-    r"lora_(unet|te|transformer)|.*\.(lora_(up|down|A|B)\.|hada_w|lokr_w)": "a LoRA: give it with --lora",
+    r"lora_(unet|te|transformer)|.*\.(lora_(up|down|A|B)\.|hada_w|lokr_w)": LORA,
     r"(model\.diffusion_model\.)?(double_blocks|single_blocks)\.": "of Flux, which genkit does not have",
     r"(model\.diffusion_model\.)?joint_blocks\.": "of Stable Diffusion 3, which genkit does not have",
     r"control_model\.|input_hint_block\.|controlnet_cond": "a ControlNet, which genkit does not have",

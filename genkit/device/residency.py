@@ -92,6 +92,15 @@ class Residency:
             if self.level == TURNS and self.device.type == "cuda":
                 torch.cuda.empty_cache()  # the next network needs blocks of other sizes
 
+    def release(self) -> None:
+        """Move everything off the device, and know no network any more."""
+        with self._lock:
+            for name, network in self._networks.items():
+                if name in UNETS and self.level == LAYERS:
+                    _whole(network)
+                self.park(name)
+            self._networks.clear()
+
     @contextlib.contextmanager
     def float32(self, unet: Any) -> Iterator[None]:
         """Let the UNet compute in float32 within this context; its half-precision weights are restored exactly."""

@@ -14,6 +14,7 @@ from genkit.components.chunks import Prompt
 from genkit.components.geometry import REFINER_IDS, TIME_IDS, Geometry
 from genkit.components.text import Penultimate, SecondEncoder, TextEncoder, TextEncoderPair, Weights
 from genkit.components.words import Words
+from genkit.device.devices import give_back
 from genkit.device.memory import Budget
 from genkit.device.processor import AttentionChoice
 from genkit.device.residency import Residency
@@ -23,8 +24,7 @@ from genkit.rows.prompting import check_prompting
 from genkit.rows.refining import refined_plan
 from genkit.rows.request import Request
 from genkit.rows.sdxl import stated_prompts, time_ids
-from genkit.rows.settings import Settings, settings
-from genkit.rows.syntax import composed
+from genkit.rows.settings import Settings, cost, settings
 from genkit.sampling.adapters import Adapters
 from genkit.sampling.codec import Codec, condition
 from genkit.sampling.conditioning import Texts, conditioned, distinct, read_prompts, sized
@@ -109,6 +109,20 @@ class Pipeline:
         """The device that the networks compute on."""
         return self.residency.device
 
+    def unload(self) -> None:
+        """Give the weights up. What they were is still known; nothing can be drawn any more."""
+        self.residency.release()
+        networks = [self.unet, self.vae, self.text_encoder, self.text_encoder_2]
+        if (r := self.refiner) is not None:
+            networks += [r.unet, r.text.encoder.model.model]
+        for denoiser in (self.denoiser, *(() if r is None else (r.denoiser,))):
+            if denoiser.graphs is not None:
+                denoiser.graphs.reset()
+        for network in networks:
+            if network is not None:
+                network.to("meta")
+        give_back(self.device)
+
     def settings(self, request: Request) -> Settings:
         """Return the request with this model's defaults; raises InputError if the model cannot draw it."""
         words = getattr(self.tokenizer, "words", None) or Words({})
@@ -117,10 +131,9 @@ class Pipeline:
         return settings(request, self.geometry, self.defaults)
 
     def cost(self, request: Request) -> float:
-        """Return how many slots an image takes: its pixels relative to the model's own picture size."""
+        """Return how many slots an image takes, as `rows.settings.cost`, of a row that need not be planned."""
         s = self.settings(request)
-        prompts = len(composed(request.prompt)) if request.syntax == "a1111" else 1
-        return (prompts + 1) / 2 * s.width * s.height / (self.geometry.width * self.geometry.height)
+        return cost(request, self.geometry, (s.width, s.height))
 
     def plan(self, request: Request) -> Plan:
         """Return the sampling plan of a request, cached by steps, scheduler, strength and guidance."""

@@ -49,6 +49,12 @@ class Panel:
             new += taken
         return new
 
+    def unload(self) -> None:
+        """Give the weights up; nothing can be scored any more."""
+        if self.clip is not None:
+            self.clip.model.to("meta")
+        self.senses = Senses()
+
     @property
     def names(self) -> frozenset[str]:
         """The names of its scores in expressions."""

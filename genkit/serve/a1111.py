@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import json
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,9 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from genkit.errors import InputError
-from genkit.job.origin import origin_of
 from genkit.pictures.encoders import encoding
-from genkit.pictures.metadata import Origin
 from genkit.pictures.samplers import SAMPLERS, SCHEDULE_TYPES
 from genkit.pictures.written import read_texts
 from genkit.rows.infotext import is_infotext, pairs, read_infotext
@@ -28,12 +27,12 @@ from genkit.rows.result import Result
 from genkit.runs.writers import texts_of
 from genkit.serve.a1111fields import Asked, asked, check_settings, inline
 from genkit.serve.calls import Serving, bad, client_of, encoded, failed, stopping
-from genkit.serve.feeder import config_of
 from genkit.serve.limits import STATUSES, Refused
 from genkit.serve.line import Event
 from genkit.serve.rows import as_file
 
 PREVIEWS = 5  # previews of a picture, for `progress`
+CHOICES = 1000  # clients whose model is remembered
 EMPTY = {  # what clients list, and this server has none of
     "hypernetworks": [], "face-restorers": [], "realesrgan-models": [], "upscalers": [], "latent-upscale-modes": [],
     "prompt-styles": [], "sd-vae": [], "script-info": [], "scripts": {"txt2img": [], "img2img": []}, "cmd-flags": {},
@@ -134,11 +133,11 @@ def router(serving: Serving) -> APIRouter:
 
     routes.add_api_route("/skip", interrupt, methods=["POST"], name="skip")
     _add_lists(routes, serving, api)
-    _add_settings(routes, serving)
+    _add_settings(routes, serving, api)
     return routes
 
 
-def _add_settings(routes: APIRouter, serving: Serving) -> None:
+def _add_settings(routes: APIRouter, serving: Serving, api: Api) -> None:
     @routes.post("/png-info", responses={400: STATUSES[400], 422: STATUSES[422]})
     async def png_info(body: Info) -> Response:
         """Return the settings in a picture."""
@@ -148,18 +147,20 @@ def _add_settings(routes: APIRouter, serving: Serving) -> None:
             raise bad(str(wrong), 422) from None
 
     @routes.get("/options")
-    async def options() -> Response:
+    async def options(call: Request) -> Response:
         """Return the settings that clients look for."""
-        found = {"sd_model_checkpoint": serving.name, "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
+        found = {"sd_model_checkpoint": api.of(call).name, "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
         return JSONResponse({**found, "samples_format": "png", "samples_save": False, "enable_pnginfo": True})
 
     @routes.post("/options", responses={400: STATUSES[400], 422: STATUSES[422]})
-    async def set_options(body: dict[str, Any]) -> Response:
-        """Take settings that change nothing; the model is the one that the server was started with."""
+    async def set_options(body: dict[str, Any], call: Request) -> Response:
+        """Choose the model of the caller's later calls; take settings that change nothing."""
         try:
-            check_settings(body, serving.name)
+            name = check_settings(body, serving.models)
         except InputError as wrong:
             raise bad(str(wrong), 422) from None
+        if name is not None:
+            api.choose(call, name)
         return JSONResponse({})
 
 
@@ -180,9 +181,9 @@ def _add_lists(routes: APIRouter, serving: Serving, api: Api) -> None:
 
     @routes.get("/sd-models")
     async def models() -> Response:
-        """List the served model."""
-        about = {"hash": None, "sha256": None, "filename": serving.name, "config": None}
-        return JSONResponse([{"title": serving.name, "model_name": serving.name, **about}])
+        """List the served models."""
+        about = {"hash": None, "sha256": None, "config": None}
+        return JSONResponse([{"title": n, "model_name": n, "filename": n, **about} for n in serving.models])
 
     @routes.get("/loras")
     async def loras() -> Response:
@@ -218,21 +219,33 @@ class Api:
     def __init__(self, serving: Serving) -> None:
         self.serving = serving
         self.calls: dict[str, list[Progress]] = {}
-        self._origin: Origin | None = None
+        self.chosen: OrderedDict[str, str] = OrderedDict()  # the models that clients chose
+
+    def of(self, call: Request) -> Serving:
+        """Return what there is for the model that the caller chose."""
+        return self.serving.of(self.chosen.get(client_of(call)))
+
+    def choose(self, call: Request, name: str) -> None:
+        """Take a model for the caller's later calls."""
+        self.chosen[client_of(call)] = name
+        self.chosen.move_to_end(client_of(call))
+        if len(self.chosen) > CHOICES:
+            self.chosen.popitem(last=False)
 
     async def draw(self, call: Request, given: dict[str, Any], from_picture: bool) -> Response:
         """Answer txt2img, or img2img. Raises Refused, 422 for what genkit lacks."""
-        serving = self.serving
         try:
-            wanted = await run_in_threadpool(asked, given, serving.name, from_picture)
+            wanted = await run_in_threadpool(asked, given, self.serving.models, from_picture)
         except InputError as wrong:
             raise bad(str(wrong), 422) from None
+        serving = self.of(call) if wanted.model is None else self.serving.of(wanted.model)
         rows = await serving.rows([wanted.fields])
         wanted.notes += rows.notes
         row = rows[0]
         progress = Progress(row.max_images or row.num_images)
         mine = self.calls.setdefault(client_of(call), [])
         mine.append(progress)
+        serving.origin()  # begins while the pictures are drawn
         try:
             previews = max(1, (row.num_inference_steps or 1) // PREVIEWS)
             results = await _finished(await serving.events(call, rows, previews=previews, steps=True), progress)
@@ -240,17 +253,19 @@ class Api:
             mine.remove(progress)
             if not mine:
                 self.calls.pop(client_of(call), None)
-        origin = await run_in_threadpool(self._told)
+        origin = await serving.origin()
         texts = [texts_of(row, result, origin) for result in results]
         images = [await run_in_threadpool(_laid, wanted, result) for result in results]
         files = [await encoded(encoding("png"), pixels, text) for pixels, text in zip(images, texts, strict=True)]
         sent = [base64.b64encode(data).decode() for data in files] if wanted.send else []
         echo = {**given, "init_images": None, "mask": None} if from_picture else given
         infotexts = [text["parameters"] for text in texts]
-        info = self._info(wanted, row, results, given) | {"infotexts": infotexts}
+        info = self._info(serving.name, wanted, row, results, given) | {"infotexts": infotexts}
         return JSONResponse({"images": sent, "parameters": echo, "info": json.dumps(info)})
 
-    def _info(self, wanted: Asked, row: Row, results: list[Result], given: dict[str, Any]) -> dict[str, Any]:
+    def _info(
+        self, model: str, wanted: Asked, row: Row, results: list[Result], given: dict[str, Any]
+    ) -> dict[str, Any]:  # fmt: skip
         seeds = [result.seed for result in results]
         prompt, negative = str(given.get("prompt") or ""), str(given.get("negative_prompt") or "")
         solver = row.scheduler.get("solver") if isinstance(row.scheduler, dict) else row.scheduler
@@ -260,7 +275,7 @@ class Api:
             "all_subseeds": [-1] * len(seeds), "subseed_strength": 0, "width": row.width, "height": row.height,
             "sampler_name": SAMPLERS.get(str(solver), solver), "cfg_scale": row.guidance_scale,
             "steps": row.num_inference_steps, "batch_size": row.num_images, "restore_faces": False,
-            "sd_model_name": self.serving.name, "denoising_strength": row.strength, "clip_skip": row.clip_skip or 1,
+            "sd_model_name": model, "denoising_strength": row.strength, "clip_skip": row.clip_skip or 1,
             "index_of_first_image": 0, "notes": wanted.notes,
         }  # fmt: skip
 
@@ -292,14 +307,6 @@ class Api:
     async def words(self) -> Any:
         """Return the textual inversions of the server."""
         return (await run_in_threadpool(self.serving.engine.words)).used
-
-    def _told(self) -> Origin:
-        """Return what the pictures' metadata says of what drew them, made once."""
-        if self._origin is None:
-            engine = self.serving.engine
-            job = engine.plan([engine.sample()])
-            self._origin = origin_of(job, config_of(job, engine)["binding"], engine.generator)
-        return self._origin
 
 
 async def _finished(events: AsyncIterator[Event], progress: Progress) -> list[Result]:

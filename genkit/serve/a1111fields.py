@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
@@ -13,6 +13,7 @@ from genkit.rows.found import Draft, number
 from genkit.rows.infotext import read_infotext
 from genkit.rows.plans import scheduler_options
 from genkit.rows.request import SEED_LIMIT
+from genkit.serve.openaifields import not_served
 from genkit.serve.rows import from_base64, picture
 
 OFF: tuple[Any, ...] = (None, False, 0, "", "None", "none", [], {})
@@ -45,17 +46,21 @@ MOST_BLUR = 64
 
 @dataclasses.dataclass
 class Asked:
-    """A row's fields, and what is done with its pictures: start and soft mask to lay them over; how they are sent."""
+    """A row's fields, and what is done with its pictures: start and soft mask to lay them over; how they are sent.
+
+    model: the name of the one that it asks for.
+    """
 
     fields: dict[str, Any]
     notes: list[str]
     start: Any = None
     soft: Any = None
     send: bool = True
+    model: str | None = None
 
 
-def asked(given: Mapping[str, Any], model: str, from_picture: bool) -> Asked:
-    """Return what a body of txt2img, or of img2img, asks for. model: the served one's name.
+def asked(given: Mapping[str, Any], models: Collection[str], from_picture: bool) -> Asked:
+    """Return what a body of txt2img, or of img2img, asks for. models: the names of those that are served.
 
     Raises InputError naming the parameter.
     """
@@ -80,11 +85,13 @@ def asked(given: Mapping[str, Any], model: str, from_picture: bool) -> Asked:
     counts = [number("num_images", given[name]) for name in ("batch_size", "n_iter") if given.get(name) is not None]
     draft.fields["num_images"] = counts[0] * (counts[1] if len(counts) > 1 else 1) if counts else 1
     _sampler(draft, given)
-    _settings(draft, given.get("override_settings") or {}, model)
+    model = _settings(draft, given.get("override_settings") or {}, models)
     _scripts(given.get("alwayson_scripts") or {})
     if given.get("save_images"):
         draft.notes.append("save_images: this server sends pictures and saves none")
-    found = Asked({"syntax": "a1111", **draft.fields}, draft.notes, send=given.get("send_images") is not False)
+    found = Asked(
+        {"syntax": "a1111", **draft.fields}, draft.notes, send=given.get("send_images") is not False, model=model
+    )
     if from_picture:
         _picture(found, given)
     elif given.get("init_images"):
@@ -129,8 +136,9 @@ def _sampler(draft: Draft, given: Mapping[str, Any]) -> None:
         raise InputError(f"eta: {eta:g}: {options['solver']} has 1; genkit has no other of it")
 
 
-def _settings(draft: Draft, settings: Any, model: str) -> None:
-    """Read override_settings, and the body of POST /options."""
+def _settings(draft: Draft, settings: Any, models: Collection[str]) -> str | None:
+    """Read override_settings, and the body of POST /options; return the name of the model, if they state one."""
+    model = None
     if not isinstance(settings, Mapping):
         raise InputError(f"override_settings: {shown(settings)} is no object of settings")
     for name, value in settings.items():
@@ -139,8 +147,9 @@ def _settings(draft: Draft, settings: Any, model: str) -> None:
                 draft.clip_skip(value)
         elif name == "sd_model_checkpoint":
             stem = str(value).split(" [")[0].rsplit("/", 1)[-1].removesuffix(".safetensors")
-            if value and stem != model:
-                raise InputError(f"sd_model_checkpoint: {shown(value)} is not served here; {model} is")
+            if value and stem not in models:
+                raise InputError(not_served("sd_model_checkpoint", value, models))
+            model = stem if value else model
         elif name == "sd_vae":
             if value not in (*OFF, "Automatic"):
                 raise InputError(f"sd_vae: {shown(value)}: the VAE is the one that the server was started with")
@@ -152,14 +161,16 @@ def _settings(draft: Draft, settings: Any, model: str) -> None:
             draft.notes.append(f"{name}: is not used")
         else:
             raise InputError(f"{shown(name)[1:-1]}: {shown(value)}: is no setting that this server changes")
+    return model
 
 
-def check_settings(settings: Any, model: str) -> None:
-    """Raise InputError for settings that would change later pictures: a server has one model, whoever calls it."""
+def check_settings(settings: Any, models: Collection[str]) -> str | None:
+    """Return the name of the model, if settings choose one. Raises InputError for others that would change pictures."""
     draft = Draft("a1111-api")
-    _settings(draft, settings, model)
+    model = _settings(draft, settings, models)
     if draft.fields:
         raise InputError("CLIP_stop_at_last_layers: is of a request: send it in override_settings")
+    return model
 
 
 def _scripts(scripts: Any) -> None:

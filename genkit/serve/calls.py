@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as Call
 
 from genkit.errors import HostError, InputError
+from genkit.job.origin import origin_of
 from genkit.pictures.encoders import Encoding
+from genkit.pictures.metadata import Origin
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.serve.engine import STOPPING, Full, ServingEngine
+from genkit.serve.feeder import config_of
 from genkit.serve.limits import Refused
 from genkit.serve.line import Event, Ticket
 from genkit.serve.rows import Intake, Most, Planned
@@ -24,7 +27,11 @@ from genkit.serve.rows import Intake, Most, Planned
 
 @dataclasses.dataclass
 class Serving:
-    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs."""
+    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs.
+
+    others: of several models, what there is for each by its name, this one first; one that is served alone has none.
+    replica: its name where it is one of several that answer; what one process keeps in memory is not served then.
+    """
 
     engine: ServingEngine
     intake: Intake
@@ -34,8 +41,20 @@ class Serving:
     host: str = "127.0.0.1"
     runs: Any = None
     drain: float = 30.0
+    replica: str = ""
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
+    others: dict[str, Serving] = dataclasses.field(default_factory=dict)
+    _origin: asyncio.Task[Origin] | None = None
     draining = stopped = False  # no new work is taken; nothing is drawn any more
+
+    @property
+    def models(self) -> dict[str, Serving]:
+        """What there is for each model by its name, the first one's first."""
+        return self.others or {self.name: self}
+
+    def of(self, name: Any) -> Serving:
+        """Return what there is for a model of a name, which is this one for any other name."""
+        return self.models.get(name, self) if isinstance(name, str) else self
 
     async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return planned rows. Raises Refused, 400 with the field as `param`."""
@@ -44,9 +63,20 @@ class Serving:
         except InputError as error:
             raise bad(str(error)) from None
 
+    def origin(self) -> Awaitable[Origin]:
+        """Return what to await for what pictures' metadata says of what drew them; it is found once.
+
+        The weights are hashed for it, beside the event loop: who calls this when a picture is asked for waits less.
+        """
+        failed = self._origin is not None and self._origin.done() and self._origin.exception() is not None
+        if self._origin is None or failed:
+            self._origin = asyncio.get_running_loop().create_task(run_in_threadpool(_origin, self.engine))
+        return asyncio.shield(self._origin)
+
     def check_ready(self) -> None:
         """Raise Refused, 503, where the server takes no new work."""
-        if self.draining:
+        first = next(iter(self.models.values()))
+        if first.draining:
             raise stopping()
         if not self.engine.ready:
             raise Refused(503, f"the server is not ready: {self.engine.why}", "not_ready", None, {"Retry-After": "5"})
@@ -83,6 +113,11 @@ class Serving:
 
         ticket = self.submit(rows, client_of(call), on, previews, steps, seed)
         return _followed(call, ticket, queue)
+
+
+def _origin(engine: ServingEngine) -> Origin:
+    job = engine.plan([])
+    return origin_of(job, config_of(job, engine)["binding"], engine.generator)
 
 
 async def _followed(call: Call, ticket: Ticket, queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:

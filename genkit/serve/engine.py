@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from genkit.errors import HostError, reason
@@ -19,7 +19,9 @@ from genkit.job.words import Inversions
 from genkit.options import Options
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.rows.settings import STEPS, cost
 from genkit.serve.line import Event, Line, Ticket
+from genkit.serve.turns import Turns
 
 if TYPE_CHECKING:
     from genkit.sampling.generators import Generator
@@ -43,15 +45,21 @@ class ServingEngine:
     """Loads a job's networks and draws rows that are submitted, from any thread.
 
     options: of the job; `seed` is not used. defaults: fields for rows that do not state them. most_cost: of what may
-    wait, in pictures of the model's own size and steps; one client may have half of it.
+    wait, in pictures of the model's own size and steps; one client may have half of it. turns: of several engines on
+    one device; it loads again when its turn comes, if it had to leave.
     """
 
-    def __init__(self, options: Options, defaults: dict[str, Any] | None = None, most_cost: float = 256.0) -> None:
+    def __init__(
+        self, options: Options, defaults: dict[str, Any] | None = None, most_cost: float = 256.0,
+        turns: Turns | None = None,
+    ) -> None:  # fmt: skip
         self.options, self.defaults, self.most_cost = options, defaults or {}, most_cost
+        self.turns = turns or Turns()
         self.models: Models = inspect_models(options)
         self.ready, self.why, self.broken = False, "the model is loading", False
         self.started = time.monotonic()
-        self.generator: Generator | None = None
+        self.generator: Generator | None = None  # stays when it leaves memory, as what is known of it does
+        self.loaded = False
         self.counts: Counter[str] = Counter()  # done, and failures by reason
         self.line: Line = Line(self.cost_of, lambda latent: self._preview(latent), self._count)
         self.observers: list[Callable[[Result, Ticket], None]] = []
@@ -61,9 +69,25 @@ class ServingEngine:
         self._began = 0.0
         self.panel: Any = None
         self.notes: tuple[str, ...] = ()  # of the model's files
+        self._long: list[Any] = []  # sets of prompts that were cut
+        self.line.gives_way = lambda busy: self.turns.gives_way(self, busy)
 
     def start(self) -> ServingEngine:
-        """Load the networks, draw one picture, then start the thread. Raises InputError and HostError as `load`."""
+        """Load the networks, then start the thread. Raises InputError and HostError as `load`."""
+        self.turns.ask(self)
+        with self.turns.turn(self):
+            self._load()
+        self.why = "no picture was drawn yet"
+        self._thread.start()
+        return self
+
+    def start_later(self) -> None:
+        """Start the thread, which loads when there is something to draw. Raises InputError for rows of its defaults."""
+        self.notes = self.plan([self.sample(seed=0)]).notes
+        self.ready, self.why = True, ""
+        self._thread.start()
+
+    def _load(self) -> None:
         job = self.plan([self.sample(seed=0)])
         self.notes = job.notes
         self.generator, self.panel = load(dataclasses.replace(job, inversions=self.words()), None)
@@ -71,10 +95,16 @@ class ServingEngine:
 
         g = self.generator
         self._preview = Preview(g.codec, g.geometry.channels, g.device)
-        self.why = "no picture was drawn yet"
-        self._began = time.monotonic()
-        self._thread.start()
-        return self
+        self._long = [encoder.truncated for encoder in self._encoders()]
+        self._began, self.line.idle, self.loaded = time.monotonic(), 0.0, True
+        self._ends.clear()
+
+    def unload(self) -> None:
+        """Leave memory; it is loaded again when its turn comes."""
+        if self.loaded and self.generator is not None:
+            self.loaded, self._preview = False, lambda latent: None
+            self.panel.unload()
+            self.generator.unload()
 
     def warm(self) -> None:
         """Draw a picture, after which the engine is ready. Raises HostError where that fails."""
@@ -114,7 +144,7 @@ class ServingEngine:
 
     def cut(self, rows: Sequence[Request]) -> list[str]:
         """Return what to say of drawn rows whose prompts are longer than the model reads."""
-        long = [encoder.truncated for encoder in self._encoders()]  # the thread that draws may add to them
+        long = self._long  # the thread that draws may add to them
         named = [(name, getattr(row, name)) for row in rows for name in ("prompt", "negative_prompt")]
         fields = dict.fromkeys(name for name, text in named if any(text in found for found in long))
         return [f"{name}: is longer than the model reads: its end had no say" for name in fields]
@@ -126,10 +156,9 @@ class ServingEngine:
 
     def cost_of(self, row: Request) -> float:
         """Return what an image of a planned row costs, in pictures of the model's own size and steps."""
-        g, usual = self.models.info.geometry, self.models.info.defaults.get("num_inference_steps", 30)
-        assert g is not None
-        pixels = (row.width or g.width) * (row.height or g.height)
-        return pixels * (row.num_inference_steps or usual) / (g.width * g.height * usual)
+        info = self.models.info
+        assert info.geometry is not None
+        return cost(row, info.geometry, usual_steps=info.defaults.get("num_inference_steps", STEPS))
 
     def submit(
         self, rows: Sequence[Request], client: str = "local", on: Callable[[Event], None] | None = None,
@@ -189,13 +218,19 @@ class ServingEngine:
     # The thread
 
     def _run(self) -> None:
-        assert self.generator is not None
         errors = 0
-        while not self.line.closed and errors < TRIES:
+        while self.line.wait() and errors < TRIES:
+            self.turns.ask(self)
+            waits = time.monotonic()
             try:
-                stream: Any = self.generator.stream(self.line, scorer=self.panel, slots=self.options.batch_size, seed=0)
-                with contextlib.closing(stream):
-                    for _ in stream:
+                with self.turns.turn(self) as mine:
+                    if not mine:
+                        return
+                    self.line.idle += time.monotonic() - waits
+                    if not self.loaded:
+                        self._load()
+                    self.turns.begin()
+                    for _ in self._stream():
                         errors = 0
             except Exception as error:
                 errors += 1
@@ -204,15 +239,21 @@ class ServingEngine:
         if not self.line.closed:
             self.ready, self.broken, self.why = False, True, f"the engine stopped {errors} times"
 
+    def _stream(self) -> Iterator[Result]:
+        assert self.generator is not None
+        stream: Any = self.generator.stream(self.line, scorer=self.panel, slots=self.options.batch_size, seed=0)
+        with contextlib.closing(stream):
+            yield from stream
+
     def _count(self, result: Result, ticket: Ticket, cost: float) -> None:
         done = result.status == "done"
         self.counts["done" if done else (result.reason or "failed")[:60]] += 1
         if done:
             self.ready, self.why = True, ""
             self._ends.append((time.monotonic() - self._began - self.line.idle, cost))
-        for encoder in self._encoders():
-            if len(encoder.truncated) > MOST_CUT:
-                encoder.truncated.clear()
+        for found in self._long:
+            if len(found) > MOST_CUT:
+                found.clear()
         for observer in self.observers:
             observer(result, ticket)
 
@@ -232,6 +273,7 @@ class ServingEngine:
     def close(self) -> None:
         """Give up what is left and end the thread."""
         self.ready, self.why = False, STOPPING
+        self.turns.close()
         self.line.close()
         if self._thread.is_alive():
             self._thread.join(60)

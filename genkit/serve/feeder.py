@@ -48,10 +48,7 @@ class Active:
         except BaseException:
             self.run.close()
             raise
-        prompts = [row.plain_prompt for row in self.job.rows]
-        from genkit.scoring.panel import Panel
-
-        self.panel = Panel(engine.panel.clip, prompts, engine.panel.head)
+        self._panels: tuple[Any, Any] | None = None
         self.left = deque(row for row in self.job.rows if self._lacks(row))
         self.flying: dict[str, tuple[Ticket, Request]] = {}
         self._failed: set[tuple[str, int]] = set()
@@ -90,7 +87,16 @@ class Active:
         """Give a picture the scores that compare it with the other prompts of its run."""
         if result.embedding is not None:
             others = {name: value for name, value in result.scores.items() if name not in CLIP_SCORES}
-            result.scores = others | self.panel.of_embedding(result.embedding, row.plain_prompt, row.labels)
+            result.scores = others | self._panel().of_embedding(result.embedding, row.plain_prompt, row.labels)
+
+    def _panel(self) -> Any:
+        """Return the engine's scorers, with the prompts of the run; the engine may have loaded anew."""
+        from genkit.scoring.panel import Panel
+
+        own = self.engine.panel
+        if self._panels is None or self._panels[0] is not own:
+            self._panels = own, Panel(own.clip, [row.plain_prompt for row in self.job.rows], own.head)
+        return self._panels[1]
 
     def take(self, row: Request, event: Event) -> None:
         """Take over an event of one of its rows. Raises HostError for the disk, and when the engine stopped."""

@@ -106,8 +106,10 @@ class Line(Draws):
         self.tickets: dict[str, Ticket] = {}
         self.halted = self.closed = False
         self.idle = 0.0  # seconds in which there was nothing to draw
-        self._idle_since: float | None = None
         self.watch = self
+        # Whether the stream is to end, for another one's turn, with what is in flight finished; called with whether
+        # there is something to draw
+        self.gives_way: Callable[[bool], bool] = lambda busy: False
 
     # What clients do
 
@@ -204,7 +206,7 @@ class Line(Draws):
             if self._held is not None:
                 held, self._held = self._held, None
                 return held
-            while self._clients and not self.halted:
+            while self._clients and not self.halted and not self.gives_way(True):
                 client, entries = next(iter(self._clients.items()))
                 entry = entries.popleft()
                 drawn = entry.draws.take()
@@ -226,13 +228,24 @@ class Line(Draws):
             return super().has_next()
 
     def more(self) -> bool:
-        """Wait for rows; False once the line is closed."""
+        """Wait for rows; False once the line is closed, and when it gives way."""
+        return self.wait(lambda: self.gives_way(self._some())) and not self.gives_way(self._some())
+
+    def _some(self) -> bool:
+        return not self.halted and (bool(self._clients) or self._held is not None)
+
+    def wait(self, ended: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for rows, or until `ended`; False once the line is closed."""
         with self._came:
-            self._idle_since = time.monotonic()
-            self._came.wait_for(lambda: self.closed or (bool(self._clients) and not self.halted))
-            self.idle += time.monotonic() - self._idle_since
-            self._idle_since = None
+            began = time.monotonic()
+            self._came.wait_for(lambda: self.closed or self._some() or ended())
+            self.idle += time.monotonic() - began
             return not self.closed
+
+    def nudge(self) -> None:
+        """Let the stream look whether it has to give way."""
+        with self._came:
+            self._came.notify()
 
     def report(self, result: Result) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from genkit.serve.engine import ServingEngine
 from genkit.serve.line import Ticket
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+SUMMED = ("rows_waiting", "queue_cost", "queue_most", "images_in_flight", "slots", "slots_used", "rate")
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """Counters of one server, in a registry of their own. engines: of its models, the first one's first."""
 
-    def __init__(self, engine: ServingEngine) -> None:
-        self.engine = engine
+    def __init__(self, engines: Sequence[ServingEngine]) -> None:
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
         self.pictures = Counter("genkit_pictures", "Pictures that were drawn.", **own)
@@ -35,8 +35,9 @@ class Metrics:
         self.drawing = Histogram(
             "genkit_drawing_seconds", "From the slot to the finished picture.", buckets=SECONDS, **own
         )
-        self.registry.register(_Now(engine))
-        engine.observers.append(self.finished)
+        self.registry.register(_Now(engines))
+        for engine in engines:
+            engine.observers.append(self.finished)
 
     def finished(self, result: Result, ticket: Ticket) -> None:
         """Count a result, in the thread that draws."""
@@ -59,13 +60,15 @@ class Metrics:
 class _Now:
     """Gauges that are read when they are asked for."""
 
-    def __init__(self, engine: ServingEngine) -> None:
-        self.engine = engine
+    def __init__(self, engines: Sequence[ServingEngine]) -> None:
+        self.engines = engines
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        now = self.engine.snapshot()
+        each = [engine.snapshot() for engine in self.engines]
+        now = {name: sum(one[name] or 0 for one in each) for name in SUMMED}
         gauges = {
-            "genkit_ready": ("1 once a picture was drawn.", float(now["ready"])),
+            "genkit_ready": ("1 once a picture was drawn.", float(each[0]["ready"])),
+            "genkit_models_loaded": ("Models in memory.", sum(engine.loaded for engine in self.engines)),
             "genkit_queue_rows": ("Rows with something to begin.", now["rows_waiting"]),
             "genkit_queue_cost": (
                 "What is not drawn, in pictures of the model's own size and steps.",
@@ -75,7 +78,7 @@ class _Now:
             "genkit_in_flight": ("Images in flight.", now["images_in_flight"]),
             "genkit_slots": ("Slots of the engine.", now["slots"]),
             "genkit_slots_used": ("Slots in use.", now["slots_used"]),
-            "genkit_rate": ("Cost drawn a second of busy time.", now["rate"] or 0.0),
+            "genkit_rate": ("Cost drawn a second of busy time.", now["rate"]),
             **_memory(),
         }
         for name, (text, value) in gauges.items():

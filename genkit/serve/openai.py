@@ -23,9 +23,9 @@ from genkit.rows.request import Request as Row
 from genkit.rows.result import Result
 from genkit.selection.decide import decide, image_name
 from genkit.serve.calls import Serving, bad, encoded, failed, pictures
-from genkit.serve.limits import STATUSES, Refused
+from genkit.serve.limits import STATUSES, Refused, alone
 from genkit.serve.line import Event
-from genkit.serve.openaifields import STOOD_FOR, Wanted, of_form, pictures_of, wanted
+from genkit.serve.openaifields import STOOD_FOR, Wanted, not_served, of_form, pictures_of, wanted
 from genkit.serve.rows import Planned
 
 KEPT_SECONDS, KEPT_BYTES = 3600.0, 2**28  # of pictures that are answered as a URL
@@ -120,20 +120,20 @@ def router(serving: Serving) -> APIRouter:
     began, shelf = int(time.time()), Shelf()
     found: dict[int | str, Any] = {code: STATUSES[code] for code in (400, 422, 429, 500, 503)}
 
-    def described() -> dict[str, Any]:
-        return {"id": serving.name, "object": "model", "created": began, "owned_by": "genkit"}
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": began, "owned_by": "genkit"}
 
     @routes.get("/models")
     async def models() -> Response:
-        """List the model that is served."""
-        return JSONResponse({"object": "list", "data": [described()]})
+        """List the models that are served."""
+        return JSONResponse({"object": "list", "data": [described(name) for name in serving.models]})
 
     @routes.get("/models/{name:path}", responses={404: STATUSES[404]})
     async def model(name: str) -> Response:
-        """Describe the served model."""
-        if name != serving.name and name not in STOOD_FOR:
-            raise _no_model(f"model: {name[:100]!r} is not served here; {serving.name} is")
-        return JSONResponse({**described(), "id": name})
+        """Describe a served model."""
+        if name not in serving.models and name not in STOOD_FOR:
+            raise _no_model(not_served("model", name[:100], serving.models))
+        return JSONResponse(described(name))
 
     @routes.post("/images/generations", responses={404: STATUSES[404], **found})
     async def generations(body: Generation, call: Request) -> Response:
@@ -189,7 +189,8 @@ async def _answered(
     serving: Serving, shelf: Shelf, call: Request, given: Mapping[str, Any], files: dict[str, bytes], kind: str
 ) -> Response:
     try:
-        asked = wanted(given, serving.name)
+        asked = wanted(given, serving.models)
+        serving = serving.of(given.get("model"))
         fields = asked.fields
         if files:
             drawn = await run_in_threadpool(pictures_of, files["image"], files.get("mask"))
@@ -198,6 +199,8 @@ async def _answered(
         raise _no_model(str(missing.args[0])) from None
     except InputError as wrong:
         raise bad(str(wrong)) from None
+    if asked.url and serving.replica:
+        raise alone("response_format: url (ask for b64_json): pictures at a URL are", "response_format")
     rows = await serving.rows([fields])
     if asked.stream:
         steps = rows[0].num_inference_steps or 1

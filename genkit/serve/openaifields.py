@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
@@ -48,15 +48,15 @@ class Wanted:
     partial: int
 
 
-def wanted(given: Mapping[str, Any], served: str) -> Wanted:
+def wanted(given: Mapping[str, Any], served: Collection[str]) -> Wanted:
     """Return what a body asks for; what is left of it are fields of a row. Raises InputError and LookupError.
 
-    served: the name of the model. LookupError: for a model of another name.
+    served: the names of the models. LookupError: for a model of another name.
     """
     left = {key: value for key, value in given.items() if value is not None and key not in NO_SAY}
-    model = left.pop("model", served)
-    if model != served and model not in STOOD_FOR:
-        raise LookupError(f"model: {shown(model)} is not served here; {served} is")
+    model = left.pop("model", None)
+    if model is not None and model not in STOOD_FOR and (not isinstance(model, str) or model not in served):
+        raise LookupError(not_served("model", model, served))
     for name, known in TAKEN.items():
         value = left.pop(name, None)
         if value is not None and value not in known:
@@ -80,6 +80,12 @@ def wanted(given: Mapping[str, Any], served: str) -> Wanted:
     if isinstance(prompt, str) and not prompt.strip():
         raise InputError("prompt: is missing")
     return Wanted(left, form, answer == "url", stream, partial)
+
+
+def not_served(field: str, name: Any, served: Collection[str]) -> str:
+    """Return what to say of a model of another name."""
+    there = f"{', '.join(served)[:300]} {'are' if len(served) > 1 else 'is'}"
+    return f"{field}: {shown(name)} is not served here{nearest(name, served)}; {there}"
 
 
 def _form(name: Any, compression: Any) -> Encoding:

@@ -56,11 +56,11 @@ class Planned(list[Request]):
 
 
 class Intake:
-    """Turns clients' fields into planned rows, by the rules of one server."""
+    """Turns clients' fields into planned rows, by the rules of one server. loras: more of its files, by name."""
 
-    def __init__(self, engine: ServingEngine, most: Most) -> None:
+    def __init__(self, engine: ServingEngine, most: Most, loras: Mapping[str, str] | None = None) -> None:
         self.engine, self.most = engine, most
-        self.loras = named_loras(engine.defaults.get("loras") or (), engine.options.lora_dir)
+        self.loras = dict(loras or {}) | named_loras(engine.defaults.get("loras") or (), engine.options.lora_dir)
 
     def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return the planned rows of several sets of fields, pictures as `data:` URLs, bytes or PIL images.

@@ -20,10 +20,12 @@ from genkit.errors import EXIT_OK, HostError, InputError
 from genkit.options import Options
 from genkit.serve.app import create_app
 from genkit.serve.calls import Serving
+from genkit.serve.choice import Choice
 from genkit.serve.engine import ServingEngine
 from genkit.serve.limits import is_loopback, read_keys
 from genkit.serve.rows import Intake, Most
 from genkit.serve.served import Runs
+from genkit.serve.turns import Turns
 from genkit.signals import Signals
 
 ANSWERED = 10  # seconds in which clients are told that the server ends
@@ -41,13 +43,16 @@ class Listen:
     drain: float = 30.0
 
 
-def run(options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float) -> int:
+def run(
+    options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float,
+    choice: Choice | None = None,
+) -> int:  # fmt: skip
     """Serve until a signal ends it; return the exit code. Raises InputError and HostError before it is ready."""
     from genkit.device.devices import reuse_memory
 
-    keys = _keys(listen)
+    keys = keys_of(listen)
     reuse_memory()
-    serving = prepare(options, defaults, listen, most, max_queue, keys)
+    serving = prepare(options, defaults, listen, most, max_queue, keys, choice)
     with contextlib.closing(bound(listen)) as listener:
         server = Server(serving, listener)
         loader = threading.Thread(target=server.load, name="genkit-load", daemon=True)
@@ -56,7 +61,8 @@ def run(options: Options, defaults: dict[str, Any], listen: Listen, most: Most, 
             server.run(sockets=[listener])
         finally:
             serving.stopped = True
-            serving.engine.close()
+            for one in serving.models.values():
+                one.engine.close()
             if serving.runs is not None:
                 serving.runs.close()
     if server.error is not None:
@@ -65,14 +71,23 @@ def run(options: Options, defaults: dict[str, Any], listen: Listen, most: Most, 
 
 
 def prepare(
-    options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float, keys: list[str]
-) -> Serving:
+    options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float, keys: list[str],
+    choice: Choice | None = None,
+) -> Serving:  # fmt: skip
     """Return what a server shares, with nothing loaded. Raises InputError for options that do not go together."""
-    engine = ServingEngine(options, defaults, max_queue)
-    engine.plan([engine.sample()])  # the defaults of rows fit the model
-    intake = Intake(engine, most)
-    runs = None if listen.runs is None else Runs(listen.runs, intake)
-    return Serving(engine, intake, most, served_name(engine), keys, listen.host, runs, listen.drain)
+    turns = Turns() if choice is None else Turns(choice.loaded)
+    wanted = {None: (options, {})} if choice is None else choice.of(options)
+    others: dict[str, Serving] = {}
+    for name, (own, loras) in wanted.items():
+        engine = ServingEngine(own, defaults, max_queue, turns)
+        engine.plan([engine.sample()])  # the defaults of rows fit the model
+        intake = Intake(engine, most, loras)
+        named = name or served_name(engine)
+        others[named] = Serving(engine, intake, most, named, keys, listen.host, drain=listen.drain, others=others)
+    first = next(iter(others.values()))
+    if listen.runs is not None:
+        first.runs = Runs(listen.runs, first.intake)
+    return first
 
 
 def served_name(engine: ServingEngine) -> str:
@@ -84,7 +99,8 @@ def served_name(engine: ServingEngine) -> str:
     return path.stem if path.suffix == ".safetensors" else path.name
 
 
-def _keys(listen: Listen) -> list[str]:
+def keys_of(listen: Listen) -> list[str]:
+    """Return the keys that calls need; none where none is asked for. Raises InputError."""
     if listen.key_file is not None:
         if listen.no_key:
             raise InputError("--no-key: does not go with --api-key-file")
@@ -124,7 +140,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             create_app(serving), log_level="warning", access_log=False, server_header=False, lifespan="off",
             timeout_graceful_shutdown=ANSWERED, timeout_keep_alive=30, limit_concurrency=1000,
-            h11_max_incomplete_event_size=2**16,
+            http="h11", loop="asyncio", h11_max_incomplete_event_size=2**16,  # whatever else is installed
         )  # fmt: skip
         super().__init__(config)
 
@@ -140,6 +156,8 @@ class Server(uvicorn.Server):
         try:
             self.serving.engine.start()
             self.serving.engine.warm()
+            for other in list(self.serving.models.values())[1:]:
+                other.engine.start_later()
             if self.serving.runs is not None:
                 self.serving.runs.feeder.start()
             print(self.address, flush=True)
@@ -178,9 +196,11 @@ class Server(uvicorn.Server):
         if serving.engine.ready:
             if serving.runs is not None:
                 serving.runs.feeder.settle(self.serving.drain)
-            serving.engine.drain(max(0.0, end - time.monotonic()))
+            for one in serving.models.values():
+                one.engine.drain(max(0.0, end - time.monotonic()))
         serving.stopped = True
-        serving.engine.give_up()
+        for one in serving.models.values():
+            one.engine.give_up()
         self._leave()
 
     def _leave(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from genkit.options import Options
+from genkit.serve.choice import Choice
 from genkit.serve.rows import Most
 from genkit.serve.server import Listen, Server, bound, prepare
 
@@ -29,12 +30,12 @@ class Served:
         return self.engine.snapshot()
 
 
-def serve(options: Options, most: Most | None = None, keys: Sequence[str] = (), **listen: Any) -> Served:
+def serve(
+    options: Options, most: Most | None = None, keys: Sequence[str] = (), choice: Choice | None = None, **listen: Any
+) -> Served:  # fmt: skip
     """Start a server on a free port; return it once it is ready."""
-    where = Listen(port=0, **listen)
-    server = Server(
-        prepare(options, {}, where, most or Most(pixels=128 * 128, steps=60, images=8), 64.0, [*keys]), bound(where)
-    )
+    where, most = Listen(port=0, **listen), most or Most(pixels=128 * 128, steps=60, images=8)
+    server = Server(prepare(options, {}, where, most, 64.0, [*keys], choice), bound(where))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [server.listener]}, daemon=True)
     thread.start()
     server.load()

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from genkit.components.info import weight_hashes
 from genkit.pages.look import look
 from genkit.rows.request import Request
 from genkit.serve import desks
@@ -93,7 +94,10 @@ def test_a_job_grows_and_its_picture_gives_its_settings_back(served: Served, des
     assert [p["seed"] for p in told["pictures"]] == [5, 6] and "clip" in told["pictures"][0]["scores"]
     assert told["settings"]["num_inference_steps"] == 3 and told["fields"]["negative_prompt"] == "blue"
     data = desk.picture(job, 1).content
-    assert Image.open(io.BytesIO(data)).size == (128, 128)
+    picture = Image.open(io.BytesIO(data))
+    assert picture.size == (128, 128)
+    weights = json.loads(picture.text["genkit"])["weights"]  # type: ignore[attr-defined]
+    assert weights == weight_hashes(served.engine.models.info)
     found = desk.http.post("/app/settings", content=data).json()
     same = {"prompt": "a red apple", "negative_prompt": "blue", "seed": 6, "num_inference_steps": 3}
     assert found["fields"].items() >= (same | {"scheduler": "euler"}).items() and found["notes"] == []
@@ -192,7 +196,7 @@ def test_memory_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> N
     for desk, number, kept, state in ((own, "1", True, "done"), (own, "2", None, "done"), (other, "1", None, "done"),
                                       (other, "2", None, "drawing")):  # fmt: skip
         pictures = {0: desks.Picture({"index": 0}, b"x" * 100, kept)}
-        desk.jobs[number] = desks.Work(number, {}, Request(num_images=2), state, pictures=pictures)
+        desk.jobs[number] = desks.Work(number, {}, Request(num_images=2), served.serving, state, pictures=pictures)
     for most, left in ((400, "12 12"), (399, "1 12"), (250, "1 2"), (1, "1 2")):  # one that is over stays
         monkeypatch.setattr(desks, "BYTES", most)
         tray._make_room()

@@ -3,25 +3,35 @@ import { $, button, cut, make, say } from "./base.js";
 
 const NUMBERS = ["num_images", "num_inference_steps", "guidance_scale", "width", "height", "seed"];
 const WORDS = ["prompt", "negative_prompt"];
-const OWN = [...NUMBERS, ...WORDS, "scheduler", "loras", "strength", "keep", "image", "mask_image"];
+const OWN = [...NUMBERS, ...WORDS, "scheduler", "loras", "strength", "keep", "image", "mask_image", "model"];
 const USUAL_STRENGTH = "0.6";
 let about = null;
+let models = new Map();  // by name, what `about` is of each
 let extra = {};  // fields that the form has no place for, as from a picture file
 const start = { image: null, mask: null, touched: false };
 
 export const startPicture = () => start.image;
 
-export function setUp(found) {
+// What the form shows of one of the server's models.
+function take(found) {
   about = found;
-  $("model").textContent = found.model;
+  $("model").textContent = $("choice").value = found.model;
   document.title = `${found.model} · genkit`;
   $("words").hidden = !found.text;
   $("scored").hidden = !found.scores;
+  for (const side of ["width", "height"]) $(side).step = found.multiple;
+}
+
+export function setUp(found) {
+  models = new Map(found.models.map((one) => [one.model, one]));
+  for (const name of models.keys()) $("choice").append(new Option(name, name));
+  $("which").hidden = models.size < 2;
+  $("choice").addEventListener("change", () => { take(models.get($("choice").value)); usual(); });
+  take(found);
   for (const name of found.solvers) $("solver").append(new Option(name, name));
   for (const name of found.spacings) $("spacing").append(new Option(name, name));
   $("num_images").max = found.most.images;
   $("num_inference_steps").max = found.most.steps;
-  for (const side of ["width", "height"]) $(side).step = found.multiple;
   $("loras").hidden = !found.loras.length;
   for (const name of found.loras) {
     const box = make("input"), weight = make("input");
@@ -41,6 +51,7 @@ export function usual() {
 
 // Fields that are not stated are the model's own.
 export function fill(fields) {
+  if (models.has(fields.model)) take(models.get(fields.model));
   const all = { ...about.defaults, ...fields };
   for (const name of [...NUMBERS, ...WORDS]) if (name !== "num_images" || all[name]) $(name).value = all[name] ?? "";
   if (Array.isArray(all.seed)) $("seed").value = all.seed[0];
@@ -78,6 +89,7 @@ function showExtra() {
 // The row as the form states it. Throws nothing: the server says what is wrong.
 export function read() {
   const fields = { ...extra };
+  if (models.size > 1) fields.model = about.model;
   for (const name of NUMBERS) if ($(name).value !== "") fields[name] = Number($(name).value);
   if (about.text) for (const name of WORDS) if ($(name).value || name === "prompt") fields[name] = $(name).value;
   const solver = $("solver").value, spacing = $("spacing").value;

@@ -1,0 +1,87 @@
+"""A folder of models and LoRAs, as people keep them: what is in it, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from genkit.components import ModelInfo, inspect_model
+from genkit.components.single import LORA, kind_of
+from genkit.components.weights import read_file
+from genkit.components.words import embedding_in
+from genkit.errors import InputError
+from genkit.files import place, user_path
+
+MARKS = ("model_index.json", "config.json")  # of a folder that is a model
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something in the folder. kind: as ModelInfo has it, or lora, or embedding; None if it is not taken, and `why`."""
+
+    name: str
+    path: Path
+    kind: str | None
+    info: ModelInfo | None = None
+    why: str = ""
+
+    @property
+    def draws(self) -> bool:
+        """Whether it is a model that draws by itself."""
+        return self.info is not None and self.info.geometry is not None and not self.info.geometry.refines
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `genkit models` prints, as JSON values."""
+        about: dict[str, Any] = {"name": self.name, "path": str(self.path), "kind": self.kind or "refused"}
+        if self.info is not None:
+            found = self.info.describe()
+            about |= {key: found[key] for key in ("family", "size", "parameters") if key in found}
+        return about | ({"why": self.why} if self.why else {})
+
+
+def collection(folder: str | Path, variant: str | None = None) -> list[Item]:
+    """Return what is in a folder and those below it, by name; no weights are read.
+
+    A model is a folder as diffusers saves it, or a .safetensors file, which is called by its name without the suffix.
+    What cannot be taken is there with the reason. Raises InputError for a folder that is none, and for two of one name.
+    """
+    root = user_path(str(folder))
+    if not root.is_dir():
+        raise InputError(f"{place(root)}: is no folder")
+    found: dict[str, Item] = {}
+    for path in _candidates(root):
+        item = _item(path, variant)
+        other = found.setdefault(item.name, item)
+        if other is not item:
+            raise InputError(f"{place(root)}: {item.name} is the name of {place(other.path)} and of {place(path)}")
+    return [found[name] for name in sorted(found, key=str.casefold)]
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if any((path / mark).is_file() for mark in MARKS):
+                yield path
+            else:
+                yield from _candidates(path)
+        elif path.suffix == ".safetensors":
+            yield path
+
+
+def _item(path: Path, variant: str | None) -> Item:
+    name = path.stem if path.is_file() else path.name
+    try:
+        if path.is_file():
+            if embedding_in(str(path)) is not None:
+                return Item(name, path, "embedding")
+            tensors, _ = read_file(path)
+            if kind_of({tensor.key: tensor for tensor in tensors}) == f"is {LORA}":
+                return Item(name, path, "lora")
+        info = inspect_model(str(path), variant=variant if path.is_dir() else None)
+    except InputError as error:
+        return Item(name, path, None, why=str(error).removeprefix(f"{place(path)}: "))
+    return Item(name, path, info.kind, info)

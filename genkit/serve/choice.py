@@ -1,0 +1,57 @@
+"""A folder of models and LoRAs that are served by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from genkit.components.collection import Item, collection
+from genkit.errors import InputError, nearest
+from genkit.files import place
+from genkit.options import Options
+
+# Options that are of one model, whose kind they have to fit
+OF_ONE = ("vae", "text_encoder", "embeddings", "embedding_dir", "refiner", "refiner_start")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The models below a folder; at most `loaded` of them are in memory at once."""
+
+    folder: Path
+    loaded: int = 1
+
+    def of(self, options: Options) -> dict[str | None, tuple[Options, dict[str, str]]]:
+        """Return the options and LoRAs of each model by its name, the one that is loaded first before the others.
+
+        That is `options.model` if it is the name of one, else the first of the alphabet. What in the folder cannot be
+        taken is said on stderr. Raises InputError where there is no model, and for options that are of one model.
+        """
+        for name in OF_ONE:
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')}: does not go with --models: it is of one model")
+        if options.prediction != "auto":
+            raise InputError("--prediction: does not go with --models: it is of one model")
+        items = collection(self.folder, options.variant)
+        drawing = {item.name: item for item in items if item.draws}
+        for item in items:
+            if item.why:
+                print(f"--models: {place(item.path)}: {item.why}", file=sys.stderr)
+        if not drawing:
+            raise InputError(f"--models: {place(self.folder)}: has no model that draws")
+        first = self._first(options, drawing)
+        loras = {item.name: str(item.path) for item in items if item.kind == "lora"}
+        names = [first, *(name for name in drawing if name != first)]
+        return {name: (dataclasses.replace(options, model=str(drawing[name].path)), loras) for name in names}
+
+    def _first(self, options: Options, drawing: dict[str, Item]) -> str:
+        if options.model == Options.model:
+            return next(iter(drawing))
+        if options.model not in drawing:
+            there = ", ".join(drawing)
+            raise InputError(
+                f"--model: {options.model} is not in {place(self.folder)}{nearest(options.model, drawing)}; "
+                f"there: {there[:300]}"
+            )
+        return options.model
