@@ -52,7 +52,7 @@ class Server:
         self.restarts: list[tuple[float, float]] = []  # from the signal until it is ready
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, seconds: float = 120.0) -> None:
+    def start(self, seconds: float = 300.0) -> None:
         """Start, and wait until pictures are drawn."""
         options = ["--model", "emoji", "--port", str(self.port), "--runs", str(self.runs), "--drain", "3"]
         with open(self.log, "ab") as log:

@@ -155,7 +155,7 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None) 
         except (InputError, HostError):
             raise
         except Exception as error:
-            raise HostError(f"Ray Serve: {_why(str(error)) or reason(error)}") from None
+            raise HostError(f"Ray Serve: {_why(serve) or reason(error)}") from None
         finally:
             if address is not None:  # a Ray of this command ends with it
                 _end(serve)
@@ -198,10 +198,13 @@ def _end(serve: Any) -> None:
             serve.shutdown()
 
 
-def _why(said: str) -> str | None:
-    """Return what a replica died of, from what Ray Serve says of it."""
-    found = re.findall(r"(?:InputError|HostError|OutOfMemoryError|RuntimeError): (.+)", said)
-    return found[-1].strip() if found else None
+def _why(serve: Any) -> str | None:
+    """Return what a replica could not start of, from what Ray Serve says of it."""
+    said = ""
+    with contextlib.suppress(Exception):
+        said = serve.status().applications[APP].deployments[REPLICA].message
+    found = re.findall(r"[A-Za-z]*Error: (.+)", said)
+    return found[-1].strip() if found else said.strip().replace("\n", " ")[-300:] or None
 
 
 __all__ = ["Replica", "application", "run"]
