@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import queue
+import secrets
 import shutil
 import signal
 import socket
@@ -23,6 +25,8 @@ THREADS = 8  # calls that an actor takes at a time: two chunks, a recall, a halt
 STORE = 2**27  # bytes of a local Ray's object store: the job is in it, and little else
 SECONDS = 10  # to find a cluster
 GONE = 5.0  # seconds between two looks whether any node is alive
+_LOGGER = logging.getLogger("ray")
+_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 class RayPool:
@@ -40,10 +44,14 @@ class RayPool:
         self.gpu, self.threads, self.local = gpu, threads, address is None
         self.lost = False
         self._temporary: str | None = None
+        self._level = _LOGGER.level
         self.folder = folder
         self.recorded: dict[str, Any] | None = None
         self._looked = time.monotonic()
         try:
+            _LOGGER.setLevel(
+                max(self._level, logging.ERROR)
+            )  # its warnings, of tokens say, would cut into the progress
             self._connect(address, workers)
             self.job = self.ray.put((job, folder))
             self.actor = self.ray.remote(_actor())
@@ -58,6 +66,7 @@ class RayPool:
         if address is None:
             os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for work beside other work
             self._temporary = tempfile.mkdtemp(prefix="gk-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+            _give_token()
             resources = {"num_cpus": workers * self.threads, "num_gpus": workers if self.gpu else 0}
             with _says("cannot start Ray here"):
                 self.ray.init(  # "local", as without an address it would take RAY_ADDRESS
@@ -69,8 +78,10 @@ class RayPool:
                     **quiet,
                 )
         else:
-            with _says(f"--ray: no cluster answers at {address}"):
-                self.ray.init(address=_answering(self.ray, address), **quiet)
+            address = _answering(self.ray, address)
+            hint = "is it Ray's port, and the token right (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)?"
+            with _says(f"--ray: the cluster at {address} does not let this process in: {hint}"):
+                self.ray.init(address=address, **quiet)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's own would leave without a word
 
@@ -144,6 +155,7 @@ class RayPool:
                 for worker in list(self.actors):
                     self.kill(worker)
                 self.ray.shutdown()
+        _LOGGER.setLevel(self._level)
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -174,6 +186,15 @@ def import_ray() -> Any:
     except ImportError:
         raise InputError("--workers and --ray: Ray is not installed: pip install 'genkit-diffusion[ray]'") from None
     return ray
+
+
+def _give_token() -> None:
+    """Give a Ray that is started here its token where Ray itself, which keeps one in the home, could write none."""
+    home = Path(os.environ.get("HOME", "/"))
+    own = home / ".ray"
+    writable = os.access(own if own.exists() else home, os.W_OK | os.X_OK)
+    if not writable and not any(os.environ.get(name) for name in _TOKENS) and not (own / "auth_token").exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _daemon(ray: Any) -> Any:
