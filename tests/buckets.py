@@ -1,4 +1,6 @@
-"""A real S3 server on loopback (moto), behind a proxy that answers 503, 403 or not at all when a test says so."""
+"""Real S3 servers on loopback (moto): one behind a proxy that answers 503, 403 or not at all when a test says so, and
+one in a process of its own that can be killed, and has what it had acknowledged when it is started again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,11 @@ import contextlib
 import http.client
 import io
 import logging
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -94,12 +101,7 @@ def bucket(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
     proxy = Proxy(server.get_host_and_port()[1])
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        patch.setenv(name, value)
-    storage._systems.clear()
+    _tell(patch, proxy.server_port)
     try:
         onward = http.client.HTTPConnection("127.0.0.1", server.get_host_and_port()[1])
         onward.request("POST", "/moto-api/reset")
@@ -112,6 +114,76 @@ def bucket(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         proxy.shutdown()
         proxy.server_close()
         server.stop()
+
+
+def _tell(patch: pytest.MonkeyPatch, port: int) -> None:
+    """Let the environment name a server."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        patch.setenv(name, value)
+    storage._systems.clear()
+
+
+class Server:
+    """A server in a process of its own, with a bucket, behind a proxy. It keeps its objects in memory, and moto's
+    recorder writes every request to `file` before it is answered: one that starts again does them all again, and
+    is reached by nobody before that.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.proxy = file, Proxy(0)
+        self.start()
+        assert self._ask("PUT", f"/{BUCKET}") == 200
+
+    def start(self) -> None:
+        """Start it, with what it had acknowledged before it was killed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.proxy.behind = free.getsockname()[1]
+        again = self.file.exists()
+        if again:  # without the line that the kill has torn, whose request had no answer
+            kept = self.file.read_bytes()
+            self.file.write_bytes(kept[: kept.rfind(b"\n") + 1])
+        told = {**os.environ, "MOTO_ENABLE_RECORDING": "1", "MOTO_RECORDER_FILEPATH": str(self.file)}
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.proxy.behind)]
+        self.process = subprocess.Popen(command, env=told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.proxy.behind)).close()
+                break
+            time.sleep(0.05)
+        assert not again or self._ask("POST", "/moto-api/recorder/replay-recording") == 200
+        self.proxy.answer = None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.proxy.answer = 0
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self.proxy.shutdown()
+        self.proxy.server_close()
+
+    def _ask(self, method: str, path: str) -> int:
+        """Send a request past the proxy; return the status of the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.behind, timeout=60)
+        connection.request(method, path)
+        return connection.getresponse().status
+
+
+@contextlib.contextmanager
+def lasting_bucket(patch: pytest.MonkeyPatch, file: Path) -> Iterator[Server]:
+    """Serve an empty bucket from a process that a test may kill and start; `file`: where it keeps its requests."""
+    server = Server(file)
+    _tell(patch, server.proxy.server_port)
+    try:
+        yield server
+    finally:
+        storage._systems.clear()
+        server.close()
 
 
 def download(folder: StoragePath, to: Path) -> Path:

@@ -217,6 +217,6 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "--command":
         cores = int(sys.argv[2])
-        crew.usable_cores = lambda: cores  # type: ignore[attr-defined]
+        crew.usable_cores = lambda: cores
         sys.exit(cli.run(sys.argv[3:]))
     sys.exit(main(sys.argv[1:]))

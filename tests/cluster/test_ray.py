@@ -92,7 +92,7 @@ plain = raypool._actor
 def deadly(actor: type) -> type:
     """A worker whose process is killed once it is to read a prompt with "deadly" in it."""
 
-    class GenkitWorker(actor):  # type: ignore[misc]
+    class GenkitWorker(actor):
         def __init__(self, *told: Any) -> None:
             from genkit.components.text import TextEncoder
 
@@ -101,7 +101,7 @@ def deadly(actor: type) -> type:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return encode(self, prompts, *more, **named)
 
-            encode, TextEncoder.__call__ = TextEncoder.__call__, read  # type: ignore[method-assign]
+            encode, TextEncoder.__call__ = TextEncoder.__call__, read  # type: ignore[assignment, method-assign]
             super().__init__(*told)
 
     return GenkitWorker
@@ -110,7 +110,7 @@ def deadly(actor: type) -> type:
 def straggling(actor: type, log: Path) -> type:
     """A worker; the last of three takes a second and a half for each picture. What each gave back is in `log`."""
 
-    class GenkitWorker(actor):  # type: ignore[misc]
+    class GenkitWorker(actor):
         def open(self) -> Any:
             unet = self.worker.parts[0].unet
             forward = unet.forward
