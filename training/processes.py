@@ -54,11 +54,7 @@ def make_accelerator(recipe: Recipe, target: Any, out: Path) -> Any:
     for name, complaint in FOREIGN.items():
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise InputError(f"accelerate launch: {complaint}")
-    if _lone():
-        raise InputError(
-            "accelerate launch: starts one process on a CPU, whatever --num_processes says: genkit train … --processes "
-            "N, or accelerate launch --multi_gpu --num_processes N -m genkit train … --device cpu"
-        )
+    check_launch()
     _check_devices(target)
     if recipe.train.sharding == "full" and world() == 1:
         raise InputError("train.sharding: full is for several processes: genkit train … --processes 2, or torchrun")
@@ -72,10 +68,17 @@ def make_accelerator(recipe: Recipe, target: Any, out: Path) -> Any:
     return accelerator
 
 
-def _lone() -> bool:
-    """Whether `accelerate launch` started one process though several were asked for: then it has set an address."""
+def check_launch() -> None:
+    """Raise InputError where `accelerate launch` has started one process though several were asked for.
+
+    Of these it has set the address of the first, and no number.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    return launched and not any(name in os.environ for name in ("WORLD_SIZE", *_MPI))
+    if launched and not any(name in os.environ for name in ("WORLD_SIZE", *_MPI)):
+        raise InputError(
+            "accelerate launch: starts one process on a CPU, whatever --num_processes says: genkit train … --processes "
+            "N, or accelerate launch --multi_gpu --num_processes N -m genkit train … --device cpu"
+        )
 
 
 def _check_devices(target: Any) -> None:
