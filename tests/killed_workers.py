@@ -100,6 +100,7 @@ def _talk(
             fell.outlived += outlived(found)
         turns.pop()
         seen = pictures(run)
+        print(f"kill {fell.workers + fell.drivers} at {seen} pictures", file=sys.stderr)
     return child.communicate()
 
 

@@ -308,7 +308,8 @@ def _answering(ray: Any, address: str) -> str:
     """Return HOST:PORT of a cluster that takes calls: Ray itself would try for a minute. Raises HostError."""
     if address == "auto":
         running = sorted(ray._private.services.find_gcs_addresses())
-        address = os.environ.get("RAY_ADDRESS") or (running[0] if running else "")
+        started = ray._private.utils.read_ray_address()  # by `ray start`, and not for a run with --workers alone
+        address = os.environ.get("RAY_ADDRESS") or (started if started in running else next(iter(running), ""))
         if not address or address == "auto":
             raise HostError("--ray: auto: no cluster of Ray runs here, and RAY_ADDRESS names none")
     host, _, port = address.rpartition(":")

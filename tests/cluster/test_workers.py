@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,6 +256,18 @@ def test_a_ray_has_its_token_where_the_home_takes_none(tmp_path: Path, monkeypat
     monkeypatch.setenv("HOME", "/dev/null")
     raypool._give_token()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+@pytest.mark.parametrize(("started", "taken"), [("127.0.0.1:2", 2), ("127.0.0.1:9", 1), (None, 1)])
+def test_auto_is_the_cluster_that_was_started(monkeypatch: pytest.MonkeyPatch, started: str | None, taken: int) -> None:
+    """And not the Ray of another run on this machine, whose address is not recorded."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    services = SimpleNamespace(find_gcs_addresses=lambda: {"127.0.0.1:1", "127.0.0.1:2"})
+    ray = SimpleNamespace(
+        _private=SimpleNamespace(services=services, utils=SimpleNamespace(read_ray_address=lambda: started))
+    )
+    with pytest.raises(HostError, match=f"no cluster answers at 127.0.0.1:{taken}:"):
+        raypool._answering(ray, "auto")
 
 
 def test_workers_that_differ_in_free_memory_say_it_once(tmp_path: Path) -> None:
