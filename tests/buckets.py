@@ -8,7 +8,6 @@ import contextlib
 import http.client
 import io
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import pytest
@@ -29,14 +28,18 @@ ANSWERS = {503: "SlowDown", 403: "AccessDenied"}
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on; `answer`: 503 or 403 in place of that, 0 closes the connection; requests: how many so far."""
+    """Passes requests on; `answer`: 503 or 403 in place of that, 0 closes the connection; requests: how many so far.
+
+    kept: what the server has acknowledged of the requests that change something, in its order; None keeps nothing.
+    """
 
     answer: int | None = None
     requests = 0
+    kept: list[tuple[str, str, bytes, dict[str, str]]] | None = None
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behind = port
+        self.behind, self.turn = port, Lock()
         Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -59,13 +62,16 @@ class Handler(BaseHTTPRequestHandler):
         if answer is not None:
             self._send(answer, [], f"<Error><Code>{ANSWERS[answer]}</Code><Message>no</Message></Error>".encode())
             return
-        onward = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
         dropped = ("transfer-encoding", "content-length", "expect")
-        kept = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
-        onward.request(self.command, self.path, body, kept)
-        found = onward.getresponse()
-        self._send(found.status, found.getheaders(), found.read())
-        onward.close()
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+        asked = self.command, self.path, body, headers
+        if self.server.kept is None or self.command in ("GET", "HEAD"):
+            found = pass_on(self.server.behind, *asked)
+        else:
+            with self.server.turn:
+                found = pass_on(self.server.behind, *asked)
+                self.server.kept.append(asked)
+        self._send(*found)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _any
 
@@ -89,6 +95,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
+
+
+def pass_on(
+    port: int, method: str, path: str, body: bytes, headers: dict[str, str]
+) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Send a request; return status, headers and content of the answer."""
+    onward = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        onward.request(method, path, body, headers)
+        found = onward.getresponse()
+        return found.status, found.getheaders(), found.read()
+    finally:
+        onward.close()
 
 
 @contextlib.contextmanager
@@ -127,57 +146,48 @@ def _tell(patch: pytest.MonkeyPatch, port: int) -> None:
 
 
 class Server:
-    """A server in a process of its own, with a bucket, behind a proxy. It keeps its objects in memory, and moto's
-    recorder writes every request to `file` before it is answered: one that starts again does them all again, and
-    is reached by nobody before that.
+    """A server in a process of its own, with a bucket, behind a proxy.
+
+    It keeps objects in memory, so the proxy keeps the requests that it has acknowledged, and one that starts again is
+    sent them all again before anybody else reaches it.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.proxy = file, Proxy(0)
+    def __init__(self) -> None:
+        self.proxy = Proxy(0)
+        self.proxy.kept = [("PUT", f"/{BUCKET}", b"", {})]
         self.start()
-        assert self._ask("PUT", f"/{BUCKET}") == 200
 
     def start(self) -> None:
         """Start it, with what it had acknowledged before it was killed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.proxy.behind = free.getsockname()[1]
-        again = self.file.exists()
-        if again:  # without the line that the kill has torn, whose request had no answer
-            kept = self.file.read_bytes()
-            self.file.write_bytes(kept[: kept.rfind(b"\n") + 1])
-        told = {**os.environ, "MOTO_ENABLE_RECORDING": "1", "MOTO_RECORDER_FILEPATH": str(self.file)}
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.proxy.behind)]
-        self.process = subprocess.Popen(command, env=told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            port = self.proxy.behind = free.getsockname()[1]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(600):
             with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.proxy.behind)).close()
+                socket.create_connection(("127.0.0.1", port)).close()
                 break
             time.sleep(0.05)
-        assert not again or self._ask("POST", "/moto-api/recorder/replay-recording") == 200
+        for asked in self.proxy.kept or ():
+            pass_on(port, *asked)
         self.proxy.answer = None
 
     def kill(self) -> None:
         self.process.kill()
-        self.proxy.answer = 0
         self.process.wait()
+        self.proxy.answer = 0
 
     def close(self) -> None:
         self.kill()
         self.proxy.shutdown()
         self.proxy.server_close()
 
-    def _ask(self, method: str, path: str) -> int:
-        """Send a request past the proxy; return the status of the answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.behind, timeout=60)
-        connection.request(method, path)
-        return connection.getresponse().status
-
 
 @contextlib.contextmanager
-def lasting_bucket(patch: pytest.MonkeyPatch, file: Path) -> Iterator[Server]:
-    """Serve an empty bucket from a process that a test may kill and start; `file`: where it keeps its requests."""
-    server = Server(file)
+def lasting_bucket(patch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Serve an empty bucket from a process that a test may kill and start."""
+    server = Server()
     _tell(patch, server.proxy.server_port)
     try:
         yield server
