@@ -1,6 +1,6 @@
 """Runs of many workers on a real Ray, without kills and while its processes are killed, compared with one process.
 
-    python -m tests.killed_workers FOLDER [--kills 30] [--driver-kills 3] [--workers 2] [--rows 200]
+    python -m tests.killed_workers FOLDER [--kills 30] [--driver-kills 3] [--workers 2] [--rows 150]
 
 Prints a table, and exits with 1 when a picture is lost, there twice, torn, or another than that of one process. A
 worker is killed at a random moment, 2 to 5 seconds after the first picture that came since the last kill.
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--driver-kills", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--steps", type=int, default=30)
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True)
