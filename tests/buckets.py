@@ -1,4 +1,6 @@
-"""A real S3 server on loopback (moto), behind a proxy that answers 503, 403 or not at all when a test says so."""
+"""Real S3 servers on loopback (moto): one behind a proxy that answers 503, 403 or not at all when a test says so, and
+one in a process of its own that can be killed, and has what it had acknowledged when it is started again.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,14 @@ import contextlib
 import http.client
 import io
 import logging
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import pytest
@@ -22,14 +28,18 @@ ANSWERS = {503: "SlowDown", 403: "AccessDenied"}
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on; `answer`: 503 or 403 in place of that, 0 closes the connection; requests: how many so far."""
+    """Passes requests on; `answer`: 503 or 403 in place of that, 0 closes the connection; requests: how many so far.
+
+    kept: what the server has acknowledged of the requests that change something, in its order; None keeps nothing.
+    """
 
     answer: int | None = None
     requests = 0
+    kept: list[tuple[str, str, bytes, dict[str, str]]] | None = None
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behind = port
+        self.behind, self.turn = port, Lock()
         Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -52,13 +62,16 @@ class Handler(BaseHTTPRequestHandler):
         if answer is not None:
             self._send(answer, [], f"<Error><Code>{ANSWERS[answer]}</Code><Message>no</Message></Error>".encode())
             return
-        onward = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
         dropped = ("transfer-encoding", "content-length", "expect")
-        kept = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
-        onward.request(self.command, self.path, body, kept)
-        found = onward.getresponse()
-        self._send(found.status, found.getheaders(), found.read())
-        onward.close()
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+        asked = self.command, self.path, body, headers
+        if self.server.kept is None or self.command in ("GET", "HEAD"):
+            found = pass_on(self.server.behind, *asked)
+        else:
+            with self.server.turn:
+                found = pass_on(self.server.behind, *asked)
+                self.server.kept.append(asked)
+        self._send(*found)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _any
 
@@ -84,6 +97,19 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+def pass_on(
+    port: int, method: str, path: str, body: bytes, headers: dict[str, str]
+) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Send a request; return status, headers and content of the answer."""
+    onward = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        onward.request(method, path, body, headers)
+        found = onward.getresponse()
+        return found.status, found.getheaders(), found.read()
+    finally:
+        onward.close()
+
+
 @contextlib.contextmanager
 def bucket(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """Serve an empty bucket, by the environment, to this process and its children."""
@@ -94,12 +120,7 @@ def bucket(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
     proxy = Proxy(server.get_host_and_port()[1])
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        patch.setenv(name, value)
-    storage._systems.clear()
+    _tell(patch, proxy.server_port)
     try:
         onward = http.client.HTTPConnection("127.0.0.1", server.get_host_and_port()[1])
         onward.request("POST", "/moto-api/reset")
@@ -112,6 +133,67 @@ def bucket(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         proxy.shutdown()
         proxy.server_close()
         server.stop()
+
+
+def _tell(patch: pytest.MonkeyPatch, port: int) -> None:
+    """Let the environment name a server."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        patch.setenv(name, value)
+    storage._systems.clear()
+
+
+class Server:
+    """A server in a process of its own, with a bucket, behind a proxy.
+
+    It keeps objects in memory, so the proxy keeps the requests that it has acknowledged, and one that starts again is
+    sent them all again before anybody else reaches it.
+    """
+
+    def __init__(self) -> None:
+        self.proxy = Proxy(0)
+        self.proxy.kept = [("PUT", f"/{BUCKET}", b"", {})]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, with what it had acknowledged before it was killed."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = self.proxy.behind = free.getsockname()[1]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.05)
+        for asked in self.proxy.kept or ():
+            pass_on(port, *asked)
+        self.proxy.answer = None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.proxy.answer = 0
+
+    def close(self) -> None:
+        self.kill()
+        self.proxy.shutdown()
+        self.proxy.server_close()
+
+
+@contextlib.contextmanager
+def lasting_bucket(patch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Serve an empty bucket from a process that a test may kill and start."""
+    server = Server()
+    _tell(patch, server.proxy.server_port)
+    try:
+        yield server
+    finally:
+        storage._systems.clear()
+        server.close()
 
 
 def download(folder: StoragePath, to: Path) -> Path:

@@ -28,6 +28,7 @@ FOREIGN = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported; train.sharding=full shards the networks",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "no parallelism config is supported; train.sharding=full shards the networks",
 }
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # with --mpirun_hostfile
 _GONE = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 _FAILED, _CODE = "genkit/failed", "genkit/code"
 
@@ -53,6 +54,7 @@ def make_accelerator(recipe: Recipe, target: Any, out: Path) -> Any:
     for name, complaint in FOREIGN.items():
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise InputError(f"accelerate launch: {complaint}")
+    check_launch()
     _check_devices(target)
     if recipe.train.sharding == "full" and world() == 1:
         raise InputError("train.sharding: full is for several processes: genkit train … --processes 2, or torchrun")
@@ -64,6 +66,19 @@ def make_accelerator(recipe: Recipe, target: Any, out: Path) -> Any:
     )  # fmt: skip
     accelerator.gradient_accumulation_steps = 1  # a launcher's own would divide the loss once more
     return accelerator
+
+
+def check_launch() -> None:
+    """Raise InputError where `accelerate launch` has started one process though several were asked for.
+
+    Of these it has set the address of the first, and no number.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and not any(name in os.environ for name in ("WORLD_SIZE", *_MPI)):
+        raise InputError(
+            "accelerate launch: starts one process on a CPU, whatever --num_processes says: genkit train … --processes "
+            "N, or accelerate launch --multi_gpu --num_processes N -m genkit train … --device cpu"
+        )
 
 
 def _check_devices(target: Any) -> None:

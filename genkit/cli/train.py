@@ -30,10 +30,12 @@ def train(
     as_json: AsJson = False,
 ) -> int:
     """Train a model, or go on with it: the same command goes on exactly where the last one stopped."""
+    from genkit.training.processes import check_launch
     from genkit.training.recipe import read_recipe
 
     first = os.environ.get("RANK", "0") == "0"  # of several processes, which speaks and writes
     try:
+        check_launch()
         read = read_recipe(recipe, changes or ())
     except InputError as error:
         return fail(str(error), EXIT_INPUT) if first else EXIT_INPUT

@@ -164,7 +164,7 @@ class Workers:
         self.facts[name] = facts
         self.found |= facts["masks"]
         for line in facts["notes"]:
-            if line not in self.notes:
+            if not any(_plain(line) == _plain(said) for said in self.notes):
                 self.notes.append(line)
         here = {"genkit": __version__, "torch": version("torch")}
         for key, value in here.items():
@@ -198,6 +198,11 @@ class Workers:
                     return len(event.value)
                 _raise(event)
         return 0
+
+
+def _plain(line: str) -> str:
+    """Return a note without its fractions: of many workers each has another amount of memory free."""
+    return re.sub(r"[0-9]+\.[0-9]+", "#", line)
 
 
 def _raise(event: Event) -> None:

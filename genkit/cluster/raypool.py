@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import queue
+import secrets
 import shutil
 import signal
 import socket
@@ -23,6 +25,8 @@ THREADS = 8  # calls that an actor takes at a time: two chunks, a recall, a halt
 STORE = 2**27  # bytes of a local Ray's object store: the job is in it, and little else
 SECONDS = 10  # to find a cluster
 GONE = 5.0  # seconds between two looks whether any node is alive
+_LOGGER = logging.getLogger("ray")
+_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 class RayPool:
@@ -40,10 +44,13 @@ class RayPool:
         self.gpu, self.threads, self.local = gpu, threads, address is None
         self.lost = False
         self._temporary: str | None = None
+        self._level = _LOGGER.level
         self.folder = folder
         self.recorded: dict[str, Any] | None = None
         self._looked = time.monotonic()
         try:
+            # Its warnings, of tokens say, would cut into the progress
+            _LOGGER.setLevel(max(self._level, logging.ERROR))
             self._temporary = connect(self.ray, address, workers, gpu, threads)
             self.job = self.ray.put((job, folder))
             self.actor = self.ray.remote(_actor())
@@ -110,6 +117,7 @@ class RayPool:
         for worker in () if self.lost else list(self.actors):
             self.kill(worker)
         disconnect(self.ray, self._temporary, self.lost)
+        _LOGGER.setLevel(self._level)
 
     def _when(self, call: Any, worker: str, kind: str) -> None:
         call.future().add_done_callback(functools.partial(self._came, worker, kind))
@@ -152,6 +160,7 @@ def connect(ray: Any, address: str | None, workers: int, gpu: bool, threads: int
     if address is None:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for work beside other work
         temporary = tempfile.mkdtemp(prefix="gk-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+        _give_token()
         resources = {"num_cpus": workers * threads, "num_gpus": workers if gpu else 0}
         try:
             with _says("cannot start Ray here"):
@@ -167,8 +176,10 @@ def connect(ray: Any, address: str | None, workers: int, gpu: bool, threads: int
             disconnect(ray, temporary)
             raise
     else:
-        with _says(f"--ray: no cluster answers at {address}"):
-            ray.init(address=_answering(ray, address), **quiet)
+        address = _answering(ray, address)
+        hint = "is it Ray's port, and the token right (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)?"
+        with _says(f"--ray: the cluster at {address} does not let this process in: {hint}"):
+            ray.init(address=address, **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own would leave without a word
     return temporary
@@ -188,6 +199,15 @@ def disconnect(ray: Any, temporary: str | None, lost: bool = False) -> None:
             ray.shutdown()
     if temporary is not None:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _give_token() -> None:
+    """Give a Ray that is started here its token where Ray itself, which keeps one in the home, could write none."""
+    home = Path(os.environ.get("HOME", "/"))
+    own = home / ".ray"
+    writable = os.access(own if own.exists() else home, os.W_OK | os.X_OK)
+    if not writable and not any(os.environ.get(name) for name in _TOKENS) and not (own / "auth_token").exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _daemon(ray: Any) -> Any:
@@ -301,7 +321,8 @@ def _answering(ray: Any, address: str) -> str:
     """Return HOST:PORT of a cluster that takes calls: Ray itself would try for a minute. Raises HostError."""
     if address == "auto":
         running = sorted(ray._private.services.find_gcs_addresses())
-        address = os.environ.get("RAY_ADDRESS") or (running[0] if running else "")
+        started = ray._private.utils.read_ray_address()  # by `ray start`, and not for a run with --workers alone
+        address = os.environ.get("RAY_ADDRESS") or (started if started in running else next(iter(running), ""))
         if not address or address == "auto":
             raise HostError("--ray: auto: no cluster of Ray runs here, and RAY_ADDRESS names none")
     host, _, port = address.rpartition(":")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from genkit.components.hashcache import shared
 from genkit.components.shapes import Shapes
 from genkit.errors import InputError, nearest, shown
 from genkit.files import file_size, parse_json, place, read_json, refuse_pointer
@@ -269,7 +270,10 @@ def shape_text(shape: Iterable[int]) -> str:
 
 
 def hash_once(path: str | Path, weights_only: bool = False) -> str | None:
-    """Return `sha256` of a file, computed once as long as it does not change; None for one that is not there."""
+    """Return `sha256` of a file, computed once as long as it does not change; None for one that is not there.
+
+    Of a large file once for all processes of this machine: see hashcache.py.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -279,7 +283,7 @@ def hash_once(path: str | Path, weights_only: bool = False) -> str | None:
 
 @functools.lru_cache(1024)
 def _hashed(path: Path, _inode: int, _size: int, _changed: int, weights_only: bool) -> str:
-    return sha256(path, weights_only)
+    return shared(path, "weights" if weights_only else "whole", lambda: sha256(path, weights_only))
 
 
 def sha256(path: Path, weights_only: bool = False) -> str:

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from genkit import Request, generate
-from genkit.cluster import crew
+from genkit.cluster import crew, raypool
 from genkit.runs.records import parts_of
 from tests.check_run import check, outcome
+from tests.killed_workers import IMAGES, counted, killed, rows_of
 from tests.tiny import tiny_stable_diffusion
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("GENKIT_KILLS", "5"))  # of workers; by hand: GENKIT_KILLS=30 GENKIT_DRIVER_KILLS=3
-DRIVER_KILLS = int(os.environ.get("GENKIT_DRIVER_KILLS", "1"))
-ROWS, IMAGES, STEPS = 15 + 2 * KILLS, 4, 15
-
-
-def rows_of(count: int) -> list[Request]:
-    """Rows of the tiny model."""
-    return [Request(id=f"r{n}", prompt=f"fox {n}", num_images=IMAGES, num_inference_steps=STEPS) for n in range(count)]
+STEPS = 15
 
 
 @pytest.fixture(scope="module")
@@ -43,46 +34,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_three_workers_draw_what_one_process_draws(
     model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One of them slowly: in the end the others take over what it has not begun."""
     monkeypatch.setattr(crew, "usable_cores", lambda: 3)
+    monkeypatch.setattr(raypool, "_actor", lambda: straggling(plain(), tmp_path / "given"))
     rows = rows_of(9)
     generate(rows, tmp_path / "one", quiet=True, **model)
     summary = generate(rows, tmp_path / "three", quiet=True, workers=3, **model)
     assert (summary.exit_code, summary.new) == (0, 9 * IMAGES)
     assert outcome(tmp_path / "three") == outcome(tmp_path / "one")
     assert check(tmp_path / "three") == [] and parts_of(tmp_path / "three") == []
+    assert "w0002" in (tmp_path / "given").read_text()
 
 
 def test_killed_workers_and_drivers_lose_nothing(model: dict[str, Any], tmp_path: Path) -> None:
-    rows, run = rows_of(ROWS), tmp_path / "run"
+    """As `python -m tests.killed_workers`, which kills 30 workers and 3 drivers, does."""
+    rows, run = rows_of(20), tmp_path / "run"
     generate(rows, tmp_path / "one", quiet=True, **model)
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({k: v for k, v in r.to_json().items() if v is not None}) + "\n" for r in rows))
-    moment, killed, drivers = random.Random(7), 0, 0
-    while True:
-        child = start(file, run, model)
-        seen = pictures(run)
-        while child.poll() is None and (killed < KILLS or drivers < DRIVER_KILLS):
-            if pictures(run) <= seen:
-                time.sleep(0.05)
-                continue
-            time.sleep(moment.uniform(0, 0.3))
-            if drivers < DRIVER_KILLS and killed >= KILLS * (drivers + 1) // (DRIVER_KILLS + 1):
-                child.kill()
-                drivers += 1
-                child.wait()
-                break
-            for worker in workers(child.pid)[:1]:
-                os.kill(worker, signal.SIGKILL)
-                killed += 1
-            seen = pictures(run)
-        _, said = child.communicate()
-        assert child.returncode in (0, 1, -signal.SIGKILL), said
-        assert "Traceback" not in said
-        if child.returncode in (0, 1) and "set aside" not in said:
-            break
-    print(f"{killed} workers and {drivers} drivers were killed")
-    assert killed and drivers
-    assert check(run) == [] and outcome(run) == outcome(tmp_path / "one")
+    fell = killed(rows, run, Path(model["model"]), 3, 1, pause=(0.0, 0.5))
+    assert fell.workers and fell.drivers and not fell.outlived
+    assert outcome(run) == outcome(tmp_path / "one")
+    found = counted(run, rows)
+    assert (found["lost"], found["twice"], found["torn"]) == (0, 0, 0)
+
+
+def test_a_row_that_kills_its_workers_is_set_aside(
+    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Real processes: the third that dies when it reads that prompt is the last; the next start draws it."""
+    rows = [*rows_of(4), Request(id="bad", prompt="a deadly fox", num_images=1, num_inference_steps=STEPS)]
+    rows = [rows[4], *rows[:4]]
+    generate(rows, tmp_path / "one", quiet=True, **model)
+    with monkeypatch.context() as patch:
+        patch.setattr(raypool, "_actor", lambda: deadly(plain()))
+        summary = generate(rows, tmp_path / "run", workers=2, **model)
+    assert (summary.exit_code, summary.failed) == (1, 1)
+    said = capfd.readouterr().err
+    assert said.count("died: its process ended") == 3
+    assert "row bad: set aside: 3 workers died while it was drawn: its process ended" in said
+    assert not any(word in said for word in ("RAY_", "raylet", "WARNING", "ERROR", "Traceback"))  # of Ray itself
+    assert {one for one in outcome(tmp_path / "one") if one[0] != "bad"} < outcome(tmp_path / "run")
+    assert check(tmp_path / "run") == []
+    assert generate(rows, tmp_path / "run", quiet=True, **model).new == 1
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "one") and check(tmp_path / "run") == []
 
 
 def test_an_address_without_a_cluster_is_one_line(tmp_path: Path) -> None:
@@ -94,38 +87,47 @@ def test_an_address_without_a_cluster_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr and not (tmp_path / "x").exists()
 
 
-def start(file: Path, run: Path, model: dict[str, Any]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "genkit", "generate", str(file), "-o", str(run), "--workers", "2"]
-    command += ["--model", model["model"], "--clip", "none", "--batch-size", "1"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+plain = raypool._actor
 
 
-def pictures(run: Path) -> int:
-    return sum(1 for _ in run.glob("images/*.png"))
+def deadly(actor: type) -> type:
+    """A worker whose process is killed once it is to read a prompt with "deadly" in it."""
+
+    class GenkitWorker(actor):
+        def __init__(self, *told: Any) -> None:
+            from genkit.components.text import TextEncoder
+
+            def read(self: Any, prompts: Any, *more: Any, **named: Any) -> Any:
+                if "deadly" in str(prompts):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return encode(self, prompts, *more, **named)
+
+            encode, TextEncoder.__call__ = TextEncoder.__call__, read  # type: ignore[assignment, method-assign]
+            super().__init__(*told)
+
+    return GenkitWorker
 
 
-def workers(driver: int) -> list[int]:
-    """The processes of workers below a driver."""
-    parents = dict(_processes())
-    found = []
-    for pid in parents:
-        try:
-            name = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        above = pid
-        while above in parents and above != driver:
-            above = parents[above]
-        if name.startswith(b"ray::GenkitWorker") and above == driver:
-            found.append(pid)
-    return found
+def straggling(actor: type, log: Path) -> type:
+    """A worker; the last of three takes a second and a half for each picture. What each gave back is in `log`."""
 
+    class GenkitWorker(actor):
+        def open(self) -> Any:
+            unet = self.worker.parts[0].unet
+            forward = unet.forward
 
-def _processes() -> Iterator[tuple[int, int]]:
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            yield int(path.parent.name), int(fields[1])
+            def late(*told: Any, **named: Any) -> Any:
+                time.sleep(1.5 / STEPS)
+                return forward(*told, **named)
+
+            if self.worker.name == "w0002":
+                unet.forward = late
+            return super().open()
+
+        def give_back(self) -> Any:
+            found = super().give_back()
+            with open(log, "a") as file:
+                file.writelines(f"{self.worker.name}\n" for one in found[0] for _ in one.indexes)
+            return found
+
+    return GenkitWorker

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from genkit import HostError, InputError, Request, generate
+from genkit.cluster import raypool
 from genkit.cluster.crew import Workers, check_address, parse_workers, ray_crew
 from genkit.cluster.feed import Feed
 from genkit.cluster.units import Drawn, Unit
@@ -19,6 +23,7 @@ from genkit.job.run import Summary, run_job
 from genkit.options import Options
 from genkit.rows.result import Result
 from genkit.runs.records import parts_of, read_results
+from genkit.version import __version__
 from tests.check_run import check, lines_of, outcome
 from tests.cluster.pools import ThreadPool
 from tests.tiny import tiny_stable_diffusion
@@ -240,6 +245,37 @@ def test_more_workers_than_devices_are_refused(workers: int, device: str, text: 
     job = plan_job([Request(prompt="a")], Options(device=device), {})
     with pytest.raises(InputError, match=text):
         ray_crew(job, tmp_path, (workers, workers), None)
+
+
+def test_a_ray_has_its_token_where_the_home_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in raypool._TOKENS:
+        monkeypatch.setenv(name, "")
+    raypool._give_token()
+    assert not os.environ["RAY_AUTH_TOKEN"]  # Ray writes its own
+    monkeypatch.setenv("HOME", "/dev/null")
+    raypool._give_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+@pytest.mark.parametrize(("started", "taken"), [("127.0.0.1:2", 2), ("127.0.0.1:9", 1), (None, 1)])
+def test_auto_is_the_cluster_that_was_started(monkeypatch: pytest.MonkeyPatch, started: str | None, taken: int) -> None:
+    """And not the Ray of another run on this machine, whose address is not recorded."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    services = SimpleNamespace(find_gcs_addresses=lambda: {"127.0.0.1:1", "127.0.0.1:2"})
+    ray = SimpleNamespace(
+        _private=SimpleNamespace(services=services, utils=SimpleNamespace(read_ray_address=lambda: started))
+    )
+    with pytest.raises(HostError, match=f"no cluster answers at 127.0.0.1:{taken}:"):
+        raypool._answering(ray, "auto")
+
+
+def test_workers_that_differ_in_free_memory_say_it_once(tmp_path: Path) -> None:
+    facts = {"genkit": __version__, "torch": version("torch"), "host": "a", "masks": {}}
+    both = Workers(None, tmp_path, None)  # type: ignore[arg-type]
+    for n, note in enumerate(["4 images at once, 1.5 of 2.25 GiB", "4 images at once, 1.5 of 2.5 GiB", "8 images"]):
+        both._check(f"w{n}", {**facts, "notes": [note]})
+    assert both.notes == ["4 images at once, 1.5 of 2.25 GiB", "8 images"]
 
 
 def test_without_ray_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

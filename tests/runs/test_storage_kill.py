@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from genkit.runs.records import read_results
 from genkit.storage import StoragePath
 from genkit.studies.filter import refilter
 from genkit.studies.search import search
-from tests.buckets import BUCKET, bucket, download
+from tests.buckets import BUCKET, bucket, download, lasting_bucket
 from tests.check_run import check, outcome
 from tests.null_run import draw, rows_of
 
@@ -82,3 +83,48 @@ def test_generate_on_storage_that_fails_killed_and_gone_on_with(
         assert list((tmp_path / "tars").glob("*.tar"))
         seen = search(str(folder), "an apple", k=3)
         assert len(seen.results) == 3 and seen.new == 0 and seen.results[0]["file"].startswith(f"{folder}/images/")
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_is_killed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is killed; in the next one the server is, which starts again, and the run goes on; then it is killed."""
+    (tmp_path / "prompts.txt").write_text("".join(f"a red apple, number {n}\n" for n in range(7)))
+    settings = {"num_inference_steps": 2, "num_images": 4, "width": 64, "height": 64}
+    generate(tmp_path / "prompts.txt", tmp_path / "local", defaults=settings, quiet=True, batch_size=1)
+    with lasting_bucket(monkeypatch) as server:
+        folder = StoragePath(f"s3://{BUCKET}/run")
+        command = [sys.executable, "-m", "genkit", "generate", str(tmp_path / "prompts.txt"), "-o", str(folder)]
+        command += ["--steps", "2", "-n", "4", "--width", "64", "--height", "64", "--batch-size", "1"]
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_for(folder / "images", 3)
+        child.kill()
+        child.communicate()
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_for(folder / "images", 7)
+        server.kill()
+        time.sleep(1.5)
+        assert child.poll() is None
+        known = {path for method, path, *_ in server.proxy.kept or () if method == "PUT" and "/images/" in path}
+        server.start()
+        there = len((folder / "images").sizes())
+        assert there >= len(known) >= 7  # what was acknowledged
+        wait_for(folder / "images", there + 6)
+        child.kill()
+        assert child.communicate()[1].count("genkit:") == 0
+        summary = generate(tmp_path / "prompts.txt", str(folder), defaults=settings, quiet=True, batch_size=1)
+        assert summary.exit_code == 0 and 0 < summary.new < 28
+        assert outcome(download(folder, tmp_path / "copy")) == outcome(tmp_path / "local")
+        assert check(tmp_path / "copy") == []
+        for name, run in (("here", tmp_path / "local"), ("there", folder)):
+            refilter(run, rank_by="clip", keep=1, out=tmp_path / name, target=Target("webdataset"))
+        assert exported(tmp_path / "there") == exported(tmp_path / "here") and len(exported(tmp_path / "here")) == 7
+
+
+def exported(folder: Path) -> set[tuple[str, bytes]]:
+    """The pictures of a WebDataset, by name and content."""
+    found = set()
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            files = {m.name: tar.extractfile(m) for m in tar if m.name.endswith(".png")}
+            found |= {(name, file.read()) for name, file in files.items() if file is not None}
+    return found

@@ -63,15 +63,18 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(places: Path, kind: str = "unconditional", **train: Any) -> Any:
+    return make_recipe(values_of(places, kind, **train))
+
+
+def values_of(places: Path, kind: str = "unconditional", **train: Any) -> dict[str, Any]:
     """Of 19 pictures, four at a time, the last batch of an epoch is short: some shares of a step are unequal."""
     task, model, changes = KINDS[kind]
-    values = {
+    return {
         "task": task, "model": str(places / model), **changes,
         "data": {"path": str(places / "pictures"), "validation": 0.1, **changes.get("data", {})},
         "train": {"steps": STEPS, "batch_size": 4, "ema": 0.9, **changes.get("train", {}), **train},
         "evaluate": {"every": 3, "pictures": 4, "num_inference_steps": 2}, "save": {"every": 2, "keep_last": 3},
     }  # fmt: skip
-    return make_recipe(values)
 
 
 def alone(recipe: Any, out: Path) -> Path:
@@ -214,6 +217,7 @@ def test_sharding_that_does_not_go_is_refused(places: Path, kind: str, changes: 
         ({"ACCELERATE_USE_FSDP": "true"}, 0, "cpu", "accelerate launch: FSDP is asked for in the recipe"),
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 2, "cuda", "4 processes: this machine has 2 GPUs"),
         ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 2, "cuda:1", "2 processes take a GPU each: --device cuda"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "::1"}, 0, "cpu", "starts one process on a CPU, whatever"),
     ],
 )
 def test_what_a_launcher_asks_for_is_checked(
@@ -290,6 +294,29 @@ def test_every_task_is_the_same_in_two_processes(places: Path, tmp_path: Path, k
     whole = alone(recipe_of(places, kind, gradient_accumulation_steps=2), tmp_path / "whole")
     alone(recipe_of(places, kind, gradient_accumulation_steps=2, steps=3), tmp_path / "shared")
     assert pair(recipe_of(places, kind, gradient_accumulation_steps=2), tmp_path / "shared") == [0, 0]
+    assert set(differences(whole, tmp_path / "shared").values()) == {0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["cpu", "--multi_gpu"])
+def test_accelerate_launch_is_one_process_with_twice_the_accumulation(
+    places: Path, tmp_path: Path, launcher: str
+) -> None:
+    """Bit for bit. With --cpu it starts one process, whatever --num_processes says, which is refused."""
+    (tmp_path / "r.yaml").write_text(json.dumps(values_of(places)))
+    asked = ["--cpu"] if launcher == "cpu" else [launcher]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *asked, "--num_processes", "2"]
+    command += ["--main_process_port", "0", "-m", "genkit", "train", str(tmp_path / "r.yaml")]
+    command += ["-o", str(tmp_path / "shared"), "--device", "cpu"]
+    told = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}  # where no config of accelerate's is
+    found = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=120)
+    if launcher == "cpu":
+        assert found.returncode and "genkit: accelerate launch: starts one process on a CPU" in found.stderr
+        assert not (tmp_path / "shared").exists()
+        return
+    assert found.returncode == 0, found.stderr
+    whole = alone(recipe_of(places, gradient_accumulation_steps=2), tmp_path / "whole")
+    assert json.loads((tmp_path / "shared" / "run.json").read_text())["passes"] == 2
     assert set(differences(whole, tmp_path / "shared").values()) == {0.0}
 
 
