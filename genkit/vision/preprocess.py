@@ -37,7 +37,7 @@ class Processor:
     as they are. crop: (height, width) or None. scale: of levels 0 to 255. square: pad to a square with black at right
     and below, then resize as scipy does (OWLv2). bgr: blue first, red last (MobileViT). multiple: of DPT's processor:
     sides become multiples of it, of the picture's own proportions where keep_ratio is set. pad: fill up to multiples
-    of it with zeros on all sides.
+    of it with zeros on all sides. rounded: the corner of the crop is the nearest pixel (timm), else the one before.
     """
 
     size: Mapping[str, int] | None
@@ -51,6 +51,7 @@ class Processor:
     multiple: int | None = None
     keep_ratio: bool = False
     pad: int | None = None
+    rounded: bool = False
 
 
 _SIDE = whole(1, 8192)
@@ -231,7 +232,8 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
             fit = fit if processor.multiple is None else fitted_size(height, width, processor)
             x = (_by_pillow if x.device.type == "cpu" else _by_torch)(x, fit, processor.resample)
         if processor.crop is not None:
-            top, left = ((a - b) // 2 for a, b in zip(x.shape[-2:], processor.crop, strict=True))
+            beside = [a - b for a, b in zip(x.shape[-2:], processor.crop, strict=True)]
+            top, left = (round(n / 2) if processor.rounded else n // 2 for n in beside)
             x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
         x = x.float().mul_(processor.scale)
     x = (x.flip(1) if processor.bgr else x).float().to(pictures.device)
