@@ -126,7 +126,7 @@ def ours(sense: str, model: Path, batch: int) -> Work:
     from genkit.studies.senses import looked_at, read_ahead
     from genkit.vision.captioner import Captioner
     from genkit.vision.classifier import Classifier
-    from genkit.vision.depth import Depth, resized
+    from genkit.vision.depth import Depth
     from genkit.vision.detector import Detector
     from genkit.vision.segmenter import Segmenter, enlarged
 
@@ -145,7 +145,7 @@ def ours(sense: str, model: Path, batch: int) -> Work:
 
         def values(pixels: Any, sizes: list[tuple[int, int]]) -> list[Any]:
             found = depth.maps(pixels)
-            return [resized(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
+            return [depth.at_size(one[None], size)[0] for one, size in zip(found, sizes, strict=True)]
 
         return lambda files: [one for _, one in looked_at(files, depth, values)]
     if sense == "detect":

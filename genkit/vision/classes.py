@@ -130,4 +130,13 @@ CLASSES: dict[str, Kind] = {
         Processor({"height": 384, "width": 384}, "bicubic", (0.5,) * 3, (0.5,) * 3, multiple=1),
         nested={"backbone_config": ("dinov2",)},
     ),
+    "ZoeDepthForDepthEstimation": Kind(
+        "depth estimator", "zoedepth",
+        Processor({"height": 384, "width": 512}, "bilinear", (0.5,) * 3, (0.5,) * 3, multiple=1 / 32, keep_ratio=True,
+                  mirrored=True, corners=True),
+        nested={"backbone_config": ("beit",)}, renames=_OLD,
+    ),
+    "GLPNForDepthEstimation": Kind(
+        "depth estimator", "glpn", Processor(None, "bilinear", (0.0,) * 3, (1.0,) * 3, floor=32),
+    ),
 }  # fmt: skip
