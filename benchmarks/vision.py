@@ -8,9 +8,9 @@ ViT-B/16 at 352 with two texts, BLIP base at 384, Florence-2 base at 768 (captio
 Anything small at 518, ViT-B/16 at 224 with 1000 labels. --small: of a quarter of the width and a third of the depth, at
 the same size of pictures and with heads as wide, so that 1,000 pictures take minutes (decoding and preparing weigh more
 than in real ones). Both sides read the same JPEG files, at most 50 different ones, and let results go. Peers are the
-pipelines of transformers, the one for detection of which looks at a picture once for each word. It has none for CLIPSeg,
-for which each batch is what its documentation shows, a picture for every text, and none for captions: there it is the
-processor and `generate`.
+pipelines of transformers, the one for detection of which looks at a picture once for each word. It has none for
+CLIPSeg, for which each batch is what its documentation shows, a picture for every text, and none for captions: there it
+is the processor and `generate`.
 
 Each side runs in a process of its own, after one picture to warm up, in turns; the table has the medians. CPU
 seconds are of all threads, which other work on the machine lengthens less than the time by the clock. Memory is the
