@@ -36,8 +36,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e .
 	touch $@
 
+# timm without torchvision, which the tests stand in for: with it transformers prepares pictures otherwise than by Pillow.
 $(VENV)/.test-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[test]'
+	$(INSTALL) --no-deps timm
 	touch $@ $(VENV)/.installed
 
 clean:

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from transformers import (
+    BeitConfig,
     BitConfig,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
     DPTConfig,
     DPTForDepthEstimation,
+    GLPNConfig,
+    GLPNForDepthEstimation,
+    ZoeDepthConfig,
+    ZoeDepthForDepthEstimation,
 )
 
 from tests.senses import IMAGENET, SMALL
@@ -78,12 +83,42 @@ def tiny_depth_anything(folder: Path, **fields: Any) -> Path:
     return _write(DepthAnythingForDepthEstimation(config), folder, processor)
 
 
-def _write(model: Any, folder: Path, processor: dict[str, Any]) -> Path:
+def tiny_zoedepth(folder: Path, heads: int = 1, **processor: Any) -> Path:
+    """Write a ZoeDepthForDepthEstimation folder as Intel/zoedepth-nyu, with two heads as Intel/zoedepth-nyu-kitti."""
+    beit: Any = BeitConfig(  # type: ignore[call-arg]
+        **{**SMALL, "num_hidden_layers": 4}, image_size=32, patch_size=8, use_relative_position_bias=True,
+        reshape_hidden_states=False, out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    bins = [{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0, "name": name} for name in ("nyu", "kitti")[:heads]]
+    config = ZoeDepthConfig(
+        backbone_config=beit, neck_hidden_sizes=[8, 8, 12, 12], fusion_hidden_size=8, bottleneck_features=8,
+        num_relative_features=4, num_attractors=[4, 4, 2, 2], bin_embedding_dim=8, bin_configurations=bins,
+        num_patch_transformer_layers=4, patch_transformer_hidden_size=128, patch_transformer_intermediate_size=8,
+        patch_transformer_num_attention_heads=2,
+    )  # fmt: skip
+    stated = {"image_processor_type": "ZoeDepthImageProcessor", "size": {"height": 32, "width": 40}, "do_pad": True,
+              "ensure_multiple_of": 8, "keep_aspect_ratio": True, "resample": 2, **HALF}  # fmt: skip
+    stated = {name: value for name, value in {**stated, **processor}.items() if value is not None}
+    return _write(ZoeDepthForDepthEstimation(config), folder, stated, gain=1.5)
+
+
+def tiny_glpn(folder: Path) -> Path:
+    """Write a GLPNForDepthEstimation folder as vinvino02/glpn-nyu: sides of 32 pixels and multiples of them."""
+    config = GLPNConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=8,
+        mlp_ratios=[2, 2, 2, 2],
+    )  # fmt: skip
+    processor = {"feature_extractor_type": "GLPNFeatureExtractor", "do_rescale": True, "resample": 2,
+                 "size_divisor": 32, "do_normalize": None}  # fmt: skip
+    return _write(GLPNForDepthEstimation(config), folder, processor)
+
+
+def _write(model: Any, folder: Path, processor: dict[str, Any], gain: float = 1) -> Path:
     torch.manual_seed(9)
     with torch.no_grad():  # as drawn, depth is almost constant
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                weight.normal_(0, min(0.25, weight[0].numel() ** -0.5))
+                weight.normal_(0, gain * min(0.25, weight[0].numel() ** -0.5))
             elif "head" in name:
                 weight.fill_(0.3)
     model.save_pretrained(folder)

@@ -31,6 +31,7 @@ from genkit.errors import HostError
 if TYPE_CHECKING:
     import torch
 
+FIRST = "segmenter"  # among models that look at pictures: it is gone before the others come
 NO_LOOKS: Mapping[str, Look] = MappingProxyType({})
 STATE = 12  # float32 values per latent element of an image in flight: sample, solver history, noise, guidance
 
@@ -45,6 +46,7 @@ def need(
     channels, height, width = g.latent_shape(g.width, g.height)
     rows = 2 if g.text and not g.guidance_width else 1
     row = max(unet_row(configs[name], height, width) for name in UNETS if name in configs)
+    first, looks = looks.get(FIRST), {name: look for name, look in looks.items() if name != FIRST}
     score = 0 if clip is None else max(clip_row(clip["text_config"]), clip_row(clip["vision_config"]))
     return Need(
         weights={**weights, **{name: look.weights for name, look in looks.items()}},
@@ -58,6 +60,7 @@ def need(
         largest=largest,
         cost=cost,
         beside=beside,
+        first=0.0 if first is None else first.weights + first.picture,
     )
 
 
@@ -136,7 +139,8 @@ def describe(
     """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
 
     weights, and what an image in flight and a decode take; the peak of one image with everything on the device (high),
-    with one network at a time (low), and at the very least: layer by layer and in strips.
+    with one network at a time (low), and at the very least: layer by layer and in strips; masks: finding those in words
+    before anything else.
     looks: what vision models take in a dtype on a kind of device.
     """
     found: dict[str, Any] = {}
@@ -146,13 +150,15 @@ def describe(
             n = model_need(info, clip, stored, kind, largest, refiner, looks(stored, kind))
 
             found[kind] = {
+                **({"masks": gib(n.first)} if n.first else {}),
                 "weights": gib(sum(n.weights.values())),
                 "an_image": gib(n.image),
                 "a_decode": gib(n.decode * n.cost),
-                "high": gib(peak(n, RESIDENT, slots or 1)),
+                "high": gib(max(n.first, peak(n, RESIDENT, slots or 1))),
             }
             if kind == "cuda":
-                found[kind] |= {"low": gib(peak(n, TURNS, slots or 1)), "least": gib(peak(n, LAYERS, 1, 1, True))}
+                low, least = peak(n, TURNS, slots or 1), peak(n, LAYERS, 1, 1, True)
+                found[kind] |= {"low": gib(max(n.first, low)), "least": gib(max(n.first, least))}
             else:
                 found[kind]["free"] = gib(host_memory())
     return {"memory": memory, "memory_gib": found}

@@ -53,7 +53,7 @@ class Need:
     with guidance. area: latent positions (rows times columns) of that size. decode, strips: decoding one such image,
     whole and in strips. text: a batch of prompts; score: one picture in CLIP; looks: one picture in each vision model.
     cost: pixels of the job's largest picture relative to the model's own size. beside: whether decoding overlaps
-    denoising.
+    denoising. first: a model with its work that is alone on the device before any other is loaded ("segmenter").
     """
 
     weights: Mapping[str, float]
@@ -67,6 +67,7 @@ class Need:
     looks: Mapping[str, float] = dataclasses.field(default_factory=dict)
     cost: float = 1.0
     beside: bool = True
+    first: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +107,11 @@ def plan_memory(n: Need, free: float, memory: str = "auto", slots: int | None = 
     """Return the budget for `free` bytes: the fastest level that fits a few images, else the fastest that fits one.
 
     slots: images in flight, if asked for. host: bytes of RAM free for networks that are moved off the device. Raises
-    HostError if not one image fits at any level that `memory` allows.
+    HostError if not one image fits at any level that `memory` allows, or what works before them does not.
     """
     kind = device.split(":")[0]
+    if n.first > free:
+        raise HostError(f"memory: masks in words take {gib(n.first)} GiB on {device}, and {gib(free)} are free")
     usable = free * (1 - SPARE) - RESERVE.get(kind, 0)
     levels = _LEVELS[memory] if kind == "cuda" else (RESIDENT,)
     levels = tuple(x for x in levels if sum(n.weights[name] for name in away(x, n.weights)) < host) or levels[:1]
@@ -143,6 +146,12 @@ def _share(n: Need, usable: float, free: float, level: str, slots: int, strips: 
     )  # the most that a decode may take
     area = n.area * left / n.decode if n.decode else math.inf
     return Budget(level, slots, area, peak(n, level, slots, pictures, strips), free)
+
+
+def at_once(look: Look, free: float, device: str, most: int) -> int:
+    """Return at how many pictures a model that is alone on a device may look at once, 1 to `most`."""
+    usable = free * (1 - SPARE) - RESERVE.get(device.split(":")[0], 0)
+    return max(1, min(most, int((usable - look.weights) / max(look.picture, 1.0))))
 
 
 def away(level: str, names: Collection[str]) -> set[str]:

@@ -9,13 +9,13 @@ from typing import Any
 
 from genkit.components import load_components, weight_hashes
 from genkit.components.folder import DEFAULTS
-from genkit.components.needs import budget_for
+from genkit.components.needs import FIRST, budget_for
 from genkit.components.shapes import head_widths
 from genkit.components.weights import sha256
 from genkit.device.devices import DTYPES, compute_dtype, pick_device
-from genkit.device.memory import away
+from genkit.device.memory import Look, away
 from genkit.files import user_path
-from genkit.job.masks import prepare_masks
+from genkit.job.masks import prepare_masks, without_mask
 from genkit.job.plan import Job, plan_job
 from genkit.job.senses import load_senses
 from genkit.job.words import recorded_words
@@ -56,10 +56,12 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
         widths = {w for u in unets for w in head_widths(u)} if job.options.attention == "auto" else ()
         warm_up(device, compute_dtype(device, dtype), widths)
     o = job.options
-    prepare_masks(rows, job.segmenter, device)
     with phase("plan memory"):
         looks = job.looks(str(dtype).removeprefix("torch."), device.type)
+        first = looks[FIRST] if without_mask(rows) and FIRST in looks else Look(0, 0)
+        looks[FIRST] = first  # nothing where every mask is there already
         budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner, looks)
+    prepare_masks(rows, job.segmenter, device, first, budget.free)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip", *job.senses))
     senses = load_senses(job.senses, job.rows, device, compute_dtype(device, dtype), in_ram)
     parts = load_components(job.info, device=device, dtype=dtype, in_ram=in_ram)

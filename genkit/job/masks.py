@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genkit.device.memory import Look, at_once
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import InputError, shown
 from genkit.options import Options
@@ -56,6 +57,17 @@ def find_segmenter(
     for row in masked:
         row._segmenter, row._found = whole, None  # not one of another segmenter, or of another size
     return info, list(info.notes)
+
+
+def most_texts(rows: Sequence[Request]) -> int:
+    """Return how many different masks in words rows ask of one picture, at most."""
+    groups = (group for some in _by_picture([row for row in rows if row.mask is not None]) for group in some)
+    return max((len({row.mask for row in group}) for group in groups), default=0)
+
+
+def without_mask(rows: Sequence[Request]) -> list[Request]:
+    """Return the rows whose masks in words are still to be found."""
+    return [row for row in rows if row.mask is not None and row._found is None]
 
 
 def find_masks(rows: Sequence[Request], segmenter: Segmenter) -> None:
@@ -118,9 +130,12 @@ def _mask(row: Request, levels: torch.Tensor, size: tuple[int, int]) -> None:
         row._empty = f"row {row.id}: mask: {shown(row.mask)} is {most}: nothing is drawn anew; see mask_threshold"
 
 
-def prepare_masks(rows: Sequence[Request], info: VisionInfo | None, device: Any) -> None:
-    """Find the masks of rows that have none yet with a segmenter that is loaded for them and freed again."""
-    lacking = [row for row in rows if row.mask is not None and row._found is None]
+def prepare_masks(rows: Sequence[Request], info: VisionInfo | None, device: Any, look: Look, free: float) -> None:
+    """Find the masks of rows that have none yet with a segmenter that is alone on the device: it is freed again.
+
+    look: what it takes; free: bytes of the device, which say at how many pictures it looks at once.
+    """
+    lacking = without_mask(rows)
     if info is None or not lacking:
         return
     import torch
@@ -132,6 +147,7 @@ def prepare_masks(rows: Sequence[Request], info: VisionInfo | None, device: Any)
 
     with phase("find masks"):
         segmenter = Segmenter(load_model(info, (Segmenter.sense,), device, torch.float32))
+        segmenter.batch = at_once(look, free, str(device), segmenter.batch)
         try:
             find_masks(lacking, segmenter)
         finally:

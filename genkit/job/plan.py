@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.components import inspect_model
 from genkit.components.geometry import Geometry
-from genkit.components.needs import describe
+from genkit.components.needs import FIRST, describe
 from genkit.device.devices import CPU_SLOTS, check_attention, check_device
 from genkit.device.memory import TEXTS, Look, check_memory
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
-from genkit.job.masks import find_segmenter
+from genkit.job.masks import find_segmenter, most_texts
 from genkit.job.senses import Checks, find_senses, idle_notes
 from genkit.job.words import Inversions, find_inversions
 from genkit.options import Options
@@ -32,7 +32,7 @@ from genkit.scoring.aesthetic import check_head
 from genkit.scoring.gates import check_row
 from genkit.scoring.names import known_scores
 from genkit.scoring.plugins import Plugin, find_scorers
-from genkit.vision.footprint import looks
+from genkit.vision.footprint import looks, mask_look
 from genkit.vision.models import VisionInfo
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ class Job:
         return max(((r.width or 1, r.height or 1) for r in self.rows), key=lambda size: size[0] * size[1])
 
     def looks(self, dtype: str, device: str) -> dict[str, Look]:
-        """Return what the vision models take in `dtype` on a kind of device."""
-        return looks(self.senses, dtype, device, self.largest)
+        """Return what the vision models take in `dtype` on a kind of device, the segmenter's always in float32."""
+        found = looks(self.senses, dtype, device, self.largest)
+        return found if self.segmenter is None else {**found, FIRST: mask_look(self.segmenter, most_texts(self.rows))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ def depth_images(
         print(printable(note), file=sys.stderr)
     if not left:
         return EXIT_OK
-    from genkit.vision.depth import Depth, resized
+    from genkit.vision.depth import Depth
 
     sense = Depth.from_pretrained(info, device=device, dtype=dtype)
 
@@ -67,7 +67,7 @@ def depth_images(
                 failed += 1
                 done.fail(file, str(found))
             else:  # enlarged one by one: of those at full size only one is in memory
-                print(printable_json(done.add(file, resized(found[0][None], found[1])[0].numpy())))
+                print(printable_json(done.add(file, sense.at_size(found[0][None], found[1])[0].numpy())))
             if number % READ == 0:
                 done.save()
     finally:  # also what was done before Ctrl-C

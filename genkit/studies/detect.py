@@ -19,6 +19,7 @@ from genkit.vision.models import inspect_vision
 from genkit.vision.words import Lengths
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from genkit.vision.detector import Detector
@@ -62,20 +63,23 @@ def detect_images(
     least = threshold if threshold is not None else (model.threshold if like is None else 0.6)
     failed = 0
     with output_of(out) as write, Progress(len(files)) as progress:
-        for part in read_ahead(files, _read, BATCH):
+        for part in read_ahead(files, read_levels, BATCH):
             failed += written(_batch(model, part, words, example, least, draw, images), len(files), write, progress)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
-def _read(file: Path) -> Image.Image | InputError:
+def read_levels(file: Path) -> torch.Tensor | InputError:
+    """Return a picture as uint8 (3, H, W), which takes less memory than Pillow's, or why it cannot be read."""
+    from genkit.scoring.clip import as_tensor
+
     try:
-        return read_image(file)
+        return as_tensor(read_image(file))[0]
     except InputError as error:
         return error
 
 
 def _batch(
-    model: Detector, part: Sequence[tuple[Path, Image.Image | InputError]], words: Sequence[str], example: Any,
+    model: Detector, part: Sequence[tuple[Path, torch.Tensor | InputError]], words: Sequence[str], example: Any,
     least: float, draw: Path | None, images: Path,
 ) -> list[tuple[Path, dict[str, Any]]]:  # fmt: skip
     found: dict[Path, dict[str, Any]] = {file: {"error": str(one)} for file, one in part if isinstance(one, InputError)}
@@ -84,15 +88,22 @@ def _batch(
     boxes = model.detect(shots, words, least) if example is None else model.detect_like(shots, example, least)
     for (file, picture), some in zip(pictures.items(), boxes, strict=True):
         named = {"words": list(words)} if example is None else {}
-        size = {"width": picture.width, "height": picture.height}
+        size = {"width": picture.shape[-1], "height": picture.shape[-2]}
         found[file] = {**size, **named, "threshold": least, "boxes": [box.to_json() for box in some]}
         if draw is not None:
             inside = file.relative_to(images) if images.is_dir() else Path(file.name)
             target = (draw / inside).with_suffix(".png")
             with disk(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                overlay(picture, some, words or ["like"]).save(target)
+                overlay(as_picture(picture), some, words or ["like"]).save(target)
     return [(file, found[file]) for file, _ in part]
+
+
+def as_picture(levels: torch.Tensor) -> Image.Image:
+    """Return uint8 (3, H, W) as a picture of Pillow's."""
+    from PIL import Image
+
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def overlay(picture: Image.Image, boxes: Sequence[Box], words: Sequence[str]) -> Image.Image:

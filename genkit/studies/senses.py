@@ -17,6 +17,7 @@ from genkit.files import local, place
 from genkit.progress import Progress
 from genkit.rows.pictures import check_apart
 from genkit.runs.records import is_run
+from genkit.vision.preprocess import read_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,15 +82,18 @@ def looked_at(
 ) -> Iterator[tuple[Path, T | InputError]]:
     """Yield (file, what `look` says of it, or why it cannot be read) in order, with a line of progress.
 
-    look: is given up to READ prepared pictures (B, 3, h, w) of one shape, and the (height, width) of each; it returns
-    one result for each, or what is wrong with it. Pictures are read and prepared in threads.
+    look: is given up to READ prepared pictures (B, 3, h, w) of one shape, or as many as the model takes at once where
+    all have one, and the (height, width) of each; it returns one result for each, or what is wrong with it. Pictures
+    are read and prepared in threads.
     """
     import torch
 
+    processor = sense.loaded.processor_config
+    alike = read_size(100, 200, processor) == read_size(200, 100, processor)
     with Progress(len(files)) as progress:
         for note in sense.loaded.notes:
             progress.message(note)
-        for part in read_ahead(files, lambda file: _prepared(file, sense), READ):
+        for part in read_ahead(files, lambda file: _prepared(file, sense), min(READ, sense.batch) if alike else READ):
             found: dict[Path, T | InputError] = {}
             ready: dict[tuple[int, ...], list[tuple[Path, torch.Tensor, tuple[int, int]]]] = {}
             for file, read in part:
@@ -97,10 +101,15 @@ def looked_at(
                     found[file] = read
                 else:
                     ready.setdefault(tuple(read[0].shape), []).append((file, *read))
+            several = [file for file, _ in part]
+            part.clear()
             for group in ready.values():
-                said = look(torch.cat([pixels for _, pixels, _ in group]), [size for _, _, size in group])
-                found |= {file: _named(file, one) for (file, _, _), one in zip(group, said, strict=True)}
-            for file, _ in part:
+                named, sizes = [file for file, _, _ in group], [size for _, _, size in group]
+                pixels = torch.cat([pixels for _, pixels, _ in group])
+                group.clear()  # so that there is one copy of what is prepared
+                found |= {file: _named(file, one) for file, one in zip(named, look(pixels, sizes), strict=True)}
+                del pixels
+            for file in several:
                 one = found[file]
                 if isinstance(one, InputError):
                     progress.message(str(one))
@@ -115,8 +124,10 @@ def read_ahead(files: Sequence[Path], read: Callable[[Path], R], count: int) -> 
         ahead: list[tuple[Path, Future[R]]] = []
         for start in range(0, len(files) + count, count):
             part, ahead = ahead, [(file, pool.submit(read, file)) for file in files[start : start + count]]
-            if part:
-                yield [(file, future.result()) for file, future in part]
+            found = [(file, future.result()) for file, future in part]
+            part.clear()  # what was read is gone as soon as whoever takes it lets go
+            if found:
+                yield found
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""The closed list of transformers' classes that may be loaded as vision models, and what each needs to know."""
+"""The closed list of transformers' classes that may be loaded as vision models, and timm; what each needs to know."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from genkit.vision.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor
 from genkit.vision.processors import PROCESSORS
+from genkit.vision.timms import KIND, RENAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ CLASSES: dict[str, Kind] = {
         name: Kind("classifier", model_type, PROCESSORS[processor], renames=_OLD)
         for name, (model_type, processor) in _CLASSIFIERS.items()
     },
+    KIND: Kind("classifier", "timm_wrapper", PROCESSORS["Bit"], renames=RENAMES),  # prepared as its config says
     "Florence2ForConditionalGeneration": Kind(
         "captioner", "florence2", Processor({"height": 768, "width": 768}, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
         tokenizer="BartTokenizer", words=("text_config", 50265), generates=True,
@@ -127,5 +129,14 @@ CLASSES: dict[str, Kind] = {
         "depth estimator", "depth_anything",
         Processor({"height": 384, "width": 384}, "bicubic", (0.5,) * 3, (0.5,) * 3, multiple=1),
         nested={"backbone_config": ("dinov2",)},
+    ),
+    "ZoeDepthForDepthEstimation": Kind(
+        "depth estimator", "zoedepth",
+        Processor({"height": 384, "width": 512}, "bilinear", (0.5,) * 3, (0.5,) * 3, multiple=1 / 32, keep_ratio=True,
+                  mirrored=True, corners=True),
+        nested={"backbone_config": ("beit",)}, renames=_OLD,
+    ),
+    "GLPNForDepthEstimation": Kind(
+        "depth estimator", "glpn", Processor(None, "bilinear", (0.0,) * 3, (1.0,) * 3, floor=32),
     ),
 }  # fmt: skip

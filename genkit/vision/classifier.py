@@ -13,7 +13,7 @@ from genkit.vision.models import Loaded, Sense
 
 
 class Classifier(Sense):
-    """An image classifier of transformers. labels: in the order of its logits; several: each is asked for by itself."""
+    """An image classifier of transformers or timm. labels: in the order of its logits; several: each by itself."""
 
     sense = "classifier"
 
@@ -55,4 +55,6 @@ class Classifier(Sense):
         return [(self.labels[n], round(float(odds[n]), 6)) for n in order]
 
     def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixels.to(self.device)).logits.float().cpu()
+        found = self.model(pixels.to(self.device))
+        logits: torch.Tensor = getattr(found, "logits", found)  # a network of timm returns nothing else
+        return logits.float().cpu()

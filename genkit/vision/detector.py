@@ -47,9 +47,9 @@ class Detector(Sense):
                threshold: float | None = None) -> list[list[Box]]:  # fmt: skip
         """Return the boxes of each picture that score more than `threshold`, best first.
 
-        pictures: uint8 (B, 3, H, W), or PIL images, paths or arrays of any size. words: of all pictures, or a list for
-        each. Boxes are clipped to the picture. Raises InputError for words that are empty or too long, HostError where
-        the network's result is not a number.
+        pictures: uint8 (B, 3, H, W), or PIL images, paths, arrays or uint8 (3, H, W). words: of all pictures, or a
+        list for each. Boxes are clipped to the picture. Raises InputError for words that are empty or too long,
+        HostError where the network's result is not a number.
         """
         tensors = self._tensors(pictures)
         each: list[list[str]] = (
@@ -74,8 +74,11 @@ class Detector(Sense):
             if not some:
                 found |= dict.fromkeys(places, Seen(floor=least))
                 continue
-            batch = torch.stack([pictures[n] for n in places])
-            raw = self.in_batches(len(places), lambda part, x=batch, w=some: self._find(self, x[part], w))  # type: ignore[misc]
+
+            def look(part: slice, places: list[int] = places, some: tuple[str, ...] = some) -> list[Raw]:
+                return self._find(self, torch.stack([pictures[n] for n in places[part]]), some)
+
+            raw = self.in_batches(len(places), look)
             for n, one in zip(places, (r for part in raw for r in part), strict=True):
                 found[n] = self._seen(pictures[n], one, some, least, most)
         return [found[n] for n in range(len(words))]
@@ -121,7 +124,7 @@ class Detector(Sense):
             return list(pictures)
         from genkit.scoring.clip import as_tensor
 
-        return [as_tensor(read_image(picture))[0] for picture in pictures]
+        return [p if isinstance(p, torch.Tensor) else as_tensor(read_image(p))[0] for p in pictures]
 
     def _seen(self, picture: torch.Tensor, raw: Raw, words: Sequence[str], least: float, most: int | None) -> Seen:
         scores, numbers, boxes = (x.float().cpu() for x in raw)
@@ -173,8 +176,9 @@ def _owl(
     detector: Detector, pictures: torch.Tensor, words: Sequence[str], queries: torch.Tensor | None = None
 ) -> list[Raw]:
     """Return what an OWL finds in uint8 pictures (B, 3, H, W). queries: embeddings (Q, width) in place of words."""
-    model = detector.model
-    features = model.image_embedder(pixel_values=detector.pixels(pictures))[0]
+    model, pixels = detector.model, detector.pixels(pictures)
+    del pictures  # which lie elsewhere one by one
+    features = model.image_embedder(pixel_values=pixels)[0]
     flat = features.flatten(1, 2)
     asked = _embedded(detector, words) if queries is None else queries
     mask = torch.ones(len(flat), len(asked), dtype=torch.bool, device=flat.device)

@@ -19,7 +19,8 @@ def quicken(model: Any) -> None:
     for module in model.modules():
         if type(module) is BlipAttention:
             module.forward = _Attention(module)  # type: ignore[method-assign, assignment]
-    if model.device.type == "cpu" and model.dtype == torch.float32:
+    first = next(model.parameters())
+    if first.device.type == "cpu" and first.dtype == torch.float32:
         through_onednn(model)
 
 

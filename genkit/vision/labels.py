@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
@@ -13,15 +13,12 @@ LONGEST = 1000  # characters of one
 PROBLEMS = ("single_label_classification", "multi_label_classification")
 
 
-def refuse_timm(config: Mapping[str, Any], option: str, where: str) -> None:
-    """Raise InputError for a model of timm, by name: its networks are not among those that transformers has."""
-    names = config.get("architectures")
-    stated = config.get("architecture") or (names[0] if isinstance(names, list) and names else None)
-    wrapped = config.get("model_type") == "timm_wrapper" or stated == "TimmWrapperForImageClassification"
-    if wrapped or ("architecture" in config and ("pretrained_cfg" in config or "num_classes" in config)):
+def check_problem(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a config that is no classifier's."""
+    problem = config.get("problem_type")
+    if problem not in (None, *PROBLEMS):
         raise InputError(
-            f"{option}: {where}: {shown(stated)} is a model of timm, which genkit does not load: "
-            "take one that transformers has itself, such as a ViTForImageClassification"
+            f"{where}: problem_type: {shown(problem)} is not {' or '.join(PROBLEMS)}{nearest(problem, PROBLEMS)}"
         )
 
 
@@ -31,24 +28,33 @@ def read_labels(config: Mapping[str, Any], where: str, notes: list[str]) -> tupl
     Two of one name, as ImageNet has with its cranes, get their numbers behind them, noted. Raises InputError for
     labels that are empty, or that num_labels or label2id contradict, and for a config that is no classifier's.
     """
-    problem = config.get("problem_type")
-    if problem not in (None, *PROBLEMS):
-        raise InputError(
-            f"{where}: problem_type: {shown(problem)} is not {' or '.join(PROBLEMS)}{nearest(problem, PROBLEMS)}"
-        )
+    check_problem(config, where)
     found = _texts(config.get("id2label"), config.get("num_labels"), where, notes)
     number = config.get("num_labels")
     if number is not None and number != len(found):
         raise InputError(f"{where}: num_labels: {shown(number)} is not {len(found)}, the number of id2label")
+    labels = numbered(found, f"{where}: id2label", notes)
     twice = {label for label, count in Counter(found).items() if count > 1}
     _check_back(config.get("label2id"), found, twice, where)
+    return labels
+
+
+def numbered(found: Sequence[Any], where: str, notes: list[str]) -> tuple[str, ...]:
+    """Return labels, those of one name with their numbers behind them, noted. Raises InputError for what is no label.
+
+    where: file and key, for messages.
+    """
+    for n, label in enumerate(found):
+        if not isinstance(label, str) or not label.strip() or len(label) > LONGEST or "\x00" in label:
+            raise InputError(f"{where}: {n}: {shown(label)} is no label, a text of 1 to {LONGEST} characters")
+    twice = {label for label, count in Counter(found).items() if count > 1}
+    labels = [f"{label} ({n})" if label in twice else label for n, label in enumerate(found)]
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{where}: {shown(sorted(twice)[0])} is there more than once")
     if twice:
-        found = [f"{label} ({n})" if label in twice else label for n, label in enumerate(found)]
-        if len(set(found)) < len(found):
-            raise InputError(f"{where}: id2label: {shown(sorted(twice)[0])} is there more than once")
-        told = ", ".join(shown(label) for label in found if label.rpartition(" (")[0] in twice)
-        notes.append(f"{where}: id2label: labels that are there more than once have their number: {told[:200]}")
-    return tuple(found)
+        told = ", ".join(shown(label) for label, before in zip(labels, found, strict=True) if before in twice)
+        notes.append(f"{where}: labels that are there more than once have their number: {told[:200]}")
+    return tuple(labels)
 
 
 def _texts(stated: Any, number: Any, where: str, notes: list[str]) -> list[str]:
@@ -64,10 +70,7 @@ def _texts(stated: Any, number: Any, where: str, notes: list[str]) -> list[str]:
     for n in range(len(stated)):
         if str(n) not in stated:
             raise InputError(f"{where}: id2label: has {len(stated)} labels, and none of the number {n}")
-        label = stated[str(n)]
-        if not isinstance(label, str) or not label.strip() or len(label) > LONGEST or "\x00" in label:
-            raise InputError(f"{where}: id2label: {n}: {shown(label)} is no label, a text of 1 to {LONGEST} characters")
-        found.append(label)
+        found.append(stated[str(n)])
     return found
 
 

@@ -21,9 +21,10 @@ from genkit.errors import HostError, InputError, nearest, shown
 from genkit.files import place, read_json
 from genkit.vision.classes import CLASSES, Kind
 from genkit.vision.generation import read_generation
-from genkit.vision.labels import read_labels, refuse_timm
+from genkit.vision.labels import read_labels
 from genkit.vision.preprocess import Processor, read_processor
 from genkit.vision.processors import read_classifier_processor
+from genkit.vision.timms import KIND, build_timm, check_timm, is_timm, timm_labels, timm_processor
 
 if TYPE_CHECKING:
     from typing import Self
@@ -170,6 +171,7 @@ def inspect_vision(name: str | Path, senses: Collection[str], option: str = "mod
     notes: list[str] = []
     if name in ("", "emoji", "emoji-clip"):
         raise InputError(f"{option}: {shown(str(name))} is no {_either(senses)}: give a folder or a hub id")
+    name = re.sub("^hf[-_]hub:", "", name) if isinstance(name, str) else name  # as timm writes hub ids
     try:
         folder, on_hub = locate(name, notes)
     except InputError as error:
@@ -183,20 +185,33 @@ def inspect_vision(name: str | Path, senses: Collection[str], option: str = "mod
     stated = config.get(THRESHOLD)
     if stated is not None and (isinstance(stated, bool) or not isinstance(stated, float | int) or not 0 < stated < 1):
         raise InputError(f"{place(path)}: {THRESHOLD}: {shown(stated)} is not a number above 0 and below 1")
+    if kind == KIND:
+        check_timm(config, place(path))
     if on_hub:
         wanted = wanted_weights(folder, "model", None)
         fetch_weights(str(name), folder, (file.relative_to(folder).as_posix() for file in wanted))
     files, tensors = read_weights(folder, "model", None, CLASSES[kind].renames)
     if CLASSES[kind].tokenizer == "CLIPTokenizer":
         check_tokenizer(folder, _text(config), f"{place(path)}: text_config", notes)
-    labels = read_labels(config, place(path), notes) if CLASSES[kind].sense == "classifier" else ()
-    read = read_classifier_processor if labels else read_processor
-    processor = read(folder, CLASSES[kind].processor, notes)
+    labels, processor = _prepared(folder, config, kind, notes)
     part = Part(CLASSES[kind].sense, kind, folder, config, files, tensors)
     revision = folder.name if on_hub else None
     generation = read_generation(folder, notes) if CLASSES[kind].generates else None
     sense, said = CLASSES[kind].sense, tuple(notes)
     return VisionInfo(str(name), folder, sense, part, processor, said, revision, labels, generation)
+
+
+def _prepared(
+    folder: Path, config: Mapping[str, Any], kind: str, notes: list[str]
+) -> tuple[tuple[str, ...], Processor]:  # fmt: skip
+    """Return the labels, none for what is no classifier, and how pictures are prepared."""
+    where = place(folder / "config.json")
+    if kind == KIND:
+        return timm_labels(config, where, notes), timm_processor(config, where, notes)
+    if CLASSES[kind].sense == "classifier":
+        labels = read_labels(config, where, notes)
+        return labels, read_classifier_processor(folder, CLASSES[kind].processor, notes)
+    return (), read_processor(folder, CLASSES[kind].processor, notes)
 
 
 def load_model(
@@ -244,6 +259,8 @@ def load_model(
 
 def _build(part: Part) -> Any:
     """Return the network on the meta device: its class is one of CLASSES, its config that of the same class."""
+    if part.kind == KIND:
+        return build_timm(part.config, part.where)
     import transformers
     from accelerate import init_empty_weights
 
@@ -262,6 +279,8 @@ def _renamed(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     known = model.state_dict().keys()
+    if not hasattr(model, "base_model_prefix"):  # no network of transformers
+        return dict(tensors)
     renames = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -328,9 +347,8 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _class_of(config: Mapping[str, Any], senses: Collection[str], option: str, where: str) -> str:
     """Return the class that a config names. Raises InputError for one that is not known, or is of another sense."""
-    refuse_timm(config, option, where)
     names = config.get("architectures")
-    stated = names[0] if isinstance(names, list) and names else None
+    stated = KIND if is_timm(config) else names[0] if isinstance(names, list) and names else None
     if stated is None:  # some tools leave it out
         stated = next((c for c, kind in CLASSES.items() if kind.model_type == config.get("model_type")), None)
     known = [c for c, kind in CLASSES.items() if kind.sense in senses]
@@ -342,7 +360,7 @@ def _class_of(config: Mapping[str, Any], senses: Collection[str], option: str, w
         )
     if stated not in known:
         raise InputError(f"{option}: {where}: {stated} is a {CLASSES[stated].sense}, not a {_either(senses)}")
-    if config.get("model_type") not in (None, CLASSES[stated].model_type):
+    if stated != KIND and config.get("model_type") not in (None, CLASSES[stated].model_type):
         raise InputError(
             f"{where}: model_type: {shown(config['model_type'])} is not {CLASSES[stated].model_type!r}, of {stated}"
         )

@@ -37,7 +37,9 @@ class Processor:
     as they are. crop: (height, width) or None. scale: of levels 0 to 255. square: pad to a square with black at right
     and below, then resize as scipy does (OWLv2). bgr: blue first, red last (MobileViT). multiple: of DPT's processor:
     sides become multiples of it, of the picture's own proportions where keep_ratio is set. pad: fill up to multiples
-    of it with zeros on all sides.
+    of it with zeros on all sides. rounded: the corner of the crop is the nearest pixel (timm), else the one before.
+    mirrored, corners: of ZoeDepth's: edges are mirrored outwards; floats are resized, from corner to corner. floor:
+    sides become the multiples of it below (GLPN).
     """
 
     size: Mapping[str, int] | None
@@ -48,9 +50,13 @@ class Processor:
     crop: tuple[int, int] | None = None
     square: bool = False
     bgr: bool = False
-    multiple: int | None = None
+    multiple: float | None = None
     keep_ratio: bool = False
     pad: int | None = None
+    rounded: bool = False
+    mirrored: bool = False
+    corners: bool = False
+    floor: int | None = None
 
 
 _SIDE = whole(1, 8192)
@@ -84,6 +90,7 @@ _DPT_KEYS = {
     "keep_aspect_ratio": Key(optional(FLAG), None),
     **{name: Key(optional(many(real(-1000, 1000), 3, 3)), None) for name in ("image_mean", "image_std")},  # of levels
 }
+_FLOOR_KEYS = {"size_divisor": Key(optional(whole(1, 1024)), None)}
 _UNUSED = {
     **dict.fromkeys(("image_processor_type", "feature_extractor_type", "processor_class", "format"), TEXT),
     **dict.fromkeys(("do_convert_rgb", "do_convert_annotations", "pad_and_return_pixel_mask"), ANYTHING),
@@ -121,7 +128,8 @@ def read_processor(
     if not path.exists() and notes is not None:
         notes.append(f"{place(path)}: is absent: pictures are prepared as transformers does it by default")
     stated = {key: value for key, value in content.items() if value is not None}
-    keys = {**_KEYS, **(_DPT_KEYS if default.multiple is not None else {}), **(more or {})}
+    own = _DPT_KEYS if default.multiple is not None else _FLOOR_KEYS if default.floor is not None else {}
+    keys = {**_KEYS, **own, **(more or {})}
     found = check_config(stated, keys, place(path), _UNUSED, notes)
     if found_more is not None:
         found_more |= {name: found[name] for name in more or ()}
@@ -136,6 +144,8 @@ def read_processor(
         if 0 in crop or size is None or crop > tuple(size.get(k, size.get("shortest_edge", 0)) for k in side):
             raise InputError(f"{place(path)}: crop_size: {shown(found['crop_size'])} does not lie within size")
     normal, scaled = found["do_normalize"] is not False, found["do_rescale"] is not False
+    if default.floor is not None:  # GLPN's processor normalises only where it is told to, and always resizes
+        normal, size = bool(found["do_normalize"]), None
     return Processor(
         size=None if found["do_resize"] is False else size,
         resample=default.resample if found["resample"] is None else RESAMPLES[found["resample"]],
@@ -143,20 +153,28 @@ def read_processor(
         std=tuple(found["image_std"] or default.std) if normal else (1.0, 1.0, 1.0),
         scale=(found["rescale_factor"] or default.scale) if scaled else 1.0,
         crop=crop, square=default.square, bgr=default.bgr,
-        **({} if default.multiple is None else _dpt(found, size, place(path))),
+        **({} if default.multiple is None else _dpt(found, size, default, place(path))),
+        floor=default.floor and (found["size_divisor"] or default.floor),
     )  # fmt: skip
 
 
-def _dpt(found: Mapping[str, Any], size: Mapping[str, int] | None, where: str) -> dict[str, Any]:
-    """Return what only DPT's processor has. Raises InputError for what it cannot follow."""
+def _dpt(
+    found: Mapping[str, Any], size: Mapping[str, int] | None, default: Processor, where: str
+) -> dict[str, Any]:  # fmt: skip
+    """Return what only the processors of DPT and ZoeDepth have. Raises InputError for what it cannot follow."""
     if found["do_center_crop"] or (size is not None and "height" not in size):
         raise InputError(f"{where}: size: depth is read of pictures of a height and width, which are not cropped")
     if found["image_std"] and 0 in found["image_std"]:
         raise InputError(f"{where}: image_std: {shown(found['image_std'])} holds a 0")
+    if default.mirrored and RESAMPLES.get(found["resample"]) == "lanczos":
+        raise InputError(f"{where}: resample: 1 is not 2 or 3 (bilinear, bicubic), which ZoeDepth's processor knows")
+    keep = found["keep_aspect_ratio"]
     return {
-        "multiple": found["ensure_multiple_of"] or 1,
-        "keep_ratio": bool(found["keep_aspect_ratio"]),
-        "pad": found["size_divisor"] if found["do_pad"] else None,
+        "multiple": found["ensure_multiple_of"] or default.multiple,
+        "keep_ratio": default.keep_ratio if keep is None else bool(keep),
+        "pad": found["size_divisor"] if found["do_pad"] and not default.mirrored else None,
+        "mirrored": default.mirrored and found["do_pad"] is not False,
+        "corners": default.corners,
     }
 
 
@@ -196,13 +214,22 @@ def fitted_size(height: int, width: int, processor: Processor) -> tuple[int, int
         scales = [scales[1]] * 2 if abs(1 - scales[1]) < abs(1 - scales[0]) else [scales[0]] * 2
     multiple = processor.multiple or 1
     down, across = (
-        round(scale * side / multiple) * multiple for scale, side in zip(scales, (height, width), strict=True)
+        int(round(scale * side / multiple) * multiple) for scale, side in zip(scales, (height, width), strict=True)
     )
     return down, across
 
 
+def mirrored_edge(side: int) -> int:
+    """Return how many pixels ZoeDepth mirrors outwards at either end of a side."""
+    return int(math.sqrt(side / 2) * 3)
+
+
 def read_size(height: int, width: int, processor: Processor) -> tuple[int, int]:
     """Return (height, width) that a picture has for a model when it is prepared."""
+    if processor.mirrored:
+        height, width = (side + 2 * mirrored_edge(side) for side in (height, width))
+    if processor.floor is not None:
+        height, width = (side // processor.floor * processor.floor for side in (height, width))
     if processor.size is not None and processor.multiple is not None:
         height, width = fitted_size(height, width, processor)
     elif processor.size is not None:
@@ -224,14 +251,18 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     if processor.square:
         home = pictures.cpu() if pictures.device.type == "mps" else pictures  # which has no float64
         x = _resize_square(home.double() * processor.scale, processor)
+    elif processor.corners:
+        x = _resize_corners(pictures.float() * processor.scale, processor)
     else:
         x = pictures
-        if processor.size is not None:
-            fit = target_size(height, width, processor.size)
-            fit = fit if processor.multiple is None else fitted_size(height, width, processor)
-            x = (_by_pillow if x.device.type == "cpu" else _by_torch)(x, fit, processor.resample)
+        if processor.size is not None or processor.floor is not None:
+            plain = dataclasses.replace(processor, crop=None, pad=None)
+            x = (_by_pillow if x.device.type == "cpu" else _by_torch)(
+                x, read_size(height, width, plain), processor.resample
+            )
         if processor.crop is not None:
-            top, left = ((a - b) // 2 for a, b in zip(x.shape[-2:], processor.crop, strict=True))
+            beside = [a - b for a, b in zip(x.shape[-2:], processor.crop, strict=True)]
+            top, left = (round(n / 2) if processor.rounded else n // 2 for n in beside)
             x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
         x = x.float().mul_(processor.scale)
     x = (x.flip(1) if processor.bgr else x).float().to(pictures.device)
@@ -316,6 +347,19 @@ def _resize_square(x: torch.Tensor, processor: Processor) -> torch.Tensor:
     low, high = x.amin(dim=(1, 2, 3), keepdim=True), x.amax(dim=(1, 2, 3), keepdim=True)
     down, across = (_on_device(_scipy_weights(side, processor.size[k]), x.device) for k in ("height", "width"))
     return (down @ x @ across.T).minimum(high).maximum(low)
+
+
+def _resize_corners(x: torch.Tensor, processor: Processor) -> torch.Tensor:
+    import torch
+
+    height, width = x.shape[-2:]
+    if processor.mirrored:
+        down, across = mirrored_edge(height), mirrored_edge(width)
+        x = torch.nn.functional.pad(x, (across, across, down, down), mode="reflect")
+    if processor.size is None:
+        return x
+    size = fitted_size(x.shape[-2], x.shape[-1], processor)
+    return torch.nn.functional.interpolate(x, size=size, mode=processor.resample, align_corners=True)
 
 
 def _on_device(weights: np.ndarray, device: torch.device) -> torch.Tensor:

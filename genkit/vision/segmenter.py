@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from genkit.errors import InputError, shown
+from genkit.vision.footprint import MAPS
 from genkit.vision.models import Loaded, Sense
 
 THRESHOLD = 0.5  # of the probability that makes a pixel part of a mask
 MOST_WORDS = 100
 CACHED = 10_000  # embeddings of texts
-MAPS = 32  # pictures times texts decoded at once
 
 
 class Segmenter(Sense):

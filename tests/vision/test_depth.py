@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from genkit.errors import HostError, InputError
 from genkit.vision import depth as vision
 from genkit.vision.depth import Depth
 from genkit.vision.models import inspect_vision
-from tests.depths import tiny_depth_anything, tiny_dpt, tiny_dpt_dinov2, tiny_dpt_hybrid
+from tests.depths import tiny_depth_anything, tiny_dpt, tiny_dpt_dinov2, tiny_dpt_hybrid, tiny_glpn, tiny_zoedepth
 from tests.senses import noise, pictures, tensor
 
 MODELS: dict[str, Callable[[Path], Path]] = {
@@ -27,6 +28,10 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "dpt-dinov2": tiny_dpt_dinov2,
     "dpt-hybrid": tiny_dpt_hybrid,
     "depth-anything": tiny_depth_anything,
+    "zoedepth": tiny_zoedepth,
+    "zoedepth-two": lambda folder: tiny_zoedepth(folder, heads=2, ensure_multiple_of=None, keep_aspect_ratio=False),
+    "zoedepth-bare": lambda folder: tiny_zoedepth(folder, do_pad=False, resample=3),
+    "glpn": tiny_glpn,
     "metric": lambda folder: tiny_depth_anything(folder, depth_estimation_type="metric", max_depth=20),
 }
 
@@ -36,7 +41,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_depth_anything(tmp_path_factory.mktemp("depth"))
 
 
-SLOW = ("dpt-hybrid", "metric")
+def zoedepth(model: Any, processor: Any, picture: Image.Image) -> dict[str, torch.Tensor]:
+    """Return what the pipeline says, whose last step is of torchvision: `resize` without antialiasing, then a crop."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        pass
+    else:
+        found: Any = pipeline("depth-estimation", model=model, image_processor=processor)
+        return found(picture)
+    with torch.inference_mode():
+        maps = model(**processor(picture, return_tensors="pt")).predicted_depth[None]
+    height, width = picture.size[::-1]
+    down, across = (int(np.sqrt(side / 2) * 3) if processor.do_pad else 0 for side in (height, width))
+    whole = torch.nn.functional.interpolate(maps, (height + 2 * down, width + 2 * across), mode="bicubic")
+    return {"predicted_depth": whole[0, 0, down : down + height, across : across + width]}
+
+
+SLOW = ("dpt-hybrid", "metric", "zoedepth-two", "zoedepth-bare")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODELS])
@@ -45,11 +67,13 @@ def test_depth_as_in_transformers(name: str, tmp_path: Path) -> None:
     found = Depth.from_pretrained(home, device="cpu")
     model, processor = AutoModelForDepthEstimation.from_pretrained(home), AutoImageProcessor.from_pretrained(home)
     theirs: Any = pipeline("depth-estimation", model=model, image_processor=processor)
-    for height, width in ((42, 42), (50, 37), (40, 120), (90, 31)):
+    if name.startswith("zoedepth"):
+        theirs = partial(zoedepth, model, processor)
+    for height, width in ((42, 42), (50, 37), (40, 120), (90, 33)):
         wanted = theirs(noise(1, height, width))["predicted_depth"]
         depth = found(tensor(noise(1, height, width)))[0]
         assert depth.shape == wanted.shape == (height, width) and depth.dtype == torch.float32
-        assert float(wanted.std()) > 0.01 and float((depth - wanted).abs().max()) < 1e-4
+        assert float(wanted.std()) > 0.005 and float((depth - wanted).abs().max()) < 1e-4
 
 
 def test_any_batch_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +83,18 @@ def test_any_batch_gives_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert torch.allclose(whole, torch.cat([sense.maps(pixels[n : n + 1]) for n in range(5)]), atol=1e-5)
     monkeypatch.setattr(vision, "MOST_PIXELS", 2 * 42 * 42)  # large pictures: two a call
     assert torch.allclose(sense.maps(pixels), whole, atol=1e-5) and sense.batch == 2
+
+
+def test_zoedepth_of_two_heads_is_the_same_in_any_company(tmp_path: Path) -> None:
+    sense = Depth.from_pretrained(tiny_zoedepth(tmp_path, heads=2), device="cpu")
+    pixels = torch.cat([sense.pixels(tensor(noise(n, 40, 40))) for n in range(3)])
+    head, calls = sense.model.metric_head, []
+    head.register_forward_hook(lambda module, given, kept, found: calls.append(len(found[1])), with_kwargs=True)
+    whole = sense.maps(pixels)
+    assert calls == [1, 1, 1]
+    assert torch.equal(whole, torch.cat([sense.maps(pixels[n : n + 1]) for n in range(3)]))
+    with pytest.raises(InputError, match="4x40 pixels: ZoeDepth mirrors edges of pictures of 5 and more a side"):
+        sense(tensor(noise(1, 40, 4)))
 
 
 def test_pictures_that_cannot_be_read_are_refused(
@@ -84,7 +120,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "timm": ({"backbone_config": {"model_type": "timm_backbone"}}, {}, "'timm_backbone' is not dinov2"),
     "swin": ({"backbone_config": {"model_type": "swinv2"}}, {}, "backbone_config: model_type: 'swinv2' is not dinov2"),
     "elsewhere": ({"backbone": "facebook/dinov2-small"}, {}, "never fetched"),
-    "other": ({"architectures": ["ZoeDepthForDepthEstimation"]}, {}, "is no depth estimator (did you mean"),
+    "other": ({"architectures": ["PromptDepthAnythingForDepthEstimation"]}, {}, "is no depth estimator (did you mean"),
     "edge": ({}, {"size": {"shortest_edge": 42}}, "size: depth is read of pictures of a height and width"),
     "multiple": ({}, {"ensure_multiple_of": -1}, "ensure_multiple_of: -1 is not"),
     "std": ({}, {"image_std": [1, 0, 1]}, "image_std: [1, 0, 1] holds a 0"),
