@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from genkit.training.data import Batch
 
 Tensors = dict[str, torch.Tensor]
-# Weights of the losses, and the focal loss's ALPHA and GAMMA. Those of Deformable DETR (Zhu et al. 2021) twice, beside a
-# naming that weighs little: names come from CLIP, boxes are new and slow, and what is found twice is counted twice.
+# Weights of the losses, and the focal loss's ALPHA and GAMMA: those of Deformable DETR (Zhu et al. 2021) twice, beside
+# names that weigh little: they come from CLIP, boxes are new and slow, and what is found twice is counted twice.
 CLASS, L1, GIOU, NAMES, ALPHA, GAMMA = 4.0, 10.0, 4.0, 0.25, 0.25, 2.0
 REACH = 0.8  # places between a thing's centre and the middle of a place that it belongs to; more than half a diagonal
 FADE = 0.3  # places by which one is farther from the centre than the nearest one is, and no longer finds the thing
