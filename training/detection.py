@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from genkit.training.data import Batch
 
 Tensors = dict[str, torch.Tensor]
-# Weights of the losses, and the focal loss's exponent: those of Deformable DETR, which has the same (Zhu et al. 2021).
-CLASS, L1, GIOU, ALPHA, GAMMA = 2.0, 5.0, 2.0, 0.25, 2.0
+# Weights of the losses, and the focal loss's ALPHA and GAMMA: those of Deformable DETR (Zhu et al. 2021) twice, beside
+# names that weigh little: they come from CLIP, boxes are new and slow, and what is found twice is counted twice.
+CLASS, L1, GIOU, NAMES, ALPHA, GAMMA = 4.0, 10.0, 4.0, 0.25, 0.25, 2.0
 REACH = 0.8  # places between a thing's centre and the middle of a place that it belongs to; more than half a diagonal
+FADE = 0.3  # places by which one is farther from the centre than the nearest one is, and no longer finds the thing
 SHARP, SAME = 20.0, 0.9999  # of cosines to logits of naming; cosine of what is one word
 LIFT = 4.0  # of the tower's last norm, in units of its scale: see `owl_of`
 SCALE, SHIFT = 10.0, -0.5  # of cosines to logits before training: what is like nothing is found nowhere
@@ -139,7 +141,8 @@ class Detection(torch.nn.Module):
         new = [word for word in dict.fromkeys(words) if word not in self._words]
         for at in range(0, len(new), 64):
             some = new[at : at + 64]
-            options = {"padding": "max_length", "max_length": self.parts.tokenizer.model_max_length}
+            # No word looks at what follows it: those as long as the longest one are enough, a fifth of the work.
+            options = {"padding": "longest", "max_length": self.parts.tokenizer.model_max_length}
             ids = self.parts.tokenizer(some, return_tensors="pt", truncation=True, **options).to(self.device)
             owl = self.owl.owlvit
             pooled = owl.text_model(input_ids=ids.input_ids, attention_mask=ids.attention_mask).pooler_output
@@ -170,25 +173,26 @@ def detection_loss(logits: torch.Tensor, names: torch.Tensor, boxes: torch.Tenso
     are embedded; boxes: (B, T, 4); tensors: as `encode` has them.
 
     A thing belongs to the places near its centre, not to the one that a matching of all finds (Carion et al. 2020),
-    which early on changes from step to step; what is found twice overlaps, of which one is counted. Naming is a
-    softmax over the words of the whole batch, which teaches more than those asked of one picture.
+    which early on changes from step to step. All of those learn its box and its name, but only the nearest one finds
+    it, or two as near as each other: their boxes overlap, of which one is counted. Naming is a softmax over the words
+    of the whole batch, which teaches more than those asked of one picture. The focal loss is that of targets between 0
+    and 1 (Li et al. 2020, quality focal loss).
     """
-    thing, inside = owned(tensors["boxes"], tensors["owners"], round(boxes.shape[1] ** 0.5))
+    thing, inside, nearest = owned(tensors["boxes"], tensors["owners"], round(boxes.shape[1] ** 0.5))
     count = inside.sum(dim=1).clamp(min=1)
     word = tensors["owners"].gather(1, thing).clamp(min=0)  # of each place, (B, T)
-    target = torch.zeros_like(logits).scatter(2, word[..., None], inside[..., None].to(logits.dtype))
-    chance = logits.sigmoid()
-    right = chance * target + (1 - chance) * (1 - target)
-    weight = (ALPHA * target + (1 - ALPHA) * (1 - target)) * (1 - right) ** GAMMA
+    target = torch.zeros_like(logits).scatter(2, word[..., None], nearest[..., None].to(logits.dtype))
+    weight = (ALPHA * target + (1 - ALPHA) * (1 - target)) * (logits.sigmoid() - target).abs() ** GAMMA
     focal = binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
     wide = thing[..., None].expand(-1, -1, 4)
     own = tensors["boxes"].gather(1, wide)
-    apart = L1 * (boxes - own).abs().sum(dim=2) + GIOU * (1 - giou(boxes, own)) + naming(names, word, tensors)
+    apart = L1 * (boxes - own).abs().sum(dim=2) + GIOU * (1 - giou(boxes, own)) + NAMES * naming(names, word, tensors)
     return (CLASS * (focal * tensors["asked"][:, None]).sum(dim=(1, 2)) + (apart * inside).sum(dim=1)) / count
 
 
-def owned(boxes: torch.Tensor, owners: torch.Tensor, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each place of a square grid the nearest thing, (B, T), and whether that lies within REACH, as 0 or 1.
+def owned(boxes: torch.Tensor, owners: torch.Tensor, grid: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return for each place of a square grid the nearest thing, (B, T), whether that lies within REACH, as 0 or 1, and
+    how far the place is the thing's nearest one: 1, and less to 0 for those that are farther, over FADE.
 
     boxes: (B, N, 4), centre and size; owners: (B, N), -1 where there is none.
     """
@@ -198,7 +202,9 @@ def owned(boxes: torch.Tensor, owners: torch.Tensor, grid: int) -> tuple[torch.T
     far = ((boxes[:, :, None, :2] - places) * grid).square().sum(dim=3).sqrt()  # in places, (B, N, T)
     far = far.masked_fill((owners < 0)[:, :, None], 1e6)
     least, thing = far.min(dim=1)
-    return thing, (least <= REACH).to(boxes.dtype)
+    inside = (least <= REACH).to(boxes.dtype)
+    beyond = least - far.amin(dim=2).gather(1, thing)
+    return thing, inside, inside * (1 - beyond / FADE).clamp(min=0)
 
 
 def naming(names: torch.Tensor, word: torch.Tensor, tensors: Tensors) -> torch.Tensor:

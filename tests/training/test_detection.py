@@ -67,12 +67,21 @@ def drawn(places: Path, **changes: Any) -> ScenePictures:
 
 def test_a_thing_belongs_to_the_places_around_its_centre() -> None:
     boxes = torch.tensor([[[0.375, 0.375, 0.9, 0.9], [0.875, 0.6, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]]])
-    thing, inside = owned(boxes, torch.tensor([[0, 2, -1]]), 4)
+    thing, inside, nearest = owned(boxes, torch.tensor([[0, 2, -1]]), 4)
     assert inside.view(4, 4).tolist() == [[0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert torch.equal(nearest, inside)
     assert thing.view(4, 4)[1, 1] == 0 and thing.view(4, 4)[2, 3] == 1
     corner = torch.tensor([[[0.5, 0.5, 0.2, 0.2]]])  # of four places
     assert int(owned(corner, torch.tensor([[0]]), 4)[1].sum()) == 4
     assert int(owned(corner, torch.tensor([[-1]]), 4)[1].sum()) == 0
+
+
+def test_of_the_places_of_a_thing_the_nearest_one_finds_it_or_those_that_are_as_near() -> None:
+    owner = torch.tensor([[0]])
+    for x, wanted in ((0.5, [0, 1, 1, 0]), (0.475, [0, 1, 1 / 3, 0]), (0.45, [0, 1, 0, 0])):  # between two places
+        _, inside, nearest = owned(torch.tensor([[[x, 0.375, 0.2, 0.2]]]), owner, 4)
+        assert inside.view(4, 4)[1].tolist() == [0, 1, 1, 0]
+        assert torch.allclose(nearest.view(4, 4)[1], torch.tensor(wanted, dtype=torch.float32), atol=1e-5)
 
 
 def test_overlap_is_that_of_transformers() -> None:
