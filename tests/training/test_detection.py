@@ -16,12 +16,13 @@ from transformers import CLIPModel, OwlViTForObjectDetection
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from genkit import Detector
+from genkit.components import inspect_model, load_components
 from genkit.datasets.example import Example
 from genkit.datasets.sources import read_examples
 from genkit.errors import InputError
 from genkit.training import scenes
 from genkit.training.counting import Verdict, average_precision, measures, threshold_of, verdicts
-from genkit.training.detection import detection_loss, giou, naming, owl_of, owned
+from genkit.training.detection import Detection, detection_loss, giou, naming, owl_of, owned
 from genkit.training.loop import train
 from genkit.training.recipe import Recipe, make_recipe
 from genkit.training.scenes import Scene, ScenePictures, apart, compose
@@ -125,6 +126,18 @@ def test_naming_tells_a_word_from_all_of_the_batch_and_the_same_word_is_right_ev
     assert naming(torch.eye(3)[None, :1].expand(2, -1, -1), word, tensors).abs().max() < 1e-6
     unsure = naming(torch.ones(2, 1, 3), word, tensors)
     assert torch.allclose(unsure, torch.full((2, 1), 3.0).log(), atol=1e-5)
+
+
+def test_words_are_embedded_as_clip_does_whatever_stands_beside_them(places: Path) -> None:
+    parts = load_components(inspect_model(places / "clip"), device=torch.device("cpu"), dtype=torch.float32)
+    task = Detection(recipe_of(places), parts, torch.float32)
+    words = ["ball", "a red ball beside a blue box"]
+    found = task.embedded(words)
+    padded = parts.tokenizer(words, return_tensors="pt", padding="max_length", truncation=True)
+    with torch.no_grad():
+        text = parts.clip.text_model(**padded).pooler_output
+        expected = torch.nn.functional.normalize(parts.clip.text_projection(text), dim=-1)
+    assert torch.allclose(torch.stack([found[word] for word in words]), expected, atol=1e-6)
 
 
 def test_the_tower_is_that_of_the_clip_until_it_learns(places: Path) -> None:
