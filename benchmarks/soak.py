@@ -232,6 +232,14 @@ def memory(server: Server, seconds: float) -> dict[str, float | None]:
 def soak(clients: int, seconds: float, kill_every: float, folder: Path, patience: float = 1800.0) -> dict[str, Any]:
     """Return the figures of a soak. kill_every: seconds of a server, 0 for one that is not killed."""
     server = Server(folder / "runs", folder / "log")
+    try:
+        return _soak(server, clients, seconds, kill_every, patience)
+    finally:
+        if server.process is not None and server.process.poll() is None:
+            server.stop(signal.SIGKILL)
+
+
+def _soak(server: Server, clients: int, seconds: float, kill_every: float, patience: float) -> dict[str, Any]:
     server.start()
     began = server.began = time.monotonic()
     counts: collections.Counter[str] = collections.Counter()
