@@ -24,7 +24,10 @@ from genkit.serve.rows import Intake, Most, Planned
 
 @dataclasses.dataclass
 class Serving:
-    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs."""
+    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs.
+
+    hosts: names of the server behind a proxy. framed_by: origins whose pages may have the server's page in a frame.
+    """
 
     engine: ServingEngine
     intake: Intake
@@ -34,6 +37,8 @@ class Serving:
     host: str = "127.0.0.1"
     runs: Any = None
     drain: float = 30.0
+    hosts: Sequence[str] = ()
+    framed_by: Sequence[str] = ()
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
     draining = stopped = False  # no new work is taken; nothing is drawn any more
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from genkit.options import Options
 from genkit.serve.app import create_app
 from genkit.serve.calls import Serving
 from genkit.serve.engine import ServingEngine
-from genkit.serve.limits import is_loopback, read_keys
+from genkit.serve.limits import KEYS, host_names, is_loopback, keys_of_environment, read_keys, sites
 from genkit.serve.rows import Intake, Most
 from genkit.serve.served import Runs
 from genkit.signals import Signals
@@ -39,6 +39,8 @@ class Listen:
     no_key: bool = False
     runs: Path | None = None
     drain: float = 30.0
+    allow_hosts: Sequence[str] = ()
+    framed_by: Sequence[str] = ()
 
 
 def run(options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float) -> int:
@@ -68,11 +70,12 @@ def prepare(
     options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float, keys: list[str]
 ) -> Serving:
     """Return what a server shares, with nothing loaded. Raises InputError for options that do not go together."""
+    hosts, framed_by = host_names(listen.allow_hosts), sites(listen.framed_by)
     engine = ServingEngine(options, defaults, max_queue)
     engine.plan([engine.sample()])  # the defaults of rows fit the model
     intake = Intake(engine, most)
     runs = None if listen.runs is None else Runs(listen.runs, intake)
-    return Serving(engine, intake, most, served_name(engine), keys, listen.host, runs, listen.drain)
+    return Serving(engine, intake, most, served_name(engine), keys, listen.host, runs, listen.drain, hosts, framed_by)
 
 
 def served_name(engine: ServingEngine) -> str:
@@ -85,13 +88,19 @@ def served_name(engine: ServingEngine) -> str:
 
 
 def _keys(listen: Listen) -> list[str]:
+    keys = keys_of_environment()
+    ways = {"--api-key-file": listen.key_file, KEYS: keys, "--no-key": listen.no_key}
+    given = [name for name, there in ways.items() if there]
+    if len(given) > 1:
+        raise InputError(f"{given[1]}: does not go with {given[0]}")
     if listen.key_file is not None:
-        if listen.no_key:
-            raise InputError("--no-key: does not go with --api-key-file")
         return read_keys(listen.key_file)
+    if keys:
+        return keys
     if not is_loopback(listen.host) and not listen.no_key:
         raise InputError(
-            f"--host: {listen.host} is reached by other machines: give --api-key-file, or --no-key if anyone may draw"
+            f"--host: {listen.host} is reached by other machines: give --api-key-file, or keys in {KEYS}, "
+            "or --no-key if anyone may draw"
         )
     return []
 
