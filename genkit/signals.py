@@ -39,3 +39,12 @@ class Signals:
             os._exit(self.exit_code)
         self.exit_code = self.CODES[signal.Signals(number)]
         self.then()
+
+
+def leave_as_first_process() -> None:
+    """Let SIGTERM end a command that is a container's first process, and does not catch it.
+
+    The kernel sends that process no signal without a handler, so that `docker stop` would wait in vain.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(EXIT_SIGTERM))

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, HostError, InputError
+from genkit.signals import leave_as_first_process
 
 MAKE, CHOOSE, SCORE, TRAIN, LOOK = (
     "Make pictures", "Look back at runs and choose", "Score pictures", "Train models", "Models and this machine",
@@ -72,6 +73,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # click's; newer releases of ty
 
 def main() -> None:
     """Run the command and leave with its exit code; errors are one line on standard error."""
+    leave_as_first_process()
     try:
         code = run(sys.argv[1:])
         if sys.stdout is not None:  # closed by the caller

@@ -34,6 +34,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 7860,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line, that calls need.")] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Listen beyond this machine without a key.")] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which a proxy's clients call it. May be given several times.")
+    ] = None,
+    framed_by: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may show the page in a frame.")
+    ] = None,
     runs: Annotated[Path | None, typer.Option(help="A folder for runs that clients start.")] = None,
     workers: Annotated[
         str | None, typer.Option(help="So many processes draw, each with a GPU, or cores, of its own: 4, or 4:64.")
@@ -57,7 +63,7 @@ def serve(
     from genkit.serve.choice import Choice
     from genkit.serve.rows import Most
 
-    listen = Listen(host, port, api_key_file, no_key, runs, drain)
+    listen = Listen(host, port, api_key_file, no_key, runs, drain, allow_host or (), framed_by or ())
     usual = Most()
     most = Most(max_pixels or usual.pixels, max_steps, max_images, max_body, usual.prompt)
     if workers is not None or ray is not None:

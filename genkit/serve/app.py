@@ -50,8 +50,10 @@ def create_app(serving: Serving) -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _broken)
-    app.add_middleware(Gate, keys=serving.keys, body=serving.most.body, answer=answer, host=serving.host,
-                       replica=serving.replica)  # fmt: skip
+    app.add_middleware(
+        Gate, keys=serving.keys, body=serving.most.body, answer=answer, host=serving.host, hosts=serving.hosts,
+        replica=serving.replica,
+    )  # fmt: skip
     return app
 
 

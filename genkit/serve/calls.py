@@ -31,6 +31,7 @@ class Serving:
 
     others: of several models, what there is for each by its name, this one first; one that is served alone has none.
     replica: its name where it is one of several that answer; what one process keeps in memory is not served then.
+    hosts: names of the server behind a proxy. framed_by: origins whose pages may have the server's page in a frame.
     """
 
     engine: ServingEngine
@@ -42,6 +43,8 @@ class Serving:
     runs: Any = None
     drain: float = 30.0
     replica: str = ""
+    hosts: Sequence[str] = ()
+    framed_by: Sequence[str] = ()
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
     others: dict[str, Serving] = dataclasses.field(default_factory=dict)
     _origin: asyncio.Task[Origin] | None = None

@@ -7,6 +7,8 @@ import binascii
 import hashlib
 import hmac
 import ipaddress
+import os
+import re
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,7 +18,7 @@ from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
-from genkit.errors import InputError
+from genkit.errors import InputError, shown
 from genkit.files import place
 
 OPEN = ("/health", "/v1/images/files/")  # beginnings of paths that need no key: the names of files are secrets
@@ -33,6 +35,10 @@ STATUSES: dict[int, dict[str, Any]] = {
 }  # fmt: skip
 ANYWHERE = (401, 403, 413, 421)
 LEAST_KEY = 16  # characters
+KEYS = "GENKIT_API_KEY"  # the environment variable that holds keys where no file does
+_LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_SITE = re.compile(rf"https?://{_NAME.pattern}(?::\d{{1,5}})?")
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
 
@@ -56,22 +62,48 @@ def alone(what: str, field: str | None = None) -> Refused:
 def read_keys(path: Path) -> list[str]:
     """Return the keys in a file, one a line; empty lines and those that begin with # are none.
 
-    Raises InputError for a file without keys, one that others may read, and a key that is easy to guess.
+    Raises InputError for a file without keys, one that others may read, and a key that is easy to guess. Of a file that
+    another user owns, as of a Secret in Kubernetes, the group may: that is how this process reads it.
     """
     try:
         text = path.read_text("utf-8")
-        mode = path.stat().st_mode
+        about = path.stat()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--api-key-file: {place(path)}: {error}") from None
-    if stat.S_IMODE(mode) & (stat.S_IRGRP | stat.S_IROTH):
+    if stat.S_IMODE(about.st_mode) & (stat.S_IROTH | (stat.S_IRGRP if about.st_uid == os.geteuid() else 0)):
         raise InputError(f"--api-key-file: {place(path)} can be read by others: chmod 600")
     keys = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not keys:
         raise InputError(f"--api-key-file: {place(path)} holds no key")
+    return _hard_to_guess(keys, f"--api-key-file: {place(path)}")
+
+
+def keys_of_environment() -> list[str]:
+    """Return the keys in GENKIT_API_KEY, parted by white space. Raises InputError for one that is easy to guess."""
+    return _hard_to_guess(os.environ.get(KEYS, "").split(), KEYS)
+
+
+def _hard_to_guess(keys: list[str], where: str) -> list[str]:
     short = next((n for n, key in enumerate(keys, 1) if len(key) < LEAST_KEY or not key.isascii()), None)
     if short is not None:
-        raise InputError(f"--api-key-file: {place(path)}: key {short} is not {LEAST_KEY} or more ASCII characters")
+        raise InputError(f"{where}: key {short} is not {LEAST_KEY} or more ASCII characters")
     return keys
+
+
+def host_names(given: Sequence[str]) -> tuple[str, ...]:
+    """Return names by which a proxy's clients call the server. Raises InputError for what is no host name."""
+    for name in given:
+        if not _NAME.fullmatch(name.lower()):
+            raise InputError(f"--allow-host: {shown(name)} is no host name, as in pictures.example.org, without a port")
+    return tuple(name.lower() for name in given)
+
+
+def sites(given: Sequence[str]) -> tuple[str, ...]:
+    """Return origins of pages that may show the server's page in a frame. Raises InputError for what is none."""
+    for site in given:
+        if not _SITE.fullmatch(site.lower()):
+            raise InputError(f"--framed-by: {shown(site)} is no origin of a page, as in https://example.org")
+    return tuple(site.lower() for site in given)
 
 
 def is_loopback(host: str) -> bool:
@@ -86,20 +118,21 @@ class Gate:
     """ASGI middleware: refuses calls without a key, from other sites, for other hosts, and bodies that are too large.
 
     keys: that are accepted, as `Authorization: Bearer KEY`, or as the password of Basic; none: no key is asked for, and
-    the Host must be an address, localhost, or a name of this machine, which no page of another site can have. answer:
-    (scope, Refused) -> an ASGI app. replica: the process, told in each answer. `scope["client_name"]` is who calls, for
-    turns and limits.
+    the Host must be an address, localhost, or a name of this machine, which no page of another site can have. hosts:
+    names that are this server's too, behind a proxy. answer: (scope, Refused) -> an ASGI app. replica: the process,
+    told in each answer. `scope["client_name"]` is who calls, for turns and limits.
     """
 
     def __init__(
         self, app: App, keys: Sequence[str], body: int, answer: Callable[[dict[str, Any], Refused], App],
-        host: str = "", replica: str = "",
+        host: str = "", hosts: Sequence[str] = (), replica: str = "",
     ) -> None:  # fmt: skip
         self.app, self.body, self.answer = app, body, answer
         self.headers = [(b"x-content-type-options", b"nosniff")]
         self.headers += [(b"x-genkit-replica", replica.encode())] if replica else []
         self.hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self.names = {"localhost", host.lower(), socket.gethostname().lower()} - {""}
+        self.hosts = frozenset(hosts)
+        self.names = {"localhost", host.lower(), socket.gethostname().lower(), *hosts} - {""}
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -145,18 +178,21 @@ class Gate:
                 await self.answer(scope, refused)(scope, receive, send)
 
     def _check_host(self, headers: dict[str, str]) -> None:
-        try:
-            name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        except ValueError:
-            name = ""
+        name = _host(f"//{headers.get('host', '')}")
         if not self.hashes and name not in self.names and not _is_address(name):
-            raise Refused(421, "the Host header names another machine; call this server by its address", "wrong_host")
+            raise Refused(
+                421,
+                "the Host header names another machine; call this server by its address, or start it "
+                "with --allow-host and that name",
+                "wrong_host",
+            )
 
     def _check_site(self, headers: dict[str, str], method: str) -> None:
         visits = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
         origin = headers.get("origin")
         other = headers.get("sec-fetch-site") in ("cross-site", "same-site") and not visits
-        if other or (origin is not None and origin.partition("://")[2] != headers.get("host")):
+        own = origin is None or origin.partition("://")[2] == headers.get("host") or _host(origin) in self.hosts
+        if other or not own:
             raise Refused(403, "pages of other sites may not call this server", "cross_site")
 
     def _caller(self, scope: dict[str, Any], headers: dict[str, str]) -> str:
@@ -181,6 +217,13 @@ def _key(authorization: str) -> str:
         except (binascii.Error, ValueError):
             return ""
     return value.strip() if kind.lower() == "bearer" else ""
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_address(name: str) -> bool:

@@ -21,12 +21,11 @@ from starlette.datastructures import UploadFile
 from genkit.errors import InputError
 from genkit.rows.request import Request as Row
 from genkit.rows.result import Result
-from genkit.selection.decide import decide, image_name
 from genkit.serve.calls import Serving, bad, encoded, failed, pictures
 from genkit.serve.limits import STATUSES, Refused, alone
 from genkit.serve.line import Event
 from genkit.serve.openaifields import STOOD_FOR, Wanted, not_served, of_form, pictures_of, wanted
-from genkit.serve.rows import Planned
+from genkit.serve.rows import Planned, chosen
 
 KEPT_SECONDS, KEPT_BYTES = 3600.0, 2**28  # of pictures that are answered as a URL
 LARGEST_PART = 2**20  # of a form, that is text
@@ -239,11 +238,7 @@ def _size(result: Result) -> str:
 
 def _kept(rows: list[Row], results: list[Result]) -> list[Result]:
     """Return the pictures that their row keeps, best first where it ranks. Raises Refused if none passes."""
-    if all(row.keep is None and row.gate is None for row in rows):
-        return results
-    images = decide(rows, results)["images"]
-    chosen = [(images[image_name(r)], r) for r in results]
-    found = [r for about, r in sorted(chosen, key=lambda one: one[0]["rank"] or 0) if about["kept"]]
+    found = chosen(rows, results)
     if not found:
         raise Refused(422, f"none of {len(results)} pictures passes the gate", "none_passed", "gate")
     return found

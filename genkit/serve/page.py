@@ -8,7 +8,7 @@ import json
 import math
 import time
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Chosen(BaseModel):
 def router(serving: Serving) -> APIRouter:
     """Return the routes of the page. They are no interface for others, and not in the OpenAPI description."""
     routes = APIRouter(include_in_schema=False)
-    _add_files(routes)
+    _add_files(routes, framed(serving.framed_by))
     desks = Desks(serving)
     _add_streams(routes, serving, desks)
     _add_jobs(routes, desks)
@@ -93,17 +93,27 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-def _add_files(routes: APIRouter) -> None:
+def framed(by: Sequence[str]) -> dict[str, str]:
+    """Return the headers of the page, which pages of these origins may have in a frame; without any, none may."""
+    if not by:
+        return ALWAYS
+    policy = POLICY.replace("frame-ancestors 'none'", f"frame-ancestors {' '.join(by)}")
+    return {name: value for name, value in ALWAYS.items() if name != "X-Frame-Options"} | {
+        "Content-Security-Policy": policy
+    }
+
+
+def _add_files(routes: APIRouter, page: dict[str, str]) -> None:
     folder = files("genkit.serve").joinpath("page")
     static = {entry.name: entry.read_bytes() for entry in folder.iterdir() if Path(entry.name).suffix in KINDS}
     static["look.css"] = look().encode()
 
-    def answer(name: str) -> Response:
-        return Response(static[name], media_type=f"{KINDS[Path(name).suffix]}; charset=utf-8", headers=ALWAYS)
+    def answer(name: str, headers: dict[str, str] = ALWAYS) -> Response:
+        return Response(static[name], media_type=f"{KINDS[Path(name).suffix]}; charset=utf-8", headers=headers)
 
     @routes.get("/")
     async def index() -> Response:
-        return answer("index.html")
+        return answer("index.html", page)
 
     @routes.get("/favicon.ico")
     async def icon() -> Response:

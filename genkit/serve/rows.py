@@ -18,9 +18,11 @@ from genkit.files import place, user_path
 from genkit.pictures.images import MAX_BYTES, as_pil
 from genkit.rows.plans import TUNED, is_tuned
 from genkit.rows.request import Request, canonical
+from genkit.rows.result import Result
 from genkit.rows.sdxl import PROMPTS
 from genkit.rows.syntax import composed, lora_tags
 from genkit.rows.wildcards import combinations
+from genkit.selection.decide import decide, image_name
 from genkit.serve.engine import ServingEngine
 
 PICTURES = ("image", "mask_image")
@@ -163,6 +165,15 @@ class Intake:
                 f"loras: {shown(name)} is no LoRA of this server{nearest(name, self.loras)}; there: {there[:300]}"
             )
         return self.loras[name]
+
+
+def chosen(rows: Sequence[Request], results: list[Result]) -> list[Result]:
+    """Return the finished pictures that their row keeps, best first where it ranks; all, if no row chooses."""
+    if all(row.keep is None and row.gate is None for row in rows):
+        return results
+    images = decide(rows, results)["images"]
+    ranked = sorted(((images[image_name(r)], r) for r in results), key=lambda one: one[0]["rank"] or 0)
+    return [result for about, result in ranked if about["kept"]]
 
 
 def _alone(message: str) -> str:

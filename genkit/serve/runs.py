@@ -118,7 +118,7 @@ def _add_begin(routes: APIRouter, serving: Serving, runs: Any, owner: Any) -> No
             wait = {"Retry-After": str(round(full.seconds))}
             raise Refused(429, "too many runs wait to be drawn", "rate_limit_exceeded", None, wait) from None
         except HostError as error:
-            raise Refused(503, str(error), "disk", None, {"Retry-After": "30"}) from None
+            raise _full(error, runs().store.folder) from None
         return JSONResponse(described(run), 202 if new else 200, {"Location": f"/v1/runs/{run.id}"})
 
 
@@ -189,15 +189,25 @@ def _add_changes(routes: APIRouter, runs: Any, found: Any) -> None:
         return Response(status_code=204)
 
 
-async def _changed(work: Any, *given: Any) -> Any:
+def _full(error: HostError, folder: Path) -> Refused:
+    """Return the answer to a call for which the disk has no room, or fails."""
+    return Refused(503, _within(str(error), folder), "disk", None, {"Retry-After": "30"})
+
+
+def _within(said: str, folder: Path) -> str:
+    """Return a message with the names of files below the folder of runs, and not where on this machine it lies."""
+    return said.replace(f"{folder}/", "")
+
+
+async def _changed(work: Any, run: Served, *given: Any) -> Any:
     try:
-        return await run_in_threadpool(work, *given)
+        return await run_in_threadpool(work, run, *given)
     except InputError as error:
         raise bad(str(error)) from None
     except Conflict as error:
         raise Refused(409, str(error), "conflict") from None
     except HostError as error:
-        raise Refused(503, str(error), "disk", None, {"Retry-After": "30"}) from None
+        raise _full(error, run.folder.parent) from None
 
 
 def _kind(call: Request) -> str:
@@ -243,9 +253,10 @@ def described(run: Served) -> dict[str, Any]:
     """Return what clients see of a run."""
     images = {"done": run.done, "failed": run.failed, "kept": run.kept, "least": run.certain, "most": run.most}
     at = f"/v1/runs/{run.id}"
+    reason = None if run.reason is None else _within(run.reason, run.folder.parent)
     links = {name: f"{at}/{name}" for name in ("events", "results", "gallery")}
     return {
-        "id": run.id, "object": "run", "state": run.state, "reason": run.reason, "created": round(run.created),
+        "id": run.id, "object": "run", "state": run.state, "reason": reason, "created": round(run.created),
         "finished": None if run.finished is None else round(run.finished), "name": run.name, "rows": run.rows,
         "images": images, "links": links,
     }  # fmt: skip

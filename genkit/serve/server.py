@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from genkit.serve.app import create_app
 from genkit.serve.calls import Serving
 from genkit.serve.choice import Choice
 from genkit.serve.engine import ServingEngine
-from genkit.serve.limits import is_loopback, read_keys
+from genkit.serve.limits import KEYS, host_names, is_loopback, keys_of_environment, read_keys, sites
 from genkit.serve.rows import Intake, Most
 from genkit.serve.served import Runs
 from genkit.serve.turns import Turns
@@ -41,6 +41,8 @@ class Listen:
     no_key: bool = False
     runs: Path | None = None
     drain: float = 30.0
+    allow_hosts: Sequence[str] = ()
+    framed_by: Sequence[str] = ()
 
 
 def run(
@@ -75,6 +77,9 @@ def prepare(
     choice: Choice | None = None,
 ) -> Serving:  # fmt: skip
     """Return what a server shares, with nothing loaded. Raises InputError for options that do not go together."""
+    about: dict[str, Any] = {
+        "drain": listen.drain, "hosts": host_names(listen.allow_hosts), "framed_by": sites(listen.framed_by),
+    }  # fmt: skip
     turns = Turns() if choice is None else Turns(choice.loaded)
     wanted = {None: (options, {})} if choice is None else choice.of(options)
     others: dict[str, Serving] = {}
@@ -83,7 +88,7 @@ def prepare(
         engine.plan([engine.sample()])  # the defaults of rows fit the model
         intake = Intake(engine, most, loras)
         named = name or served_name(engine)
-        others[named] = Serving(engine, intake, most, named, keys, listen.host, drain=listen.drain, others=others)
+        others[named] = Serving(engine, intake, most, named, keys, listen.host, others=others, **about)
     first = next(iter(others.values()))
     if listen.runs is not None:
         first.runs = Runs(listen.runs, first.intake)
@@ -101,13 +106,19 @@ def served_name(engine: ServingEngine) -> str:
 
 def keys_of(listen: Listen) -> list[str]:
     """Return the keys that calls need; none where none is asked for. Raises InputError."""
+    keys = keys_of_environment()
+    ways = {"--api-key-file": listen.key_file, KEYS: keys, "--no-key": listen.no_key}
+    given = [name for name, there in ways.items() if there]
+    if len(given) > 1:
+        raise InputError(f"{given[1]}: does not go with {given[0]}")
     if listen.key_file is not None:
-        if listen.no_key:
-            raise InputError("--no-key: does not go with --api-key-file")
         return read_keys(listen.key_file)
+    if keys:
+        return keys
     if not is_loopback(listen.host) and not listen.no_key:
         raise InputError(
-            f"--host: {listen.host} is reached by other machines: give --api-key-file, or --no-key if anyone may draw"
+            f"--host: {listen.host} is reached by other machines: give --api-key-file, or keys in {KEYS}, "
+            "or --no-key if anyone may draw"
         )
     return []
 

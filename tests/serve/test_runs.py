@@ -262,3 +262,70 @@ def test_a_run_that_another_process_left_goes_on(server: Any, client: httpx.Clie
     assert run["state"] == "done" and run["images"]["done"] == 16
     lines = client.get(f"/v1/runs/{run_id}/results").text.splitlines()
     assert len({json.loads(line)["index"] for line in lines}) == len(lines) == 16
+
+
+def test_a_run_is_of_the_key_that_began_it(server: Any, run: dict[str, Any]) -> None:
+    import dataclasses
+
+    from starlette.testclient import TestClient
+
+    from genkit.serve.app import create_app
+    from genkit.serve.store import owner_of
+
+    keys = ["the-key-of-the-first", "the-key-of-the-second"]
+    other = TestClient(create_app(dataclasses.replace(server.serving, keys=keys)), base_url=server.url)
+    first, second = ({"authorization": f"Bearer {key}"} for key in keys)
+    served = server.serving.runs.store.runs[run["id"]]
+    at = f"/v1/runs/{run['id']}"
+    before, served.owner = served.owner, owner_of("key 1", keys)
+    try:
+        assert other.get(at).status_code == 401
+        assert other.get(at, headers=first).status_code == 200
+        for method, path in (
+            ("GET", ""), ("GET", "/events"), ("GET", "/results"), ("GET", "/gallery"), ("GET", "/images/000000-0.png"),
+            ("POST", "/cancel"), ("POST", "/filter"), ("DELETE", ""),
+        ):  # fmt: skip
+            json_ = {"keep": 1} if path == "/filter" else None
+            assert other.request(method, at + path, headers=second, json=json_).status_code == 404, path
+        listed = [[one["id"] for one in other.get("/v1/runs", headers=h).json()["data"]] for h in (first, second)]
+        assert run["id"] in listed[0] and run["id"] not in listed[1]
+    finally:
+        served.owner = before
+
+
+def test_a_full_disk_takes_no_run_and_loses_none(
+    server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    from genkit.serve import feeder
+
+    store, real, full = server.serving.runs.store, os.fsync, [True]
+
+    def fsync(handle: int) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(feeder, "AGAIN", 0.2)
+    monkeypatch.setattr(os, "fsync", fsync)
+    before = sorted(path.name for path in store.folder.iterdir())
+    row = '{"prompt": "a dog", "num_images": 3, "steps": 1}'
+    answer = client.post("/v1/runs", content=row, headers=JSONL)
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+    message = answer.json()["error"]["message"]
+    assert "No space left" in message and "\n" not in message and str(store.folder) not in message
+    assert sorted(path.name for path in store.folder.iterdir()) == before
+
+    full[0] = False
+    run_id = client.post("/v1/runs", content=row, headers=JSONL).json()["id"]
+    full[0] = True  # while it is drawn, or before
+    for _ in range(300):
+        if (now := client.get(f"/v1/runs/{run_id}").json())["reason"] or now["finished"]:
+            break
+        time.sleep(0.02)
+    assert now["state"] == "waiting" and "No space left" in now["reason"] and str(store.folder) not in now["reason"]
+    full[0] = False
+    run = ended(client, run_id)
+    assert run["state"] == "done" and run["images"]["done"] == 3 and run["reason"] is None
