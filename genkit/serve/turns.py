@@ -7,12 +7,18 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from genkit.serve.engine import ServingEngine
+from typing import Any, Protocol
 
 PATIENCE = 10.0  # seconds that a model draws on while another one waits, so that loading is not most of the work
+
+
+class Drawer(Protocol):
+    """As much of a ServingEngine as takes turns. line: its Line."""
+
+    line: Any
+
+    def unload(self) -> None:
+        """Leave memory."""
 
 
 class Turns:
@@ -25,12 +31,12 @@ class Turns:
     def __init__(self, loaded: int = 1, patience: float = PATIENCE) -> None:
         self.loaded, self.patience, self.closed = loaded, patience, False
         self._came = threading.Condition()
-        self._waiting: list[ServingEngine] = []
-        self._holder: ServingEngine | None = None
+        self._waiting: list[Drawer] = []
+        self._holder: Drawer | None = None
         self._since = 0.0  # when the holder began to draw, or the first of the others came
-        self._recent: OrderedDict[ServingEngine, None] = OrderedDict()  # in memory, the latest last
+        self._recent: OrderedDict[Drawer, None] = OrderedDict()  # in memory, the latest last
 
-    def ask(self, engine: ServingEngine) -> None:
+    def ask(self, engine: Drawer) -> None:
         """Put an engine that has something to draw in the line, unless it draws or waits."""
         with self._came:
             if engine in self._waiting or engine is self._holder:
@@ -43,7 +49,7 @@ class Turns:
         if holder is not None:
             holder.line.nudge()
 
-    def gives_way(self, engine: ServingEngine, busy: bool) -> bool:
+    def gives_way(self, engine: Drawer, busy: bool) -> bool:
         """Whether the one whose turn it is has to end it. busy: whether it has something to draw."""
         with self._came:
             if engine is not self._holder or not self._waiting:
@@ -51,7 +57,7 @@ class Turns:
             return not busy or time.monotonic() - self._since >= self.patience
 
     @contextlib.contextmanager
-    def turn(self, engine: ServingEngine) -> Iterator[bool]:
+    def turn(self, engine: Drawer) -> Iterator[bool]:
         """Wait until it is the engine's turn, with room in memory for it; False where the server ends instead."""
         with self._came:
             self._came.wait_for(lambda: self.closed or (self._holder is None and self._waiting[:1] == [engine]))

@@ -217,11 +217,11 @@ def test_the_least_recently_used_leaves() -> None:
     for one in (a, b, a, c, b):
         draw(one)
     assert left == ["b", "a"]
-    turns.ask(c)  # type: ignore[arg-type]
-    with turns.turn(c):  # type: ignore[arg-type]
-        assert not turns.gives_way(c, busy=False), "nobody waits"  # type: ignore[arg-type]
-        turns.ask(a)  # type: ignore[arg-type]
+    turns.ask(c)
+    with turns.turn(c):
+        assert not turns.gives_way(c, busy=False), "nobody waits"
+        turns.ask(a)
         assert left[-1] == "nudged c"
-        assert turns.gives_way(c, busy=False) and not turns.gives_way(c, busy=True)  # type: ignore[arg-type]
+        assert turns.gives_way(c, busy=False) and not turns.gives_way(c, busy=True)
         turns.patience = 0.0
-        assert turns.gives_way(c, busy=True)  # type: ignore[arg-type]
+        assert turns.gives_way(c, busy=True)
