@@ -171,7 +171,9 @@ def _check_place(listen: Listen) -> None:
     """Raise InputError where Ray Serve runs on the cluster already, and listens elsewhere: it keeps its place."""
     from ray.serve.context import _get_global_client
 
-    found = _get_global_client().http_config
+    client = _get_global_client()
+    assert client is not None
+    found = client.http_config
     if (found.host, found.port) != (listen.host, listen.port):
         there = f"--host {found.host} --port {found.port}"
         raise InputError(f"--port: Ray Serve runs on this cluster already, and keeps its place: give {there}")
