@@ -228,7 +228,7 @@ def test_keys(served: Served, tmp_path: Path) -> None:
 
 
 def test_bad_usage_is_found_before_anything_is_loaded(tmp_path: Path, served: Served) -> None:
-    with pytest.raises(InputError, match=r"--api-key-file, .* or --no-key"):
+    with pytest.raises(InputError, match="--api-key-file, or keys in GENKIT_API_KEY, or --no-key"):
         run(Options(), {}, Listen(host="0.0.0.0"), Most(), 10)
     with pytest.raises(InputError, match="width"):
         prepare(Options(), {"width": 17}, Listen(), Most(), 10, [])
