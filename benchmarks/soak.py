@@ -1,9 +1,10 @@
 """A server under clients that leave, cancel and are cut off, and that is killed again and again: is anything lost?
 
-    python benchmarks/soak.py --clients 64 --seconds 600 --kill-every 60
+    python benchmarks/soak.py --clients 64 --minutes 10 --kill-every 60
 
-Every accepted run must be complete in the end, no picture drawn twice, and no answer a 5xx but 503 while the server
-stops. Kills are SIGKILL and SIGTERM in turn. Needs the extra `serve` and httpx; draws with the embedded model.
+Every accepted run must be complete in the end, no picture in it twice, memory flat, and no answer a 5xx but 503 while
+the server restarts. Kills are SIGKILL and SIGTERM in turn. Needs the extra `serve` and httpx; draws with the embedded
+model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import collections
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -23,13 +25,14 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 LINES = {"content-type": "application/x-ndjson"}
-
+FLAT = 1.1  # of memory, the later by the earlier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +46,10 @@ class Server:
             self.port = free.getsockname()[1]
         self.url, self.runs, self.log = f"http://127.0.0.1:{self.port}", runs, log
         self.codes: list[int] = []
-        self.resident: list[tuple[float, int]] = []  # (seconds, bytes)
+        self.began = time.monotonic()
+        self.lives = 0
+        self.resident: list[tuple[int, float, int]] = []  # (number of the process, seconds, bytes)
+        self.restarts: list[tuple[float, float]] = []  # from the signal until it is ready
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, seconds: float = 120.0) -> None:
@@ -57,6 +63,7 @@ class Server:
         while time.monotonic() < end:
             try:
                 if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                    self.lives += 1
                     return
             except httpx.HTTPError:
                 pass
@@ -72,11 +79,22 @@ class Server:
         self.codes.append(self.process.wait(60))
         return self.codes[-1]
 
-    def sample(self, began: float) -> None:
+    def restart(self, number: int) -> None:
+        """Send a signal, and start it again."""
+        self.restarts.append((time.monotonic(), math.inf))
+        self.stop(number)
+        self.start()
+        self.restarts[-1] = self.restarts[-1][0], time.monotonic()
+
+    def restarted(self, begin: float, end: float) -> bool:
+        """Whether it was restarted within a span of time."""
+        return any(begin <= after and end >= before for before, after in self.restarts)
+
+    def sample(self) -> None:
         """Record the memory of the process."""
         try:
             pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])  # type: ignore[union-attr]
-            self.resident.append((time.monotonic() - began, pages * os.sysconf("SC_PAGE_SIZE")))
+            self.resident.append((self.lives, time.monotonic() - self.began, pages * os.sysconf("SC_PAGE_SIZE")))
         except (OSError, IndexError):
             pass
 
@@ -89,6 +107,7 @@ class Client(threading.Thread):
         self.dice, self.server, self.end, self.counts = random.Random(number), server, end, counts
         self.accepted: dict[str, int] = {}  # id: pictures
         self.cancelled: set[str] = set()
+        self.unavailable: list[tuple[float, float]] = []  # when calls that got 503 began and ended
 
     def run(self) -> None:
         """Until the end."""
@@ -102,10 +121,12 @@ class Client(threading.Thread):
 
     def call(self, method: str, path: str, timeout: float = 30.0, **given: Any) -> httpx.Response:
         """Call, and count what is answered."""
+        began = time.monotonic()
         answer = httpx.request(method, f"{self.server.url}{path}", timeout=timeout, **given)
         self.counts[f"{answer.status_code}"] += 1
-        if answer.status_code >= 500 and answer.status_code != 503:
-            self.counts["wrong"] += 1
+        if answer.status_code == 503:
+            self.unavailable.append((began, time.monotonic()))
+        elif answer.status_code >= 500:
             print("wrong:", method, path, answer.status_code, answer.text[:300], file=sys.stderr)
         return answer
 
@@ -147,8 +168,8 @@ class Client(threading.Thread):
 
 
 def check(server: Server, clients: list[Client]) -> dict[str, int]:
-    """Return what is wrong of the accepted runs, read from the disk."""
-    wrong = {"lost": 0, "lacking": 0, "twice": 0, "damaged": 0}
+    """Return what is wrong of the accepted runs, read from the disk; and how many pictures there are."""
+    wrong = {"lost": 0, "lacking": 0, "twice": 0, "damaged": 0, "pictures": 0, "again": 0}
     for client in clients:
         for run_id, images in client.accepted.items():
             folder = server.runs / run_id
@@ -158,6 +179,8 @@ def check(server: Server, clients: list[Client]) -> dict[str, int]:
             state = json.loads((folder / "served.json").read_text())["state"]
             records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
             done = collections.Counter((r["id"], r["index"]) for r in records if r["status"] == "done")
+            wrong["pictures"] += len(done)
+            wrong["again"] += sum(1 for path in folder.glob("replaced/**/*") if path.is_file())
             wrong["twice"] += sum(times > 1 for times in done.values())
             complete = len(done) == images and state == "done"
             wrong["lacking"] += not complete and not (run_id in client.cancelled and state == "cancelled")
@@ -179,50 +202,100 @@ def finish(server: Server, seconds: float) -> float:
     return time.monotonic() - began
 
 
+def ratio(samples: Sequence[tuple[float, int]], first: tuple[float, float], last: tuple[float, float]) -> float | None:
+    """Return the median memory of the last span of seconds by that of the first; None where one has no samples."""
+    found = [[size for at, size in samples if begin <= at < end] for begin, end in (first, last)]
+    return statistics.median(found[1]) / statistics.median(found[0]) if all(found) else None
+
+
+def memory(server: Server, seconds: float) -> dict[str, float | None]:
+    """Return how memory grew: of the server that lived longest, from its second quarter to its last; and over all.
+
+    Memory begins anew with each server: over all, the last minute by the second is what runs on the disk cost it.
+    """
+    lives: dict[int, list[tuple[float, int]]] = collections.defaultdict(list)
+    for life, at, size in server.resident:
+        lives[life].append((at, size))
+    longest = max(lives.values(), key=lambda samples: samples[-1][0] - samples[0][0])
+    begin, end = longest[0][0], longest[-1][0] + 1e-3
+    quarter = (end - begin) / 4
+    minute = min(60.0, seconds / 4)
+    every = [(at, size) for _, at, size in server.resident]
+    return {
+        "seconds": end - begin,
+        "MiB": statistics.median(size for _, size in longest) / 2**20,
+        "longest": ratio(longest, (begin + quarter, begin + 2 * quarter), (end - quarter, end)),
+        "all": ratio(every, (minute, 2 * minute), (seconds - minute, seconds)),
+    }
+
+
 def soak(clients: int, seconds: float, kill_every: float, folder: Path, patience: float = 1800.0) -> dict[str, Any]:
-    """Return the figures; `wrong` among them is what must be 0."""
+    """Return the figures of a soak. kill_every: seconds of a server, 0 for one that is not killed."""
     server = Server(folder / "runs", folder / "log")
     server.start()
-    began = time.monotonic()
+    began = server.began = time.monotonic()
     counts: collections.Counter[str] = collections.Counter()
     crowd = [Client(n, server, began + seconds, counts) for n in range(clients)]
     for client in crowd:
         client.start()
-    following, kills = began + kill_every, 0
+    following, kills = began + (kill_every or math.inf), 0
     while time.monotonic() < began + seconds:
         if time.monotonic() >= following:
-            server.stop(signal.SIGTERM if kills % 2 else signal.SIGKILL)
-            server.start()
+            server.restart(signal.SIGTERM if kills % 2 else signal.SIGKILL)
             following, kills = time.monotonic() + kill_every, kills + 1
-        server.sample(began)
+        server.sample()
         time.sleep(0.25)
     for client in crowd:
         client.join(120)
     waited = finish(server, patience)
-    wrong = check(server, crowd)
-    code = server.stop(signal.SIGTERM)
-    minutes = {int(at // 60): [b for t, b in server.resident if t // 60 == at // 60] for at, _ in server.resident}
-    memory = {f"minute {n + 1}": round(statistics.median(found) / 2**20) for n, found in sorted(minutes.items())}
+    found = check(server, crowd)
+    server.stop(signal.SIGTERM)
+    outside = sum(not server.restarted(*span) for client in crowd for span in client.unavailable)
     return {
-        "clients": clients, "seconds": seconds, "kills": kills, "accepted": sum(len(c.accepted) for c in crowd),
-        "cancelled": sum(len(c.cancelled) for c in crowd), "seconds to finish": round(waited, 1), "exit code": code,
-        "answers": dict(sorted(counts.items())), "wrong": wrong | {"answers": counts["wrong"]}, "MiB": memory,
+        **found, "kills": kills, "accepted": sum(len(c.accepted) for c in crowd), "finish": waited, "answers": counts,
+        "cancelled": sum(len(c.cancelled) for c in crowd), "outside": outside, "memory": memory(server, seconds),
+        "codes": server.codes,
     }  # fmt: skip
 
 
+def table(found: dict[str, Any]) -> list[tuple[str, bool, str]]:
+    """Return (what must hold, whether it does, figures)."""
+    answers, grown = found["answers"], found["memory"]
+    shown = {name: "n/a" if grown[name] is None else f"{grown[name]:.2f}" for name in ("longest", "all")}
+    bad = sum(n for code, n in answers.items() if code.startswith("5") and code != "503")
+    codes = [code for code in found["codes"] if code != -signal.SIGKILL]
+    return [
+        ("every accepted run is complete", not (found["lost"] or found["lacking"] or found["damaged"]),
+         f"{found['accepted']} accepted, {found['cancelled']} of them cancelled by their client; {found['lost']} lost, "
+         f"{found['lacking']} not complete, {found['damaged']} pictures damaged"),
+        ("no picture is there twice", not found["twice"], f"{found['pictures']} pictures, {found['twice']} twice"),
+        ("memory is flat", all(grown[name] is None or grown[name] <= FLAT for name in ("longest", "all")),
+         f"of the server that lived longest ({grown['seconds']:.0f} s, {grown['MiB']:.0f} MiB), its last quarter by "
+         f"its second: {shown['longest']}; over all servers, the last minute by the second: {shown['all']}"),
+        ("no 5xx but 503 while it restarts", not bad and not found["outside"],
+         f"{bad} other 5xx, {found['outside']} x 503 at other times, {answers['503']} while it restarted"),
+        ("SIGTERM ends it with 143", set(codes) <= {143}, f"{len(codes)} times"),
+    ]  # fmt: skip
+
+
 def main() -> int:
-    """Print the figures; 1 if something is wrong."""
+    """Print the table; 1 if something does not hold."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options.add_argument("--clients", type=int, default=64)
-    options.add_argument("--seconds", type=float, default=600.0)
-    options.add_argument("--kill-every", type=float, default=60.0)
+    options.add_argument("--minutes", type=float, default=10.0)
+    options.add_argument("--kill-every", type=float, default=60.0, help="seconds; 0: never")
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="genkit-soak-") as folder:
-        found = soak(given.clients, given.seconds, given.kill_every, Path(folder))
+        found = soak(given.clients, 60 * given.minutes, given.kill_every, Path(folder))
+    rows = table(found)
+    print(f"{given.clients} clients, {given.minutes:g} minutes, {found['kills']} kills, SIGKILL and SIGTERM in turn")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end")
-    for name, value in found.items():
-        print(f"{name:18} {value}")
-    return int(any(found["wrong"].values()))
+    for what, holds, figures in rows:
+        print(f"{what:33} {'holds' if holds else 'FAILS'}  {figures}")
+    print(f"{'answers':33}        {', '.join(f'{n} x {code}' for code, n in sorted(found['answers'].items()))}")
+    print(f"{'drawn again, as a kill came first':33}        {found['again']} pictures that had no record yet")
+    print(f"{'what was left, drawn within':33}        {found['finish']:.1f} s")
+    return int(not all(holds for _, holds, _ in rows))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def serve(
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line, that calls need.")] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Listen beyond this machine without a key.")] = False,
     runs: Annotated[Path | None, typer.Option(help="A folder for runs that clients start.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="So many processes draw, each with a GPU, or cores, of its own: 4, or 4:64.")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Serve from a cluster of Ray: auto, or HOST:PORT.")] = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for what is in flight when the server stops.")] = 30.0,
     max_queue: Annotated[
         float, typer.Option(min=1, help="Pictures of the model's size and steps that may wait.")
@@ -51,4 +55,8 @@ def serve(
     listen = Listen(host, port, api_key_file, no_key, runs, drain)
     usual = Most()
     most = Most(max_pixels or usual.pixels, max_steps, max_images, max_body, usual.prompt)
+    if workers is not None or ray is not None:
+        from genkit.serve import replicas
+
+        return replicas.run(options, row.fields(), listen, most, max_queue, workers, ray)
     return run(options, row.fields(), listen, most, max_queue)

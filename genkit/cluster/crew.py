@@ -21,6 +21,7 @@ from genkit.job.plan import Job
 from genkit.progress import Progress
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.rows.settings import cost
 from genkit.runs.folding import ended
 from genkit.runs.run import Run
 from genkit.sampling.draws import Draws
@@ -155,10 +156,8 @@ class Workers:
             self.pool.close()
 
     def _cost(self, row: Request) -> float:
-        """Return about how many slots an image takes; see `Pipeline.cost`."""
-        usual = self.job.info.geometry
-        assert usual is not None
-        return (row.width or usual.width) * (row.height or usual.height) / (usual.width * usual.height)
+        assert self.job.info.geometry is not None
+        return cost(row, self.job.info.geometry)
 
     def _check(self, name: str, facts: dict[str, Any]) -> None:
         """Take what a worker says of itself. Raises HostError where it differs from this process."""
@@ -249,21 +248,19 @@ def ray_crew(job: Job, folder: Path, workers: tuple[int, int] | None, address: s
     from genkit.cluster.raypool import RayPool, import_ray
 
     import_ray()
-    _check_device(job, workers, address)
+    check_device(job.options.device, workers, address)
 
     def make(gpu: bool | None) -> tuple[Pool, int, int]:
         if address is None:
             assert workers is not None
-            gpu, devices = _devices_here(gpu)
-            if workers[0] > devices:
-                kind = "GPUs" if gpu else "cores"
-                raise InputError(f"--workers: {workers[0]} is more than the {devices} {kind} of this machine")
-            most = min(workers[1], devices)
-            threads = max(1, devices // most)
-            return RayPool(_on(job, gpu), folder, None, gpu, most, threads), workers[0], most
+            s = share_here(workers, gpu)
+            return RayPool(_on(job, s.gpu), folder, None, s.gpu, s.most, s.threads), s.least, s.most
         pool = RayPool(job, folder, address, gpu or False, 0, 1)
         try:
-            return pool, *_fitted(pool, job, workers, gpu, address)
+            s = share_there(pool.ray, workers, gpu, address)
+            pool.gpu, pool.threads = s.gpu, s.threads
+            pool.job = pool.ray.put((_on(job, s.gpu), pool.folder))
+            return pool, s.least, s.most
         except BaseException:
             pool.close()
             raise
@@ -271,9 +268,18 @@ def ray_crew(job: Job, folder: Path, workers: tuple[int, int] | None, address: s
     return Workers(job, folder, make)
 
 
-def _check_device(job: Job, workers: tuple[int, int] | None, address: str | None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What workers have: each a GPU, or so many threads of the CPU; their least and most number."""
+
+    gpu: bool
+    threads: int
+    least: int
+    most: int
+
+
+def check_device(device: str, workers: tuple[int, int] | None, address: str | None) -> None:
     """Raise InputError for a device that many workers cannot share, and for more workers than devices."""
-    device = job.options.device
     if ":" in device:
         raise InputError(f"--device: {device} is one device, and each worker has its own: give {device.split(':')[0]}")
     if device == "mps":
@@ -282,28 +288,31 @@ def _check_device(job: Job, workers: tuple[int, int] | None, address: str | None
         raise InputError(f"--workers: {workers[0]} is more than the {usable_cores()} cores of this machine")
 
 
-def _devices_here(gpu: bool | None) -> tuple[bool, int]:
-    """Return whether workers are on GPUs, and how many of these devices this machine has."""
+def share_here(workers: tuple[int, int], gpu: bool | None) -> Share:
+    """Return what each worker of this machine has; gpu: whether on GPUs, None if there are any. Raises InputError."""
     import torch
 
     found = torch.cuda.device_count() if gpu is not False else 0
-    return (True, found) if found or gpu else (False, usable_cores())
+    gpu, devices = (True, found) if found or gpu else (False, usable_cores())
+    if workers[0] > devices:
+        kind = "GPUs" if gpu else "cores"
+        raise InputError(f"--workers: {workers[0]} is more than the {devices} {kind} of this machine")
+    most = min(workers[1], devices)
+    return Share(gpu, max(1, devices // most), workers[0], most)
 
 
-def _fitted(pool: Any, job: Job, workers: tuple[int, int] | None, gpu: bool | None, address: str) -> tuple[int, int]:
-    """Set a cluster's pool to its devices; return the least and the most workers."""
-    has = pool.resources()
+def share_there(ray: Any, workers: tuple[int, int] | None, gpu: bool | None, address: str) -> Share:
+    """Return what each worker of a cluster has, which Ray is connected to. Raises HostError for too few devices."""
+    has = ray.cluster_resources()
     gpus, cores = int(has.get("GPU", 0)), int(has.get("CPU", 0))
     gpu = gpus > 0 if gpu is None else gpu
-    nodes = [node for node in pool.ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
     least, most = workers or ((gpus, gpus) if gpu else (len(nodes), len(nodes)))
     devices, kind = (gpus, "GPUs") if gpu else (cores, "cores")
     if least > devices or not least:
         raise HostError(f"--workers: {least} need as many {kind}; the cluster at {address} has {devices}")
     smallest = min(int(node["Resources"].get("CPU", 0)) or cores for node in nodes)
-    pool.gpu, pool.threads = gpu, max(1, min(smallest, cores // least))
-    pool.job = pool.ray.put((_on(job, gpu), pool.folder))
-    return least, most
+    return Share(gpu, max(1, min(smallest, cores // least)), least, most)
 
 
 def _on(job: Job, gpu: bool) -> Job:

@@ -44,39 +44,12 @@ class RayPool:
         self.recorded: dict[str, Any] | None = None
         self._looked = time.monotonic()
         try:
-            self._connect(address, workers)
+            self._temporary = connect(self.ray, address, workers, gpu, threads)
             self.job = self.ray.put((job, folder))
             self.actor = self.ray.remote(_actor())
         except BaseException:
             self.close()
             raise
-
-    def _connect(self, address: str | None, workers: int) -> None:
-        quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        before = signal.getsignal(signal.SIGTERM)
-        if address is None:
-            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for work beside other work
-            self._temporary = tempfile.mkdtemp(prefix="gk-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
-            resources = {"num_cpus": workers * self.threads, "num_gpus": workers if self.gpu else 0}
-            with _says("cannot start Ray here"):
-                self.ray.init(  # "local", as without an address it would take RAY_ADDRESS
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=STORE,
-                    _temp_dir=self._temporary,
-                    **resources,
-                    **quiet,
-                )
-        else:
-            with _says(f"--ray: no cluster answers at {address}"):
-                self.ray.init(address=_answering(self.ray, address), **quiet)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own would leave without a word
-
-    def resources(self) -> dict[str, float]:
-        """Return what the cluster has, of "CPU" and "GPU"."""
-        return self.ray.cluster_resources()
 
     def start(self, worker: str, *, masks: bool = False) -> None:
         share: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if self.gpu else {"num_cpus": self.threads}
@@ -129,23 +102,14 @@ class RayPool:
 
     def _check_alive(self) -> None:
         """Raise HostError when Ray itself has ended, which leaves calls without an answer for ever."""
-        if self.local:
-            self.lost = bool(_daemon(self.ray).dead_processes())
-        else:
-            self.lost = not any(node["Alive"] for node in self.ray.nodes())
+        self.lost = has_ended(self.ray, self.local)
         if self.lost:
             raise HostError("Ray has ended: its processes are gone; the same command goes on from here")
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            if self.lost and self.local:  # to ask it for anything would wait a minute
-                _daemon(self.ray).kill_all_processes(check_alive=False, allow_graceful=False)
-            elif not self.lost:
-                for worker in list(self.actors):
-                    self.kill(worker)
-                self.ray.shutdown()
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        for worker in () if self.lost else list(self.actors):
+            self.kill(worker)
+        disconnect(self.ray, self._temporary, self.lost)
 
     def _when(self, call: Any, worker: str, kind: str) -> None:
         call.future().add_done_callback(functools.partial(self._came, worker, kind))
@@ -174,6 +138,56 @@ def import_ray() -> Any:
     except ImportError:
         raise InputError("--workers and --ray: Ray is not installed: pip install 'genkit-diffusion[ray]'") from None
     return ray
+
+
+def connect(ray: Any, address: str | None, workers: int, gpu: bool, threads: int) -> str | None:
+    """Connect to a cluster, or start a Ray of this machine for so many workers; return its temporary folder.
+
+    gpu: whether each worker has one; else it has `threads` cores. Raises HostError where that fails.
+    """
+    quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    temporary = None
+    if address is None:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for work beside other work
+        temporary = tempfile.mkdtemp(prefix="gk-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+        resources = {"num_cpus": workers * threads, "num_gpus": workers if gpu else 0}
+        try:
+            with _says("cannot start Ray here"):
+                ray.init(  # "local", as without an address it would take RAY_ADDRESS
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=STORE,
+                    _temp_dir=temporary,
+                    **resources,
+                    **quiet,
+                )
+        except BaseException:
+            disconnect(ray, temporary)
+            raise
+    else:
+        with _says(f"--ray: no cluster answers at {address}"):
+            ray.init(address=_answering(ray, address), **quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray's own would leave without a word
+    return temporary
+
+
+def has_ended(ray: Any, local: bool) -> bool:
+    """Whether Ray itself has ended, which leaves calls without an answer for ever."""
+    return bool(_daemon(ray).dead_processes()) if local else not any(node["Alive"] for node in ray.nodes())
+
+
+def disconnect(ray: Any, temporary: str | None, lost: bool = False) -> None:
+    """Leave a cluster, or end the Ray that `connect` started in a temporary folder. lost: it has ended by itself."""
+    with contextlib.suppress(Exception):
+        if lost and temporary is not None:  # to ask it for anything would wait a minute
+            _daemon(ray).kill_all_processes(check_alive=False, allow_graceful=False)
+        elif not lost:
+            ray.shutdown()
+    if temporary is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _daemon(ray: Any) -> Any:

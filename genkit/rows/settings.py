@@ -13,6 +13,7 @@ from genkit.errors import InputError
 from genkit.rows.plans import TUNED
 from genkit.rows.request import Request
 from genkit.rows.sdxl import check_conditioning
+from genkit.rows.syntax import composed
 from genkit.schedulers.planning import least_strength
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
@@ -86,6 +87,20 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         scheduler=TUNED if tuned else request.scheduler,
         embedded=g.guidance_width > 0,
     )
+
+
+def cost(
+    row: Request, g: Geometry, size: tuple[int, int] | None = None, usual_steps: int | None = None
+) -> float:  # fmt: skip
+    """Return how many slots an image takes: its pixels relative to the model's own picture size.
+
+    Prompts joined by AND take a half more each. size: (width, height) of a row that is not planned. usual_steps: the
+    model's own number of steps; with it the cost is that of the whole picture, in pictures of its own size and steps.
+    """
+    prompts = len(composed(row.prompt or "")) if row.syntax == "a1111" else 1
+    width, height = size or (row.width or g.width, row.height or g.height)
+    slots = (prompts + 1) / 2 * width * height / (g.width * g.height)
+    return slots if usual_steps is None else slots * (row.num_inference_steps or usual_steps) / usual_steps
 
 
 def assumed(stated: Request, filled: Request) -> list[str]:

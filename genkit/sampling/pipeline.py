@@ -23,8 +23,7 @@ from genkit.rows.prompting import check_prompting
 from genkit.rows.refining import refined_plan
 from genkit.rows.request import Request
 from genkit.rows.sdxl import stated_prompts, time_ids
-from genkit.rows.settings import Settings, settings
-from genkit.rows.syntax import composed
+from genkit.rows.settings import Settings, cost, settings
 from genkit.sampling.adapters import Adapters
 from genkit.sampling.codec import Codec, condition
 from genkit.sampling.conditioning import Texts, conditioned, distinct, read_prompts, sized
@@ -117,10 +116,9 @@ class Pipeline:
         return settings(request, self.geometry, self.defaults)
 
     def cost(self, request: Request) -> float:
-        """Return how many slots an image takes: its pixels relative to the model's own picture size."""
+        """Return how many slots an image takes, as `rows.settings.cost`, of a row that need not be planned."""
         s = self.settings(request)
-        prompts = len(composed(request.prompt)) if request.syntax == "a1111" else 1
-        return (prompts + 1) / 2 * s.width * s.height / (self.geometry.width * self.geometry.height)
+        return cost(request, self.geometry, (s.width, s.height))
 
     def plan(self, request: Request) -> Plan:
         """Return the sampling plan of a request, cached by steps, scheduler, strength and guidance."""

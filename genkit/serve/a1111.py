@@ -16,9 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from genkit.errors import InputError
-from genkit.job.origin import origin_of
 from genkit.pictures.encoders import encoding
-from genkit.pictures.metadata import Origin
 from genkit.pictures.samplers import SAMPLERS, SCHEDULE_TYPES
 from genkit.pictures.written import read_texts
 from genkit.rows.infotext import is_infotext, pairs, read_infotext
@@ -28,7 +26,6 @@ from genkit.rows.result import Result
 from genkit.runs.writers import texts_of
 from genkit.serve.a1111fields import Asked, asked, check_settings, inline
 from genkit.serve.calls import Serving, bad, client_of, encoded, failed, stopping
-from genkit.serve.feeder import config_of
 from genkit.serve.limits import STATUSES, Refused
 from genkit.serve.line import Event
 from genkit.serve.rows import as_file
@@ -218,7 +215,6 @@ class Api:
     def __init__(self, serving: Serving) -> None:
         self.serving = serving
         self.calls: dict[str, list[Progress]] = {}
-        self._origin: Origin | None = None
 
     async def draw(self, call: Request, given: dict[str, Any], from_picture: bool) -> Response:
         """Answer txt2img, or img2img. Raises Refused, 422 for what genkit lacks."""
@@ -233,6 +229,7 @@ class Api:
         progress = Progress(row.max_images or row.num_images)
         mine = self.calls.setdefault(client_of(call), [])
         mine.append(progress)
+        serving.origin()  # begins while the pictures are drawn
         try:
             previews = max(1, (row.num_inference_steps or 1) // PREVIEWS)
             results = await _finished(await serving.events(call, rows, previews=previews, steps=True), progress)
@@ -240,7 +237,7 @@ class Api:
             mine.remove(progress)
             if not mine:
                 self.calls.pop(client_of(call), None)
-        origin = await run_in_threadpool(self._told)
+        origin = await serving.origin()
         texts = [texts_of(row, result, origin) for result in results]
         images = [await run_in_threadpool(_laid, wanted, result) for result in results]
         files = [await encoded(encoding("png"), pixels, text) for pixels, text in zip(images, texts, strict=True)]
@@ -292,14 +289,6 @@ class Api:
     async def words(self) -> Any:
         """Return the textual inversions of the server."""
         return (await run_in_threadpool(self.serving.engine.words)).used
-
-    def _told(self) -> Origin:
-        """Return what the pictures' metadata says of what drew them, made once."""
-        if self._origin is None:
-            engine = self.serving.engine
-            job = engine.plan([engine.sample()])
-            self._origin = origin_of(job, config_of(job, engine)["binding"], engine.generator)
-        return self._origin
 
 
 async def _finished(events: AsyncIterator[Event], progress: Progress) -> list[Result]:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from genkit.errors import shown
 from genkit.serve.calls import Serving
-from genkit.serve.limits import ANYWHERE, STATUSES, Gate, Refused
+from genkit.serve.limits import ANYWHERE, STATUSES, Gate, Refused, alone
 from genkit.serve.metrics import Metrics
 from genkit.version import __version__
 
@@ -21,6 +21,13 @@ from genkit.version import __version__
 INTERFACES = ("openai", "runs", "a1111", "page")
 # By the beginning of paths: how their errors look, a function (Refused) -> JSON. Others are {"error": message}.
 ERRORS: dict[str, Callable[[Refused], Any]] = {}
+# What is kept in the memory of one process, or in a folder of its own, and so is not served by several
+ALONE = {
+    "/": "the page is", "/app/{rest:path}": "the page is", "/metrics": "numbers of one process are",
+    "/v1/runs": "runs are", "/v1/runs/{rest:path}": "runs are", "/v1/images/files/{name}": "pictures at a URL are",
+    **{f"/sdapi/v1/{name}": f"{name} is" for name in ("progress", "interrupt", "skip")},
+}  # fmt: skip
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 ABOUT = "Pictures of one diffusion model, for clients of the OpenAI images API and others."
 
 
@@ -32,6 +39,8 @@ def create_app(serving: Serving) -> FastAPI:
     )
     app.state.serving, app.state.metrics = serving, Metrics(serving.engine)
     serving.refused = app.state.metrics.refuse
+    for path, what in ALONE.items() if serving.replica else ():
+        app.add_api_route(path, _elsewhere(what), methods=[*METHODS], include_in_schema=False)
     for name in INTERFACES:
         module = import_module(f"genkit.serve.{name}")
         app.include_router(module.router(serving))
@@ -40,7 +49,8 @@ def create_app(serving: Serving) -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _broken)
-    app.add_middleware(Gate, keys=serving.keys, body=serving.most.body, answer=answer, host=serving.host)
+    app.add_middleware(Gate, keys=serving.keys, body=serving.most.body, answer=answer, host=serving.host,
+                       replica=serving.replica)  # fmt: skip
     return app
 
 
@@ -56,6 +66,13 @@ def _add_facts(app: FastAPI, serving: Serving) -> None:
     async def metrics() -> Response:
         """Return counters and gauges as Prometheus reads them."""
         return Response(*app.state.metrics.text())
+
+
+def _elsewhere(what: str) -> Callable[[], Any]:
+    async def refuse() -> Response:
+        raise alone(what)
+
+    return refuse
 
 
 def answer(scope: dict[str, Any], refused: HTTPException) -> JSONResponse:

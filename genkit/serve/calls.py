@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as Call
 
 from genkit.errors import HostError, InputError
+from genkit.job.origin import origin_of
 from genkit.pictures.encoders import Encoding
+from genkit.pictures.metadata import Origin
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.serve.engine import STOPPING, Full, ServingEngine
+from genkit.serve.feeder import config_of
 from genkit.serve.limits import Refused
 from genkit.serve.line import Event, Ticket
 from genkit.serve.rows import Intake, Most, Planned
@@ -24,7 +27,10 @@ from genkit.serve.rows import Intake, Most, Planned
 
 @dataclasses.dataclass
 class Serving:
-    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs."""
+    """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs.
+
+    replica: its name where it is one of several that answer; what one process keeps in memory is not served then.
+    """
 
     engine: ServingEngine
     intake: Intake
@@ -34,7 +40,9 @@ class Serving:
     host: str = "127.0.0.1"
     runs: Any = None
     drain: float = 30.0
+    replica: str = ""
     refused: Callable[[str], None] = lambda _: None  # counts a refused call by its code
+    _origin: asyncio.Task[Origin] | None = None
     draining = stopped = False  # no new work is taken; nothing is drawn any more
 
     async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
@@ -43,6 +51,16 @@ class Serving:
             return await run_in_threadpool(self.intake.rows, many)
         except InputError as error:
             raise bad(str(error)) from None
+
+    def origin(self) -> Awaitable[Origin]:
+        """Return what to await for what pictures' metadata says of what drew them; it is found once.
+
+        The weights are hashed for it, beside the event loop: who calls this when a picture is asked for waits less.
+        """
+        failed = self._origin is not None and self._origin.done() and self._origin.exception() is not None
+        if self._origin is None or failed:
+            self._origin = asyncio.get_running_loop().create_task(run_in_threadpool(_origin, self.engine))
+        return asyncio.shield(self._origin)
 
     def check_ready(self) -> None:
         """Raise Refused, 503, where the server takes no new work."""
@@ -83,6 +101,11 @@ class Serving:
 
         ticket = self.submit(rows, client_of(call), on, previews, steps, seed)
         return _followed(call, ticket, queue)
+
+
+def _origin(engine: ServingEngine) -> Origin:
+    job = engine.plan([])
+    return origin_of(job, config_of(job, engine)["binding"], engine.generator)
 
 
 async def _followed(call: Call, ticket: Ticket, queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:

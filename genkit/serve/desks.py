@@ -9,14 +9,12 @@ import dataclasses
 import itertools
 import secrets
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
-
+from genkit.errors import reason
 from genkit.pictures.encoders import encoding
-from genkit.pictures.metadata import Origin
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.writers import texts_of
@@ -112,7 +110,6 @@ class Desks:
     def __init__(self, serving: Serving) -> None:
         self.serving = serving
         self.desks: OrderedDict[str, Desk] = OrderedDict()
-        self._origin: Origin | None = None
 
     def open(self, client: str, name: str | None) -> Desk:
         """Return a desk, a new one if the caller has none of that name. Raises Refused where there are too many."""
@@ -184,6 +181,7 @@ class Desks:
         every = max(1, -(-(row.num_inference_steps or 1) // 10))
         job.ticket = self.serving.submit([row], desk.client, on, every, True)
         desk.jobs[job.id] = job
+        self.serving.origin()  # begins while the pictures are drawn
         while len(desk.jobs) > JOBS:
             self.forget(desk, next(iter(desk.jobs.values())))
         desk.tell_job(job)
@@ -226,14 +224,16 @@ class Desks:
             self._end(desk, job, event["cancelled"])
 
     async def _keep(self, desk: Desk, job: Work, result: Result) -> None:
-        if self._origin is None:
-            self._origin = await run_in_threadpool(origin, self.serving)
-        text = texts_of(job.row, result, self._origin)
-        data = await encoded(encoding("png"), result.pixels, text)
         scores = {k: v for k, v in result.scores.items() if type(v) in (int, float)}
         about = {name: getattr(result, name) for name in ("index", "seed", "width", "height", "steps", "seconds")}
+        try:
+            text = texts_of(job.row, result, await self.serving.origin())
+            picture = Picture(about | {"scores": scores}, await encoded(encoding("png"), result.pixels, text))
+        except Exception as error:  # say, weights that cannot be hashed, as their files are gone
+            job.reason = reason(error)
+            picture = Picture({"index": result.index, "reason": job.reason})
         job.encoding -= 1
-        self._add(desk, job, Picture(about | {"scores": scores}, data))
+        self._add(desk, job, picture)
         self._end(desk, job, bool(job.ticket and job.ticket.cancelled))
         self._make_room()
 
@@ -261,14 +261,3 @@ class Desks:
 
 
 _TASKS: set[asyncio.Task[None]] = set()  # the loop itself holds them weakly
-
-
-def origin(serving: Serving) -> Origin:
-    """Return what the metadata of pictures says of what drew them, without the hashes of weights, which take long."""
-    from genkit.job.load import run_config
-    from genkit.job.origin import origin_of
-
-    engine = serving.engine
-    job = engine.plan([])
-    binding = run_config(job, (engine.generator, engine.panel), None, defaultdict(dict))["binding"]
-    return origin_of(job, binding, engine.generator)

@@ -19,6 +19,7 @@ from genkit.job.words import Inversions
 from genkit.options import Options
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.rows.settings import STEPS, cost
 from genkit.serve.line import Event, Line, Ticket
 
 if TYPE_CHECKING:
@@ -126,10 +127,9 @@ class ServingEngine:
 
     def cost_of(self, row: Request) -> float:
         """Return what an image of a planned row costs, in pictures of the model's own size and steps."""
-        g, usual = self.models.info.geometry, self.models.info.defaults.get("num_inference_steps", 30)
-        assert g is not None
-        pixels = (row.width or g.width) * (row.height or g.height)
-        return pixels * (row.num_inference_steps or usual) / (g.width * g.height * usual)
+        info = self.models.info
+        assert info.geometry is not None
+        return cost(row, info.geometry, usual_steps=info.defaults.get("num_inference_steps", STEPS))
 
     def submit(
         self, rows: Sequence[Request], client: str = "local", on: Callable[[Event], None] | None = None,

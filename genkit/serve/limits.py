@@ -27,7 +27,8 @@ STATUSES: dict[int, dict[str, Any]] = {
         400: "Something in the request is wrong: the error names it", 401: "No key, or a wrong one",
         403: "Called by a page of another site", 404: "There is no such thing here", 413: "The body is too large",
         421: "The Host header names another machine", 422: "No picture passes the gate",
-        429: "The queue is full: see Retry-After", 500: "A picture failed", 503: "The server does not draw, and why",
+        429: "The queue is full: see Retry-After", 500: "A picture failed", 501: "Not with several workers",
+        503: "The server does not draw, and why",
     }.items()
 }  # fmt: skip
 ANYWHERE = (401, 403, 413, 421)
@@ -44,6 +45,12 @@ class Refused(HTTPException):
     ) -> None:  # fmt: skip
         super().__init__(status, message, headers)
         self.code, self.param = code, param
+
+
+def alone(what: str, field: str | None = None) -> Refused:
+    """Return the error of what a server of one process has, and one of many workers has not."""
+    said = f"{what} not served by many workers, as one process keeps them: start genkit serve without --workers, --ray"
+    return Refused(501, said, "one_process_only", field, {"x-should-retry": "false"})  # openai's client reads that
 
 
 def read_keys(path: Path) -> list[str]:
@@ -80,13 +87,17 @@ class Gate:
 
     keys: that are accepted, as `Authorization: Bearer KEY`, or as the password of Basic; none: no key is asked for, and
     the Host must be an address, localhost, or a name of this machine, which no page of another site can have. answer:
-    (scope, Refused) -> an ASGI app. `scope["client_name"]` is who calls, for turns and limits.
+    (scope, Refused) -> an ASGI app. replica: the process, told in each answer. `scope["client_name"]` is who calls, for
+    turns and limits.
     """
 
     def __init__(
-        self, app: App, keys: Sequence[str], body: int, answer: Callable[[dict[str, Any], Refused], App], host: str = ""
-    ) -> None:
+        self, app: App, keys: Sequence[str], body: int, answer: Callable[[dict[str, Any], Refused], App],
+        host: str = "", replica: str = "",
+    ) -> None:  # fmt: skip
         self.app, self.body, self.answer = app, body, answer
+        self.headers = [(b"x-content-type-options", b"nosniff")]
+        self.headers += [(b"x-genkit-replica", replica.encode())] if replica else []
         self.hashes = [hashlib.sha256(key.encode()).digest() for key in keys]
         self.names = {"localhost", host.lower(), socket.gethostname().lower()} - {""}
 
@@ -124,7 +135,7 @@ class Gate:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+                message["headers"] = [*message.get("headers", ()), *self.headers]
             await send(message)
 
         try:

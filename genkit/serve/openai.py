@@ -23,7 +23,7 @@ from genkit.rows.request import Request as Row
 from genkit.rows.result import Result
 from genkit.selection.decide import decide, image_name
 from genkit.serve.calls import Serving, bad, encoded, failed, pictures
-from genkit.serve.limits import STATUSES, Refused
+from genkit.serve.limits import STATUSES, Refused, alone
 from genkit.serve.line import Event
 from genkit.serve.openaifields import STOOD_FOR, Wanted, of_form, pictures_of, wanted
 from genkit.serve.rows import Planned
@@ -198,6 +198,8 @@ async def _answered(
         raise _no_model(str(missing.args[0])) from None
     except InputError as wrong:
         raise bad(str(wrong)) from None
+    if asked.url and serving.replica:
+        raise alone("response_format: url (ask for b64_json): pictures at a URL are", "response_format")
     rows = await serving.rows([fields])
     if asked.stream:
         steps = rows[0].num_inference_steps or 1

@@ -30,9 +30,13 @@ from genkit.serve.calls import Serving, bad, client_of
 from genkit.serve.desks import Desk, Desks, Work
 from genkit.serve.limits import Refused
 from genkit.serve.rows import NOT_SERVED, PICTURES, as_file
+from genkit.serve.runs import described
+from genkit.serve.store import owner_of
 from genkit.version import __version__
 
 BEAT = 15.0  # seconds after which a stream says that it is there
+LOOK = 0.9  # seconds between two looks at the runs
+RUNS = 50  # runs that the page lists
 LAST = 5.0  # seconds for what is left to tell when nothing is drawn any more: then the server cuts what is open
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
 POLICY = (
@@ -115,13 +119,14 @@ def _add_streams(routes: APIRouter, serving: Serving, desks: Desks) -> None:
     @routes.get("/app/events")
     async def events(call: Request, desk: str | None = None) -> Response:
         found = desks.open(client_of(call), desk)
+        owner = owner_of(client_of(call), list(serving.keys))
         kind = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_stream(serving, desks, found), headers=ALWAYS | kind)
+        return StreamingResponse(_stream(serving, desks, found, owner), headers=ALWAYS | kind)
 
 
-async def _stream(serving: Serving, desks: Desks, desk: Desk) -> AsyncIterator[str]:
-    queue, said = desks.listen(desk), ""
-    beat, end = time.monotonic(), math.inf
+async def _stream(serving: Serving, desks: Desks, desk: Desk, owner: str) -> AsyncIterator[str]:
+    queue, said, listed = desks.listen(desk), "", ""
+    looked, beat, end = -math.inf, time.monotonic(), math.inf
     try:
         while time.monotonic() < end and (desk.busy or not queue.empty() or not serving.draining):
             if serving.stopped and end == math.inf:
@@ -129,6 +134,11 @@ async def _stream(serving: Serving, desks: Desks, desk: Desk) -> AsyncIterator[s
             if (now := _state(serving)) != said:
                 said = now
                 yield f"data: {said}\n\n"
+            if serving.runs is not None and time.monotonic() - looked > LOOK:
+                looked = time.monotonic()
+                if (now := _runs(serving, owner)) != listed:
+                    listed = now
+                    yield f"data: {listed}\n\n"
             try:
                 event = await asyncio.wait_for(queue.get(), 0.5)
             except TimeoutError:
@@ -147,6 +157,14 @@ def _state(serving: Serving) -> str:
     if serving.draining:
         ready, why = False, "the server is stopping"
     return json.dumps({"type": "server", "ready": ready, "why": why})
+
+
+def _runs(serving: Serving, owner: str) -> str:
+    """Return the event that has the newest runs of an owner, as /v1/runs tells of them."""
+    mine = serving.runs.store.of(owner)
+    shown = [described(run) for run in reversed(mine[-RUNS:])]
+    live = sum(not run.over for run in mine)
+    return json.dumps({"type": "runs", "runs": shown, "count": len(mine), "live": live})
 
 
 def _add_jobs(routes: APIRouter, desks: Desks) -> None:

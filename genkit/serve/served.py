@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from genkit.durable import json_line
 from genkit.errors import HostError, InputError, shown
 from genkit.pages.gallery import write_gallery
 from genkit.pictures.encoders import encoding
-from genkit.runs.records import GALLERY, SELECTION, read_config, read_results, read_rows
+from genkit.runs.records import GALLERY, RESULTS, SELECTION, read_config, read_results, read_rows
 from genkit.selection.decide import decide, image_name
 from genkit.serve.engine import Full
 from genkit.serve.feeder import Feeder, config_of, run_options
@@ -24,6 +25,7 @@ from genkit.serve.uploads import Upload
 from genkit.studies.filter import refilter
 
 MOST_WAITING = 256  # runs of an owner of which something is to be drawn
+EVERY = 3.0  # seconds between two galleries of a run that is drawn
 WAIT = 10.0  # seconds after which a client may try again to begin one
 
 
@@ -127,15 +129,22 @@ class Runs:
             self.store.delete(run)
 
     def page(self, run: Served) -> Path:
-        """Return the gallery of a run; of one that is drawn, or was not decided on, as it is now."""
+        """Return the gallery of a run; of one that is drawn as it was at most EVERY seconds ago."""
         path = run.folder / GALLERY
         with run.lock:
-            if not run.over or not path.is_file():
-                config = read_config(run.folder)
-                assert config is not None
-                rows, results = read_rows(run.folder), read_results(run.folder)
-                write_gallery(run.folder, rows, results, decide(rows, results), config)
+            if path.is_file() and (run.over or not self._is_old(run)):
+                return path
+            run.page = _records(run), time.monotonic()
+            config = read_config(run.folder)
+            assert config is not None
+            rows, results = read_rows(run.folder), read_results(run.folder)
+            write_gallery(run.folder, rows, results, decide(rows, results), config)
         return path
+
+    def _is_old(self, run: Served) -> bool:
+        """Whether records came since the gallery was written, and it is time to write it again."""
+        shown, since = run.page
+        return shown is None or (time.monotonic() - since >= EVERY and _records(run) != shown)
 
     def selection(self, run: Served) -> dict[str, Any]:
         """Return what selection.json says of each image; nothing before it is written."""
@@ -150,6 +159,15 @@ class Runs:
             verdict = images.get(image_name(result), {})
             told = {"kept": verdict.get("kept"), "rank": verdict.get("rank"), "why": verdict.get("reason")}
             yield json_line(result.to_json() | told)
+
+
+def _records(run: Served) -> tuple[int, int] | None:
+    """Return what changes with the records of a run."""
+    try:
+        found = (run.folder / RESULTS).stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def check_name(name: str) -> str:

@@ -45,7 +45,7 @@ def run(options: Options, defaults: dict[str, Any], listen: Listen, most: Most, 
     """Serve until a signal ends it; return the exit code. Raises InputError and HostError before it is ready."""
     from genkit.device.devices import reuse_memory
 
-    keys = _keys(listen)
+    keys = keys_of(listen)
     reuse_memory()
     serving = prepare(options, defaults, listen, most, max_queue, keys)
     with contextlib.closing(bound(listen)) as listener:
@@ -84,7 +84,8 @@ def served_name(engine: ServingEngine) -> str:
     return path.stem if path.suffix == ".safetensors" else path.name
 
 
-def _keys(listen: Listen) -> list[str]:
+def keys_of(listen: Listen) -> list[str]:
+    """Return the keys that calls need; none where none is asked for. Raises InputError."""
     if listen.key_file is not None:
         if listen.no_key:
             raise InputError("--no-key: does not go with --api-key-file")
@@ -124,7 +125,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             create_app(serving), log_level="warning", access_log=False, server_header=False, lifespan="off",
             timeout_graceful_shutdown=ANSWERED, timeout_keep_alive=30, limit_concurrency=1000,
-            h11_max_incomplete_event_size=2**16,
+            http="h11", loop="asyncio", h11_max_incomplete_event_size=2**16,  # whatever else is installed
         )  # fmt: skip
         super().__init__(config)
 

@@ -55,6 +55,7 @@ class Served:
     kept: int | None = None
     finished: float | None = None
     lock: Any = dataclasses.field(default_factory=threading.RLock, repr=False, compare=False)
+    page: tuple[Any, float] = (None, 0.0)  # the records that the gallery of a run that is drawn shows, and since when
 
     @property
     def over(self) -> bool:
@@ -67,7 +68,7 @@ class Served:
 
     def to_json(self) -> dict[str, Any]:
         """Return what served.json has of it."""
-        left_out = ("lock", "folder", "id")
+        left_out = ("lock", "page", "folder", "id")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
 
     def end(self, state: str) -> None:

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from genkit.components.info import weight_hashes
 from genkit.pages.look import look
 from genkit.rows.request import Request
 from genkit.serve import desks
@@ -93,7 +94,10 @@ def test_a_job_grows_and_its_picture_gives_its_settings_back(served: Served, des
     assert [p["seed"] for p in told["pictures"]] == [5, 6] and "clip" in told["pictures"][0]["scores"]
     assert told["settings"]["num_inference_steps"] == 3 and told["fields"]["negative_prompt"] == "blue"
     data = desk.picture(job, 1).content
-    assert Image.open(io.BytesIO(data)).size == (128, 128)
+    picture = Image.open(io.BytesIO(data))
+    assert picture.size == (128, 128)
+    weights = json.loads(picture.text["genkit"])["weights"]  # type: ignore[attr-defined]
+    assert weights == weight_hashes(served.engine.models.info)
     found = desk.http.post("/app/settings", content=data).json()
     same = {"prompt": "a red apple", "negative_prompt": "blue", "seed": 6, "num_inference_steps": 3}
     assert found["fields"].items() >= (same | {"scheduler": "euler"}).items() and found["notes"] == []

@@ -286,3 +286,49 @@ def test_with_a_key_the_browser_asks_once(chromium: Any, tmp_path: Path) -> None
         running.engine.close()
         running.server.listener.close()
     assert not running.thread.is_alive() and threading.main_thread().is_alive()
+
+
+@pytest.mark.slow
+def test_runs_are_listed_as_the_server_has_them(chromium: Any, tmp_path: Path) -> None:
+    running = serve(Options(device="cpu"), runs=tmp_path / "runs")
+    lines = {"content-type": "application/x-ndjson"}
+
+    def begin(name: str, text: str) -> str:
+        answer = httpx.post(f"{running.url}/v1/runs", params={"name": name}, content=text, headers=lines, timeout=60)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    try:
+        page = chromium.new_page(viewport={"width": 390, "height": 800})
+        load(page, running.url)
+        api.expect(page.locator("#runs")).to_be_hidden()
+        small = begin("<img src=x onerror=document.title=1>.jsonl", '{"prompt": "a dog", "num_images": 2, "steps": 1}')
+        runs = page.locator(".run")
+        api.expect(runs).to_have_count(1, timeout=10_000)
+        api.expect(runs.locator(".about")).to_contain_text("done · 2 pictures · 2 kept", timeout=30_000)
+        assert runs.locator(".name").text_content() == "<img src=x onerror=document.title=1>.jsonl"
+        assert page.title() == "emoji · genkit" and page.locator(".run img").count() == 0
+        api.expect(runs.locator("button")).to_be_hidden()
+        begin("large.jsonl", '{"prompt": "a cat", "num_images": 1000, "steps": 40}')
+        api.expect(runs).to_have_count(2, timeout=10_000)
+        api.expect(runs.first.locator(".about")).to_contain_text(" of 1000 pictures")
+        api.expect(page.locator("#runs-live")).to_have_text("1 to draw")
+        fits(page)
+        assert page.evaluate(UNNAMED) == []
+        other = chromium.new_page()  # which has seen nothing of it
+        load(other, running.url)
+        api.expect(other.locator(".run")).to_have_count(2, timeout=10_000)
+        other.locator(".run button:visible").click()
+        api.expect(runs.first.locator(".about")).to_contain_text("cancelled", timeout=10_000)
+        api.expect(page.locator("#runs-live")).to_have_text("")
+        with page.context.expect_page() as opened:
+            runs.last.locator("a").click()
+        api.expect(opened.value.locator("img").first).to_be_visible()
+        assert f"/v1/runs/{small}/gallery" in opened.value.url
+        other.close()
+        page.close()
+    finally:
+        running.server.drain()
+        running.thread.join(20)
+        running.serving.runs.close()
+        running.server.listener.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from genkit.job.run import run_job
 from genkit.options import Options
 from genkit.rows.prompts import read_prompts
 from genkit.runs.records import read_results
+from genkit.serve import served
 from genkit.studies.filter import refilter
 
 ROWS = """{"prompt": "a red apple", "num_images": 2, "keep": 1, "num_inference_steps": 2}
@@ -133,6 +136,32 @@ def test_filter_chooses_again(client: httpx.Client, server: Any, run: dict[str, 
     wrong = client.post(at, json={"where": "clp > 0"})
     assert wrong.status_code == 400 and "did you mean" in wrong.json()["error"]["message"]
     assert client.post(at, json={"keep": 0}).status_code == 400
+
+
+def test_the_page_is_told_of_runs(client: httpx.Client, run: dict[str, Any]) -> None:
+    with client.stream("GET", "/app/events") as answer:
+        events = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
+        told = next(event for event in events if event["type"] == "runs")
+    assert told["runs"] == client.get("/v1/runs").json()["data"] and told["count"] == len(told["runs"])
+    assert run["id"] in [one["id"] for one in told["runs"]] and told["live"] == 0
+
+
+def test_the_gallery_of_a_drawn_run_is_written_when_records_came(
+    server: Any, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, written = server.serving.runs, []
+    drawn = dataclasses.replace(runs.store.runs[run["id"]], state="drawing")
+    monkeypatch.setattr(served, "write_gallery", lambda *given: written.append(given))
+    runs.page(drawn)
+    runs.page(drawn)
+    assert len(written) == 1
+    os.utime(drawn.folder / "results.jsonl")
+    runs.page(drawn)  # too soon
+    assert len(written) == 1
+    monkeypatch.setattr(served, "EVERY", 0.0)
+    runs.page(drawn)
+    runs.page(drawn)
+    assert len(written) == 2
 
 
 REFUSED = [

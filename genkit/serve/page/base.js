@@ -33,7 +33,7 @@ export async function ask(path, body, type = "application/json") {
   let answer;
   try { answer = await fetch(path, options); } catch { throw new Refusal("no answer: is genkit serve still running?"); }
   const found = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Refusal(found.error || `the server answered ${answer.status}`, found.field);
+  if (!answer.ok) throw new Refusal(found.error?.message || found.error || `the server answered ${answer.status}`, found.field);
   return found;
 }
 

@@ -3,6 +3,7 @@ import { $, asDataUrl, ask, pictureAt, Refusal, say } from "./base.js";
 import { complain, fill, note, read, setStart, setUp, startPicture, usual } from "./form.js";
 import { address, deskName, forgotten, hello, jobs, picture, preview, setUpJobs, step, update } from "./jobs.js";
 import { paint, setUpPaint } from "./paint.js";
+import { runs } from "./runs.js";
 import { close, open, refresh, setUpView } from "./view.js";
 
 const LIMIT = 2 ** 32;  // of seeds
@@ -90,7 +91,7 @@ const events = {
   picture: (event) => { picture(event); refresh(); },
   forgotten: (event) => { forgotten(event); refresh(); },
   server: (event) => { $("link").textContent = event.ready ? "" : event.why; },
-  preview, step,
+  preview, runs, step,
 };
 
 function listen() {

@@ -1,0 +1,207 @@
+"""`genkit serve` with many workers: an application of Ray Serve, which balances, restarts, scales and drains."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from genkit.cluster.crew import Share, check_device, share_here, share_there
+from genkit.cluster.generate import check_workers
+from genkit.cluster.raypool import connect, disconnect, has_ended, import_ray
+from genkit.errors import HostError, InputError, reason
+from genkit.options import Options
+from genkit.serve.app import create_app
+from genkit.serve.rows import Most
+from genkit.serve.server import ANSWERED, Listen, bound, keys_of, prepare
+from genkit.signals import Signals
+
+APP, REPLICA = "genkit", "pictures"  # names within Ray Serve
+ONGOING = 1000  # calls that a replica takes at once; its own --max-queue refuses before
+EACH = 8  # calls of each replica, for which Ray Serve adds one, where --batch-size states no slots
+BEAT = 0.5  # seconds between two looks at signals
+GONE = 5.0  # seconds between two looks whether Ray is there
+
+
+@dataclasses.dataclass(frozen=True)
+class What:
+    """What every replica serves. threads: of the CPU; 0 on a GPU."""
+
+    options: Options
+    defaults: dict[str, Any]
+    listen: Listen
+    most: Most
+    max_queue: float
+    keys: list[str]
+    threads: int
+
+
+class Replica:
+    """A process of Ray Serve: the server without its socket, with an engine of its own."""
+
+    def __init__(self, what: What) -> None:
+        if what.threads:
+            import torch
+
+            torch.set_num_threads(what.threads)
+        from ray import serve
+
+        self.serving = prepare(what.options, what.defaults, what.listen, what.most, what.max_queue, what.keys)
+        self.serving.replica = f"{serve.get_replica_context().replica_id.unique_id}, pid {os.getpid()}"
+        self.serving.engine.start()
+        self.serving.engine.warm()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Return what answers calls, for Ray Serve."""
+        return create_app(self.serving)
+
+    def check_health(self) -> None:
+        """Raise where /health is not 200: Ray Serve puts another in its place."""
+        if not (self.serving.engine.ready or self.serving.draining):
+            raise RuntimeError(self.serving.engine.why)
+
+    def drain(self) -> int:
+        """Take no new work; return how many requests are being drawn."""
+        self.serving.draining = True
+        return len(self.serving.engine.line.tickets)
+
+    def give_up(self) -> None:
+        """Draw no more, and say so to everyone who waits."""
+        self.serving.stopped = True
+        self.serving.engine.give_up()
+
+    def __del__(self) -> None:
+        if hasattr(self, "serving"):
+            self.serving.engine.close()
+
+
+def run(
+    options: Options, defaults: dict[str, Any], listen: Listen, most: Most, max_queue: float,
+    workers: str | None, address: str | None,
+) -> int:  # fmt: skip
+    """Serve with many workers until a signal; return the exit code. Raises InputError and HostError."""
+    bounds = check_workers(workers, address)
+    if listen.runs is not None:
+        raise InputError("--runs: one process draws the runs of a folder; leave --workers and --ray away, or --runs")
+    check_device(options.device, bounds, address)
+    if address is not None and not listen.port:
+        raise InputError("--port: 0: the nodes of a cluster listen at one that is stated")
+    keys = keys_of(listen)
+    prepare(options, defaults, listen, most, max_queue, keys)  # what is wrong is said here, once
+    serve = _import_serve()
+    if address is None:
+        with contextlib.closing(bound(listen)) as free:
+            listen = dataclasses.replace(listen, port=free.getsockname()[1])
+    gpu = None if options.device == "auto" else options.device != "cpu"
+    with _connected(bounds, gpu, address) as (ray, share):
+        options = dataclasses.replace(options, device="cuda" if share.gpu else "cpu")
+        what = What(options, defaults, listen, most, max_queue, keys, 0 if share.gpu else share.threads)
+        return _serve(ray, serve, what, share, address)
+
+
+def _import_serve() -> Any:
+    import_ray()
+    try:
+        from ray import serve
+    except ImportError as error:
+        needed = "pip install 'genkit-diffusion[ray,serve]'"
+        raise InputError(f"--workers and --ray: Ray Serve is not installed: {needed} ({error})") from None
+    return serve
+
+
+@contextlib.contextmanager
+def _connected(bounds: tuple[int, int] | None, gpu: bool | None, address: str | None) -> Iterator[tuple[Any, Share]]:
+    ray, temporary = import_ray(), None
+    try:
+        if address is None:
+            assert bounds is not None
+            share = share_here(bounds, gpu)
+            temporary = connect(ray, None, share.most, share.gpu, share.threads)
+        else:
+            connect(ray, address, 0, False, 1)
+            share = share_there(ray, bounds, gpu, address)
+        yield ray, share
+    finally:
+        disconnect(ray, temporary, ray.is_initialized() and has_ended(ray, address is None))
+
+
+def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None) -> int:
+    """Start the application, wait for a signal, and end it."""
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    everywhere = "HeadOnly" if address is None else "EveryNode"
+    http = {"host": what.listen.host, "port": what.listen.port, "keep_alive_timeout_s": 30}
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    with Signals() as signals:
+        try:
+            serve.start(proxy_location=everywhere, http_options=http, logging_config=quiet)
+            handle = serve.run(application(what, share), name=APP, route_prefix="/", logging_config=quiet)
+            host = "127.0.0.1" if what.listen.host in ("0.0.0.0", "::") else what.listen.host
+            print(f"http://{f'[{host}]' if ':' in host else host}:{what.listen.port}", flush=True)
+            looked = time.monotonic()
+            while not signals.exit_code:
+                time.sleep(BEAT)
+                if time.monotonic() - looked > GONE:
+                    looked = time.monotonic()
+                    if has_ended(ray, address is None):
+                        raise HostError("Ray has ended: its processes are gone")
+            print("stopping: drawing what is in flight", file=sys.stderr)
+            _drain(handle, what.listen.drain)
+        except (InputError, HostError):
+            raise
+        except Exception as error:
+            raise HostError(f"Ray Serve: {_why(str(error)) or reason(error)}") from None
+        finally:
+            if address is not None:  # a Ray of this command ends with it
+                _end(serve)
+    return signals.exit_code
+
+
+def application(what: What, share: Share) -> Any:
+    """Return the application for `serve.run`: as many replicas as workers, each with its share."""
+    from ray import serve
+
+    scale: dict[str, Any] = {"num_replicas": share.least}
+    if share.least < share.most:
+        each = what.options.batch_size or EACH
+        bounds = {"min_replicas": share.least, "max_replicas": share.most, "target_ongoing_requests": each}
+        scale = {"autoscaling_config": bounds}
+    has = {"num_gpus": 1, "num_cpus": 1} if share.gpu else {"num_cpus": share.threads}
+    drain = max(ANSWERED, what.listen.drain)
+    return serve.deployment(
+        name=REPLICA, max_ongoing_requests=ONGOING, ray_actor_options=has, graceful_shutdown_timeout_s=drain,
+        health_check_period_s=5.0, **scale,
+    )(serve.ingress()(Replica)).bind(what)  # fmt: skip
+
+
+def _drain(handle: Any, seconds: float) -> None:
+    """Let replicas take no new work, and wait until what they have is drawn, for at most so long.
+
+    Ray Serve's own end, which follows, would answer new calls with 404 meanwhile, and cut off what is in flight.
+    """
+    end = time.monotonic() + seconds
+    while sum(handle.broadcast("drain").results(timeout_s=10)) and time.monotonic() < end:
+        time.sleep(BEAT)
+    handle.broadcast("give_up").results(timeout_s=10)
+
+
+def _end(serve: Any) -> None:
+    """End the application, and Ray Serve if it has no other."""
+    with contextlib.suppress(Exception):
+        serve.delete(APP)
+        if not serve.status().applications:
+            serve.shutdown()
+
+
+def _why(said: str) -> str | None:
+    """Return what a replica died of, from what Ray Serve says of it."""
+    found = re.findall(r"(?:InputError|HostError|OutOfMemoryError|RuntimeError): (.+)", said)
+    return found[-1].strip() if found else None
+
+
+__all__ = ["Replica", "application", "run"]

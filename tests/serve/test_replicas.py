@@ -1,0 +1,159 @@
+"""The server as an application of Ray Serve, on a real Ray of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from genkit.cluster.crew import Share
+from genkit.errors import HostError, InputError
+from genkit.options import Options
+from genkit.serve import replicas
+from genkit.serve.rows import Most
+from genkit.serve.server import Listen
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+ROOT = Path(__file__).parents[2]
+
+
+class Served:
+    """`genkit serve --workers 2` in a process of its own."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "genkit", "serve", "--workers", "2", "--port", str(port), "--batch-size", "2"]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=ROOT, **pipes)
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().strip()
+        assert self.url == f"http://127.0.0.1:{port}", self.process.communicate()
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=8)
+        self.seen: Counter[int] = Counter()  # answers by process
+
+    def draw(self, steps: int = 1, count: int = 1) -> None:
+        """Ask for pictures, as OpenAI's own package does; again where it fails."""
+        raw = self.client.images.with_raw_response.generate(prompt="a dog", n=count, extra_body={"steps": steps})
+        assert len(raw.parse().data or ()) == count
+        self.seen[int(raw.headers["x-genkit-replica"].rpartition(" ")[2])] += 1
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    running = Served()
+    yield running
+    if running.process.poll() is None:
+        running.process.send_signal(signal.SIGTERM)
+        running.process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_both_answer_and_a_killed_one_is_replaced(served: Served) -> None:
+    end = time.monotonic() + 60
+    while len(served.seen) < 2 and time.monotonic() < end:
+        together = [threading.Thread(target=served.draw) for _ in range(4)]
+        for call in together:
+            call.start()
+        for call in together:
+            call.join()
+    first = set(served.seen)
+    assert len(first) == 2
+    failed: list[Exception] = []
+
+    def caller() -> None:
+        try:
+            while time.monotonic() < end and len(set(served.seen) - first) < 1:
+                served.draw(4)
+        except Exception as error:
+            failed.append(error)
+
+    end = time.monotonic() + 120
+    callers = [threading.Thread(target=caller) for _ in range(3)]
+    for one in callers:
+        one.start()
+    time.sleep(0.5)
+    os.kill(min(first), signal.SIGKILL)
+    for one in callers:
+        one.join(150)
+    assert not failed and len(set(served.seen) - first) == 1
+
+
+@pytest.mark.slow
+def test_what_one_process_keeps_is_refused_by_name(served: Served) -> None:
+    with httpx.Client(base_url=served.url, timeout=60) as http:
+        for path in ("/", "/app/about", "/metrics", "/v1/runs", "/v1/runs/x/events", "/sdapi/v1/progress"):
+            answer = http.get(path)
+            assert answer.status_code == 501 and "not served by many workers" in answer.text, path
+        assert http.post("/v1/runs", content="a dog").status_code == http.post("/sdapi/v1/interrupt").status_code == 501
+        body = {"prompt": "a dog", "response_format": "url"}
+        answer = http.post("/v1/images/generations", json=body)
+        assert answer.status_code == 501 and answer.json()["error"]["param"] == "response_format"
+        assert http.get("/health").json()["status"] == "ok"
+        assert http.post("/sdapi/v1/txt2img", json={"prompt": "a dog", "steps": 1}).status_code == 200
+        assert http.get("/v1/models", headers={"host": "other.example"}).status_code == 421
+
+
+@pytest.mark.slow
+def test_sigterm_lets_what_is_in_flight_be_drawn(served: Served) -> None:
+    calls = [threading.Thread(target=served.draw, args=(8,)) for _ in range(2)]
+    before = served.seen.total()
+    for call in calls:
+        call.start()
+    time.sleep(0.5)
+    served.process.send_signal(signal.SIGTERM)
+    for call in calls:
+        call.join()
+    said = served.process.communicate(timeout=60)[1]
+    assert served.process.returncode == 143 and "Traceback" not in said, said
+    assert served.seen.total() == before + 2
+
+
+def listen(**given: Any) -> Listen:
+    return Listen(port=0, **given)
+
+
+def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def said(workers: str | None, address: str | None = None, device: str = "cpu", **given: Any) -> str:
+        with pytest.raises((InputError, HostError)) as found:
+            replicas.run(Options(device=device), {}, listen(**given), Most(), 64.0, workers, address)
+        return str(found.value)
+
+    assert said("x").startswith("--workers: 'x' is not a number")
+    assert said("2", runs=tmp_path / "runs").startswith("--runs: one process draws")
+    assert said("1000").startswith("--workers: 1000 is more than")
+    assert said("2", "ray://x:1").startswith("--ray: ray://")
+    assert said("2", device="cuda:1").startswith("--device: cuda:1 is one device")
+    assert said("1", host="0.0.0.0").startswith("--host: 0.0.0.0 is reached by other machines")
+    assert said("1", "127.0.0.1:1").startswith("--port: 0: the nodes")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_bounds_are_passed_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    what = replicas.What(Options(device="cpu", batch_size=3), {}, listen(drain=25.0), Most(), 64.0, [], 1)
+
+    def config(least: int, most: int) -> Any:
+        return replicas.application(what, Share(False, 1, least, most))._bound_deployment._deployment_config
+
+    scaled = config(2, 5).autoscaling_config
+    assert (scaled.min_replicas, scaled.max_replicas, scaled.target_ongoing_requests) == (2, 5, 3)
+    fixed = config(2, 2)
+    assert fixed.autoscaling_config is None and fixed.num_replicas == 2 and fixed.graceful_shutdown_timeout_s == 25.0
