@@ -19,6 +19,7 @@ from genkit.version import __version__
 
 # Modules of genkit.serve with a function `router(serving)`; of these the first path that fits answers.
 INTERFACES = ("openai", "runs", "a1111", "page")
+OF_MANY = ("openai", "a1111")  # those that many processes answer alike
 # By the beginning of paths: how their errors look, a function (Refused) -> JSON. Others are {"error": message}.
 ERRORS: dict[str, Callable[[Refused], Any]] = {}
 # What is kept in the memory of one process, or in a folder of its own, and so is not served by several
@@ -33,7 +34,7 @@ ABOUT = "Pictures of one diffusion model, for clients of the OpenAI images API a
 
 def create_app(serving: Serving) -> FastAPI:
     """Return the application of a server. Its engine is started and closed by the caller."""
-    everywhere: Any = {code: STATUSES[code] for code in ANYWHERE}
+    everywhere: Any = {code: STATUSES[code] for code in (*ANYWHERE, *((501,) if serving.replica else ()))}
     app = FastAPI(
         title="genkit", version=__version__, description=ABOUT, docs_url=None, redoc_url=None, responses=everywhere
     )
@@ -41,7 +42,7 @@ def create_app(serving: Serving) -> FastAPI:
     serving.refused = app.state.metrics.refuse
     for path, what in ALONE.items() if serving.replica else ():
         app.add_api_route(path, _elsewhere(what), methods=[*METHODS], include_in_schema=False)
-    for name in INTERFACES:
+    for name in OF_MANY if serving.replica else INTERFACES:
         module = import_module(f"genkit.serve.{name}")
         app.include_router(module.router(serving))
         ERRORS.update(getattr(module, "ERRORS", {}))

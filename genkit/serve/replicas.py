@@ -128,7 +128,7 @@ def _connected(bounds: tuple[int, int] | None, gpu: bool | None, address: str | 
             share = share_there(ray, bounds, gpu, address)
         yield ray, share
     finally:
-        disconnect(ray, temporary, ray.is_initialized() and has_ended(ray, address is None))
+        disconnect(ray, temporary, address is None and ray.is_initialized() and has_ended(ray, True))
 
 
 def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None) -> int:
@@ -137,9 +137,12 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None) 
     everywhere = "HeadOnly" if address is None else "EveryNode"
     http = {"host": what.listen.host, "port": what.listen.port, "keep_alive_timeout_s": 30}
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    lost, ours = False, False
     with Signals() as signals:
         try:
             serve.start(proxy_location=everywhere, http_options=http, logging_config=quiet)
+            _check_place(what.listen)
+            ours = True
             handle = serve.run(application(what, share), name=APP, route_prefix="/", logging_config=quiet)
             host = "127.0.0.1" if what.listen.host in ("0.0.0.0", "::") else what.listen.host
             print(f"http://{f'[{host}]' if ':' in host else host}:{what.listen.port}", flush=True)
@@ -148,18 +151,32 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None) 
                 time.sleep(BEAT)
                 if time.monotonic() - looked > GONE:
                     looked = time.monotonic()
-                    if has_ended(ray, address is None):
+                    lost = has_ended(ray, address is None)
+                    if lost:
                         raise HostError("Ray has ended: its processes are gone")
             print("stopping: drawing what is in flight", file=sys.stderr)
             _drain(handle, what.listen.drain)
         except (InputError, HostError):
+            lost = lost or not ours  # others' Serve is left as it is
             raise
         except Exception as error:
-            raise HostError(f"Ray Serve: {_why(str(error)) or reason(error)}") from None
+            raise HostError(f"Ray Serve: {_why(serve) or reason(error)}") from None
         finally:
-            if address is not None:  # a Ray of this command ends with it
+            if address is not None and not lost:  # a Ray of this command ends with it
                 _end(serve)
     return signals.exit_code
+
+
+def _check_place(listen: Listen) -> None:
+    """Raise InputError where Ray Serve runs on the cluster already, and listens elsewhere: it keeps its place."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None
+    found = client.http_config
+    if (found.host, found.port) != (listen.host, listen.port):
+        there = f"--host {found.host} --port {found.port}"
+        raise InputError(f"--port: Ray Serve runs on this cluster already, and keeps its place: give {there}")
 
 
 def application(what: What, share: Share) -> Any:
@@ -198,10 +215,13 @@ def _end(serve: Any) -> None:
             serve.shutdown()
 
 
-def _why(said: str) -> str | None:
-    """Return what a replica died of, from what Ray Serve says of it."""
-    found = re.findall(r"(?:InputError|HostError|OutOfMemoryError|RuntimeError): (.+)", said)
-    return found[-1].strip() if found else None
+def _why(serve: Any) -> str | None:
+    """Return what a replica could not start of, from what Ray Serve says of it."""
+    said = ""
+    with contextlib.suppress(Exception):
+        said = serve.status().applications[APP].deployments[REPLICA].message
+    found = re.findall(r"[A-Za-z]*Error: (.+)", said)
+    return found[-1].strip() if found else said.strip().replace("\n", " ")[-300:] or None
 
 
 __all__ = ["Replica", "application", "run"]
