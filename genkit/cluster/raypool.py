@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.cluster.units import Event, Unit
-from genkit.errors import HostError, InputError, reason
+from genkit.errors import EXIT_SIGTERM, HostError, InputError, reason
 from genkit.job.plan import Job
 
 THREADS = 8  # calls that an actor takes at a time: two chunks, a recall, a halt, and room
@@ -154,6 +154,7 @@ def connect(ray: Any, address: str | None, workers: int, gpu: bool, threads: int
     gpu: whether each worker has one; else it has `threads` cores. Raises HostError where that fails.
     """
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
+    logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     before = signal.getsignal(signal.SIGTERM)
     temporary = None
@@ -172,6 +173,9 @@ def connect(ray: Any, address: str | None, workers: int, gpu: bool, threads: int
                     **resources,
                     **quiet,
                 )
+        except SystemExit:  # of Ray's own handler of SIGTERM, with 15
+            disconnect(ray, temporary)
+            raise SystemExit(EXIT_SIGTERM) from None
         except BaseException:
             disconnect(ray, temporary)
             raise
@@ -314,7 +318,9 @@ def _says(what: str) -> Any:
     except (InputError, HostError):
         raise
     except Exception as error:
-        raise HostError(f"{what}: {reason(error)}") from None
+        asks = "Token" in str(error.__cause__) and os.environ.get("RAY_AUTH_MODE") != "token"
+        why = "it asks for a token: set RAY_AUTH_MODE=token" if asks else reason(error)
+        raise HostError(f"{what}: {why}") from None
 
 
 def _answering(ray: Any, address: str) -> str:

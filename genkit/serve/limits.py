@@ -149,9 +149,19 @@ class Gate:
             if not length.isdigit() or int(length[:18]) > self.body:
                 raise _large(self.body)
         except Refused as refused:
-            await self.answer(scope, refused)(scope, receive, send)
+            await self.answer(scope, refused)(scope, receive, self._named(send))
             return
         await self._limited(scope, receive, send)
+
+    def _named(self, send: Any) -> Any:
+        """Return `send` with the headers of every answer."""
+
+        async def named(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *self.headers]
+            await send(message)
+
+        return named
 
     async def _limited(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         seen, begun = 0, False
@@ -164,11 +174,11 @@ class Gate:
                 raise _large(self.body)
             return message
 
+        send = self._named(send)
+
         async def watched(message: Any) -> None:
             nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                message["headers"] = [*message.get("headers", ()), *self.headers]
+            begun = begun or message["type"] == "http.response.start"
             await send(message)
 
         try:

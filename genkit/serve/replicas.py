@@ -7,9 +7,12 @@ import dataclasses
 import logging
 import os
 import re
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
 from genkit.cluster.crew import Share, check_device, share_here, share_there
@@ -26,6 +29,8 @@ APP, REPLICA = "genkit", "pictures"  # names within Ray Serve
 ONGOING = 1000  # calls that a replica takes at once; its own --max-queue refuses before
 EACH = 8  # calls of each replica, for which Ray Serve adds one, where --batch-size states no slots
 BEAT = 0.5  # seconds between two looks at signals
+QUIET = {"log_level": "ERROR", "enable_access_log": False}
+CLAIMED, CLAIM = "genkit-serve", 10.0  # the actor of the command, by its name; seconds until a killed one is gone
 GONE = 5.0  # seconds between two looks whether Ray is there
 
 
@@ -99,10 +104,16 @@ def run(
         with contextlib.closing(bound(listen)) as free:
             listen = dataclasses.replace(listen, port=free.getsockname()[1])
     gpu = None if options.device == "auto" else options.device != "cpu"
-    with _connected(bounds, gpu, address) as (ray, share):
+    with Signals() as signals, _connected(bounds, gpu, address) as (ray, share):
         options = dataclasses.replace(options, device="cuda" if share.gpu else "cpu")
         what = What(options, defaults, listen, most, max_queue, keys, 0 if share.gpu else share.threads)
-        return _serve(ray, serve, what, share, address)
+        try:
+            _serve(ray, serve, what, share, address, signals)
+        except (InputError, HostError):
+            raise
+        except Exception as error:
+            raise HostError(f"Ray Serve: {_last(str(error)) or reason(error)}") from None
+        return signals.exit_code
 
 
 def _import_serve() -> Any:
@@ -131,40 +142,97 @@ def _connected(bounds: tuple[int, int] | None, gpu: bool | None, address: str | 
         disconnect(ray, temporary, address is None and ray.is_initialized() and has_ended(ray, True))
 
 
-def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None) -> int:
+def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None, signals: Signals) -> None:
     """Start the application, wait for a signal, and end it."""
-    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _claim = None if address is None else _alone(ray, serve)  # an actor, which ends with its last reference
     everywhere = "HeadOnly" if address is None else "EveryNode"
     http = {"host": what.listen.host, "port": what.listen.port, "keep_alive_timeout_s": 30}
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    lost, ours = False, False
-    with Signals() as signals:
+    serve.start(proxy_location=everywhere, http_options=http, logging_config=QUIET)
+    _check_place(what.listen)
+    lost = False
+    try:
+        handle = _deployed(serve, application(what, share), signals)
+        if handle is None:
+            return
+        host = "127.0.0.1" if what.listen.host in ("0.0.0.0", "::") else what.listen.host
+        print(f"http://{f'[{host}]' if ':' in host else host}:{what.listen.port}", flush=True)
+        looked = time.monotonic()
+        while not signals.exit_code:
+            time.sleep(BEAT)
+            if time.monotonic() - looked > GONE:
+                looked = time.monotonic()
+                lost = has_ended(ray, address is None)
+                if lost:
+                    raise HostError("Ray has ended: its processes are gone")
+        print("stopping: drawing what is in flight", file=sys.stderr)
+        _drain(handle, what.listen.drain)
+    finally:
+        if address is not None and not lost:  # a Ray of this command ends with it
+            _end(serve)
+
+
+def _alone(ray: Any, serve: Any) -> Any:
+    """Return an actor whose name only one command on a cluster can hold; end what one that was killed has left.
+
+    Raises InputError where another command serves: the newer would end the application of the older.
+    """
+
+    class Command:
+        def __init__(self, where: str) -> None:
+            self.where = where
+
+        def tell(self) -> str:
+            return self.where
+
+    where, end = f"process {os.getpid()} of {socket.gethostname()}", time.monotonic() + CLAIM
+    while True:
         try:
-            serve.start(proxy_location=everywhere, http_options=http, logging_config=quiet)
-            _check_place(what.listen)
-            ours = True
-            handle = serve.run(application(what, share), name=APP, route_prefix="/", logging_config=quiet)
-            host = "127.0.0.1" if what.listen.host in ("0.0.0.0", "::") else what.listen.host
-            print(f"http://{f'[{host}]' if ':' in host else host}:{what.listen.port}", flush=True)
+            claim = ray.remote(num_cpus=0)(Command).options(name=CLAIMED, namespace=APP).remote(where)
+            break
+        except ValueError:  # it is there: a command that was killed a moment ago still has it
+            if time.monotonic() > end:
+                other = "another process"
+                with contextlib.suppress(Exception):
+                    other = ray.get(ray.get_actor(CLAIMED, namespace=APP).tell.remote(), timeout=CLAIM)
+                raise InputError(f"--ray: {other} runs genkit serve on this cluster, which has room for one") from None
+            time.sleep(BEAT)
+    ray.get(claim.tell.remote())
+    if APP in serve.status().applications:
+        print("note: replacing what a genkit serve that was killed left on the cluster", file=sys.stderr)
+        _end(serve)  # Ray Serve itself would keep its replicas, and so their devices, until the new ones have some
+    return claim
+
+
+def _deployed(serve: Any, app: Any, signals: Signals) -> Any:
+    """Return the handle of the application once it answers, None where a signal comes first.
+
+    Says what Ray Serve waits for, as devices that others use. Raises HostError where a replica cannot start.
+    """
+    done: Future[Any] = Future()
+
+    def deploy() -> None:
+        try:
+            done.set_result(serve.run(app, name=APP, route_prefix="/", logging_config=QUIET))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=deploy, name="genkit-deploy", daemon=True).start()
+    said, looked = None, time.monotonic()
+    while not signals.exit_code:
+        wait([done], BEAT)
+        if done.done():
+            try:
+                return done.result()
+            except Exception as error:
+                raise HostError(f"Ray Serve: {_why(serve) or _last(str(error)) or reason(error)}") from None
+        if time.monotonic() - looked > GONE:
             looked = time.monotonic()
-            while not signals.exit_code:
-                time.sleep(BEAT)
-                if time.monotonic() - looked > GONE:
-                    looked = time.monotonic()
-                    lost = has_ended(ray, address is None)
-                    if lost:
-                        raise HostError("Ray has ended: its processes are gone")
-            print("stopping: drawing what is in flight", file=sys.stderr)
-            _drain(handle, what.listen.drain)
-        except (InputError, HostError):
-            lost = lost or not ours  # others' Serve is left as it is
-            raise
-        except Exception as error:
-            raise HostError(f"Ray Serve: {_why(serve) or reason(error)}") from None
-        finally:
-            if address is not None and not lost:  # a Ray of this command ends with it
-                _end(serve)
-    return signals.exit_code
+            now = _why(serve)
+            if now and now != said:
+                said = now
+                print(f"note: Ray Serve: {now}", file=sys.stderr)
+    return None
 
 
 def _check_place(listen: Listen) -> None:
@@ -201,10 +269,15 @@ def _drain(handle: Any, seconds: float) -> None:
 
     Ray Serve's own end, which follows, would answer new calls with 404 meanwhile, and cut off what is in flight.
     """
-    end = time.monotonic() + seconds
-    while sum(handle.broadcast("drain").results(timeout_s=10)) and time.monotonic() < end:
-        time.sleep(BEAT)
-    handle.broadcast("give_up").results(timeout_s=10)
+    end, busy = time.monotonic() + seconds, 1
+    while busy and time.monotonic() < end:
+        try:
+            busy = sum(handle.broadcast("drain").results(timeout_s=ANSWERED))
+        except Exception:  # a replica died meanwhile: the others draw on
+            busy = 1
+        time.sleep(BEAT if busy else 0)
+    with contextlib.suppress(Exception):
+        handle.broadcast("give_up").results(timeout_s=ANSWERED)
 
 
 def _end(serve: Any) -> None:
@@ -220,8 +293,13 @@ def _why(serve: Any) -> str | None:
     said = ""
     with contextlib.suppress(Exception):
         said = serve.status().applications[APP].deployments[REPLICA].message
-    found = re.findall(r"[A-Za-z]*Error: (.+)", said)
-    return found[-1].strip() if found else said.strip().replace("\n", " ")[-300:] or None
+    return _last(said) or said.strip().replace("\n", " ")[-300:] or None
+
+
+def _last(said: str) -> str | None:
+    """Return what the last error in a trace says, None without one: Ray puts traces of other processes into errors."""
+    found = re.findall(r"[A-Za-z]*(?:Error|Exception): (.+)", said)
+    return found[-1].strip() if found else None
 
 
 __all__ = ["Replica", "application", "run"]
