@@ -9,10 +9,8 @@ import os
 import re
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
 from typing import Any
 
 from genkit.cluster.crew import Share, check_device, share_here, share_there
@@ -150,7 +148,7 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None, 
     http = {"host": what.listen.host, "port": what.listen.port, "keep_alive_timeout_s": 30}
     serve.start(proxy_location=everywhere, http_options=http, logging_config=QUIET)
     _check_place(what.listen)
-    lost = False
+    handle, lost = None, False
     try:
         handle = _deployed(serve, application(what, share), signals)
         if handle is None:
@@ -168,8 +166,8 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None, 
         print("stopping: drawing what is in flight", file=sys.stderr)
         _drain(handle, what.listen.drain)
     finally:
-        if address is not None and not lost:  # a Ray of this command ends with it
-            _end(serve)
+        if not lost and (address is not None or handle is not None):  # answers on their way arrive
+            _end(serve, address is not None)
 
 
 def _alone(ray: Any, serve: Any) -> Any:
@@ -209,39 +207,35 @@ def _deployed(serve: Any, app: Any, signals: Signals) -> Any:
 
     Says what Ray Serve waits for, as devices that others use. Raises HostError where a replica cannot start.
     """
-    done: Future[Any] = Future()
-
-    def deploy() -> None:
-        try:
-            done.set_result(serve.run(app, name=APP, route_prefix="/", logging_config=QUIET))
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=deploy, name="genkit-deploy", daemon=True).start()
+    target = serve.RunTarget(app, name=APP, route_prefix="/", logging_config=QUIET)
+    serve.run_many([target], wait_for_applications_running=False)  # serve.run would not heed a signal
     said, looked = None, time.monotonic()
     while not signals.exit_code:
-        wait([done], BEAT)
-        if done.done():
-            try:
-                return done.result()
-            except Exception as error:
-                raise HostError(f"Ray Serve: {_why(serve) or _last(str(error)) or reason(error)}") from None
+        status = serve.status().applications[APP].status
+        if status == "RUNNING":
+            _client().wait_for_proxies_serving()
+            return serve.get_app_handle(APP)
+        if status == "DEPLOY_FAILED":
+            raise HostError(f"Ray Serve: {_why(serve) or status}")
         if time.monotonic() - looked > GONE:
             looked = time.monotonic()
             now = _why(serve)
             if now and now != said:
                 said = now
                 print(f"note: Ray Serve: {now}", file=sys.stderr)
+        time.sleep(BEAT)
     return None
+
+
+def _client() -> Any:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client()
 
 
 def _check_place(listen: Listen) -> None:
     """Raise InputError where Ray Serve runs on the cluster already, and listens elsewhere: it keeps its place."""
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client()
-    assert client is not None
-    found = client.http_config
+    found = _client().http_config
     if (found.host, found.port) != (listen.host, listen.port):
         there = f"--host {found.host} --port {found.port}"
         raise InputError(f"--port: Ray Serve runs on this cluster already, and keeps its place: give {there}")
@@ -260,7 +254,7 @@ def application(what: What, share: Share) -> Any:
     drain = max(ANSWERED, what.listen.drain)
     return serve.deployment(
         name=REPLICA, max_ongoing_requests=ONGOING, ray_actor_options=has, graceful_shutdown_timeout_s=drain,
-        health_check_period_s=5.0, **scale,
+        graceful_shutdown_wait_loop_s=BEAT, health_check_period_s=5.0, **scale,
     )(serve.ingress()(Replica)).bind(what)  # fmt: skip
 
 
@@ -280,11 +274,12 @@ def _drain(handle: Any, seconds: float) -> None:
         handle.broadcast("give_up").results(timeout_s=ANSWERED)
 
 
-def _end(serve: Any) -> None:
-    """End the application, and Ray Serve if it has no other."""
+def _end(serve: Any, whole: bool = True) -> None:
+    """End the application. whole: and Ray Serve, if it has no other."""
     with contextlib.suppress(Exception):
         serve.delete(APP)
-        if not serve.status().applications:
+    with contextlib.suppress(Exception):
+        if whole and not serve.status().applications:
             serve.shutdown()
 
 
