@@ -28,7 +28,7 @@ ONGOING = 1000  # calls that a replica takes at once; its own --max-queue refuse
 EACH = 8  # calls of each replica, for which Ray Serve adds one, where --batch-size states no slots
 BEAT = 0.5  # seconds between two looks at signals
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
-CLAIMED, CLAIM = "genkit-serve", 10.0  # the actor of the command, by its name; seconds until a killed one is gone
+CLAIMED, CLAIM = "genkit-serve", 5.0  # the actor of the command, by its name; seconds until a killed one is gone
 GONE = 5.0  # seconds between two looks whether Ray is there
 
 
@@ -110,7 +110,7 @@ def run(
         except (InputError, HostError):
             raise
         except Exception as error:
-            raise HostError(f"Ray Serve: {_last(str(error)) or reason(error)}") from None
+            raise HostError(f"Ray Serve: {_last(str(error))[1] or reason(error)}") from None
         return signals.exit_code
 
 
@@ -216,10 +216,11 @@ def _deployed(serve: Any, app: Any, signals: Signals) -> Any:
             _client().wait_for_proxies_serving()
             return serve.get_app_handle(APP)
         if status == "DEPLOY_FAILED":
-            raise HostError(f"Ray Serve: {_why(serve) or status}")
+            kind, why = _why(serve)
+            raise InputError(why) if kind == "InputError" else HostError(f"Ray Serve: {why or status}")
         if time.monotonic() - looked > GONE:
             looked = time.monotonic()
-            now = _why(serve)
+            now = _why(serve)[1]
             if now and now != said:
                 said = now
                 print(f"note: Ray Serve: {now}", file=sys.stderr)
@@ -283,18 +284,19 @@ def _end(serve: Any, whole: bool = True) -> None:
             serve.shutdown()
 
 
-def _why(serve: Any) -> str | None:
-    """Return what a replica could not start of, from what Ray Serve says of it."""
+def _why(serve: Any) -> tuple[str, str]:
+    """Return the kind of error that a replica could not start of, and why, from what Ray Serve says of it."""
     said = ""
     with contextlib.suppress(Exception):
         said = serve.status().applications[APP].deployments[REPLICA].message
-    return _last(said) or said.strip().replace("\n", " ")[-300:] or None
+    kind, why = _last(said)
+    return kind, why or said.strip().replace("\n", " ")[-300:]
 
 
-def _last(said: str) -> str | None:
-    """Return what the last error in a trace says, None without one: Ray puts traces of other processes into errors."""
-    found = re.findall(r"[A-Za-z]*(?:Error|Exception): (.+)", said)
-    return found[-1].strip() if found else None
+def _last(said: str) -> tuple[str, str]:
+    """Return the kind and the text of the last error in a trace: Ray puts traces of other processes into errors."""
+    found = re.findall(r"([A-Za-z]*(?:Error|Exception)): (.+)", said)
+    return (found[-1][0], found[-1][1].strip()) if found else ("", "")
 
 
 __all__ = ["Replica", "application", "run"]
