@@ -9,10 +9,8 @@ import os
 import re
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
 from typing import Any
 
 from genkit.cluster.crew import Share, check_device, share_here, share_there
@@ -30,7 +28,7 @@ ONGOING = 1000  # calls that a replica takes at once; its own --max-queue refuse
 EACH = 8  # calls of each replica, for which Ray Serve adds one, where --batch-size states no slots
 BEAT = 0.5  # seconds between two looks at signals
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
-CLAIMED, CLAIM = "genkit-serve", 10.0  # the actor of the command, by its name; seconds until a killed one is gone
+CLAIMED, CLAIM = "genkit-serve", 5.0  # the actor of the command, by its name; seconds until a killed one is gone
 GONE = 5.0  # seconds between two looks whether Ray is there
 
 
@@ -112,7 +110,7 @@ def run(
         except (InputError, HostError):
             raise
         except Exception as error:
-            raise HostError(f"Ray Serve: {_last(str(error)) or reason(error)}") from None
+            raise HostError(f"Ray Serve: {_last(str(error))[1] or reason(error)}") from None
         return signals.exit_code
 
 
@@ -150,7 +148,7 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None, 
     http = {"host": what.listen.host, "port": what.listen.port, "keep_alive_timeout_s": 30}
     serve.start(proxy_location=everywhere, http_options=http, logging_config=QUIET)
     _check_place(what.listen)
-    lost = False
+    handle, lost = None, False
     try:
         handle = _deployed(serve, application(what, share), signals)
         if handle is None:
@@ -168,8 +166,8 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None, 
         print("stopping: drawing what is in flight", file=sys.stderr)
         _drain(handle, what.listen.drain)
     finally:
-        if address is not None and not lost:  # a Ray of this command ends with it
-            _end(serve)
+        if not lost and (address is not None or handle is not None):  # answers on their way arrive
+            _end(serve, address is not None)
 
 
 def _alone(ray: Any, serve: Any) -> Any:
@@ -209,29 +207,28 @@ def _deployed(serve: Any, app: Any, signals: Signals) -> Any:
 
     Says what Ray Serve waits for, as devices that others use. Raises HostError where a replica cannot start.
     """
-    done: Future[Any] = Future()
+    from ray.serve.context import _get_global_client
 
-    def deploy() -> None:
-        try:
-            done.set_result(serve.run(app, name=APP, route_prefix="/", logging_config=QUIET))
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=deploy, name="genkit-deploy", daemon=True).start()
+    target = serve.RunTarget(app, name=APP, route_prefix="/", logging_config=QUIET)
+    serve.run_many([target], wait_for_applications_running=False)  # serve.run would not heed a signal
     said, looked = None, time.monotonic()
     while not signals.exit_code:
-        wait([done], BEAT)
-        if done.done():
-            try:
-                return done.result()
-            except Exception as error:
-                raise HostError(f"Ray Serve: {_why(serve) or _last(str(error)) or reason(error)}") from None
+        status = serve.status().applications[APP].status
+        if status == "RUNNING":
+            client = _get_global_client()
+            assert client is not None, "it was started"
+            client.wait_for_proxies_serving()
+            return serve.get_app_handle(APP)
+        if status == "DEPLOY_FAILED":
+            kind, why = _why(serve)
+            raise InputError(why) if kind == "InputError" else HostError(f"Ray Serve: {why or status}")
         if time.monotonic() - looked > GONE:
             looked = time.monotonic()
-            now = _why(serve)
+            now = _why(serve)[1]
             if now and now != said:
                 said = now
                 print(f"note: Ray Serve: {now}", file=sys.stderr)
+        time.sleep(BEAT)
     return None
 
 
@@ -260,7 +257,7 @@ def application(what: What, share: Share) -> Any:
     drain = max(ANSWERED, what.listen.drain)
     return serve.deployment(
         name=REPLICA, max_ongoing_requests=ONGOING, ray_actor_options=has, graceful_shutdown_timeout_s=drain,
-        health_check_period_s=5.0, **scale,
+        graceful_shutdown_wait_loop_s=BEAT, health_check_period_s=5.0, **scale,
     )(serve.ingress()(Replica)).bind(what)  # fmt: skip
 
 
@@ -280,26 +277,28 @@ def _drain(handle: Any, seconds: float) -> None:
         handle.broadcast("give_up").results(timeout_s=ANSWERED)
 
 
-def _end(serve: Any) -> None:
-    """End the application, and Ray Serve if it has no other."""
+def _end(serve: Any, whole: bool = True) -> None:
+    """End the application. whole: and Ray Serve, if it has no other."""
     with contextlib.suppress(Exception):
         serve.delete(APP)
-        if not serve.status().applications:
+    with contextlib.suppress(Exception):
+        if whole and not serve.status().applications:
             serve.shutdown()
 
 
-def _why(serve: Any) -> str | None:
-    """Return what a replica could not start of, from what Ray Serve says of it."""
+def _why(serve: Any) -> tuple[str, str]:
+    """Return the kind of error that a replica could not start of, and why, from what Ray Serve says of it."""
     said = ""
     with contextlib.suppress(Exception):
         said = serve.status().applications[APP].deployments[REPLICA].message
-    return _last(said) or said.strip().replace("\n", " ")[-300:] or None
+    kind, why = _last(said)
+    return kind, why or said.strip().replace("\n", " ")[-300:]
 
 
-def _last(said: str) -> str | None:
-    """Return what the last error in a trace says, None without one: Ray puts traces of other processes into errors."""
-    found = re.findall(r"[A-Za-z]*(?:Error|Exception): (.+)", said)
-    return found[-1].strip() if found else None
+def _last(said: str) -> tuple[str, str]:
+    """Return the kind and the text of the last error in a trace: Ray puts traces of other processes into errors."""
+    found = re.findall(r"([A-Za-z]*(?:Error|Exception)): (.+)", said)
+    return (found[-1][0], found[-1][1].strip()) if found else ("", "")
 
 
 __all__ = ["Replica", "application", "run"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -106,7 +109,8 @@ def test_what_one_process_keeps_is_refused_by_name(served: Served) -> None:
         assert answer.status_code == 501 and answer.json()["error"]["param"] == "response_format"
         assert http.get("/health").json()["status"] == "ok"
         assert http.post("/sdapi/v1/txt2img", json={"prompt": "a dog", "steps": 1}).status_code == 200
-        assert http.get("/v1/models", headers={"host": "other.example"}).status_code == 421
+        assert (other := http.get("/v1/models", headers={"host": "other.example"})).status_code == 421
+        assert "pid" in other.headers["x-genkit-replica"]
 
 
 @pytest.mark.slow
@@ -144,6 +148,95 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path, monkeypatch: py
     assert said("1", host="0.0.0.0").startswith("--host: 0.0.0.0 is reached by other machines")
     assert said("1", "127.0.0.1:1").startswith("--port: 0: the nodes")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a cluster of this machine, with two cores."""
+    ports = []
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    folder = tempfile.mkdtemp(prefix="gk-", dir="/tmp")  # names of sockets are short
+    command = f"ray start --head --block --num-cpus 2 --include-dashboard=false --temp-dir {folder} --port {ports[0]}"
+    command += f" --ray-client-server-port {ports[1]} --dashboard-agent-listen-port {ports[2]}"
+    command += " --object-store-memory 80000000"
+    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    bare = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *command.split()[1:]]
+    process = subprocess.Popen(bare, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, **silent)
+    yield f"127.0.0.1:{ports[0]}"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # at SIGTERM it takes its time
+    process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_cluster_serves_for_one_command_and_for_the_next_of_a_killed_one(cluster: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    host, _, at = cluster.rpartition(":")
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, int(at)), 1).close()
+            break
+        time.sleep(0.2)
+
+    def start(workers: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "genkit", "serve", "--ray", cluster, "--workers", workers, "--port", str(port)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, **pipes)
+
+    first = start("1")  # which has both cores
+    assert first.stdout is not None and first.stdout.readline(), first.communicate()
+    first.kill()
+    second = start("2")
+    assert second.stdout is not None and second.stdout.readline(), second.communicate()
+    assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
+    third = start("1")
+    said = third.communicate(timeout=120)[1]
+    assert third.returncode == 2 and f"process {second.pid} of" in said, said
+    second.terminate()
+    said = second.communicate(timeout=120)[1]
+    assert second.returncode == 143 and "replacing what a genkit serve that was killed left" in said, said
+    first.communicate()
+
+
+class Answers:
+    """A handle of Ray Serve: what its replicas answer, one after another."""
+
+    def __init__(self, *answers: list[int] | Exception) -> None:
+        self.answers, self.asked = list(answers), list[str]()
+
+    def broadcast(self, name: str) -> Answers:
+        self.asked.append(name)
+        return self
+
+    def results(self, timeout_s: float) -> list[int]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_a_replica_that_dies_while_others_draw_does_not_end_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "BEAT", 0.001)
+    answers = Answers([1, 2], RuntimeError("the actor died"), [1], [0], [0])
+    replicas._drain(answers, 30.0)
+    assert answers.asked == ["drain"] * 4 + ["give_up"]
+
+
+def test_the_last_error_of_a_trace_is_told() -> None:
+    trace = "ray::Replica.__init__()\n  File x\nValueError: inner\n\nray.exceptions.RayTaskError: y\n"
+    assert replicas._last(trace + "genkit.errors.InputError: a.safetensors: no weights\n") == (
+        "InputError",
+        "a.safetensors: no weights",
+    )
+    assert replicas._last("waiting for a device") == ("", "")
 
 
 @pytest.mark.slow
