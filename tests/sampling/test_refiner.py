@@ -203,7 +203,9 @@ def test_it_takes_over_as_in_diffusers(
     assert differs(ours, drawn(alone, num_inference_steps=12, scheduler=solver)), "the refiner does nothing"
 
 
-@pytest.mark.parametrize(("steps", "start"), [(5, 0.8), (25, 0.8), (10, 0.35)])
+@pytest.mark.parametrize(
+    ("steps", "start"), [(5, 0.8), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((25, 0.8), (10, 0.35)))]
+)
 def test_where_it_takes_over(base: Path, refiner: Path, pipes: tuple[Any, Any], steps: int, start: float) -> None:
     gen = TextToImage.from_pretrained(base, device="cpu", refiner=refiner, refiner_start=start)
     made = handed(pipes, steps, start, diffusers.EulerDiscreteScheduler.from_config)
@@ -242,6 +244,7 @@ def test_rows_at_steps_of_either_network_share_the_slots(both: TextToImage) -> N
         assert alone.nfe == mixed[str(row.id)].nfe == calls
 
 
+@pytest.mark.slow
 def test_prompts_with_syntax_are_read_by_both(both: TextToImage) -> None:
     """Edited, composed and long prompts, with the hand-over before or after the change, are as alone; all differ."""
     colours = ("red", "green", "blue", "grey", "white", "black", "brown")

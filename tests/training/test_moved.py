@@ -66,7 +66,8 @@ def test_a_network_for_other_pictures_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("alpha", [pytest.param(1.0, marks=pytest.mark.slow), 8.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [1.0, 8.0])
 def test_lora_of_sdxl_as_every_reader_takes_it(alpha: float, tmp_path: Path) -> None:
     """Both files, also without their metadata, are the same change in diffusers' pipeline."""
     import diffusers
