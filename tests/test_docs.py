@@ -148,7 +148,10 @@ def parse_command(line: str) -> None:
     words = shlex.split(line, comments=True)
     if "genkit" not in words:
         return
-    name, *arguments = words[words.index("genkit") + 1 :]
+    name, *arguments = [*words[words.index("genkit") + 1 :], ""]
+    if words[0] != "genkit" and name not in COMMANDS:  # the name of an image
+        return
+    arguments = arguments[:-1]
     given = COMMANDS[name].make_context(name, arguments).params
     if name == "train":
         read_recipe(given["recipe"], given["changes"] or ())
