@@ -12,7 +12,7 @@ from genkit.files import place
 from genkit.options import Options
 
 # Options that are of one model, whose kind they have to fit
-OF_ONE = ("vae", "text_encoder", "embeddings", "embedding_dir", "refiner", "refiner_start")
+OF_ONE = ("vae", "text_encoder", "prediction", "embeddings", "embedding_dir", "refiner", "refiner_start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,8 @@ class Choice:
         taken is said on stderr. Raises InputError where there is no model, and for options that are of one model.
         """
         for name in OF_ONE:
-            if getattr(options, name):
+            if getattr(options, name) != getattr(Options, name):
                 raise InputError(f"--{name.replace('_', '-')}: does not go with --models: it is of one model")
-        if options.prediction != "auto":
-            raise InputError("--prediction: does not go with --models: it is of one model")
         items = collection(self.folder, options.variant)
         drawing = {item.name: item for item in items if item.draws}
         for item in items:

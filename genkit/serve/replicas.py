@@ -207,17 +207,13 @@ def _deployed(serve: Any, app: Any, signals: Signals) -> Any:
 
     Says what Ray Serve waits for, as devices that others use. Raises HostError where a replica cannot start.
     """
-    from ray.serve.context import _get_global_client
-
     target = serve.RunTarget(app, name=APP, route_prefix="/", logging_config=QUIET)
     serve.run_many([target], wait_for_applications_running=False)  # serve.run would not heed a signal
     said, looked = None, time.monotonic()
     while not signals.exit_code:
         status = serve.status().applications[APP].status
         if status == "RUNNING":
-            client = _get_global_client()
-            assert client is not None, "it was started"
-            client.wait_for_proxies_serving()
+            _client().wait_for_proxies_serving()
             return serve.get_app_handle(APP)
         if status == "DEPLOY_FAILED":
             kind, why = _why(serve)
@@ -232,13 +228,18 @@ def _deployed(serve: Any, app: Any, signals: Signals) -> Any:
     return None
 
 
-def _check_place(listen: Listen) -> None:
-    """Raise InputError where Ray Serve runs on the cluster already, and listens elsewhere: it keeps its place."""
+def _client() -> Any:
+    """Return Ray Serve's own client, once it was started; what it knows has no public way."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
     assert client is not None, "it was started"
-    found = client.http_config
+    return client
+
+
+def _check_place(listen: Listen) -> None:
+    """Raise InputError where Ray Serve runs on the cluster already, and listens elsewhere: it keeps its place."""
+    found = _client().http_config
     if (found.host, found.port) != (listen.host, listen.port):
         there = f"--host {found.host} --port {found.port}"
         raise InputError(f"--port: Ray Serve runs on this cluster already, and keeps its place: give {there}")
