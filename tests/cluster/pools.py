@@ -27,7 +27,8 @@ class ThreadPool:
 
     def _call(self, worker: str, kind: str, *arguments: Any, method: str | None = None) -> None:
         def work() -> None:
-            one = self.workers[worker]
+            if (one := self.workers.get(worker)) is None:
+                return  # it died a moment ago, which is told already
             try:
                 with self.loading if kind == "ready" else contextlib.nullcontext():  # it patches torch meanwhile
                     value = getattr(one, method or kind)(*copy.deepcopy(arguments))

@@ -113,8 +113,8 @@ def test_a_worker_whose_device_fails_is_replaced(tmp_path: Path) -> None:
         send = pool.send
 
         def first_fails(worker: str, units: list[Unit]) -> None:
-            if worker == "w0000":
-                pool.workers[worker].feed.take = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+            if worker == "w0000" and (one := pool.workers.get(worker)) is not None:
+                one.feed.take = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
             send(worker, units)
 
         pool.send = first_fails  # type: ignore[method-assign]
