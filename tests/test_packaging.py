@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,3 +59,23 @@ def test_light_modules_do_not_import_torch() -> None:
     code += "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_constraints_pin_all_that_the_tests_need() -> None:
+    """pip would otherwise try releases for minutes, and the set would change from day to day."""
+    pinned = {
+        canonicalize_name(line.partition("==")[0])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    left, seen = [("genkit-diffusion", frozenset({"test"}))], set[tuple[str, frozenset[str]]]()
+    while left:
+        name, extras = left.pop()
+        for text in distribution(name).requires or ():
+            wanted = Requirement(text)
+            needed = (canonicalize_name(wanted.name), frozenset(wanted.extras))
+            marker = wanted.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, "")):
+                left += [needed] if needed not in seen else []
+                seen.add(needed)
+    assert sorted({name for name, _ in seen} - pinned - {"genkit-diffusion"}) == []
