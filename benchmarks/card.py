@@ -19,7 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TESTS = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "--tb=short", "-n", "6", "-m", "cuda", "tests"]
+# Not all of tests/: its other folders need packages that a machine with a card may lack, and are not about cards.
+TESTED = ("tests/device", "tests/training/test_devices.py")
+TESTS = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "--tb=short", "-n", "6", "-m", "cuda", *TESTED]
 
 
 def parts(out: Path, tiny: bool) -> dict[str, tuple[list[str], float]]:
@@ -32,12 +34,14 @@ def parts(out: Path, tiny: bool) -> dict[str, tuple[list[str], float]]:
     network = script("network.py", *(["--tiny", "--rows", "2"] if tiny else ["--rows", "4", "32", "64"]), "--kernels")
     steps = ["--steps", "4", "--batch", "2"] if tiny else []
     others = ("one", "interval", "mixed", "low")
+    senses = ["--tiny", "--pictures", "2"] if tiny else ["--pictures", "200", "--batch", "32", "--device", "cuda"]
     return {
         "tests": (TESTS, 90),
         "sd15": ([*table, "--only", "sd15", "--lines", "3", "--profile", "--json", f"{out}/sd15.json"], 300),
         "network": (network, 90),
         "training": (script("training.py", "--runs", "1", *steps), 120),
         "sdxl": ([*table, "--only", "sdxl", "--lines", "2", "--json", f"{out}/sdxl.json"], 300),
+        "senses": (script("vision.py", "--rounds", "1", *senses), 180),
         "others": ([*table, "--only", *others, "--json", f"{out}/others.json"], 600),
     }
 

@@ -2,6 +2,7 @@
 
     python benchmarks/vision.py [--pictures 24] [--rounds 3] [--side 1024] [--batch 8] [--only segment caption]
     python benchmarks/vision.py --pictures 1000 --small [--rounds 1]
+    python benchmarks/vision.py --pictures 400 --batch 32 --device cuda
 
 Networks have random weights and the shapes of the published ones: OWL-ViT B/32 at 768 pixels with two words, CLIPSeg
 ViT-B/16 at 352 with two texts, BLIP base at 384, Florence-2 base at 768 (captions of 8 tokens, three beams), Depth
@@ -14,7 +15,8 @@ is the processor and `generate`.
 
 Each side runs in a process of its own, after one picture to warm up, in turns; the table has the medians. CPU
 seconds are of all threads, which other work on the machine lengthens less than the time by the clock. Memory is the
-process's peak, weights and warming up included.
+process's peak, weights and warming up included. With --device cuda both compute in float16, and memory is the peak that
+torch took on the GPU.
 """
 
 from __future__ import annotations
@@ -150,7 +152,7 @@ def in_parts(files: list[Path], batch: int) -> list[list[Path]]:
     return [files[start : start + batch] for start in range(0, len(files), batch)]
 
 
-def ours(sense: str, model: Path, batch: int) -> Work:
+def ours(sense: str, model: Path, batch: int, device: str) -> Work:
     """Return genkit's work on the pictures, as its commands do it."""
     from genkit.studies.detect import read_levels
     from genkit.studies.senses import looked_at, read_ahead
@@ -161,7 +163,7 @@ def ours(sense: str, model: Path, batch: int) -> Work:
     from genkit.vision.segmenter import Segmenter, enlarged
 
     if sense == "segment":
-        segmenter = Segmenter.from_pretrained(model, device="cpu")
+        segmenter = Segmenter.from_pretrained(model, device=device)
         segmenter.batch = batch
 
         def maps(pixels: Any, sizes: list[tuple[int, int]]) -> list[Any]:
@@ -170,7 +172,7 @@ def ours(sense: str, model: Path, batch: int) -> Work:
 
         return lambda files: looked_at(files, segmenter, maps)
     if sense == "depth":
-        depth = Depth.from_pretrained(model, device="cpu")
+        depth = Depth.from_pretrained(model, device=device)
         depth.batch = batch
 
         def values(pixels: Any, sizes: list[tuple[int, int]]) -> list[Any]:
@@ -179,7 +181,7 @@ def ours(sense: str, model: Path, batch: int) -> Work:
 
         return lambda files: looked_at(files, depth, values)
     if sense == "detect":
-        detector = Detector.from_pretrained(model, device="cpu")
+        detector = Detector.from_pretrained(model, device=device)
         detector.batch = batch
         return lambda files: (
             boxes
@@ -187,24 +189,24 @@ def ours(sense: str, model: Path, batch: int) -> Work:
             for boxes in detector.detect([picture for _, picture in part], WORDS)
         )
     if sense == "classify":
-        classifier = Classifier.from_pretrained(model, device="cpu")
+        classifier = Classifier.from_pretrained(model, device=device)
         classifier.batch = batch
         return lambda files: looked_at(
             files, classifier, lambda x, _: [classifier.best(p, 5) for p in classifier.odds(x)]
         )
-    captioner = Captioner.from_pretrained(model, device="cpu")
+    captioner = Captioner.from_pretrained(model, device=device)
     captioner.batch = batch
     return lambda files: looked_at(files, captioner, lambda x, _: captioner.captions(x, None, TOKENS))
 
 
-def theirs(sense: str, model: Path, batch: int) -> Work:
+def theirs(sense: str, model: Path, batch: int, device: str) -> Work:
     """Return the same by transformers' model and processor."""
     import torch
     import transformers
     from PIL import Image
 
     if sense == "segment":
-        net: Any = transformers.CLIPSegForImageSegmentation.from_pretrained(model).eval()
+        net = loaded(transformers.CLIPSegForImageSegmentation, model, device)
         prepare = transformers.ViTImageProcessor.from_pretrained(model)
         tokens = transformers.CLIPTokenizer.from_pretrained(model)(WORDS, padding=True, return_tensors="pt")
 
@@ -212,24 +214,31 @@ def theirs(sense: str, model: Path, batch: int) -> Work:
         def maps(files: list[Path]) -> Iterator[Any]:
             for part in in_parts(files, batch):
                 pictures = [Image.open(file).convert("RGB") for file in part]
-                pixels = prepare([p for p in pictures for _ in WORDS], return_tensors="pt")
-                told = {name: value.repeat(len(part), 1) for name, value in tokens.items()}
-                logits = net(**told, **pixels).logits.sigmoid()
+                pixels = prepare([p for p in pictures for _ in WORDS], return_tensors="pt").to(device, net.dtype)
+                told = {name: value.repeat(len(part), 1).to(device) for name, value in tokens.items()}
+                logits = net(**told, **pixels).logits.sigmoid().float().cpu()
                 logits = logits.view(len(part), len(WORDS), *logits.shape[1:])
                 for picture, one in zip(pictures, logits, strict=True):
                     yield torch.nn.functional.interpolate(one[None], picture.size[::-1], mode="bilinear")[0]
 
         return maps
     return {"caption": _blip_captions, "florence": _florence_captions, "depth": _depth_pipeline,
-            "detect": _owl_pipeline, "classify": _vit_pipeline}[sense](model, batch)  # fmt: skip
+            "detect": _owl_pipeline, "classify": _vit_pipeline}[sense](model, batch, device)  # fmt: skip
 
 
-def _blip_captions(model: Path, batch: int) -> Work:
+def loaded(kind: Any, model: Path, device: str) -> Any:
+    """Return a model of transformers on a device, on a GPU in float16."""
+    import torch
+
+    return kind.from_pretrained(model, dtype=torch.float32 if device == "cpu" else torch.float16).eval().to(device)
+
+
+def _blip_captions(model: Path, batch: int, device: str) -> Work:
     import torch
     import transformers
     from PIL import Image
 
-    blip: Any = transformers.BlipForConditionalGeneration.from_pretrained(model).eval()
+    blip = loaded(transformers.BlipForConditionalGeneration, model, device)
     tokenizer = transformers.BertTokenizer.from_pretrained(model)
     prepares = transformers.BlipImageProcessor.from_pretrained(model)
 
@@ -237,18 +246,18 @@ def _blip_captions(model: Path, batch: int) -> Work:
     def captions(files: list[Path]) -> Iterator[str]:
         for part in in_parts(files, batch):
             pixels = prepares([Image.open(file).convert("RGB") for file in part], return_tensors="pt")
-            ids = blip.generate(**pixels, max_new_tokens=TOKENS)
+            ids = blip.generate(**pixels.to(device, blip.dtype), max_new_tokens=TOKENS)
             yield from tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     return captions
 
 
-def _florence_captions(model: Path, batch: int) -> Work:
+def _florence_captions(model: Path, batch: int, device: str) -> Work:
     import torch
     import transformers
     from PIL import Image
 
-    florence: Any = transformers.Florence2ForConditionalGeneration.from_pretrained(model).eval()
+    florence = loaded(transformers.Florence2ForConditionalGeneration, model, device)
     images: Any = transformers.AutoImageProcessor.from_pretrained(model)
     processor = transformers.Florence2Processor(images, transformers.BartTokenizer.from_pretrained(model))
 
@@ -257,50 +266,53 @@ def _florence_captions(model: Path, batch: int) -> Work:
         for part in in_parts(files, batch):
             pictures = [Image.open(file).convert("RGB") for file in part]
             inputs = processor(text=["<CAPTION>"] * len(part), images=pictures, return_tensors="pt")
-            ids = florence.generate(**inputs, max_new_tokens=TOKENS)
+            ids = florence.generate(**inputs.to(device, florence.dtype), max_new_tokens=TOKENS)
             yield from processor.batch_decode(ids, skip_special_tokens=True)
 
     return captions
 
 
-def _owl_pipeline(model: Path, batch: int) -> Work:
+def _owl_pipeline(model: Path, batch: int, device: str) -> Work:
     import transformers
 
-    network = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(model)
+    network = loaded(transformers.AutoModelForZeroShotObjectDetection, model, device)
     images: Any = transformers.AutoImageProcessor.from_pretrained(model)
     words: Any = transformers.CLIPTokenizer.from_pretrained(model)
     pipe: Any = transformers.pipeline(
-        "zero-shot-object-detection", model=network, image_processor=images, tokenizer=words
+        "zero-shot-object-detection", model=network, image_processor=images, tokenizer=words, device=device
     )
     return lambda files: pipe(({"image": str(f), "candidate_labels": WORDS} for f in files), batch_size=batch)
 
 
-def _vit_pipeline(model: Path, batch: int) -> Work:
+def _vit_pipeline(model: Path, batch: int, device: str) -> Work:
     import transformers
 
-    network = transformers.AutoModelForImageClassification.from_pretrained(model)
+    network = loaded(transformers.AutoModelForImageClassification, model, device)
     images: Any = transformers.AutoImageProcessor.from_pretrained(model)
-    pipe: Any = transformers.pipeline("image-classification", model=network, image_processor=images)
+    pipe: Any = transformers.pipeline("image-classification", model=network, image_processor=images, device=device)
     return lambda files: pipe((str(file) for file in files), batch_size=batch)
 
 
-def _depth_pipeline(model: Path, batch: int) -> Work:
+def _depth_pipeline(model: Path, batch: int, device: str) -> Work:
     import transformers
 
-    network = transformers.AutoModelForDepthEstimation.from_pretrained(model)
+    network = loaded(transformers.AutoModelForDepthEstimation, model, device)
     images: Any = transformers.AutoImageProcessor.from_pretrained(model)
-    pipe: Any = transformers.pipeline("depth-estimation", model=network, image_processor=images)
+    pipe: Any = transformers.pipeline("depth-estimation", model=network, image_processor=images, device=device)
     return lambda files: pipe((str(file) for file in files), batch_size=batch)
 
 
-def measure(side: str, sense: str, model: Path, files: list[Path], batch: int) -> None:
+def measure(side: str, sense: str, model: Path, files: list[Path], batch: int, device: str) -> None:
     """Print seconds, CPU seconds and peak memory of one side as JSON."""
-    work = {"genkit": ours, "transformers": theirs}[side](sense, model, batch)
+    import torch
+
+    work = {"genkit": ours, "transformers": theirs}[side](sense, model, batch, device)
     list(work(files[:1]))
     began, cpu = time.perf_counter(), time.process_time()
     assert sum(1 for _ in work(files)) == len(files)
     found = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
-    print(json.dumps({**found, "gib": peak_memory()}))
+    gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else peak_memory()
+    print(json.dumps({**found, "gib": gib}))
 
 
 def peak_memory() -> float:
@@ -311,12 +323,13 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
-def compared(sense: str, folder: Path, pictures: int, batch: int, rounds: int) -> str:
+def compared(sense: str, folder: Path, pictures: int, batch: int, rounds: int, device: str) -> str:
     """Return the table's line of a sense, of `rounds` processes a side in turns."""
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
-            words = [sys.executable, __file__, "--batch", str(batch), "--measure", side, sense, str(folder)]
+            words = [sys.executable, __file__, "--batch", str(batch), "--device", device,
+                     "--measure", side, sense, str(folder)]  # fmt: skip
             done = subprocess.run(words, capture_output=True, text=True, env=os.environ)
             if done.returncode:
                 sys.exit(done.stderr)
@@ -335,6 +348,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", choices=SENSES, nargs="+", default=SENSES)
@@ -342,11 +356,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         side, sense, folder = options.measure
-        measure(side, sense, Path(folder) / sense, sorted(Path(folder, "pictures").iterdir()), options.batch)
+        measure(side, sense, Path(folder) / sense, sorted(Path(folder, "pictures").iterdir()), options.batch,
+                options.device)  # fmt: skip
         return
     from tests.senses import noise
 
-    print(f"{options.pictures} pictures of {options.side}x{options.side}, batches of {options.batch}, on the CPU")
+    print(f"{options.pictures} pictures of {options.side}x{options.side}, batches of {options.batch}; {options.device}")
     print(f"threads of torch: {os.environ.get('OMP_NUM_THREADS', 'all')}; load before: {os.getloadavg()[0]:.1f}\n")
     print("| sense | transformers, pictures/s | genkit | times | CPU s a picture | genkit | times | GiB | genkit |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
@@ -360,7 +375,8 @@ def main() -> None:
                 path.hardlink_to(before)
         for sense in options.only:
             make(Path(temp), sense, options.tiny, options.small)
-            print(compared(sense, Path(temp), options.pictures, options.batch, options.rounds), flush=True)
+            line = compared(sense, Path(temp), options.pictures, options.batch, options.rounds, options.device)
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
