@@ -1,4 +1,4 @@
-"""How well a detector counts and finds what scenes show: the share of right counts, and AP at an overlap of 0.5."""
+"""Metrics of a detector on composed scenes: the share of right counts, and AP at an IoU of 0.5."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 
 from genkit.scoring.boxes import SAME, iou, separate
 
-FLOOR = 0.05  # boxes that score less are not looked at
+FLOOR = 0.05  # boxes with lower scores are ignored
 THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 16))
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One word in one scene. boxes: found for it, (label, score, corners), best first; truth: corners of its things.
+    """The result for one text in one scene.
 
-    together: how many things the scene has.
+    boxes: detections (label, score, corners), best first. truth: corners of the ground-truth boxes. together: number
+    of objects of all texts in the scene.
     """
 
     boxes: list[Any]
@@ -27,16 +28,16 @@ class Verdict:
     together: int
 
     def counted(self, threshold: float) -> int:
-        """Return how many things are counted, as `count['…']` of an expression does."""
+        """Return the number of detections above the threshold, as `count['…']` of an expression does."""
         return sum(box[1] > threshold for box in self.boxes)
 
 
 def verdicts(logits: torch.Tensor, boxes: torch.Tensor, scenes: Sequence[Any]) -> list[Verdict]:
-    """Return what is found of every word of scenes. logits: (B, T, Q); boxes: (B, T, 4), centre and size, of 1.
+    """Return the detections of every text of the scenes. logits: (B, T, Q); boxes: (B, T, 4), centre and size, 0 to 1.
 
-    The words of a scene's things are looked for together, as a gate for them would: a box has one word, the best of
-    those. Each absent word is looked for alone. A better box hides a worse one of the same word that it overlaps,
-    whatever the threshold, so that one pass serves all of them.
+    The texts of a scene's objects are queried together, as a gate that names them does: each box gets the best of
+    them. Each absent text is queried alone. Non-maximum suppression does not depend on the threshold, so that one pass
+    serves all thresholds.
     """
     found = []
     corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], dim=-1).cpu()
@@ -58,7 +59,7 @@ def verdicts(logits: torch.Tensor, boxes: torch.Tensor, scenes: Sequence[Any]) -
 
 
 def threshold_of(found: Sequence[Verdict]) -> float:
-    """Return the threshold by which most counts are right, of words that are there and of others alike."""
+    """Return the threshold with the highest sum of the shares of right counts for present and for absent texts."""
     there, absent = [v for v in found if v.truth], [v for v in found if not v.truth]
 
     def right(threshold: float) -> float:
@@ -70,8 +71,8 @@ def threshold_of(found: Sequence[Verdict]) -> float:
 def measures(found: Sequence[Verdict], threshold: float) -> dict[str, Any]:
     """Return the shares of right counts and AP50.
 
-    count: the mean over the numbers of things, so that each weighs alike; count_1, …: of that number; absent: of words
-    that are not there, how many are counted as 0.
+    count: the mean of count_1, count_2, …, the shares for one, two, … objects of a text; absent: the share of absent
+    texts with a count of 0.
     """
     there = [v for v in found if v.truth]
     numbers = sorted({len(v.truth) for v in there})
@@ -88,7 +89,7 @@ def _share(found: Sequence[Verdict], threshold: float) -> float:
 
 
 def average_precision(found: Sequence[Verdict], overlap: float = SAME) -> float:
-    """Return the area under the precision-recall curve of all boxes together, precision made falling, as COCO does."""
+    """Return the area under the precision-recall curve of all boxes, with precision made monotonic as COCO does."""
     hits: list[tuple[float, bool]] = []
     for verdict in found:
         left = list(verdict.truth)

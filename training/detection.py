@@ -1,4 +1,4 @@
-"""The task `detector`: an OWL-ViT (Minderer et al. 2022) over the towers of a CLIP, learnt from scenes."""
+"""The task `detector`: an OWL-ViT (Minderer et al. 2022) on the encoders of a CLIP, trained on composed scenes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from genkit.training.data import Batch
 
 Tensors = dict[str, torch.Tensor]
-# Weights of the losses, and the focal loss's ALPHA and GAMMA: those of Deformable DETR (Zhu et al. 2021) twice, beside
-# names that weigh little: they come from CLIP, boxes are new and slow, and what is found twice is counted twice.
+# Weights of the losses: twice those of Deformable DETR (Zhu et al. 2021), whose ALPHA and GAMMA of the focal loss are
+# taken as they are. The naming loss has a small weight because CLIP already knows names, while boxes are learnt anew.
 CLASS, L1, GIOU, NAMES, ALPHA, GAMMA = 4.0, 10.0, 4.0, 0.25, 0.25, 2.0
-REACH = 0.8  # places between a thing's centre and the middle of a place that it belongs to; more than half a diagonal
-FADE = 0.3  # places by which one is farther from the centre than the nearest one is, and no longer finds the thing
-SHARP, SAME = 20.0, 0.9999  # of cosines to logits of naming; cosine of what is one word
-LIFT = 4.0  # of the tower's last norm, in units of its scale: see `owl_of`
-SCALE, SHIFT = 10.0, -0.5  # of cosines to logits before training: what is like nothing is found nowhere
-# Names of parts of a CLIPModel, and what an OwlViTModel calls them.
+REACH = 0.8  # a patch is assigned to an object within this distance, in patches, of centre to centre; above sqrt(0.5)
+FADE = 0.3  # the target falls from 1 at the nearest patch to 0 at patches farther by this much, in patches
+SHARP, SAME = 20.0, 0.9999  # scale of the naming logits; texts with a higher cosine count as the same
+LIFT = 4.0  # bias of the vision encoder's last LayerNorm, as a multiple of its mean weight: see `owl_of`
+SCALE, SHIFT = 10.0, -0.5  # logit = SCALE * (cosine + SHIFT) before training, so that most patches begin below 0.5
+# Prefixes of parameter names in CLIPModel and in OwlViTModel.
 RENAMED = (("vision_model.pre_layrnorm.", "vision_model.pre_layernorm."),)
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
 
 
 def owl_config(clip: Any, side: int) -> Any:
-    """Return the config of an OWL-ViT with the towers of a CLIP, for pictures of `side` pixels. Raises InputError."""
+    """Return the config of an OWL-ViT with the encoders of a CLIP, for `side` x `side` pixels. Raises InputError."""
     from transformers import OwlViTConfig
 
     text, vision = clip.text_config, clip.vision_config
@@ -46,17 +46,18 @@ def owl_config(clip: Any, side: int) -> Any:
 
 
 def owl_of(clip: Any, side: int) -> Any:
-    """Return an OwlViTForObjectDetection whose towers are those of a CLIPModel, with new heads.
+    """Return an OwlViTForObjectDetection with the encoders of a CLIPModel and new heads.
 
-    Positions are interpolated to another grid. The class head begins as the CLIP's own projection. An OWL-ViT
-    multiplies each place by the class token. A large bias b before that makes a sum of the product, (b + x)(b + y) =
-    b² + b (x + y) + xy, so that places begin with what CLIP says of the whole picture, and not with noise.
+    Position embeddings are interpolated to the new grid. The class head starts as CLIP's visual projection. OWL-ViT
+    multiplies each patch token x by the class token y, after a LayerNorm. With a large bias b in that LayerNorm the
+    product (b + x)(b + y) = b² + b (x + y) + xy is close to a sum, so that each patch starts from CLIP's embedding of
+    the whole picture instead of noise.
     """
     from transformers import OwlViTForObjectDetection
 
     with clip.device:
         owl = OwlViTForObjectDetection(owl_config(clip.config, side))
-    if clip.device.type == "meta":  # of shapes alone, to estimate memory
+    if clip.device.type == "meta":  # for the estimate of memory, which needs shapes alone
         return owl
     weights = {}
     for name, value in clip.state_dict().items():
@@ -66,7 +67,7 @@ def owl_of(clip: Any, side: int) -> Any:
     owl.owlvit.load_state_dict(weights, strict=False)
     head = owl.class_head
     for layer in (owl.box_head.dense0, owl.box_head.dense1, owl.box_head.dense2):
-        layer.reset_parameters()  # transformers draws them with a deviation of 1, meant to be overwritten
+        layer.reset_parameters()  # transformers initialises them with a standard deviation of 1
     with torch.no_grad():
         norm = owl.owlvit.vision_model.post_layernorm
         norm.bias.fill_(LIFT * float(norm.weight.abs().mean()))
@@ -79,7 +80,7 @@ def owl_of(clip: Any, side: int) -> Any:
 
 
 def _spread(positions: torch.Tensor, grid: int) -> torch.Tensor:
-    """Return position embeddings (1 + n², width) for a grid of another size, the class's first."""
+    """Return position embeddings (1 + n², width), the class token's first, interpolated to a grid of another size."""
     first, rest = positions[:1], positions[1:]
     old = round(len(rest) ** 0.5)
     square = rest.view(1, old, old, -1).permute(0, 3, 1, 2).float()
@@ -88,7 +89,7 @@ def _spread(positions: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 class Detection(torch.nn.Module):
-    """Which boxes hold what words name. The words' tower is CLIP's own, and does not learn."""
+    """Finds the boxes of objects that texts name. The text encoder is CLIP's and is not trained."""
 
     def __init__(self, recipe: Recipe, parts: Components, dtype: torch.dtype) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class Detection(torch.nn.Module):
         self.owl = owl_of(parts.clip, side)
         self.owl.requires_grad_(True)
         owl = self.owl.owlvit
-        for unused in (owl.text_model, owl.text_projection, owl.visual_projection):  # heads stand in for the last one
+        for unused in (owl.text_model, owl.text_projection, owl.visual_projection):  # the class head replaces the last
             unused.requires_grad_(False)
         owl.logit_scale.requires_grad_(False)
         self.networks: dict[str, torch.nn.Module] = {"detector": self}
@@ -110,13 +111,16 @@ class Detection(torch.nn.Module):
         self.resolution = (side, side)
         self.mean, self.std = (parts.info.preprocessor.get(f"image_{n}", [0.5] * 3) for n in ("mean", "std"))
         self.most = recipe.scenes.most
-        self.count = recipe.scenes.absent + min(3, self.most)  # words of a picture, with room for those of its things
+        self.count = recipe.scenes.absent + min(
+            3, self.most
+        )  # most texts of a scene: absent ones and those of its objects
         self._words: dict[str, torch.Tensor] = {}
 
     def encode(self, batch: Batch) -> Tensors:
         """Return pixel_values (B, 3, H, W), queries (B, Q, width), asked (B, Q), boxes (B, N, 4), owners (B, N).
 
-        Of pictures with fewer words or boxes the rest is zero: words that are not asked for, boxes of no word (-1).
+        queries: text embeddings. asked: 1 for a text, 0 for padding. owners: for each box the index of its text, -1
+        for padding.
         """
         pixels = batch.pixels.to(self.device, non_blocking=True) / 2 + 0.5
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
@@ -137,11 +141,11 @@ class Detection(torch.nn.Module):
 
     @torch.no_grad()
     def embedded(self, words: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return the unit embedding of each word, (width,); they are kept, as the tower does not learn."""
+        """Return the unit embedding (width,) of each text; they are cached, as the text encoder is not trained."""
         new = [word for word in dict.fromkeys(words) if word not in self._words]
         for at in range(0, len(new), 64):
             some = new[at : at + 64]
-            # No word looks at what follows it: those as long as the longest one are enough, a fifth of the work.
+            # Attention is causal, so that padding to the longest text is enough; this saves four fifths of the work.
             options = {"padding": "longest", "max_length": self.parts.tokenizer.model_max_length}
             ids = self.parts.tokenizer(some, return_tensors="pt", truncation=True, **options).to(self.device)
             owl = self.owl.owlvit
@@ -152,7 +156,7 @@ class Detection(torch.nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, queries: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return logits (B, T, Q) of each word at each place, what places hold (B, T, width), their boxes (B, T, 4)."""
+        """Return for T patches: logits (B, T, Q) of each text, class embeddings (B, T, width), boxes (B, T, 4)."""
         features = self.owl.image_embedder(pixel_values=pixel_values)[0]
         flat = features.flatten(1, 2)
         logits, names = self.owl.class_predictor(flat, queries, None)
@@ -161,26 +165,26 @@ class Detection(torch.nn.Module):
     def loss(
         self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
     ) -> torch.Tensor:
-        """Return the sum of the losses of words, names and boxes, for each place of a thing: (B,)."""
+        """Return the loss of each picture, (B,): see `detection_loss`."""
         logits, names, boxes = self.nets["detector"](tensors["pixel_values"], tensors["queries"])
         kind = "cpu" if logits.device.type == "meta" else logits.device.type
-        with torch.autocast(kind, enabled=False):  # cosines in half precision do not tell words apart
+        with torch.autocast(kind, enabled=False):  # in half precision the cosines of similar texts would be equal
             return detection_loss(logits, names, boxes, tensors)
 
 
 def detection_loss(logits: torch.Tensor, names: torch.Tensor, boxes: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    """Return the loss of each picture, (B,). logits: (B, T, Q); names: (B, T, width), what each place holds, as words
-    are embedded; boxes: (B, T, 4); tensors: as `encode` has them.
+    """Return the loss of each picture, (B,). logits: (B, T, Q); names: class embeddings (B, T, width); boxes:
+    (B, T, 4); tensors: those of `encode`.
 
-    A thing belongs to the places near its centre, not to the one that a matching of all finds (Carion et al. 2020),
-    which early on changes from step to step. All of those learn its box and its name, but only the nearest one finds
-    it, or two as near as each other: their boxes overlap, of which one is counted. Naming is a softmax over the words
-    of the whole batch, which teaches more than those asked of one picture. The focal loss is that of targets between 0
-    and 1 (Li et al. 2020, quality focal loss).
+    An object is assigned to the patches near its centre, and not by bipartite matching (Carion et al. 2020), whose
+    assignment changes from step to step early in training. All of these patches learn its box and its name, but only
+    the nearest one is a positive of the focal loss, and others that are almost as near in part (soft targets, as in
+    the quality focal loss of Li et al. 2020); non-maximum suppression removes the duplicates. Naming is a softmax over
+    the texts of the whole batch, which gives more negatives than those of one picture.
     """
     thing, inside, nearest = owned(tensors["boxes"], tensors["owners"], round(boxes.shape[1] ** 0.5))
     count = inside.sum(dim=1).clamp(min=1)
-    word = tensors["owners"].gather(1, thing).clamp(min=0)  # of each place, (B, T)
+    word = tensors["owners"].gather(1, thing).clamp(min=0)  # index of the text of each patch's object, (B, T)
     target = torch.zeros_like(logits).scatter(2, word[..., None], nearest[..., None].to(logits.dtype))
     weight = (ALPHA * target + (1 - ALPHA) * (1 - target)) * (logits.sigmoid() - target).abs() ** GAMMA
     focal = binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
@@ -191,15 +195,16 @@ def detection_loss(logits: torch.Tensor, names: torch.Tensor, boxes: torch.Tenso
 
 
 def owned(boxes: torch.Tensor, owners: torch.Tensor, grid: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return for each place of a square grid the nearest thing, (B, T), whether that lies within REACH, as 0 or 1, and
-    how far the place is the thing's nearest one: 1, and less to 0 for those that are farther, over FADE.
+    """Assign objects to the patches of a square grid. Return three tensors (B, T): the index of the nearest object;
+    1 where its centre is within REACH, else 0; and the soft target: 1 at an object's nearest patch, falling to 0 over
+    FADE.
 
-    boxes: (B, N, 4), centre and size; owners: (B, N), -1 where there is none.
+    boxes: (B, N, 4), centre and size; owners: (B, N), -1 for padding.
     """
     middle = (torch.arange(grid, device=boxes.device) + 0.5) / grid
     rows, columns = torch.meshgrid(middle, middle, indexing="ij")
     places = torch.stack([columns.flatten(), rows.flatten()], dim=1)
-    far = ((boxes[:, :, None, :2] - places) * grid).square().sum(dim=3).sqrt()  # in places, (B, N, T)
+    far = ((boxes[:, :, None, :2] - places) * grid).square().sum(dim=3).sqrt()  # in patches, (B, N, T)
     far = far.masked_fill((owners < 0)[:, :, None], 1e6)
     least, thing = far.min(dim=1)
     inside = (least <= REACH).to(boxes.dtype)
@@ -208,7 +213,10 @@ def owned(boxes: torch.Tensor, owners: torch.Tensor, grid: int) -> tuple[torch.T
 
 
 def naming(names: torch.Tensor, word: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    """Return the cross-entropy of what each place holds among all words of the batch, (B, T); equal words are one."""
+    """Return the cross-entropy (B, T) of each patch's class embedding over the texts of the batch.
+
+    Texts that are equal count as one.
+    """
     queries = tensors["queries"]
     every, asked = queries.flatten(0, 1), tensors["asked"].flatten()
     own = queries.gather(1, word[..., None].expand(-1, -1, queries.shape[2]))

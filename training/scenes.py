@@ -1,7 +1,7 @@
-"""Scenes to learn detection from: drawings placed on a background, with their boxes, and words to look for.
+"""Composed scenes to train a detector on: drawings pasted onto a background, with their boxes, and texts to look for.
 
-A scene depends on (seed, epoch, drawing) alone, as pictures do. Drawings are pictures with transparency, whose boxes
-are therefore exact; an opaque picture is a thing as large as itself.
+A scene depends on (seed, epoch, drawing) alone, as augmented pictures do. Drawings are pictures with an alpha channel,
+from which exact boxes follow; of an opaque picture the box is the whole picture.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
 KEPT = 4096  # drawings in memory
-KINDS = 3  # most kinds of things in a scene
-# Largest side of a thing among so many, as a share of the picture's, so that they find room; and the least of that.
+KINDS = 3  # most different texts of objects in a scene
+# Largest side of each of 1, 2, … objects, as a share of the picture's side, so that all fit; and the least share of it.
 LARGEST, LEAST = (1.0, 0.6, 0.52, 0.46, 0.42, 0.38, 0.35, 0.33, 0.31), 0.6
-SHARED = 0.12  # of the smaller of two boxes, at most, that both cover
-TRIES = 25  # places tried before a thing is made smaller
-CLEAR = 32  # levels of alpha that a thing's outline has at least
-TURNED = 15  # degrees
-GRAIN = 8.0  # most noise, as a standard deviation in levels
+SHARED = 0.12  # most overlap of two boxes, as a share of the smaller one
+TRIES = 25  # random positions tried before an object is made smaller
+CLEAR = 32  # pixels with a lower alpha, of 255, are background
+TURNED = 15  # largest rotation, degrees
+GRAIN = 8.0  # largest standard deviation of noise, in levels of 255
 WORD = re.compile(r"[a-z]{3,}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a scene shows. words: to look for, those of its things first. boxes: (n, 4), centre and size, of 1.
+    """The content of a scene.
 
-    owners: for each box the number of its word.
+    words: texts to look for, those of its objects first, then absent ones. boxes: (n, 4), centre and size, 0 to 1.
+    owners: for each box the index of its text.
     """
 
     words: list[str]
@@ -52,7 +53,7 @@ class Scene:
 
 
 class ScenePictures(Pictures):
-    """Examples as the things of scenes, one scene for each of them and epoch, in which it is the main thing."""
+    """One scene for each example and epoch, with that example as the first object."""
 
     def __init__(
         self, examples: Sequence[Example], data: Data, resolution: tuple[int, int], multiple: int, seed: int,
@@ -73,7 +74,7 @@ class ScenePictures(Pictures):
             raise InputError(f"scenes.near: no picture has a field {plan.near!r}")
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
-        """Return the scenes of `indices` as epoch `epoch` has them; their captions are the words, joined."""
+        """Return the scenes of `indices` in an epoch; their captions are the joined texts."""
         indices, turns = turned(self.data, len(self), indices, epoch)
         taken = [self._whole(index, turn) for index, turn in zip(indices, turns, strict=True)]
         pixels, scenes = zip(*(made for _, made in taken), strict=True)
@@ -90,7 +91,7 @@ class ScenePictures(Pictures):
         count = lot.randint(1, self.plan.most)
         kinds = 1 if count == 1 or lot.random() < self.plan.alike else lot.randint(2, min(KINDS, count))
         chosen = [index]
-        for _ in range(20):  # of a small data set there may be no others
+        for _ in range(20):  # a small data set may have no other that fits
             other = lot.randrange(len(self.examples))
             if len(chosen) < kinds and all(apart(self.examples[other], self.examples[c]) for c in chosen):
                 chosen.append(other)
@@ -108,12 +109,12 @@ class ScenePictures(Pictures):
         return np.ascontiguousarray(pixels), Scene(words, np.array(boxes, dtype=np.float32), owners)
 
     def plain(self, examples: Sequence[Example]) -> ScenePictures:
-        """Return scenes of other examples, with their first names."""
+        """Return scenes of other examples, for evaluation: plain captions, no changes of hue."""
         data = self.data.model_copy(update={"captions": ["{caption}"], "recolour": None})
         return ScenePictures(examples, data, self.resolution, self.multiple, self.seed, self.plan)
 
     def drawing(self, index: int) -> Image.Image:
-        """Return a drawing as RGBA, cut to its outline; the last KEPT are kept."""
+        """Return a drawing as RGBA, cropped to its opaque part; KEPT of them are cached."""
         if index not in self._drawings:
             if len(self._drawings) >= KEPT:
                 del self._drawings[next(iter(self._drawings))]
@@ -121,7 +122,7 @@ class ScenePictures(Pictures):
         return self._drawings[index]
 
     def _kind(self, index: int, count: int, lot: random.Random) -> tuple[str, list[Image.Image]]:
-        """Return the word of a kind, and `count` of its drawings: the same one, or in any style that there is."""
+        """Return the text of an example, and `count` drawings of it: the same one, or in all styles of the data set."""
         example, wanted = self.examples[index], self.data.recolour
         template, values = self._told(example, lot)
         group = self.alike[example.caption]
@@ -133,12 +134,12 @@ class ScenePictures(Pictures):
             hue = lot.choice(list(HUES))
             hued = [turned for picture in drawn if (turned := turn_hue(picture, HUES[hue])) is not None]
             drawn, colour = (hued, hue) if len(hued) == len(drawn) else (drawn, "")
-        if colour and lot.random() < 0.5:  # a blue car is a car
+        if colour and lot.random() < 0.5:  # in half of the cases the text names the colour, too
             word = worded(self.data, template, values, colour)
         return word, drawn
 
     def _absent(self, present: Sequence[int], lot: random.Random) -> list[str]:
-        """Return words of things that are not there, half of them of things that are near to one that is."""
+        """Return texts of absent objects, half of them from the same group (`scenes.near`) as the first object."""
         main = self.examples[present[0]]
         near = self.near[main.fields.get(self.plan.near) if self.plan.near else None]
         found: list[str] = []
@@ -152,7 +153,7 @@ class ScenePictures(Pictures):
 
 
 def apart(one: Example, other: Example) -> bool:
-    """Return whether two examples are called by words of which none is shared: an apple is a red apple, too."""
+    """Return whether two examples share no word of their names: "apple" would be right for "red apple", too."""
     return _names(one).isdisjoint(_names(other, True)) and _names(other).isdisjoint(_names(one, True))
 
 
@@ -171,7 +172,7 @@ def _spelt(*texts: str) -> frozenset[str]:
 
 
 def cut(picture: Image.Image, name: str) -> Image.Image:
-    """Return an RGBA picture cut to what is not transparent. Raises InputError where nothing is."""
+    """Return an RGBA picture cropped to its opaque part. Raises InputError if it is transparent all over."""
     box = picture.getchannel("A").point(lambda level: 255 * (level >= CLEAR)).getbbox()
     if box is None:
         raise InputError(f"{name}: is transparent all over: there is no thing in it")
@@ -181,9 +182,9 @@ def cut(picture: Image.Image, name: str) -> Image.Image:
 def compose(
     things: Sequence[Image.Image], side: int, lot: random.Random
 ) -> tuple[Image.Image, list[tuple[float, float, float, float]]]:
-    """Place RGBA drawings on a background; return the square picture and each one's corners, from 0 to 1.
+    """Paste RGBA drawings onto a background; return the square picture and the corners of each, 0 to 1.
 
-    They hardly overlap.
+    Boxes overlap by at most SHARED, except in a crowd for which there is no room.
     """
     from PIL import Image
 
@@ -208,7 +209,7 @@ def compose(
 def _placed(
     shape: tuple[int, int], length: float, side: int, taken: Sequence[tuple[float, ...]], lot: random.Random
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return where a thing of `shape` lies and its size: as large as `length`, or smaller where there is no room."""
+    """Return position and size, in pixels, of an object with the aspect of `shape` and a longer side up to `length`."""
     while True:
         scale = min(length, side) / max(shape)
         width, height = max(2, round(shape[0] * scale)), max(2, round(shape[1] * scale))
@@ -216,19 +217,19 @@ def _placed(
             x, y = lot.randint(0, max(0, side - width)), lot.randint(0, max(0, side - height))
             if all(_covered((x, y, x + width, y + height), other) <= SHARED for other in taken):
                 return (x, y), (width, height)
-        if length < 6:  # a crowd: there it lies
+        if length < 6:  # there is no room without overlap
             return (x, y), (width, height)
         length *= 0.85
 
 
 def _covered(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return what two boxes share, as a part of the smaller one."""
+    """Return the overlap of two boxes as a share of the smaller one."""
     shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
     return shared / max(1e-9, min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])))
 
 
 def ground(side: int, lot: random.Random) -> Image.Image:
-    """Return a background: white, a named or any colour, or one colour that fades into another."""
+    """Return a background: white, a named colour, a random colour, or a gradient."""
     from PIL import Image, ImageColor
 
     kind = lot.random()
@@ -244,7 +245,7 @@ def ground(side: int, lot: random.Random) -> Image.Image:
 
 
 def grained(picture: Image.Image, lot: random.Random) -> Image.Image:
-    """Return a picture with the small errors that a drawn one has: blotches of noise, of a few levels."""
+    """Return a picture with blotches of low noise, similar to the small errors of generated pictures."""
     from PIL import Image
 
     noise = np.random.default_rng(lot.randrange(2**32)).standard_normal((picture.height, picture.width, 3))
@@ -254,7 +255,7 @@ def grained(picture: Image.Image, lot: random.Random) -> Image.Image:
 
 
 def pictures_of(recipe: Recipe, examples: Sequence[Example], task: Any) -> Pictures:
-    """Return the examples as a task is trained on them: pictures, or for a detector scenes."""
+    """Return the training pictures of a task: composed scenes for a detector."""
     if recipe.task == "detector":
         return ScenePictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed, recipe.scenes)
     return Pictures(examples, recipe.data, task.resolution, task.multiple, recipe.seed)
