@@ -85,7 +85,6 @@ def prepare(
     others: dict[str, Serving] = {}
     for name, (own, loras) in wanted.items():
         engine = ServingEngine(own, defaults, max_queue, turns)
-        engine.plan([engine.sample()])  # the defaults of rows fit the model
         intake = Intake(engine, most, loras)
         named = name or served_name(engine)
         others[named] = Serving(engine, intake, most, named, keys, listen.host, others=others, **about)
