@@ -344,7 +344,10 @@ def test_a_run_whose_name_is_not_synced_is_not_accepted(
     real = store.sync_folder
     monkeypatch.setattr(store, "sync_folder", sync_folder)
     before = sorted(path.name for path in runs.folder.iterdir())
-    asked = {"content": '{"prompt": "a dog", "steps": 1}', "headers": {**JSONL, "Idempotency-Key": "unsynced"}}
+    asked: dict[str, Any] = {
+        "content": '{"prompt": "a dog", "steps": 1}',
+        "headers": {**JSONL, "Idempotency-Key": "unsynced"},
+    }
     assert client.post("/v1/runs", **asked).status_code == 503
     assert sorted(path.name for path in runs.folder.iterdir()) == before, "the next start must not draw it"
     answer = client.post("/v1/runs", **asked)
