@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components import ModelInfo, inspect_model
+from genkit.components.embeddingfile import is_embedding, read_embedding
 from genkit.components.single import LORA, kind_of
-from genkit.components.weights import read_file
-from genkit.components.words import embedding_in
+from genkit.components.weights import read_header
 from genkit.errors import InputError
 from genkit.files import place, user_path
 
@@ -76,10 +76,11 @@ def _item(path: Path, variant: str | None) -> Item:
     name = path.stem if path.is_file() else path.name
     try:
         if path.is_file():
-            if embedding_in(str(path)) is not None:
+            tensors = {tensor.key: tensor for tensor in read_header(path)}
+            if is_embedding(tensors):
+                read_embedding(path, kind_of)  # is it whole?
                 return Item(name, path, "embedding")
-            tensors, _ = read_file(path)
-            if kind_of({tensor.key: tensor for tensor in tensors}) == f"is {LORA}":
+            if kind_of(tensors) == f"is {LORA}":
                 return Item(name, path, "lora")
         info = inspect_model(str(path), variant=variant if path.is_dir() else None)
     except InputError as error:

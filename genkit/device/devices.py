@@ -136,6 +136,12 @@ def reuse_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def trim_memory() -> None:
+    """Return what glibc keeps of freed blocks to the system, wherever it lies between blocks in use."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def give_back(device: Any) -> None:
     """Return memory that nothing holds any more to the device and the system, after a network was given up."""
     gc.collect()
@@ -143,8 +149,7 @@ def give_back(device: Any) -> None:
         import torch
 
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    trim_memory()
 
 
 def cache_folder() -> Path:

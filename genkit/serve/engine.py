@@ -46,7 +46,8 @@ class ServingEngine:
 
     options: of the job; `seed` is not used. defaults: fields for rows that do not state them. most_cost: of what may
     wait, in pictures of the model's own size and steps; one client may have half of it. turns: of several engines on
-    one device; it loads again when its turn comes, if it had to leave.
+    one device; it loads again when its turn comes, if it had to leave. Raises InputError for options and defaults that
+    do not fit the model.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ServingEngine:
         self._thread = threading.Thread(target=self._run, name="genkit-engine", daemon=True)
         self._began = 0.0
         self.panel: Any = None
-        self.notes: tuple[str, ...] = ()  # of the model's files
+        self.job = self.plan([self.sample()])  # its notes are of the model's files
         self._long: list[Any] = []  # sets of prompts that were cut
         self.line.gives_way = lambda busy: self.turns.gives_way(self, busy)
 
@@ -82,15 +83,12 @@ class ServingEngine:
         return self
 
     def start_later(self) -> None:
-        """Start the thread, which loads when there is something to draw. Raises InputError for rows of its defaults."""
-        self.notes = self.plan([self.sample(seed=0)]).notes
+        """Start the thread, which loads when there is something to draw."""
         self.ready, self.why = True, ""
         self._thread.start()
 
     def _load(self) -> None:
-        job = self.plan([self.sample(seed=0)])
-        self.notes = job.notes
-        self.generator, self.panel = load(dataclasses.replace(job, inversions=self.words()), None)
+        self.generator, self.panel = load(dataclasses.replace(self.job, inversions=self.words()), None)
         from genkit.serve.previews import Preview
 
         g = self.generator

@@ -81,7 +81,7 @@ class Intake:
         for row in job.rows:
             self.check(row)
         rows = Planned(job.rows)
-        new = [self._without_folders(note) for note in job.notes if note not in self.engine.notes]
+        new = [self._without_folders(note) for note in job.notes if note not in self.engine.job.notes]
         rows.notes = tuple(_alone(note) if len(made) == 1 else note for note in new)
         return rows
 

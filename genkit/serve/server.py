@@ -16,6 +16,7 @@ from typing import Any
 
 import uvicorn
 
+from genkit.device.devices import reuse_memory, trim_memory
 from genkit.errors import EXIT_OK, HostError, InputError
 from genkit.options import Options
 from genkit.serve.app import create_app
@@ -29,6 +30,7 @@ from genkit.serve.turns import Turns
 from genkit.signals import Signals
 
 ANSWERED = 10  # seconds in which clients are told that the server ends
+TRIM = 60.0  # seconds between two times that freed memory goes back to the system, which costs less than 1 % of drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,6 @@ def run(
     choice: Choice | None = None,
 ) -> int:  # fmt: skip
     """Serve until a signal ends it; return the exit code. Raises InputError and HostError before it is ready."""
-    from genkit.device.devices import reuse_memory
-
     keys = keys_of(listen)
     reuse_memory()
     serving = prepare(options, defaults, listen, most, max_queue, keys, choice)
@@ -59,9 +59,12 @@ def run(
         server = Server(serving, listener)
         loader = threading.Thread(target=server.load, name="genkit-load", daemon=True)
         loader.start()
+        ended = threading.Event()
+        threading.Thread(target=_trim, args=(ended,), name="genkit-trim", daemon=True).start()
         try:
             server.run(sockets=[listener])
         finally:
+            ended.set()
             serving.stopped = True
             for one in serving.models.values():
                 one.engine.close()
@@ -70,6 +73,16 @@ def run(
     if server.error is not None:
         raise server.error
     return server.exit_code
+
+
+def _trim(ended: threading.Event) -> None:
+    """Return freed memory to the system now and then.
+
+    Small blocks of many threads come to lie between the large ones of the network, whose places then grow in number: a
+    process that lives long would keep all of them.
+    """
+    while not ended.wait(TRIM):
+        trim_memory()
 
 
 def prepare(
@@ -85,7 +98,6 @@ def prepare(
     others: dict[str, Serving] = {}
     for name, (own, loras) in wanted.items():
         engine = ServingEngine(own, defaults, max_queue, turns)
-        engine.plan([engine.sample()])  # the defaults of rows fit the model
         intake = Intake(engine, most, loras)
         named = name or served_name(engine)
         others[named] = Serving(engine, intake, most, named, keys, listen.host, others=others, **about)

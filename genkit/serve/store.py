@@ -164,7 +164,11 @@ class Store:
                 run.save()
             with disk(new):
                 os.rename(new, self.folder / run_id)
-                sync_folder(self.folder)
+                try:
+                    sync_folder(self.folder)
+                except OSError:  # the client is told that there is no run: the next start must find none
+                    os.rename(self.folder / run_id, new)
+                    raise
         except BaseException:
             with contextlib.suppress(OSError):
                 shutil.rmtree(new)

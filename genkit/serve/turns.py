@@ -13,9 +13,10 @@ PATIENCE = 10.0  # seconds that a model draws on while another one waits, so tha
 
 
 class Drawer(Protocol):
-    """As much of a ServingEngine as takes turns. line: its Line."""
+    """As much of a ServingEngine as takes turns. line: its Line. loaded: whether it is in memory."""
 
     line: Any
+    loaded: bool
 
     def unload(self) -> None:
         """Leave memory."""
@@ -81,6 +82,8 @@ class Turns:
         finally:
             with self._came:
                 self._holder = None
+                if not engine.loaded:  # as loading failed
+                    del self._recent[engine]
                 self._came.notify_all()
 
     def begin(self) -> None:

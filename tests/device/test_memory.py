@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -257,3 +258,20 @@ def test_other_models_have_estimates_too(tmp_path: Path) -> None:
     assert job.describe()["memory_gib"]["cuda"]["a_decode"] == 0
     vision = {"image_size": 224, "patch_size": 14, "hidden_size": 1024, "intermediate_size": 4096}
     assert 3e6 < clip_row(vision) < 6e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_freed_blocks_between_those_in_use_go_back() -> None:
+    code = (
+        "from genkit.device.devices import reuse_memory, trim_memory\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+        "reuse_memory()\n"
+        "pairs = [(b'a' * 2**20, b'b' * 1000 + str(i).encode()) for i in range(100)]\n"
+        "kept = [small for _, small in pairs]\n"
+        "del pairs\n"
+        "held = resident(); trim_memory(); print(held, resident())"
+    )
+    root = EMBEDDED.parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    held, left = map(int, done.stdout.split())
+    assert held > 100 and left < held - 80, "MiB"

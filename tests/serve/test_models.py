@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import shutil
 import threading
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from genkit import InputError, TextToImage, cli
+from genkit import HostError, InputError, TextToImage, cli
 from genkit.components.collection import collection
 from genkit.options import Options
 from genkit.serve.choice import Choice
@@ -40,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drawn = torch.Generator().manual_seed(0)
     up, down = torch.randn(16, 1, generator=drawn), torch.randn(1, 16, generator=drawn)
     save_file({f"{LAYER}.lora_up.weight": up, f"{LAYER}.lora_down.weight": down}, root / "style.safetensors")
+    save_file({"<cat>": torch.zeros(1, 16)}, root / "cat.safetensors")
     (root / "broken.safetensors").write_bytes(b"no model")
     (root / "notes.txt").write_text("mine")
     return root
@@ -49,7 +51,8 @@ def test_a_folder_is_listed(folder: Path, capfd: pytest.CaptureFixture[str], tmp
     found = {item.name: (item.kind, item.draws, bool(item.why)) for item in collection(folder)}
     assert found == {
         "alpha": ("text-to-image", True, False), "beta": ("text-to-image", True, False),
-        "broken": (None, False, True), "ddpm": ("unconditional", True, False), "style": ("lora", False, False),
+        "broken": (None, False, True), "cat": ("embedding", False, False), "ddpm": ("unconditional", True, False),
+        "style": ("lora", False, False),
     }  # fmt: skip
     assert cli.run(["models", str(folder)]) == 0
     said = capfd.readouterr().out
@@ -225,3 +228,16 @@ def test_the_least_recently_used_leaves() -> None:
         assert turns.gives_way(c, busy=False) and not turns.gives_way(c, busy=True)
         turns.patience = 0.0
         assert turns.gives_way(c, busy=True)
+
+
+def test_one_that_failed_to_load_takes_no_room() -> None:
+    left: list[str] = []
+    turns = Turns(loaded=2)
+    a, b, c = (Named(name, left) for name in "abc")
+    b.loaded = False
+    for one in (a, b, c):
+        turns.ask(one)
+        with contextlib.suppress(HostError), turns.turn(one):
+            if not one.loaded:
+                raise HostError("out of memory")
+    assert left == [], "there is room for two, and only a and c are in memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import time
@@ -19,7 +20,7 @@ from genkit.job.run import run_job
 from genkit.options import Options
 from genkit.rows.prompts import read_prompts
 from genkit.runs.records import read_results
-from genkit.serve import served
+from genkit.serve import served, store
 from genkit.studies.filter import refilter
 
 ROWS = """{"prompt": "a red apple", "num_images": 2, "keep": 1, "num_inference_steps": 2}
@@ -296,8 +297,6 @@ def test_a_run_is_of_the_key_that_began_it(server: Any, run: dict[str, Any]) -> 
 def test_a_full_disk_takes_no_run_and_loses_none(
     server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-    import os
     import threading
 
     from genkit.serve import feeder
@@ -330,3 +329,26 @@ def test_a_full_disk_takes_no_run_and_loses_none(
     full.clear()
     run = ended(client, run_id)
     assert run["state"] == "done" and run["images"]["done"] == 3 and run["reason"] is None
+
+
+def test_a_run_whose_name_is_not_synced_is_not_accepted(
+    server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, failing = server.serving.runs.store, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def sync_folder(folder: Path) -> None:
+        if folder == runs.folder and failing:
+            raise failing.pop()
+        real(folder)
+
+    real = store.sync_folder
+    monkeypatch.setattr(store, "sync_folder", sync_folder)
+    before = sorted(path.name for path in runs.folder.iterdir())
+    asked: dict[str, Any] = {
+        "content": '{"prompt": "a dog", "steps": 1}',
+        "headers": {**JSONL, "Idempotency-Key": "unsynced"},
+    }
+    assert client.post("/v1/runs", **asked).status_code == 503
+    assert sorted(path.name for path in runs.folder.iterdir()) == before, "the next start must not draw it"
+    answer = client.post("/v1/runs", **asked)
+    assert answer.status_code == 202 and ended(client, answer.json()["id"])["images"]["done"] == 1
