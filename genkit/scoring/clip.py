@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from genkit.components import Components
 
 LABEL_SETS = 64  # label lists whose directions are cached
+MOST_PIXELS = 2**24  # of a resized picture: a very long, narrow one would take gigabytes before it is cropped
 # A label's direction is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
 TEMPLATES = ("{}", "a picture of {}", "a photo of {}", "an emoji of {}")
 
@@ -141,7 +142,10 @@ class ClipScorer:
         return normalize(pooled.float(), dim=-1)
 
     def preprocess(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return pictures (B, 3, H, W) resized, centre-cropped and normalised for the model, on its device."""
+        """Return pictures (B, 3, H, W) resized, centre-cropped and normalised for the model, on its device.
+
+        Raises InputError for pictures so narrow that they would be too large once their short side is resized.
+        """
         x = pictures.to(self.model.device).float()
         if pictures.dtype == torch.uint8:
             x = x / 255
@@ -152,6 +156,10 @@ class ClipScorer:
             size = self.shortest, int(self.shortest * width / height)
         else:
             size = int(self.shortest * height / width), self.shortest
+        if size[0] * size[1] > max(MOST_PIXELS, height * width):
+            raise InputError(
+                f"{width}x{height} pixels are too narrow: {self.name} would resize them to {size[1]}x{size[0]}"
+            )
         if size != (height, width):
             x = interpolate(x, size=size, mode=self.filter, antialias=True).clamp(0, 1)
         if self.crop is not None:

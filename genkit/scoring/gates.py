@@ -57,8 +57,14 @@ class Expression:
         self.needs_scorer = bool(CLIP_SCORES & self.names or self.labels)
 
     def __call__(self, scores: Scores) -> bool | float:
-        """Return the value for one image; raises InputError naming a missing score."""
-        return self._value(scores)
+        """Return the value for one image; after a division by zero that is False of a gate, and NaN of a number.
+
+        Raises InputError naming a missing score.
+        """
+        try:
+            return self._value(scores)
+        except ZeroDivisionError:
+            return False if self.decides else math.nan
 
     def __repr__(self) -> str:
         return f"Expression({self.text!r})"
@@ -73,10 +79,8 @@ def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | N
     """
     if labels is not None:
         check_labels(labels)
-    for field, text, there in (
-        ("gate", gate, computed),
-        ("rank_by", rank_by, {*computed, "sim"}),
-    ):  # known only when all are drawn
+    ranked = {*computed, "sim"}  # sim is known only once all images of a row are drawn
+    for field, text, there in (("gate", gate, computed), ("rank_by", rank_by, ranked)):
         if text is None:
             continue
         try:
@@ -159,9 +163,10 @@ def _arithmetic(node: ast.BinOp, scope: Scope, depth: int) -> Term:
     if apply is None:
         raise InputError(f"{quoted(node)}: {_REFUSED.get(type(node.op), 'of arithmetic there is + - * / only')}")
     left, right = _number(node.left, scope, depth), _number(node.right, scope, depth)
-    if apply is _divide and right.low == right.high == 0:
+    divides = isinstance(node.op, ast.Div)
+    if divides and right.low == right.high == 0:
         raise InputError(f"{quoted(node)}: division by zero")
-    if apply is _divide and right.low <= 0 <= right.high:
+    if divides and right.low <= 0 <= right.high:
         low, high = -math.inf, math.inf
     else:
         corners = [apply(a, b) for a in (left.low, left.high) for b in (right.low, right.high)]
@@ -269,13 +274,13 @@ def _label(node: ast.Subscript, scope: Scope, depth: int) -> Term:
 
 
 def _constant(node: ast.Constant, scope: Scope, depth: int) -> Term:
-    number = node.value
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if isinstance(node.value, bool) or not isinstance(node.value, int | float):
         raise InputError(
             f"{quoted(node)}: is not a number; labels stand in p['…'], and true and false need no comparing"
         )
-    if not abs(number) <= MAX_NUMBER:
+    if not abs(node.value) <= MAX_NUMBER:
         raise InputError(f"{quoted(node)}: is larger than {MAX_NUMBER:g}")
+    number = float(node.value)  # products of whole numbers may become too large to be divided or compared
     return Term(lambda scores: number, NUMBER, number, number)
 
 
@@ -302,16 +307,12 @@ def _call(node: ast.Call, scope: Scope, depth: int) -> Term:
     return Term(lambda scores: function(*(value(scores) for value in values)), NUMBER, low, high)
 
 
-def _divide(a: float, b: float) -> float:
-    return a / b if b else math.nan  # NaN passes no gate
-
-
 _KNOWN = {name: Term(score(name), TRUTH if s.truth else NUMBER, s.low, s.high) for name, s in SCORES.items()}
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: _divide,
+    ast.Div: operator.truediv,
 }
 _COMPARISONS: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Lt: operator.lt,
