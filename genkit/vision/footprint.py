@@ -33,7 +33,7 @@ def mask_look(info: VisionInfo, texts: int) -> Look:
     positions, width = _positions(info, down, across)
     layers = (info.part.config.get("vision_config") or {}).get("num_hidden_layers", 12)
     read = len(info.part.config.get("extract_layers") or (3, 6, 9))
-    wide = 2 * info.part.config.get("decoder_intermediate_size", 2048)  # before and behind its activation
+    wide = 2 * (info.part.config.get("decoder_intermediate_size") or 2048)  # before and behind its activation
     states = (layers + 1) * positions * width  # what every layer says of a picture is kept
     maps = min(texts, MAPS) * (positions * (read * width + wide) + 2 * down * across)
     picture = states + max(row(info, down, across), maps)

@@ -22,7 +22,7 @@ from genkit.files import place, read_json
 from genkit.vision.classes import CLASSES, Kind
 from genkit.vision.generation import read_generation
 from genkit.vision.labels import read_labels
-from genkit.vision.preprocess import Processor, read_processor
+from genkit.vision.preprocess import Processor, read_processor, read_size
 from genkit.vision.processors import read_classifier_processor
 from genkit.vision.timms import KIND, build_timm, check_timm, is_timm, timm_labels, timm_processor
 
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 THRESHOLD = "detection_threshold"  # a key of genkit's own; transformers keeps it without reading it
 MOST_LAYERS, MOST = 1000, 2**24  # of any network here: a config must not keep its constructor busy for hours
+# Keys that are read before the network is built; of a part of a network that is elsewhere they may be null.
+WHOLE = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "max_text_len", "decoder_intermediate_size")
 BATCH = 8  # pictures a call; halved when memory runs out
+MOST_PIXELS = 2**24  # of a resized picture: a very long, narrow one would take gigabytes before it is cropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +157,20 @@ class Sense:
         return found
 
     def pixels(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return uint8 pictures (B, 3, H, W) as the model reads them: on its device, in its dtype."""
+        """Return uint8 pictures (B, 3, H, W) as the model reads them: on its device, in its dtype.
+
+        Raises InputError for pictures so narrow that they would be too large once their short side is resized.
+        """
         from genkit.vision.preprocess import prepare
 
-        return prepare(pictures.to(self.device), self.loaded.processor_config).to(self.dtype)
+        processor = self.loaded.processor_config
+        height, width = pictures.shape[-2:]
+        down, across = read_size(height, width, dataclasses.replace(processor, crop=None))
+        if down * across > max(MOST_PIXELS, height * width):
+            raise InputError(
+                f"{width}x{height} pixels are too narrow: {self.name} would resize them to {across}x{down}"
+            )
+        return prepare(pictures.to(self.device), processor).to(self.dtype)
 
     def forget(self) -> None:
         """Drop what is cached, such as embeddings of words."""
@@ -373,13 +386,18 @@ def _check_config(config: Mapping[str, Any], kind: Kind, where: str, depth: int 
     for key in ("use_timm_backbone", "use_pretrained_backbone", "backbone"):
         if config.get(key):
             raise InputError(f"{where}: {key}: {shown(config[key])}: a backbone that lies elsewhere is never fetched")
+    for name in {*kind.nested, "text_config"} if depth == 0 else ():
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"{where}: {name}: {shown(config[name])} is not an object")
     for name, types in kind.nested.items() if depth == 0 else ():
-        stated = (config.get(name) or {}).get("model_type") if isinstance(config.get(name) or {}, dict) else None
+        stated = (config.get(name) or {}).get("model_type")
         if stated is not None and stated not in types:
             raise InputError(f"{where}: {name}: model_type: {shown(stated)} is not {' or '.join(types)}")
     for key, value in config.items():
         if key in ("id2label", "label2id"):
             continue  # whose keys are labels, of any text
+        if key in WHOLE and (value is not None or depth) and not (type(value) is int and value > 0):
+            raise InputError(f"{where}: {key}: {shown(value)} is not a whole number above 0")
         most = MOST_LAYERS if "layers" in key or key in ("depths", "depth") else MOST
         numbers = value if isinstance(value, list) else [value]
         large = next((n for n in numbers if isinstance(n, int | float) and abs(n) > most), None)

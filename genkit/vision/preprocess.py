@@ -141,8 +141,8 @@ def read_processor(
         stated_crop = found["crop_size"] or (list(default.crop) if default.crop else size)
         side = _size(stated_crop, None, dataclasses.replace(default, size={"height": 1, "width": 1}))
         crop = side.get("height", 0), side.get("width", 0)
-        if 0 in crop or size is None or crop > tuple(size.get(k, size.get("shortest_edge", 0)) for k in side):
-            raise InputError(f"{place(path)}: crop_size: {shown(found['crop_size'])} does not lie within size")
+        if 0 in crop:
+            raise InputError(f"{place(path)}: crop_size: {shown(found['crop_size'])} is not a height and a width")
     normal, scaled = found["do_normalize"] is not False, found["do_rescale"] is not False
     if default.floor is not None:  # GLPN's processor normalises only where it is told to, and always resizes
         normal, size = bool(found["do_normalize"]), None
@@ -261,9 +261,7 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
                 x, read_size(height, width, plain), processor.resample
             )
         if processor.crop is not None:
-            beside = [a - b for a, b in zip(x.shape[-2:], processor.crop, strict=True)]
-            top, left = (round(n / 2) if processor.rounded else n // 2 for n in beside)
-            x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
+            x = _cropped(x, processor.crop, processor.rounded)
         x = x.float().mul_(processor.scale)
     x = (x.flip(1) if processor.bgr else x).float().to(pictures.device)
     mean, std = (
@@ -274,6 +272,19 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
         return x
     down, across = (-side % processor.pad for side in x.shape[-2:])
     return torch.nn.functional.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
+
+
+def _cropped(x: torch.Tensor, size: tuple[int, int], rounded: bool) -> torch.Tensor:
+    """Return the centre (h, w) of pictures (B, 3, H, W); smaller ones are padded with black, as transformers does."""
+    import torch
+
+    lack = [max(0, b - a) for a, b in zip(x.shape[-2:], size, strict=True)]
+    if any(lack):
+        (above, below), (before, behind) = (((n + 1) // 2, n // 2) for n in lack)
+        x = torch.nn.functional.pad(x, (before, behind, above, below))
+    beside = [a - b for a, b in zip(x.shape[-2:], size, strict=True)]
+    top, left = (round(n / 2) if rounded else n // 2 for n in beside)
+    return x[..., top : top + size[0], left : left + size[1]]
 
 
 def _by_torch(x: torch.Tensor, size: tuple[int, int], resample: str) -> torch.Tensor:

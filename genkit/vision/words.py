@@ -16,7 +16,7 @@ def most_tokens(info: VisionInfo) -> int:
     """Return how many tokens the text encoder of a detector reads."""
     config = info.part.config
     if info.kind == "GroundingDinoForObjectDetection":
-        return int(config.get("max_text_len", 256))
+        return int(config.get("max_text_len") or 256)
     usual = {"segmenter": 77, "captioner": 512, "video classifier": 77}.get(info.sense, 16)
     return int((config.get("text_config") or {}).get("max_position_embeddings", usual))
 
