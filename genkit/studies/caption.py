@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WRITES = ("txt", "jsonl")
 METADATA = "metadata.jsonl"
+KEYS = ("text", "caption")  # of a caption in a line of metadata.jsonl
 CONTINUES = "BlipForConditionalGeneration"
 
 
@@ -143,7 +144,10 @@ class Beside(Nowhere):
 
 
 class Metadata(Nowhere):
-    """Captions in metadata.jsonl: {"file_name": below the folder, "text": caption}; other lines and keys stay."""
+    """Captions in metadata.jsonl: {"file_name": below the folder, "text": caption}; other lines and keys stay.
+
+    A line that has its caption under "caption" keeps it there: `genkit train` reads that key first.
+    """
 
     def __init__(self, images: Path, files: Sequence[Path], overwrite: bool) -> None:
         root = images / "images" if is_run(images) else images
@@ -165,13 +169,14 @@ class Metadata(Nowhere):
         return file.relative_to(self.root).as_posix()
 
     def has(self, file: Path) -> bool:
-        """Whether a line has its name, and a text."""
-        return not self.overwrite and any(key in self.records.get(self._name(file), {}) for key in ("text", "caption"))
+        """Whether a line has its name, and a caption."""
+        return not self.overwrite and any(self.records.get(self._name(file), {}).get(key) for key in KEYS)
 
     def add(self, file: Path, caption: str) -> None:
         """Note its line."""
         name = self._name(file)
-        self.records[name] = {"file_name": name, **self.records.get(name, {}), "text": caption}
+        record = {"file_name": name, **self.records.get(name, {})}
+        self.records[name] = record | dict.fromkeys([key for key in KEYS if key in record] or KEYS[:1], caption)
 
     def save(self) -> None:
         """Write all lines, whole or not at all."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.device.devices import check_device
-from genkit.durable import disk
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
 from genkit.files import local
 from genkit.pictures.images import read_image
-from genkit.progress import Progress
+from genkit.progress import Progress, printable
 from genkit.scoring.boxes import Box, check_word
 from genkit.studies.score import check_out, output_of, pictures_at, written
-from genkit.studies.senses import read_ahead
+from genkit.studies.senses import made_folder, names_of, read_ahead, write_png
 from genkit.vision.models import inspect_vision
 from genkit.vision.words import Lengths
 
@@ -59,12 +59,14 @@ def detect_images(
 
     model = Detector.from_pretrained(info, device=device, dtype=dtype)
     for text in info.notes:
-        _say(text)
+        print(printable(text), file=sys.stderr)
     least = threshold if threshold is not None else (model.threshold if like is None else 0.6)
+    names = names_of(files, images)
+    drawn = {} if draw is None else {f: draw / f"{name}.png" for f, name in zip(files, names, strict=True)}
     failed = 0
     with output_of(out) as write, Progress(len(files)) as progress:
         for part in read_ahead(files, read_levels, BATCH):
-            failed += written(_batch(model, part, words, example, least, draw, images), len(files), write, progress)
+            failed += written(_batch(model, part, words, example, least, drawn), len(files), write, progress)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
@@ -80,8 +82,11 @@ def read_levels(file: Path) -> torch.Tensor | InputError:
 
 def _batch(
     model: Detector, part: Sequence[tuple[Path, torch.Tensor | InputError]], words: Sequence[str], example: Any,
-    least: float, draw: Path | None, images: Path,
+    least: float, drawn: Mapping[Path, Path],
 ) -> list[tuple[Path, dict[str, Any]]]:  # fmt: skip
+    """Return the record of each picture; those in `drawn` are also written there with their boxes."""
+    import numpy as np
+
     found: dict[Path, dict[str, Any]] = {file: {"error": str(one)} for file, one in part if isinstance(one, InputError)}
     pictures = {file: one for file, one in part if not isinstance(one, InputError)}
     shots = list(pictures.values())
@@ -90,12 +95,9 @@ def _batch(
         named = {"words": list(words)} if example is None else {}
         size = {"width": picture.shape[-1], "height": picture.shape[-2]}
         found[file] = {**size, **named, "threshold": least, "boxes": [box.to_json() for box in some]}
-        if draw is not None:
-            inside = file.relative_to(images) if images.is_dir() else Path(file.name)
-            target = (draw / inside).with_suffix(".png")
-            with disk(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                overlay(as_picture(picture), some, words or ["like"]).save(target)
+        if file in drawn:
+            made_folder(drawn[file].parent)
+            write_png(drawn[file], np.asarray(overlay(as_picture(picture), some, words or ["like"])))
     return [(file, found[file]) for file, _ in part]
 
 
@@ -133,11 +135,3 @@ def _check_draw(draw: Path | None, images: Path) -> None:
     home = images if images.is_dir() else images.parent
     if draw.resolve() == home.resolve() or home.resolve() in draw.resolve().parents:
         raise InputError(f"--draw: {shown(str(draw))} lies where the pictures are: name a folder elsewhere")
-
-
-def _say(text: str) -> None:
-    import sys
-
-    from genkit.progress import printable
-
-    print(printable(text), file=sys.stderr)

@@ -22,6 +22,7 @@ from genkit.scoring.aesthetic import Head, check_head
 from genkit.scoring.names import check_labels
 from genkit.scoring.plugins import find_scorers
 from genkit.studies.accuracy import Confusion
+from genkit.studies.senses import named
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +148,7 @@ def _batch(
                     pixels[file] = ready
             found[file] = {"prompt": text, "scores": measured}
         except InputError as error:
-            found[file] = {"error": str(error)}
+            found[file] = {"error": str(named(file, error))}
     if pixels:
         new = half(panel.clip.embed_pixels(torch.cat(list(pixels.values()))))
         for file, vector in zip(pixels, new, strict=True):

@@ -104,10 +104,10 @@ def looked_at(
             several = [file for file, _ in part]
             part.clear()
             for group in ready.values():
-                named, sizes = [file for file, _, _ in group], [size for _, _, size in group]
+                paths, sizes = [file for file, _, _ in group], [size for _, _, size in group]
                 pixels = torch.cat([pixels for _, pixels, _ in group])
                 group.clear()  # so that there is one copy of what is prepared
-                found |= {file: _named(file, one) for file, one in zip(named, look(pixels, sizes), strict=True)}
+                found |= {file: named(file, one) for file, one in zip(paths, look(pixels, sizes), strict=True)}
                 del pixels
             for file in several:
                 one = found[file]
@@ -142,6 +142,13 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
         write_whole(path, data.getvalue())
 
 
+def named(file: Path, found: T) -> T | InputError:
+    """Return a result, or an error that names the file."""
+    if isinstance(found, InputError) and not str(found).startswith(place(file)):
+        return InputError(f"{place(file)}: {found}")
+    return found
+
+
 def _prepared(file: Path, sense: Sense) -> tuple[torch.Tensor, tuple[int, int]] | InputError:
     import numpy as np
     import torch
@@ -152,11 +159,4 @@ def _prepared(file: Path, sense: Sense) -> tuple[torch.Tensor, tuple[int, int]] 
         picture = torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)[None]  # colours last, as Pillow has it
         return sense.pixels(picture), (picture.shape[-2], picture.shape[-1])
     except InputError as error:
-        return _named(file, error)
-
-
-def _named(file: Path, found: T) -> T | InputError:
-    """Return a result, or an error that names the file."""
-    if isinstance(found, InputError) and not str(found).startswith(place(file)):
-        return InputError(f"{place(file)}: {found}")
-    return found
+        return named(file, error)
