@@ -97,7 +97,7 @@ def plan_evaluation(
     """Read the suite and check everything that needs no torch. Raises InputError as `evaluate` does."""
     if against is None and features != CLIP:
         raise InputError("--features: says what --against compares, and that is not given")
-    asked = read_suite(suite, detector=getattr(options, "detector", None) is not None)
+    asked = read_suite(suite)
     own = isinstance(suite, str) and suite == "emoji" and options.clip == "auto"
     scorers = options.scorers
     if asked.reads & set(pixels.NAMES) and pixels.pixel_scores not in scorers:

@@ -87,18 +87,18 @@ def _read(path: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _sound(found: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation.json holds everything that is read here."""
     try:
-        rows = all(set(row["right"]) <= {0, 1} and row["id"] and row["task"] for row in found["rows"])
-        tasks = [(float(t["right"]), *map(float, t["interval"]), t["task"]) for t in found["tasks"]]
-        whole = float(found["overall"]["right"]), *map(float, found["overall"]["interval"])
-        named = isinstance(found["suite"]["sha256"], str) and isinstance(found["model"]["name"], str)
+        rows = all(set(row["right"]) <= {0, 1} for row in found["rows"])
+        texts = [found["suite"]["name"], found["suite"]["sha256"], found["model"]["name"]]
+        texts += [row[name] for row in found["rows"] for name in ("id", "task")]
+        named = (("right", "interval"), ("any", "any_interval"))
+        shares = [(s[value], *s[ends]) for s in (*found["tasks"], found["overall"]) for value, ends in named]
+        numbers = all(len([float(x) for x in share]) == 3 for share in shares)
+        tasks = {task["task"] for task in found["tasks"]} == {row["task"] for row in found["rows"]} != set()
     except (TypeError, KeyError, ValueError):
         return False
-    return bool(rows and tasks and len(whole) == 3 and named and {t[3] for t in tasks} == _tasks_of(found))
-
-
-def _tasks_of(found: Mapping[str, Any]) -> set[str]:
-    return {row["task"] for row in found["rows"]}
+    return rows and numbers and tasks and "rows" in found["suite"] and all(isinstance(text, str) for text in texts)
 
 
 def _named(read: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Entry]:
@@ -115,13 +115,19 @@ def _named(read: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Entry]:
 
 
 def _check_alike(entries: Sequence[Entry]) -> None:
-    """Raise InputError, naming the two files, for another suite or another judge."""
+    """Raise InputError, naming the two files, for another suite, other rows or another judge."""
     first = entries[0]
     for other in entries[1:]:
         one, two = (e.found["suite"] for e in (first, other))
         if one["sha256"] != two["sha256"]:
             told = " and ".join(f"{s.get('name')} ({s['sha256'][:12]}…)" for s in (one, two))
             raise InputError(f"{place(other.path)}: is of another suite than {place(first.path)}: {told}")
+        own, others = ({(row["id"], row["task"]) for row in e.found["rows"]} for e in (first, other))
+        for row in sorted(own ^ others)[:1]:
+            raise InputError(
+                f"{place(other.path)}: rows: {shown(row[0])} of task {shown(row[1])} is only in one of it "
+                f"and {place(first.path)}"
+            )
         judges = first.found["judge"], other.found["judge"]
         for name in sorted({*judges[0], *judges[1]}):
             if judges[0].get(name) != judges[1].get(name):

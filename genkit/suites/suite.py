@@ -24,8 +24,6 @@ OWN = ("verify", "task")  # fields of a suite's row besides those of a prompt fi
 # Fields that would choose among the pictures, or draw more where some fail: every picture of a suite counts.
 CHOOSING = ("gate", "rank_by", "keep", "max_images", "prune", "expansions")
 MAX_TASK = 100  # characters
-# What an expression reads of a detector. Quoted names are left out before it is looked for.
-DETECTED = re.compile(r"\b(?:count|color)\s*\[|\b(?:left_of|right_of|above|below)\s*\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,37 +54,37 @@ class Suite:
         return any(Expression(str(r.gate), r.labels, names=None).needs_scorer for r in self.rows)
 
 
-def read_suite(source: str | Path | Sequence[Mapping[str, Any]], detector: bool = False) -> Suite:
+def read_suite(source: str | Path | Sequence[Mapping[str, Any]]) -> Suite:
     """Return a built-in suite, that of a .jsonl, .csv or .yaml file, or of rows as dictionaries.
 
-    detector: whether there is one to find things in pictures. Raises InputError, naming file, line and field.
+    Raises InputError, naming file, line and field.
     """
     if isinstance(source, str | Path):
         text = str(source)
         if text in BUILT_IN:
-            return _checked(RowFile(list(enumerate(BUILT_IN[text](), 1))), Path(f"suite {text}"), text, detector)
+            return _checked(RowFile(list(enumerate(BUILT_IN[text](), 1))), Path(f"suite {text}"), text)
         path = user_path(text)
         if not path.suffix and not path.exists():
             there = ", ".join(BUILT_IN)
             raise InputError(f"--suite: {shown(text)}: no such suite{nearest(text, BUILT_IN)}; give a file, or {there}")
         if path.suffix.lower() == ".txt":
             raise InputError(f"{place(path)}: a .txt line has no `verify`; a suite is a .jsonl, .csv or .yaml file")
-        return _checked(open_rows(path, "genkit", OWN), path, path.stem, detector)
-    return _checked(RowFile(list(enumerate(map(dict, source), 1))), Path("suite"), "suite", detector)
+        return _checked(open_rows(path, "genkit", OWN), path, path.stem)
+    return _checked(RowFile(list(enumerate(map(dict, source), 1))), Path("suite"), "suite")
 
 
-def _checked(file: RowFile, path: Path, name: str, detector: bool) -> Suite:
+def _checked(file: RowFile, path: Path, name: str) -> Suite:
     tasks: list[str] = []
     try:
         shared = {name: value for name, value in file.defaults.items() if name not in OWN}
-        peeled = _peeled(file, path, tasks, detector)
+        peeled = _peeled(file, path, tasks)
         rows = checked_rows(dataclasses.replace(file, rows=peeled, defaults=shared), path)
     except InputError as error:
         raise InputError(as_verify(str(error))) from None
     return Suite(name, rows, tasks)
 
 
-def _peeled(file: RowFile, path: Path, tasks: list[str], detector: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+def _peeled(file: RowFile, path: Path, tasks: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows with `verify` as their gate, their tasks put into `tasks`."""
     for line, fields in file.rows:
         try:
@@ -95,10 +93,6 @@ def _peeled(file: RowFile, path: Path, tasks: list[str], detector: bool) -> Iter
                 if field_name(key) in CHOOSING:
                     raise InputError(f"{shown(key)}: has no place in a suite: every picture counts, as it is drawn")
             verify, task = (_text(name, given) for name in OWN)
-            if not detector and DETECTED.search(re.sub(r"'[^']*'|\"[^\"]*\"", "''", verify)):
-                raise InputError(
-                    f"verify: {shown(verify)} reads what a detector finds, and there is none: give --detector"
-                )
         except InputError as error:
             raise InputError(f"{place(path)}:{line}: {error}") from None
         tasks.append(task)
