@@ -18,6 +18,7 @@ from genkit.training.recipe import Save
 from genkit.training.state import State
 
 MANIFEST = "checkpoint.json"
+KEYS = {"step", "seconds", "scores", "scaler", "files"}  # of a manifest
 
 
 class Checkpoints:
@@ -132,6 +133,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     from safetensors.torch import load_file
 
     manifest = read_json(path / MANIFEST, limit=2**26)
+    if not manifest.keys() >= KEYS or not isinstance(manifest["files"], dict):
+        raise InputError(f"{place(path / MANIFEST)}: is not the manifest of a checkpoint")
     found = {}
     for name, digest in manifest["files"].items():
         if sha256(path / name) != digest:

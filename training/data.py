@@ -90,11 +90,19 @@ class Pictures:
         if self.examples:
             _check_words(data, {"caption"}.union(*(e.fields for e in self.examples)))
         self.buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.broken: set[int] = set()  # pictures that could not be read
         shapes = _shapes(self.resolution, step) if data.buckets else [self.resolution]
         for index, example in enumerate(self.examples):
-            width, height = example.size() if data.buckets else (1, 1)
+            try:
+                width, height = example.size() if data.buckets else (1, 1)
+            except InputError as error:
+                self._leave_out(index, error)
+                continue
             self.buckets[min(shapes, key=lambda s: abs(math.log(s[0] * height / (s[1] * width))))].append(index)
-        self.broken: set[int] = set()  # pictures that could not be read
+        if self.broken and not self.buckets:
+            raise InputError(f"data.path: none of the {len(self)} pictures can be read")
+        for index in sorted(self.broken):  # each picture has its bucket; these are replaced by others that are there
+            max(self.buckets.values(), key=len).append(index)
         self._shape = {index: shape for shape, members in self.buckets.items() for index in members}
 
     def __len__(self) -> int:
@@ -112,21 +120,32 @@ class Pictures:
         )  # fmt: skip
 
     def _whole(self, index: int, turn: int) -> tuple[int, Any]:
-        """Return a picture as `make` does, with its index; the next one of its size for one that cannot be read.
+        """Return a picture as `make` does, with its index; instead of one that cannot be read, the next of its bucket.
 
-        Raises InputError once more pictures than data.broken allows cannot be read: a torn one must not end a night.
+        Raises InputError once more pictures than data.broken allows, or all of a bucket, cannot be read. Below that
+        limit training goes on.
         """
-        members = self.buckets[self._shape[index]]
+        shape = self._shape[index]
         while True:
             if index not in self.broken:
                 try:
                     return index, self.make(index, turn)
                 except InputError as error:
-                    if (len(self.broken) + 1) > self.data.broken * len(self):
-                        raise
-                    self.broken.add(index)
+                    self._leave_out(index, error)
                     log.warning("left out: %s", error)
-            index = members[(members.index(index) + 1) % len(members)]
+            others = [i for i in self.buckets[shape] if i not in self.broken]
+            if not others:
+                name, size = self.examples[index].key, f"{shape[0]}x{shape[1]}"
+                raise InputError(
+                    f"data.path: {name} cannot be read, and no other picture is trained at {size}: remove it"
+                )
+            index = next((i for i in others if i > index), others[0])
+
+    def _leave_out(self, index: int, error: InputError) -> None:
+        """Count a picture as unreadable. Raises `error` where these are more than data.broken allows."""
+        if len(self.broken) + 1 > self.data.broken * len(self):
+            raise error
+        self.broken.add(index)
 
     def make(self, index: int, turn: int) -> tuple[np.ndarray, str, tuple[int, ...], bool]:
         """Return pixels (3, H, W), caption, sizes and whether the caption is dropped. Raises InputError, naming it.
@@ -167,6 +186,7 @@ class Pictures:
         colour = "white" if self.data.background.colour == "random" else self.data.background.colour
         fields = {"caption"}.union(*(e.fields for e in examples))
         first = [t for t in self.data.captions[:1] if fields.issuperset(FIELD.findall(t))]
+        still["broken"] = 1.0  # the limit is of the whole data set, which the doctor has counted
         still |= {"background": Background(colour=colour), "captions": first or ["{caption}"]}
         data = self.data.model_copy(update=still)
         return Pictures(examples, data, self.resolution, self.multiple, self.seed)

@@ -68,14 +68,12 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                     state.seconds, code = s.agreed(time.monotonic() - began, signals.exit_code)
                 pending.append((state.step, loss, rate, norm, keys))
                 ended = _ended(s, code)
-                # What ends by its time is looked at as well: else an earlier step would be the best.
-                save, look = (
-                    state.step % recipe.save.every == 0,
-                    (s.wants_evaluation(state.step) or bool(ended)) and not code,
-                )
-                if save or look or ended or len(pending) >= pause:
+                save = state.step % recipe.save.every == 0
+                # The last step of a run that ends by train.max_seconds is evaluated too, so that it may be the best.
+                evaluated = not code and (s.wants_evaluation(state.step) or bool(ended))
+                if save or evaluated or ended or len(pending) >= pause:
                     _message(s, pending, log, bar)
-                if look:
+                if evaluated:
                     s.evaluate()
                     ended, save = ended or s.enough(), save or s.is_best()
                 if save or ended or state.step == plan.steps:

@@ -160,7 +160,10 @@ class Save(Section):
     tensorboard: bool = False
 
 
-TASKS = ("unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector")
+Task = Literal[
+    "unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector"
+]
+TASKS = typing.get_args(Task)
 SMALL = ("textual-inversion", "clip", "detector")  # a few vectors learn, a number that cannot be spread, or little
 # Section -> the tasks that read it; the others are read by all.
 READ_BY = {
@@ -185,9 +188,7 @@ class Recipe(Section):
     state are those of `model`'s. scheduler: a diffusers scheduler config; default the model's. Raises InputError.
     """
 
-    task: Literal[
-        "unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector"
-    ]
+    task: Task
     model: Text | None = None
     networks: Mapping[Literal["unet", "vae", "text_encoder", "tokenizer", "clip"], Network] = {}
     scheduler: dict[str, Any] | None = None
@@ -245,6 +246,11 @@ class Recipe(Section):
             (self.task == "detector" and self.data.zoom != 1, f"data.zoom: {self.data.zoom}: {told}"),
             (self.task == "detector" and self.data.crop != "center", f"data.crop: {self.data.crop}: {told}"),
             (self.task == "detector" and self.data.background != Background(), f"data.background: {told}"),
+            (
+                "cmmd" in self.evaluate.metrics and self.evaluate.features != "clip",
+                f"evaluate.metrics: cmmd is a distance of CLIP's features, and evaluate.features is "
+                f"{self.evaluate.features}; take kid",
+            ),
             (goal.density == "uniform" and (goal.mean, goal.std) != (0, 1), "objective.mean, std: are of logit_normal"),
         ):
             if wrong:

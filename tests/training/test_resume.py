@@ -218,6 +218,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_taken(
 def test_all_torn_is_an_error(places: Path, half: Path) -> None:
     for path in (half / "checkpoints").glob("*/weights.safetensors"):
         path.write_bytes(b"")
+    (half / "checkpoints" / "000012" / "checkpoint.json").write_text("{}")
     with pytest.raises(InputError, match="checkpoints are damaged"):
         train(recipe_of(places), half, device="cpu", quiet=True)
 
