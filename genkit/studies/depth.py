@@ -56,7 +56,7 @@ def depth_images(
 
     def look(pixels: torch.Tensor, sizes: list[tuple[int, int]]) -> list[tuple[torch.Tensor, tuple[int, int]] | Any]:
         found = zip(sense.maps(pixels), sizes, strict=True)
-        bad = InputError(sense.not_a_number())
+        bad = InputError(str(sense.nan_error()))
         return [(one, size) if bool(one.isfinite().all()) else bad for one, size in found]
 
     made_folder(out)
