@@ -57,7 +57,7 @@ class Senses:
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Return for each uint8 picture (3, H, W) "boxes" and "detected", "classes", "answers", as far as requested.
 
-        Their forms are in boxes.py and said.py. NaN outputs become null, which passes no gate, with one note for each model.
+        Their forms are in boxes.py and said.py. A NaN output becomes null, which passes no gate, with one note a model.
         """
         found: list[dict[str, Any]] = [{} for _ in asked]
         if self.detector is not None:

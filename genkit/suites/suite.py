@@ -1,4 +1,4 @@
-"""A suite: rows with a prompt, the group they belong to, and an expression that is true of a right picture."""
+"""Suites: rows with a prompt, a task, and an expression that is true of a correct picture."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from genkit.suites import emoji, geneval
 
 BUILT_IN = {"geneval": geneval.rows, "emoji": emoji.rows}
 OWN = ("verify", "task")  # fields of a suite's row besides those of a prompt file
-# Fields that would choose among the pictures, or draw more where some fail: every picture of a suite counts.
+# Fields that select pictures, or draw more where some fail, are refused: every picture of a suite counts.
 CHOOSING = ("gate", "rank_by", "keep", "max_images", "prune", "expansions")
 MAX_TASK = 100  # characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A checked suite. rows: their `gate` is what `verify` says; tasks: the group of each of them."""
+    """A checked suite. rows: with `verify` as their `gate`; tasks: the task of each row."""
 
     name: str
     rows: list[Request]
@@ -36,7 +36,7 @@ class Suite:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """A hash of what is asked and how it is judged, whatever the order of the rows and the name of the file."""
+        """A hash of the prompts and how they are judged, independent of row order and file name."""
         told = sorted(
             [str(r.id), task, r.prompt, r.gate, r.labels, r.num_images if _states(r) else None, r.fingerprint()]
             for r, task in zip(self.rows, self.tasks, strict=True)
@@ -45,17 +45,17 @@ class Suite:
 
     @functools.cached_property
     def reads(self) -> frozenset[str]:
-        """The names of the scores that the expressions read; with "p" if there are labels among them."""
+        """The names of the scores that the expressions use, with "p" if they use labels."""
         found = [Expression(str(row.gate), row.labels, names=None) for row in self.rows]
         return frozenset(name for e in found for name in (*e.names, *(["p"] if e.labels else [])))
 
     def needs_clip(self) -> bool:
-        """Whether an expression reads a score of CLIP."""
+        """Return whether an expression uses a CLIP score."""
         return any(Expression(str(r.gate), r.labels, names=None).needs_scorer for r in self.rows)
 
 
 def read_suite(source: str | Path | Sequence[Mapping[str, Any]]) -> Suite:
-    """Return a built-in suite, that of a .jsonl, .csv or .yaml file, or of rows as dictionaries.
+    """Return a suite: a built-in one, one of a .jsonl, .csv or .yaml file, or one of rows as dictionaries.
 
     Raises InputError, naming file, line and field.
     """
@@ -85,7 +85,7 @@ def _checked(file: RowFile, path: Path, name: str) -> Suite:
 
 
 def _peeled(file: RowFile, path: Path, tasks: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows with `verify` as their gate, their tasks put into `tasks`."""
+    """Yield the rows with `verify` as their gate, and append their tasks to `tasks`."""
     for line, fields in file.rows:
         try:
             given = {**file.defaults, **fields}
@@ -111,7 +111,7 @@ def _text(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def as_verify(message: str) -> str:
-    """Return a message about a row's gate as one about `verify`, which it is here."""
+    """Return a message about a row's gate with the name `verify`, which it has in a suite."""
     unknown = "; --scorer NAME adds those of an installed scorer" if "no such score;" in message else ""
     return re.sub(r"(^|: )gate: ", r"\1verify: ", message, count=1) + unknown
 
