@@ -150,7 +150,7 @@ class ClipScorer:
         if pictures.dtype == torch.uint8:
             x = x / 255
         height, width = x.shape[-2:]
-        if self.shortest is None:
+        if self.exact is not None:
             size = self.exact
         elif height <= width:
             size = self.shortest, int(self.shortest * width / height)
