@@ -75,7 +75,7 @@ class Example:
 
 
 class Examples(list[Example]):
-    """The pictures of a data set. notes: what was assumed in reading it. lacking: names of samples without a picture."""
+    """The pictures of a data set. notes: assumptions made in reading it. lacking: samples without a picture."""
 
     notes: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
