@@ -1,4 +1,4 @@
-"""`genkit detect`: boxes of words in any pictures, as JSON lines and drawn over them."""
+"""`genkit detect`: boxes of words in any pictures, as JSON lines and as drawings."""
 
 from __future__ import annotations
 
@@ -24,8 +24,17 @@ if TYPE_CHECKING:
 
     from genkit.vision.detector import Detector
 
-BATCH = 8  # pictures looked at; as many are read ahead
-PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")  # one a word
+BATCH = 8  # pictures of a batch; as many are read ahead
+PALETTE = (
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#008080",
+    "#9a6324",
+    "#f032e6",
+)  # a colour for each word
 
 
 def detect_images(
@@ -34,8 +43,8 @@ def detect_images(
 ) -> int:  # fmt: skip
     """Write a JSON line for each picture: file, size, words, boxes. Returns the exit code.
 
-    like: a picture of the thing to look for, in place of words. threshold: of scores; None is the detector's own. draw:
-    a folder for the pictures with their boxes. A picture that cannot be read is a line with its error.
+    like: a picture of an object to look for, instead of words. threshold: of scores; None is the detector's own. draw:
+    a folder for copies of the pictures with their boxes. A picture that cannot be read gets a line with its error.
     """
     if bool(words) == (like is not None):
         raise InputError("--words, --like: give one of them: what to look for, or a picture of it")
@@ -71,7 +80,7 @@ def detect_images(
 
 
 def read_levels(file: Path) -> torch.Tensor | InputError:
-    """Return a picture as uint8 (3, H, W), which takes less memory than Pillow's, or why it cannot be read."""
+    """Return a picture as uint8 (3, H, W), which takes less memory than one of Pillow, or the error of reading it."""
     from genkit.scoring.clip import as_tensor
 
     try:
@@ -102,23 +111,25 @@ def _batch(
 
 
 def as_picture(levels: torch.Tensor) -> Image.Image:
-    """Return uint8 (3, H, W) as a picture of Pillow's."""
+    """Return uint8 (3, H, W) as a picture of Pillow."""
     from PIL import Image
 
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def overlay(picture: Image.Image, boxes: Sequence[Box], words: Sequence[str]) -> Image.Image:
-    """Return a copy of a picture with its boxes, a colour a word, each with word and score."""
+    """Return a copy of a picture with its boxes, one colour for each word, labelled with word and score."""
     from PIL import ImageDraw
 
     copy = picture.copy()
     pen = ImageDraw.Draw(copy)
     width = max(1, round(min(copy.size) / 200))
-    for box in reversed(boxes):  # the best on top
+    for box in reversed(boxes):  # the best box on top
         color = PALETTE[list(words).index(box.label) % len(PALETTE)]
         pen.rectangle((box.x0, box.y0, max(box.x0, box.x1 - 1), max(box.y0, box.y1 - 1)), outline=color, width=width)
-        text = f"{box.label} {box.score:.2f}".encode("latin-1", "replace").decode("latin-1")  # of Pillow's small font
+        text = f"{box.label} {box.score:.2f}".encode("latin-1", "replace").decode(
+            "latin-1"
+        )  # all that Pillow's built-in font has
         place = pen.textbbox((box.x0 + width + 1, box.y0 + width), text)
         pen.rectangle((place[0] - 1, place[1] - 1, place[2] + 1, place[3] + 1), fill=color)
         pen.text((box.x0 + width + 1, box.y0 + width), text, fill="white")
@@ -126,7 +137,7 @@ def overlay(picture: Image.Image, boxes: Sequence[Box], words: Sequence[str]) ->
 
 
 def _check_draw(draw: Path | None, images: Path) -> None:
-    """Raise InputError for a folder for drawings that is a file, or lies where the pictures do."""
+    """Raise InputError if the folder for drawings is a file, or is in the folder of the pictures."""
     if draw is None:
         return
     local(draw, "--draw")
