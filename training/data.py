@@ -1,4 +1,4 @@
-"""Examples to batches. Augmentation depends only on (seed, epoch, picture), the order only on (seed, epoch)."""
+"""Make batches of examples. Augmentation is a function of (seed, epoch, picture), the order of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger("genkit")
-# Colours that pictures are changed to, as hues in degrees; and further names of backgrounds in captions.
+# Colours that pictures are changed to, as hues in degrees, and those of backgrounds.
 HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 125, "blue": 215, "purple": 275, "pink": 325}
 BACKGROUNDS = {
     "red": "#e53935", "orange": "#fb8c00", "yellow": "#fdd835", "green": "#43a047", "blue": "#1e66d0",
     "purple": "#8e24aa", "pink": "#f06fb0", "black": "#000000", "white": "#ffffff", "gray": "#808080",
 }  # fmt: skip
-SATURATED, LIT = 60, 50  # of 255: what has less of either has no hue to speak of
-COLOURED = 0.15  # least share of coloured pixels for a picture's hue to be changed
-# Words in captions that would be wrong after changing the hue, or mirroring.
+SATURATED, LIT = 60, 50  # least saturation and value, of 255, of a pixel with a hue
+COLOURED = 0.15  # least share of such pixels for a picture's hue to be changed
+# Words in captions that would be wrong after changing the hue, or after mirroring.
 COLOURED_WORD = re.compile(
     rf"\b({'|'.join({*HUES, *BACKGROUNDS})}|grey|brown|violet|cyan|magenta|gold|golden|silver|beige)\b", re.IGNORECASE
 )
@@ -44,11 +44,11 @@ ASPECTS = 2.0  # buckets go from 1:2 to 2:1
 
 @dataclasses.dataclass
 class Batch:
-    """Pictures as they are trained on: pixels (B, 3, H, W) from -1 to 1, captions, names, and for SDXL sizes (B, 6).
+    """A training batch: pixels (B, 3, H, W) from -1 to 1, captions, names (keys), and SDXL's sizes (B, 6).
 
-    sizes: height and width before resizing, top and left of the crop, height and width now. weights (B,): of their
-    losses. dropped (B,): whose caption is dropped. tensors: cached inputs of the networks, if any. scenes: what each
-    shows, where it was composed (scenes.py).
+    sizes: original height and width, top and left of the crop, target height and width. weights (B,): of the losses.
+    dropped (B,): whether the caption is dropped. tensors: cached inputs of the networks, if any. scenes: the objects of
+    each composed picture (scenes.py).
     """
 
     pixels: torch.Tensor
@@ -62,7 +62,7 @@ class Batch:
 
 
 class Source(Protocol):
-    """What a Feed reads: Pictures, or their cached tensors."""
+    """The source of a Feed: Pictures, or their cached tensors."""
 
     data: Data
     seed: int
@@ -72,9 +72,9 @@ class Source(Protocol):
 
 
 class Pictures:
-    """Examples with the recipe's augmentation. resolution: (width, height); with buckets their maximal area.
+    """Examples with the recipe's augmentation. resolution: (width, height); with buckets its area is the largest.
 
-    Raises InputError for a resolution that the networks cannot take, and for a template that names no field.
+    Raises InputError for a resolution that the networks do not support, and for a template with an unknown field.
     """
 
     def __init__(self, examples: Sequence[Example], data: Data, resolution: tuple[int, int], multiple: int, seed: int):
@@ -109,7 +109,7 @@ class Pictures:
         return len(self.examples)
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
-        """Return the pictures of `indices`, of one bucket and as `order` has them, as epoch `epoch` has them."""
+        """Return the batch of `indices` (of one bucket, from `order`) with the augmentation of epoch `epoch`."""
         indices, turns = turned(self.data, len(self), indices, epoch)
         taken = [self._whole(index, turn) for index, turn in zip(indices, turns, strict=True)]
         indices, made = [index for index, _ in taken], [one for _, one in taken]
@@ -150,7 +150,7 @@ class Pictures:
     def make(self, index: int, turn: int) -> tuple[np.ndarray, str, tuple[int, ...], bool]:
         """Return pixels (3, H, W), caption, sizes and whether the caption is dropped. Raises InputError, naming it.
 
-        turn: how often it has come before. What would make its caption untrue is not done to it.
+        turn: how often the picture was used before. Augmentation that would make its caption wrong is left out.
         """
         example, data = self.examples[index], self.data
         variant = turn % data.cache if data.cache else turn
@@ -176,12 +176,12 @@ class Pictures:
         return pixels, caption, sizes, self.dropped(index, turn)
 
     def dropped(self, index: int, turn: int) -> bool:
-        """Return whether a picture's caption is dropped in this epoch."""
+        """Return whether a picture's caption is dropped in this turn."""
         lot = random.Random(fold(self.seed, "drop", turn, self.examples[index].key))
         return lot.random() < self.data.caption_dropout
 
     def plain(self, examples: Sequence[Example]) -> Pictures:
-        """Return other examples without augmentation, with the first caption that fits: for validation."""
+        """Return other examples without augmentation and with the first template: for validation."""
         still: dict[str, Any] = {"flip": 0.0, "crop": "center", "zoom": 1.0, "recolour": None, "caption_shuffle": False}
         colour = "white" if self.data.background.colour == "random" else self.data.background.colour
         fields = {"caption"}.union(*(e.fields for e in examples))
@@ -192,19 +192,19 @@ class Pictures:
         return Pictures(examples, data, self.resolution, self.multiple, self.seed)
 
     def names(self) -> set[str]:
-        """Return every caption, without random changes."""
+        """Return all captions, without augmentation."""
         return {worded(self.data, *self._told(example, random.Random(0)), "") for example in self.examples}
 
     def _told(self, example: Example, lot: random.Random) -> tuple[str, dict[str, Any]]:
-        """Return a template, and one value of each field."""
+        """Draw a template, and one value of each field."""
         values = {**example.fields, "caption": list(example.captions) or example.caption or ""}
         template = lot.choice(usable(self.data, values))
         return template, {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
 
     def _on_background(self, picture: Image.Image, captioned: bool, lot: random.Random) -> tuple[str, Image.Image]:
-        """Return the name of the background if the caption should mention it, and the picture on it, scaled by `zoom`.
+        """Return the name of the background if the caption should mention it, else "", and the picture on it.
 
-        captioned: whether the caption mentions a background already.
+        The picture is scaled by `zoom`. captioned: whether the caption mentions a background already.
         """
         from PIL import Image
 
@@ -228,7 +228,7 @@ class Pictures:
     def _fitted(
         self, picture: Image.Image, shape: tuple[int, int], flip: float, lot: random.Random
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Return the picture cut and scaled to `shape`, perhaps mirrored, as (3, H, W), and SDXL's sizes."""
+        """Return the picture scaled, cropped to `shape` and perhaps mirrored, as (3, H, W), and SDXL's sizes."""
         from PIL import Image
 
         original = picture.height, picture.width
@@ -246,7 +246,7 @@ class Pictures:
 
 
 def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:
-    """Return the picture with its hues turned so that its main one is `hue`, in degrees; None where it has none."""
+    """Return the picture with its hues rotated so that the main one is `hue`, in degrees; None if it has no hue."""
     from PIL import Image
 
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
@@ -265,12 +265,12 @@ def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:
 
 
 def usable(data: Data, values: Mapping[str, Any]) -> list[str]:
-    """Return the templates of a recipe of which a picture has every field."""
+    """Return the templates of a recipe for which a picture has all fields."""
     return [t for t in data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
 
 
 def worded(data: Data, template: str, values: Mapping[str, Any], colour: str) -> str:
-    """Return a caption; `colour`, if any, describes the object in whichever field the template uses."""
+    """Fill a template; `colour`, if any, is put into {caption}, or into the last field of the template."""
     names = FIELD.findall(template)
     if colour and data.recolour is not None and names:
         thing = "caption" if "caption" in names else names[-1]
@@ -279,7 +279,7 @@ def worded(data: Data, template: str, values: Mapping[str, Any], colour: str) ->
 
 
 def _check_words(data: Data, known: Collection[str]) -> None:
-    """Raise InputError for a template that names a field that no picture has, or a colour that there is not."""
+    """Raise InputError for a template with an unknown field, and for an unknown colour."""
     recolour, ground = data.recolour, data.background
     own: list[tuple[str, Sequence[str], Collection[str], Collection[str]]] = [
         ("data.captions", data.captions, known, ()),
@@ -327,9 +327,10 @@ def _shapes(resolution: tuple[int, int], step: int) -> list[tuple[int, int]]:
 
 
 def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
-    """Return the batches of an epoch, each of one bucket, its last one short; each picture is in `repeat` of them.
+    """Return the batches of an epoch, each of one bucket; each picture is in data.repeat of them.
 
-    The second time that a picture comes its index is as much higher as there are pictures, and so on: see `turned`.
+    The last batch of a bucket may be short. In the k-th repeat of a picture, k from 0, its index is increased by k
+    times the number of pictures; `turned` undoes this.
     """
     lot = random.Random(fold(source.seed, "order", epoch))
     count = sum(map(len, source.buckets.values()))
@@ -343,12 +344,12 @@ def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
 
 
 def turned(data: Data, count: int, places: Sequence[int], epoch: int) -> tuple[list[int], list[int]]:
-    """Return the pictures at `places` of an order, of `count`, and how often each has come before."""
+    """Return the pictures' indices from those of an `order` of `count` pictures, and how often each was used before."""
     return [place % count for place in places], [epoch * data.repeat + place // count for place in places]
 
 
 class Feed:
-    """An endless stream of batches that may start at any step; each process gets its own part."""
+    """An endless stream of batches that can start at any step; each process gets its own part."""
 
     def __init__(
         self, source: Source, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1, pin: bool = False
@@ -370,9 +371,10 @@ class Feed:
             number += self.world
 
     def weight_of(self, micro_step: int, passes: int) -> float:
-        """Return the share of this process's pictures of a micro-step among all of its step, by the processes.
+        """Return the weight of a micro-step's mean loss, so that all pictures of a step have the same weight.
 
-        It gives every picture of a step the same weight, also those of a short last batch of an epoch or bucket.
+        It is the micro-step's share of the pictures of its step, times the number of processes, and differs from the
+        others' if the last batch of a bucket is short.
         """
         first = micro_step // passes * passes * self.world
         every = [self._counts(n // self.steps)[n % self.steps] for n in range(first, first + passes * self.world)]
@@ -386,7 +388,7 @@ class Feed:
 def batches(
     source: Source, places: Iterable[tuple[int, list[int]]], workers: int = 0, pin: bool = False
 ) -> Iterator[tuple[int, Batch]]:
-    """Yield (epoch, batch) for each of `places`, (epoch, indices), in their order, read ahead by so many processes."""
+    """Yield (epoch, batch) for each (epoch, indices) of `places`, in order, read ahead by `workers` processes."""
     if not workers:
         yield from ((epoch, source.batch(indices, epoch)) for epoch, indices in places)
         return
@@ -407,7 +409,7 @@ class _Fetch(torch.utils.data.Dataset[Any]):
     def __getitem__(self, place: tuple[int, list[int]]) -> tuple[int, Any]:
         try:
             return place[0], dict(vars(self.source.batch(place[1], place[0])))
-        except InputError as error:  # a worker's exceptions come with a traceback in their text
+        except InputError as error:  # as text: the message of an exception in a worker would contain a traceback
             return place[0], str(error)
 
 
