@@ -154,31 +154,31 @@ class Pictures:
         """
         example, data = self.examples[index], self.data
         variant = turn % data.cache if data.cache else turn
-        lot = random.Random(fold(self.seed, "picture", variant, example.key))
+        rng = random.Random(fold(self.seed, "picture", variant, example.key))
         picture, colour, wanted = example.read(), "", data.recolour
-        template, values = self._told(example, lot)
+        template, values = self._told(example, rng)
         may = wanted is not None and (wanted.where is None or bool(example.fields.get(wanted.where)))
-        if wanted is not None and may and lot.random() < wanted.share:
-            colour = lot.choice(list(HUES))
+        if wanted is not None and may and rng.random() < wanted.share:
+            colour = rng.choice(list(HUES))
             known = COLOURED_WORD.search(worded(data, template, values, ""))
             hued = None if known else turn_hue(picture, HUES[colour])
             picture, colour = (picture, "") if hued is None else (hued, colour)
         caption = worded(data, template, values, colour)
         if data.caption_shuffle:
             parts = [part.strip() for part in caption.split(",")]
-            lot.shuffle(parts)
+            rng.shuffle(parts)
             caption = ", ".join(parts)
-        mentioned, picture = self._on_background(picture, "background" in caption.lower(), lot)
+        mentioned, picture = self._on_background(picture, "background" in caption.lower(), rng)
         if mentioned:
             caption = filled(data.background.caption, {"caption": caption, "background": mentioned})
         flip = 0.0 if SIDED_WORD.search(caption) else data.flip
-        pixels, sizes = self._fitted(picture, self._shape[index], flip, lot)
+        pixels, sizes = self._fitted(picture, self._shape[index], flip, rng)
         return pixels, caption, sizes, self.dropped(index, turn)
 
     def dropped(self, index: int, turn: int) -> bool:
         """Return whether a picture's caption is dropped in this turn."""
-        lot = random.Random(fold(self.seed, "drop", turn, self.examples[index].key))
-        return lot.random() < self.data.caption_dropout
+        rng = random.Random(fold(self.seed, "drop", turn, self.examples[index].key))
+        return rng.random() < self.data.caption_dropout
 
     def plain(self, examples: Sequence[Example]) -> Pictures:
         """Return other examples without augmentation and with the first template: for validation."""
@@ -195,13 +195,13 @@ class Pictures:
         """Return all captions, without augmentation."""
         return {worded(self.data, *self._told(example, random.Random(0)), "") for example in self.examples}
 
-    def _told(self, example: Example, lot: random.Random) -> tuple[str, dict[str, Any]]:
+    def _told(self, example: Example, rng: random.Random) -> tuple[str, dict[str, Any]]:
         """Draw a template, and one value of each field."""
         values = {**example.fields, "caption": list(example.captions) or example.caption or ""}
-        template = lot.choice(usable(self.data, values))
-        return template, {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
+        template = rng.choice(usable(self.data, values))
+        return template, {name: rng.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
 
-    def _on_background(self, picture: Image.Image, captioned: bool, lot: random.Random) -> tuple[str, Image.Image]:
+    def _on_background(self, picture: Image.Image, captioned: bool, rng: random.Random) -> tuple[str, Image.Image]:
         """Return the name of the background if the caption should mention it, else "", and the picture on it.
 
         The picture is scaled by `zoom`. captioned: whether the caption mentions a background already.
@@ -209,24 +209,24 @@ class Pictures:
         from PIL import Image
 
         plan, clear, named = self.data.background, picture.mode == "RGBA", ""
-        if clear and lot.random() < plan.share:
-            named = lot.choice(list(BACKGROUNDS))
-        scale = lot.uniform(self.data.zoom, 1.0)
+        if clear and rng.random() < plan.share:
+            named = rng.choice(list(BACKGROUNDS))
+        scale = rng.uniform(self.data.zoom, 1.0)
         if not clear and self.data.zoom == 1:
             return "", picture
         covered = scale**2 * float(np.asarray(picture.getchannel("A")).mean()) / 255 if named else 1.0
         mentioned = "" if captioned or 1 - covered < SEEN else named
-        drawn = tuple(lot.randrange(256) for _ in range(3)) if plan.colour == "random" else None
+        drawn = tuple(rng.randrange(256) for _ in range(3)) if plan.colour == "random" else None
         colour = drawn if drawn is not None and not mentioned else _colour(mentioned or plan.colour)
         width, height = (max(1, round(side * scale)) for side in picture.size)
         ground = Image.new("RGB", picture.size, colour)
-        at = lot.randint(0, picture.width - width), lot.randint(0, picture.height - height)
+        at = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
         small = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
         ground.paste(small, at, small if clear else None)
         return mentioned, ground
 
     def _fitted(
-        self, picture: Image.Image, shape: tuple[int, int], flip: float, lot: random.Random
+        self, picture: Image.Image, shape: tuple[int, int], flip: float, rng: random.Random
     ) -> tuple[np.ndarray, tuple[int, ...]]:
         """Return the picture scaled, cropped to `shape` and perhaps mirrored, as (3, H, W), and SDXL's sizes."""
         from PIL import Image
@@ -237,9 +237,9 @@ class Pictures:
         if (width, height) != picture.size:
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)
         spare = width - shape[0], height - shape[1]
-        left, top = (lot.randint(0, s) for s in spare) if self.data.crop == "random" else (s // 2 for s in spare)
+        left, top = (rng.randint(0, s) for s in spare) if self.data.crop == "random" else (s // 2 for s in spare)
         picture = picture.crop((left, top, left + shape[0], top + shape[1]))
-        if lot.random() < flip:
+        if rng.random() < flip:
             picture, left = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), spare[0] - left
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
         return np.ascontiguousarray(pixels), (*original, top, left, shape[1], shape[0])
@@ -332,14 +332,14 @@ def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
     The last batch of a bucket may be short. In the k-th repeat of a picture, k from 0, its index is increased by k
     times the number of pictures; `turned` undoes this.
     """
-    lot = random.Random(fold(source.seed, "order", epoch))
+    rng = random.Random(fold(source.seed, "order", epoch))
     count = sum(map(len, source.buckets.values()))
     found = []
     for shape in sorted(source.buckets):
         members = [index + copy * count for copy in range(source.data.repeat) for index in source.buckets[shape]]
-        lot.shuffle(members)
+        rng.shuffle(members)
         found += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-    lot.shuffle(found)
+    rng.shuffle(found)
     return found
 
 

@@ -51,7 +51,9 @@ def locked(out: Path) -> Iterator[None]:
 def free_or_own(out: Path) -> None:
     """Raise InputError for a folder that holds something other than a training run."""
     others = ("model_index.json", "checkpoints", "results.jsonl")
-    if not (out / "run.json").exists() and any((out / name).exists() for name in others):
+    path = out / "run.json"
+    own = "recipe" in read_json(path) if path.exists() else not any((out / name).exists() for name in others)
+    if not own:
         raise InputError(f"{place(out)}: holds something else than a training run: take another folder")
 
 

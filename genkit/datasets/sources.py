@@ -234,18 +234,18 @@ def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Exam
     if len(examples) == 1:  # it is trained on
         return examples, []
 
-    def lot(e: Example) -> float:
+    def draw(e: Example) -> float:
         by = data.validation_by
         if by is not None and by not in e.fields:
             raise InputError(f"data.validation_by: {e.key} has no {shown(by)}{nearest(by, e.fields)}")
         digest = hashlib.sha256(str(e.key if by is None else e.fields[by]).encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    lots = [lot(e) for e in examples]
-    held = [e for e, own in zip(examples, lots, strict=True) if own < data.validation]
-    least = min(lots)
+    draws = [draw(e) for e in examples]
+    held = [e for e, own in zip(examples, draws, strict=True) if own < data.validation]
+    least = min(draws)
     if data.validation and not held:  # of few pictures hold out at least one, or all with one value of the field
-        held = [e for e, own in zip(examples, lots, strict=True) if own == least]
+        held = [e for e, own in zip(examples, draws, strict=True) if own == least]
     kept = {e.key for e in held}
     rest = [e for e in examples if e.key not in kept]
     if not rest:

@@ -82,7 +82,7 @@ class Done:
         self.out, self.info, self.names, self.npy, self.draw = out, info, names, npy, draw
         self.weights = hashlib.sha256(repr(sorted(info.hashes.items())).encode()).hexdigest()[:16]
         self.records = {Path(str(record.get("file"))).resolve(): record for record in _lines(out / LINES)}
-        self.owners = {record["depth"]: file for file, record in self.records.items() if "depth" in record}
+        self.owners = {str(record["depth"]): file for file, record in self.records.items() if "depth" in record}
 
     def has(self, file: Path) -> bool:
         """Return whether all requested files exist. Raises InputError if they are of another model or picture."""

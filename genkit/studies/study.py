@@ -187,8 +187,8 @@ def interval(rows: np.ndarray, figure: Figure) -> Interval:
     """Return [figure, low, high]: 95 %, from a bootstrap over the first axis of `rows`."""
     if len(rows) < 2:
         return [round(figure(rows), 4), None, None]
-    draw = np.random.default_rng(0)
-    resampled = [figure(rows[draw.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
+    rng = np.random.default_rng(0)
+    resampled = [figure(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])
     return [round(figure(rows), 4), round(float(low), 4), round(float(high), 4)]
 

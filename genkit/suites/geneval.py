@@ -42,44 +42,44 @@ def rows() -> list[dict[str, Any]]:
     """Return the 553 rows: id, prompt, verify, task."""
     found: list[dict[str, Any]] = []
     for task, make in _TASKS.items():
-        lot = random.Random(f"{SEED}/{task}")  # one generator a task, so that tasks do not affect each other
-        for k, (text, verify) in enumerate(make(lot)):
+        rng = random.Random(f"{SEED}/{task}")  # one generator a task, so that tasks do not affect each other
+        for k, (text, verify) in enumerate(make(rng)):
             row_id = f"{task.replace(' ', '-')}-{k:03d}"
             found.append({"id": row_id, "prompt": f"a photo of {text}", "verify": verify, "task": task})
     return found
 
 
-def _single(lot: random.Random) -> Iterator[tuple[str, str]]:
+def _single(rng: random.Random) -> Iterator[tuple[str, str]]:
     for name in OBJECTS:
         yield _a(name), f"count['{name}'] >= 1"
 
 
-def _two(lot: random.Random) -> Iterator[tuple[str, str]]:
-    for one, two in lot.sample(list(itertools.combinations(OBJECTS, 2)), TWO):
+def _two(rng: random.Random) -> Iterator[tuple[str, str]]:
+    for one, two in rng.sample(list(itertools.combinations(OBJECTS, 2)), TWO):
         yield f"{_a(one)} and {_a(two)}", f"count['{one}'] >= 1 and count['{two}'] >= 1"
 
 
-def _counting(lot: random.Random) -> Iterator[tuple[str, str]]:
+def _counting(rng: random.Random) -> Iterator[tuple[str, str]]:
     pairs = [(n, name) for name in OBJECTS if name not in _UNCOUNTED for n in NUMBERS]
-    for n, name in lot.sample(pairs, COUNTS):
+    for n, name in rng.sample(pairs, COUNTS):
         yield f"{NUMBERS[n]} {plural(name)}", f"count['{name}'] == {n}"
 
 
-def _colours(lot: random.Random) -> Iterator[tuple[str, str]]:
-    for colour, name in lot.sample([*itertools.product(COLOURS, _unhued())], COLOURED):
+def _colours(rng: random.Random) -> Iterator[tuple[str, str]]:
+    for colour, name in rng.sample([*itertools.product(COLOURS, _unhued())], COLOURED):
         yield _a(name, colour), f"color['{name}'] == '{colour}'"
 
 
-def _position(lot: random.Random) -> Iterator[tuple[str, str]]:
+def _position(rng: random.Random) -> Iterator[tuple[str, str]]:
     pairs = list(itertools.permutations(OBJECTS, 2))
-    for n, (one, two) in enumerate(lot.sample(pairs, PLACED)):
+    for n, (one, two) in enumerate(rng.sample(pairs, PLACED)):
         said, function = [*PLACES.items()][n % len(PLACES)]
         yield f"{_a(one)} {said} {_a(two)}", f"{function}('{one}', '{two}')"
 
 
-def _attribution(lot: random.Random) -> Iterator[tuple[str, str]]:
-    for one, two in lot.sample(list(itertools.combinations(_unhued(), 2)), ATTRIBUTED):
-        first, second = lot.sample(COLOURS, 2)
+def _attribution(rng: random.Random) -> Iterator[tuple[str, str]]:
+    for one, two in rng.sample(list(itertools.combinations(_unhued(), 2)), ATTRIBUTED):
+        first, second = rng.sample(COLOURS, 2)
         yield (
             f"{_a(one, first)} and {_a(two, second)}",
             f"color['{one}'] == '{first}' and color['{two}'] == '{second}'",

@@ -167,10 +167,10 @@ def _resampled(entries: Sequence[Entry], ids: Mapping[str, Sequence[str]]) -> np
 
     Prompts are resampled within tasks, each with all its pictures, and equally for every entry.
     """
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     total = np.zeros((len(entries), RESAMPLES))
     for task, own in ids.items():
-        counts = draw.multinomial(
+        counts = rng.multinomial(
             len(own), np.full(len(own), 1 / len(own)), size=RESAMPLES
         )  # how often each prompt is drawn
         for k, e in enumerate(entries):

@@ -248,6 +248,14 @@ def test_another_recipe_is_refused(places: Path, half: Path, changes: dict[str, 
         train(recipe_of(places, **changes), half, device="cpu", quiet=True)
 
 
+def test_a_run_of_pictures_is_refused_and_stays_as_it_is(places: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"binding": {}}')
+    with pytest.raises(InputError, match="run: holds something else than a training run"):
+        train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.json", ".lock"}
+
+
 def test_other_data_is_refused_and_more_steps_are_not(places: Path, half: Path) -> None:
     pictures = colour_folder(half.parent / "other", 22)
     with pytest.raises(InputError, match=r"pictures: was 19, is now 21"):
