@@ -58,8 +58,8 @@ def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
             for member in tar:
                 name = PurePosixPath(member.name)
                 hidden = any(part.startswith(".") for part in name.parts if part not in (".", ".."))
-                if hidden or not (member.isfile() or member.islnk()):
-                    continue  # metadata files of macOS; folders and devices
+                if hidden or not name.name or not (member.isfile() or member.islnk()):
+                    continue  # metadata files of macOS; names like "/"; folders and devices
                 first, _, suffix = name.name.partition(".")
                 group = groups.setdefault(str(name.with_name(first)), {})
                 if suffix.lower() in group:

@@ -231,7 +231,7 @@ def packed(path: Path, *members: tuple[str, bytes]) -> Path:
 
 def test_shards_say_what_is_wrong_with_them(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    hidden = ("._0.png", b"x"), (".DS_Store", b"x"), ("0.png", png()), ("0.txt", b"\xef\xbb\xbfa cat")
+    hidden = ("._0.png", b"x"), (".DS_Store", b"x"), ("/", b""), ("0.png", png()), ("0.txt", b"\xef\xbb\xbfa cat")
     assert [e.caption for e in read_examples(data_of(packed(path, *hidden)))] == ["a cat"]
     for members, message in [
         ([("0.png", png()), ("0.jpg", b"x")], "'0': has several pictures"),
