@@ -21,14 +21,14 @@ from genkit.progress import Steps
 from genkit.training.data import Batch, Pictures, batches, turned
 from genkit.training.state import fold
 
-SHARD, TOGETHER = 256, 32  # pictures of a shard, about, and of a pass through the networks
-# What of a recipe's `data` the tensors depend on, besides the pictures, their captions and their sizes.
-VERSION = 2  # of how pictures and captions are made and kept: another one makes them anew
+SHARD, TOGETHER = 256, 32  # approximate number of pictures of a shard, and of a batch that is encoded
+VERSION = 2  # of augmentation and of the format: another version invalidates the cache
+# The keys of a recipe's `data` that the tensors depend on, besides the pictures, their captions and their sizes.
 SETTINGS = {"captions", "caption_shuffle", "crop", "flip", "zoom", "background", "recolour"}
 
 
 class Cached:
-    """Pictures with cached tensors: variant epoch % `cache` of each; shuffling and dropout stay random."""
+    """Pictures with cached tensors, variant (epoch % data.cache) of each; order and caption dropout stay random."""
 
     def __init__(self, pictures: Pictures, rows: dict[tuple[int, int], tuple[Path, int]]) -> None:
         self.pictures, self.data, self.seed, self.buckets = pictures, pictures.data, pictures.seed, pictures.buckets
@@ -49,7 +49,7 @@ class Cached:
 
         path, row = self._rows[index, variant]
         if path not in self._files:
-            self._files[path] = load_file(path)  # mapped: the system reads what is asked for
+            self._files[path] = load_file(path)  # memory-mapped: only the rows that are used are read
         return {name: tensor[row] for name, tensor in self._files[path].items()}
 
 
@@ -64,10 +64,10 @@ def encoded(
     pictures: Pictures, encode: Callable[[Batch], dict[str, torch.Tensor]], folder: Path, fingerprint: Any, quiet: bool,
     rank: int = 0, world: int = 1,
 ) -> Cached:  # fmt: skip
-    """Return `pictures` with the outputs of `encode` cached in `folder`; missing or damaged ones are computed.
+    """Return `pictures` with the outputs of `encode` cached in `folder`; missing or damaged shards are computed.
 
-    fingerprint: what else the tensors depend on, as JSON. rank, world: which of so many processes this is, that share
-    the work. Raises HostError when the disk does not do.
+    fingerprint: anything else that the tensors depend on, as JSON. rank, world: this process, and the number of
+    processes that share the work. Raises HostError for a failing disk.
     """
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def encoded(
     for shape, members in sorted(pictures.buckets.items()):
         parts: dict[int, list[int]] = defaultdict(list)
         count = 2 ** max(0, math.ceil(math.log2(len(members) / SHARD)))
-        for index in members:  # by name: a picture more, or less, changes the shard that it is in, and no other
+        for index in members:  # by name, so that adding or removing a picture changes only its own shard
             parts[fold("shard", pictures.examples[index].key) % count].append(index)
         for variant in range(pictures.data.cache):
             for part in parts.values():
@@ -98,7 +98,7 @@ def _fill(missing: list[_Shard], pictures: Pictures, encode: Callable[[Batch], A
     total, done, began = sum(len(shard.members) for shard in missing), 0, time.monotonic()
     places = []
     for shard in missing:
-        epoch, copy = divmod(shard.variant, pictures.data.repeat)  # when that variant comes
+        epoch, copy = divmod(shard.variant, pictures.data.repeat)  # the epoch in which that variant is used
         members = [index + copy * len(pictures) for index in shard.members]
         places += [(epoch, members[i : i + TOGETHER]) for i in range(0, len(members), TOGETHER)]
     feed = batches(pictures, places, pictures.data.workers)
@@ -118,7 +118,7 @@ def _fill(missing: list[_Shard], pictures: Pictures, encode: Callable[[Batch], A
 
 
 def _whole(path: Path) -> bool:
-    """Return whether a shard exists and is intact."""
+    """Return whether a shard exists and its checksum is right."""
     from safetensors import SafetensorError, safe_open
 
     try:

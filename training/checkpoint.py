@@ -18,10 +18,11 @@ from genkit.training.recipe import Save
 from genkit.training.state import State
 
 MANIFEST = "checkpoint.json"
+KEYS = {"step", "seconds", "scores", "scaler", "files"}  # of a manifest
 
 
 class Checkpoints:
-    """The folder CHECKPOINTS/<step>/: weights, ema and optimizer as safetensors, and a manifest with their SHA-256."""
+    """The checkpoints of a run, FOLDER/<step>/: weights, ema, optimizer as safetensors, and a manifest with hashes."""
 
     def __init__(self, folder: Path, save: Save, lower_is_better: bool, metric: str) -> None:
         self.folder, self.save, self.metric = folder, save, metric
@@ -34,7 +35,7 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
     def sweep(self) -> None:
-        """Delete what an earlier start left unfinished; of several processes, in the one that writes."""
+        """Delete unfinished checkpoints of an earlier start; only the main process may call this."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if is_temporary(path.name):
                 shutil.rmtree(path, ignore_errors=True)
@@ -42,9 +43,9 @@ class Checkpoints:
     def write(
         self, state: State, scaler: dict[str, Any] | None, tensors: dict[str, dict[str, Any]] | None = None
     ) -> Path:
-        """Save `state` durably, check it by reading it back, then drop what is not to be kept. Raises HostError.
+        """Save `state`, verify it by reading it back, then delete checkpoints that are not kept. Raises HostError.
 
-        tensors: those of the state, where they are already gathered.
+        tensors: those of the state, if they are already gathered from the processes.
         """
         from safetensors.torch import save_file
 
@@ -52,7 +53,7 @@ class Checkpoints:
         if final.exists():
             with contextlib.suppress(InputError), disk(final):
                 manifest, scores = _read(final)[0], json.loads(json_line(state.scores))
-                if manifest["scores"] != scores:  # evaluated since, as it was stopped before it could be
+                if manifest["scores"] != scores:  # it was evaluated after a restart
                     write_whole(final / MANIFEST, json_line(manifest | {"scores": scores}).encode())
                 return final
         temporary = self.folder / f"{TEMP_PREFIX}{final.name}{TEMP_SUFFIX}"
@@ -71,11 +72,11 @@ class Checkpoints:
                 }  # fmt: skip
                 write_whole(temporary / MANIFEST, json_line(manifest).encode())
                 _read(temporary)
-                if final.exists():  # damaged
+                if final.exists():  # but damaged: see above
                     shutil.rmtree(final)
                 os.rename(temporary, final)
                 sync_folder(self.folder)
-        except Exception as error:  # the older ones stay
+        except Exception as error:  # older checkpoints are kept
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, HostError):
                 raise
@@ -93,14 +94,14 @@ class Checkpoints:
             shutil.rmtree(self.folder / f"{step:06d}", ignore_errors=True)
 
     def ranked(self, state: State, steps: list[int]) -> list[int]:
-        """Those of `steps` that have the metric, best first."""
+        """Return those of `steps` that have the metric, best first."""
         scored = {step: m for step in steps if (m := state.scores.get(step, {}).get(self.metric)) is not None}
         return sorted(scored, key=lambda step: (self.sign * scored[step], step))
 
     def restore(self, state: State, say: Callable[[str], None], step: int | None = None) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint, or that of `step`, into `state`; return its manifest, or None without one.
+        """Load the newest intact checkpoint, or that of `step`, into `state`; return its manifest, or None without one.
 
-        A damaged one is named and passed over. Raises InputError for one of another architecture, and where all are
+        Damaged checkpoints are reported and skipped. Raises InputError for one of another architecture, and if all are
         damaged.
         """
         steps = self.steps() if step is None else [step]
@@ -127,11 +128,13 @@ class Checkpoints:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return a checkpoint's manifest and tensors. Raises InputError for what is damaged."""
+    """Return a checkpoint's manifest and tensors. Raises InputError for damaged files."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     manifest = read_json(path / MANIFEST, limit=2**26)
+    if not manifest.keys() >= KEYS or not isinstance(manifest["files"], dict):
+        raise InputError(f"{place(path / MANIFEST)}: is not the manifest of a checkpoint")
     found = {}
     for name, digest in manifest["files"].items():
         if sha256(path / name) != digest:
@@ -152,7 +155,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def open_log(path: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Append lines to a log, after truncating it to the lines up to `step`: later steps will be repeated."""
+    """Yield a function that appends to a log. Lines after `step` are removed first, since those steps are repeated."""
     with disk(path):
         kept = [line for line in read_log(path) if line["step"] <= step]
         write_whole(path, "".join(map(json_line, kept)).encode())

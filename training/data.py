@@ -1,4 +1,4 @@
-"""Examples to batches. Augmentation depends only on (seed, epoch, picture), the order only on (seed, epoch)."""
+"""Make batches of examples. Augmentation is a function of (seed, epoch, picture), the order of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger("genkit")
-# Colours that pictures are changed to, as hues in degrees; and further names of backgrounds in captions.
+# Colours that pictures are changed to, as hues in degrees, and those of backgrounds.
 HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 125, "blue": 215, "purple": 275, "pink": 325}
 BACKGROUNDS = {
     "red": "#e53935", "orange": "#fb8c00", "yellow": "#fdd835", "green": "#43a047", "blue": "#1e66d0",
     "purple": "#8e24aa", "pink": "#f06fb0", "black": "#000000", "white": "#ffffff", "gray": "#808080",
 }  # fmt: skip
-SATURATED, LIT = 60, 50  # of 255: what has less of either has no hue to speak of
-COLOURED = 0.15  # least share of coloured pixels for a picture's hue to be changed
-# Words in captions that would be wrong after changing the hue, or mirroring.
+SATURATED, LIT = 60, 50  # least saturation and value, of 255, of a pixel with a hue
+COLOURED = 0.15  # least share of such pixels for a picture's hue to be changed
+# Words in captions that would be wrong after changing the hue, or after mirroring.
 COLOURED_WORD = re.compile(
     rf"\b({'|'.join({*HUES, *BACKGROUNDS})}|grey|brown|violet|cyan|magenta|gold|golden|silver|beige)\b", re.IGNORECASE
 )
@@ -44,11 +44,11 @@ ASPECTS = 2.0  # buckets go from 1:2 to 2:1
 
 @dataclasses.dataclass
 class Batch:
-    """Pictures as they are trained on: pixels (B, 3, H, W) from -1 to 1, captions, names, and for SDXL sizes (B, 6).
+    """A training batch: pixels (B, 3, H, W) from -1 to 1, captions, names (keys), and SDXL's sizes (B, 6).
 
-    sizes: height and width before resizing, top and left of the crop, height and width now. weights (B,): of their
-    losses. dropped (B,): whose caption is dropped. tensors: cached inputs of the networks, if any. scenes: what each
-    shows, where it was composed (scenes.py).
+    sizes: original height and width, top and left of the crop, target height and width. weights (B,): of the losses.
+    dropped (B,): whether the caption is dropped. tensors: cached inputs of the networks, if any. scenes: the objects of
+    each composed picture (scenes.py).
     """
 
     pixels: torch.Tensor
@@ -62,7 +62,7 @@ class Batch:
 
 
 class Source(Protocol):
-    """What a Feed reads: Pictures, or their cached tensors."""
+    """The source of a Feed: Pictures, or their cached tensors."""
 
     data: Data
     seed: int
@@ -72,9 +72,9 @@ class Source(Protocol):
 
 
 class Pictures:
-    """Examples with the recipe's augmentation. resolution: (width, height); with buckets their maximal area.
+    """Examples with the recipe's augmentation. resolution: (width, height); with buckets its area is the largest.
 
-    Raises InputError for a resolution that the networks cannot take, and for a template that names no field.
+    Raises InputError for a resolution that the networks do not support, and for a template with an unknown field.
     """
 
     def __init__(self, examples: Sequence[Example], data: Data, resolution: tuple[int, int], multiple: int, seed: int):
@@ -90,18 +90,26 @@ class Pictures:
         if self.examples:
             _check_words(data, {"caption"}.union(*(e.fields for e in self.examples)))
         self.buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.broken: set[int] = set()  # pictures that could not be read
         shapes = _shapes(self.resolution, step) if data.buckets else [self.resolution]
         for index, example in enumerate(self.examples):
-            width, height = example.size() if data.buckets else (1, 1)
+            try:
+                width, height = example.size() if data.buckets else (1, 1)
+            except InputError as error:
+                self._leave_out(index, error)
+                continue
             self.buckets[min(shapes, key=lambda s: abs(math.log(s[0] * height / (s[1] * width))))].append(index)
-        self.broken: set[int] = set()  # pictures that could not be read
+        if self.broken and not self.buckets:
+            raise InputError(f"data.path: none of the {len(self)} pictures can be read")
+        for index in sorted(self.broken):  # each picture has its bucket; these are replaced by others that are there
+            max(self.buckets.values(), key=len).append(index)
         self._shape = {index: shape for shape, members in self.buckets.items() for index in members}
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
-        """Return the pictures of `indices`, of one bucket and as `order` has them, as epoch `epoch` has them."""
+        """Return the batch of `indices` (of one bucket, from `order`) with the augmentation of epoch `epoch`."""
         indices, turns = turned(self.data, len(self), indices, epoch)
         taken = [self._whole(index, turn) for index, turn in zip(indices, turns, strict=True)]
         indices, made = [index for index, _ in taken], [one for _, one in taken]
@@ -112,103 +120,115 @@ class Pictures:
         )  # fmt: skip
 
     def _whole(self, index: int, turn: int) -> tuple[int, Any]:
-        """Return a picture as `make` does, with its index; the next one of its size for one that cannot be read.
+        """Return a picture as `make` does, with its index; instead of one that cannot be read, the next of its bucket.
 
-        Raises InputError once more pictures than data.broken allows cannot be read: a torn one must not end a night.
+        Raises InputError once more pictures than data.broken allows, or all of a bucket, cannot be read. Below that
+        limit training goes on.
         """
-        members = self.buckets[self._shape[index]]
+        shape = self._shape[index]
         while True:
             if index not in self.broken:
                 try:
                     return index, self.make(index, turn)
                 except InputError as error:
-                    if (len(self.broken) + 1) > self.data.broken * len(self):
-                        raise
-                    self.broken.add(index)
+                    self._leave_out(index, error)
                     log.warning("left out: %s", error)
-            index = members[(members.index(index) + 1) % len(members)]
+            others = [i for i in self.buckets[shape] if i not in self.broken]
+            if not others:
+                name, size = self.examples[index].key, f"{shape[0]}x{shape[1]}"
+                raise InputError(
+                    f"data.path: {name} cannot be read, and no other picture is trained at {size}: remove it"
+                )
+            index = next((i for i in others if i > index), others[0])
+
+    def _leave_out(self, index: int, error: InputError) -> None:
+        """Count a picture as unreadable. Raises `error` where these are more than data.broken allows."""
+        if len(self.broken) + 1 > self.data.broken * len(self):
+            raise error
+        self.broken.add(index)
 
     def make(self, index: int, turn: int) -> tuple[np.ndarray, str, tuple[int, ...], bool]:
         """Return pixels (3, H, W), caption, sizes and whether the caption is dropped. Raises InputError, naming it.
 
-        turn: how often it has come before. What would make its caption untrue is not done to it.
+        turn: how often the picture was used before. Augmentation that would make its caption wrong is left out.
         """
         example, data = self.examples[index], self.data
         variant = turn % data.cache if data.cache else turn
-        lot = random.Random(fold(self.seed, "picture", variant, example.key))
+        rng = random.Random(fold(self.seed, "picture", variant, example.key))
         picture, colour, wanted = example.read(), "", data.recolour
-        template, values = self._told(example, lot)
+        template, values = self._told(example, rng)
         may = wanted is not None and (wanted.where is None or bool(example.fields.get(wanted.where)))
-        if wanted is not None and may and lot.random() < wanted.share:
-            colour = lot.choice(list(HUES))
+        if wanted is not None and may and rng.random() < wanted.share:
+            colour = rng.choice(list(HUES))
             known = COLOURED_WORD.search(worded(data, template, values, ""))
             hued = None if known else turn_hue(picture, HUES[colour])
             picture, colour = (picture, "") if hued is None else (hued, colour)
         caption = worded(data, template, values, colour)
         if data.caption_shuffle:
             parts = [part.strip() for part in caption.split(",")]
-            lot.shuffle(parts)
+            rng.shuffle(parts)
             caption = ", ".join(parts)
-        mentioned, picture = self._on_background(picture, "background" in caption.lower(), lot)
+        mentioned, picture = self._on_background(picture, "background" in caption.lower(), rng)
         if mentioned:
             caption = filled(data.background.caption, {"caption": caption, "background": mentioned})
         flip = 0.0 if SIDED_WORD.search(caption) else data.flip
-        pixels, sizes = self._fitted(picture, self._shape[index], flip, lot)
+        pixels, sizes = self._fitted(picture, self._shape[index], flip, rng)
         return pixels, caption, sizes, self.dropped(index, turn)
 
     def dropped(self, index: int, turn: int) -> bool:
-        """Return whether a picture's caption is dropped in this epoch."""
-        lot = random.Random(fold(self.seed, "drop", turn, self.examples[index].key))
-        return lot.random() < self.data.caption_dropout
+        """Return whether a picture's caption is dropped in this turn."""
+        rng = random.Random(fold(self.seed, "drop", turn, self.examples[index].key))
+        return rng.random() < self.data.caption_dropout
 
     def plain(self, examples: Sequence[Example]) -> Pictures:
-        """Return other examples without augmentation, with the first caption that fits: for validation."""
+        """Return other examples without augmentation and with the first template: for validation."""
         still: dict[str, Any] = {"flip": 0.0, "crop": "center", "zoom": 1.0, "recolour": None, "caption_shuffle": False}
         colour = "white" if self.data.background.colour == "random" else self.data.background.colour
         fields = {"caption"}.union(*(e.fields for e in examples))
         first = [t for t in self.data.captions[:1] if fields.issuperset(FIELD.findall(t))]
+        still["broken"] = 1.0  # the limit is of the whole data set, which the doctor has counted
         still |= {"background": Background(colour=colour), "captions": first or ["{caption}"]}
         data = self.data.model_copy(update=still)
         return Pictures(examples, data, self.resolution, self.multiple, self.seed)
 
     def names(self) -> set[str]:
-        """Return every caption, without random changes."""
+        """Return all captions, without augmentation."""
         return {worded(self.data, *self._told(example, random.Random(0)), "") for example in self.examples}
 
-    def _told(self, example: Example, lot: random.Random) -> tuple[str, dict[str, Any]]:
-        """Return a template, and one value of each field."""
+    def _told(self, example: Example, rng: random.Random) -> tuple[str, dict[str, Any]]:
+        """Draw a template, and one value of each field."""
         values = {**example.fields, "caption": list(example.captions) or example.caption or ""}
-        template = lot.choice(usable(self.data, values))
-        return template, {name: lot.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
+        template = rng.choice(usable(self.data, values))
+        return template, {name: rng.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
 
-    def _on_background(self, picture: Image.Image, captioned: bool, lot: random.Random) -> tuple[str, Image.Image]:
-        """Return the name of the background if the caption should mention it, and the picture on it, scaled by `zoom`.
+    def _on_background(self, picture: Image.Image, captioned: bool, rng: random.Random) -> tuple[str, Image.Image]:
+        """Return the name of the background if the caption should mention it, else "", and the picture on it.
 
-        captioned: whether the caption mentions a background already.
+        The picture is scaled by `zoom`. captioned: whether the caption mentions a background already.
         """
         from PIL import Image
 
         plan, clear, named = self.data.background, picture.mode == "RGBA", ""
-        if clear and lot.random() < plan.share:
-            named = lot.choice(list(BACKGROUNDS))
-        scale = lot.uniform(self.data.zoom, 1.0)
+        if clear and rng.random() < plan.share:
+            named = rng.choice(list(BACKGROUNDS))
+        scale = rng.uniform(self.data.zoom, 1.0)
         if not clear and self.data.zoom == 1:
             return "", picture
         covered = scale**2 * float(np.asarray(picture.getchannel("A")).mean()) / 255 if named else 1.0
         mentioned = "" if captioned or 1 - covered < SEEN else named
-        drawn = tuple(lot.randrange(256) for _ in range(3)) if plan.colour == "random" else None
+        drawn = tuple(rng.randrange(256) for _ in range(3)) if plan.colour == "random" else None
         colour = drawn if drawn is not None and not mentioned else _colour(mentioned or plan.colour)
         width, height = (max(1, round(side * scale)) for side in picture.size)
         ground = Image.new("RGB", picture.size, colour)
-        at = lot.randint(0, picture.width - width), lot.randint(0, picture.height - height)
+        at = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
         small = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
         ground.paste(small, at, small if clear else None)
         return mentioned, ground
 
     def _fitted(
-        self, picture: Image.Image, shape: tuple[int, int], flip: float, lot: random.Random
+        self, picture: Image.Image, shape: tuple[int, int], flip: float, rng: random.Random
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Return the picture cut and scaled to `shape`, perhaps mirrored, as (3, H, W), and SDXL's sizes."""
+        """Return the picture scaled, cropped to `shape` and perhaps mirrored, as (3, H, W), and SDXL's sizes."""
         from PIL import Image
 
         original = picture.height, picture.width
@@ -217,16 +237,16 @@ class Pictures:
         if (width, height) != picture.size:
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)
         spare = width - shape[0], height - shape[1]
-        left, top = (lot.randint(0, s) for s in spare) if self.data.crop == "random" else (s // 2 for s in spare)
+        left, top = (rng.randint(0, s) for s in spare) if self.data.crop == "random" else (s // 2 for s in spare)
         picture = picture.crop((left, top, left + shape[0], top + shape[1]))
-        if lot.random() < flip:
+        if rng.random() < flip:
             picture, left = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), spare[0] - left
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
         return np.ascontiguousarray(pixels), (*original, top, left, shape[1], shape[0])
 
 
 def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:
-    """Return the picture with its hues turned so that its main one is `hue`, in degrees; None where it has none."""
+    """Return the picture with its hues rotated so that the main one is `hue`, in degrees; None if it has no hue."""
     from PIL import Image
 
     alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
@@ -245,12 +265,12 @@ def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:
 
 
 def usable(data: Data, values: Mapping[str, Any]) -> list[str]:
-    """Return the templates of a recipe of which a picture has every field."""
+    """Return the templates of a recipe for which a picture has all fields."""
     return [t for t in data.captions if all(values.get(n) for n in FIELD.findall(t))] or ["{caption}"]
 
 
 def worded(data: Data, template: str, values: Mapping[str, Any], colour: str) -> str:
-    """Return a caption; `colour`, if any, describes the object in whichever field the template uses."""
+    """Fill a template; `colour`, if any, is put into {caption}, or into the last field of the template."""
     names = FIELD.findall(template)
     if colour and data.recolour is not None and names:
         thing = "caption" if "caption" in names else names[-1]
@@ -259,7 +279,7 @@ def worded(data: Data, template: str, values: Mapping[str, Any], colour: str) ->
 
 
 def _check_words(data: Data, known: Collection[str]) -> None:
-    """Raise InputError for a template that names a field that no picture has, or a colour that there is not."""
+    """Raise InputError for a template with an unknown field, and for an unknown colour."""
     recolour, ground = data.recolour, data.background
     own: list[tuple[str, Sequence[str], Collection[str], Collection[str]]] = [
         ("data.captions", data.captions, known, ()),
@@ -307,28 +327,29 @@ def _shapes(resolution: tuple[int, int], step: int) -> list[tuple[int, int]]:
 
 
 def order(source: Source, batch_size: int, epoch: int) -> list[list[int]]:
-    """Return the batches of an epoch, each of one bucket, its last one short; each picture is in `repeat` of them.
+    """Return the batches of an epoch, each of one bucket; each picture is in data.repeat of them.
 
-    The second time that a picture comes its index is as much higher as there are pictures, and so on: see `turned`.
+    The last batch of a bucket may be short. In the k-th repeat of a picture, k from 0, its index is increased by k
+    times the number of pictures; `turned` undoes this.
     """
-    lot = random.Random(fold(source.seed, "order", epoch))
+    rng = random.Random(fold(source.seed, "order", epoch))
     count = sum(map(len, source.buckets.values()))
     found = []
     for shape in sorted(source.buckets):
         members = [index + copy * count for copy in range(source.data.repeat) for index in source.buckets[shape]]
-        lot.shuffle(members)
+        rng.shuffle(members)
         found += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-    lot.shuffle(found)
+    rng.shuffle(found)
     return found
 
 
 def turned(data: Data, count: int, places: Sequence[int], epoch: int) -> tuple[list[int], list[int]]:
-    """Return the pictures at `places` of an order, of `count`, and how often each has come before."""
+    """Return the pictures' indices from those of an `order` of `count` pictures, and how often each was used before."""
     return [place % count for place in places], [epoch * data.repeat + place // count for place in places]
 
 
 class Feed:
-    """An endless stream of batches that may start at any step; each process gets its own part."""
+    """An endless stream of batches that can start at any step; each process gets its own part."""
 
     def __init__(
         self, source: Source, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1, pin: bool = False
@@ -350,9 +371,10 @@ class Feed:
             number += self.world
 
     def weight_of(self, micro_step: int, passes: int) -> float:
-        """Return the share of this process's pictures of a micro-step among all of its step, by the processes.
+        """Return the weight of a micro-step's mean loss, so that all pictures of a step have the same weight.
 
-        It gives every picture of a step the same weight, also those of a short last batch of an epoch or bucket.
+        It is the micro-step's share of the pictures of its step, times the number of processes, and differs from the
+        others' if the last batch of a bucket is short.
         """
         first = micro_step // passes * passes * self.world
         every = [self._counts(n // self.steps)[n % self.steps] for n in range(first, first + passes * self.world)]
@@ -366,7 +388,7 @@ class Feed:
 def batches(
     source: Source, places: Iterable[tuple[int, list[int]]], workers: int = 0, pin: bool = False
 ) -> Iterator[tuple[int, Batch]]:
-    """Yield (epoch, batch) for each of `places`, (epoch, indices), in their order, read ahead by so many processes."""
+    """Yield (epoch, batch) for each (epoch, indices) of `places`, in order, read ahead by `workers` processes."""
     if not workers:
         yield from ((epoch, source.batch(indices, epoch)) for epoch, indices in places)
         return
@@ -387,7 +409,7 @@ class _Fetch(torch.utils.data.Dataset[Any]):
     def __getitem__(self, place: tuple[int, list[int]]) -> tuple[int, Any]:
         try:
             return place[0], dict(vars(self.source.batch(place[1], place[0])))
-        except InputError as error:  # a worker's exceptions come with a traceback in their text
+        except InputError as error:  # as text: the message of an exception in a worker would contain a traceback
             return place[0], str(error)
 
 

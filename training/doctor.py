@@ -27,15 +27,15 @@ from genkit.training.recipe import Recipe, read_recipe
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
 
-SAMPLES = 20  # without a picture that a line names
-UNTOLD = ("unconditional", "autoencoder")  # tasks that read no captions
+SAMPLES = 20  # samples without a picture that are named in a line
+UNCAPTIONED = ("unconditional", "autoencoder")  # tasks that read no captions
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A data set as it is examined: pictures to train on, then those held out; the recipe and its model, if known.
+    """A data set under examination: the training set, then the validation set; the recipe and its model, if known.
 
-    notes, lacking: as of Examples.
+    train: size of the training set. notes, lacking: those of Examples. buckets: indices of pictures by (width, height).
     """
 
     data: Data
@@ -50,7 +50,7 @@ class Case:
     buckets: dict[tuple[int, int], list[int]] = dataclasses.field(default_factory=dict)
 
     def named(self, numbers: Sequence[int]) -> str:
-        """Return the names of some pictures for a line."""
+        """Return the names of the first pictures, for a line of the report."""
         names = [self.pictures[i].key for i in numbers[:NAMED]]
         return ", ".join(names) + (", …" if len(numbers) > NAMED else "")
 
@@ -59,7 +59,7 @@ def examine(
     data: Data, train: Sequence[Example], held: Sequence[Example] = (), recipe: Recipe | None = None,
     info: ModelInfo | None = None, *, read: Examples | None = None, quiet: bool = True,
 ) -> Report:  # fmt: skip
-    """Return the report on a data set. recipe, info: the training run and its model, if known. read: as it was read."""
+    """Return the report on a data set. recipe, info: of the training run, if known. read: for its notes."""
     pictures, read = [*train, *held], Examples() if read is None else read
     case = Case(data, pictures, len(train), fingerprint_all(pictures, quiet), recipe, info)
     case = dataclasses.replace(case, notes=read.notes, lacking=read.lacking)
@@ -79,7 +79,7 @@ def examine(
 
 
 def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False) -> Report:
-    """Return the report on a data set, the recipe's own where `path` is None. Raises InputError as readers do."""
+    """Return the report on a data set, by default that of the recipe. Raises InputError as readers do."""
     if recipe_path is None:
         if path is None:
             raise InputError("DATA: is missing; or say --recipe, which names its own")
@@ -103,9 +103,9 @@ def check_data(
     recipe: Recipe, train: Sequence[Example], held: Sequence[Example], info: ModelInfo, folder: Path,
     say: Callable[[str], None], *, read: Examples | None = None, quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Examine a data set before it is trained on, once for as long as neither it nor the recipe's `data` changes.
+    """Examine a data set before training, unless neither it nor the recipe's `data` has changed since the last time.
 
-    The report goes to doctor.html in `folder`. Raises InputError for what has to be put right.
+    Writes the report to doctor.html in `folder`. Raises InputError for errors that must be fixed.
     """
     sums = hashlib.sha256(json.dumps([recipe.task, recipe.plain["data"], recipe.train.batch_size, len(train)]).encode())
     states: dict[str, tuple[int, int]] = {}
@@ -115,7 +115,7 @@ def check_data(
             try:
                 status = os.stat(path)
                 states[path] = (status.st_size, status.st_mtime_ns)
-            except OSError:  # a broken link, which will be reported
+            except OSError:  # a broken link, which is reported below
                 states[path] = (-1, 0)
         sums.update(json.dumps([example.key, example.caption, example.place, states[path]]).encode())
     known, fingerprint = folder / ".doctor", sums.hexdigest()
@@ -129,14 +129,14 @@ def check_data(
         say(f"{finding.level}: {finding.text}")
     if report.errors:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
-        about = "data: " if report.errors[0].groups else ""  # else of the recipe, and names its key itself
+        about = "data: " if report.errors[0].groups else ""  # an error of the recipe names its key itself
         raise InputError(f"{about}{report.errors[0].text}{more}; see {page}")
     with disk(known):
         write_whole(known, fingerprint.encode())
 
 
 def _bucketed(case: Case, recipe: Recipe, task: Any) -> dict[tuple[int, int], list[int]]:
-    """Return the pictures of each size that they are trained at, as the loop sorts them. Raises InputError."""
+    """Return the indices of the readable training pictures by the size they are trained at. Raises InputError."""
     from genkit.training.scenes import pictures_of
 
     numbers = [i for i in range(case.train) if not case.fingerprints[i].problem]
@@ -145,7 +145,7 @@ def _bucketed(case: Case, recipe: Recipe, task: Any) -> dict[tuple[int, int], li
 
 
 def _unreadable(case: Case) -> Iterator[Finding]:
-    """Pictures that cannot be read, and samples without any: left out of training up to data.broken of them."""
+    """Unreadable pictures, and samples without a picture: up to a share of data.broken they are left out."""
     bad = [i for i, fingerprint in enumerate(case.fingerprints) if fingerprint.problem]
     count = len(case.fingerprints) + len(case.lacking)
     few = len(bad) + len(case.lacking) <= case.data.broken * count
@@ -161,7 +161,7 @@ def _unreadable(case: Case) -> Iterator[Finding]:
 
 
 def _apart(case: Case) -> Iterator[Finding]:
-    """Folders or archives beside those to train on: val, test."""
+    """Folders or archives that are not trained on: val, test."""
     for note in case.notes:
         if "trained on" in note:
             yield Finding("warning", note)
@@ -176,7 +176,7 @@ def _lines(case: Case) -> Iterator[Finding]:
 
 def _uncaptioned(case: Case) -> Iterator[Finding]:
     missing = [i for i, example in enumerate(case.pictures) if not example.caption]
-    if not missing or (case.recipe is not None and case.recipe.task in UNTOLD):
+    if not missing or (case.recipe is not None and case.recipe.task in UNCAPTIONED):
         return
     allowed = case.data.missing_captions == "empty"
     text = f"{len(missing)} of {len(case.pictures)} pictures have no caption: {case.named(missing)}"
@@ -194,7 +194,7 @@ def _left_out(case: Case) -> Iterator[Finding]:
 
 
 def _mistaken(example: Example, data: Data) -> str:
-    """Return a hint where the caption may be: a column of another name, or a file beside the picture."""
+    """Return a hint to where the caption may be: a column of another name, or a file beside the picture."""
     texts = [name for name, value in example.fields.items() if isinstance(value, str) and value]
     if texts:
         return (
@@ -273,7 +273,7 @@ def _small(case: Case) -> Iterator[Finding]:
 
 
 def _tiny(case: Case) -> Iterator[Finding]:
-    """Without a recipe: pictures with less than a tenth of the median number of pixels."""
+    """Without a recipe: pictures with less than a tenth of the median area."""
     areas = {
         i: fingerprint.size[0] * fingerprint.size[1]
         for i, fingerprint in enumerate(case.fingerprints)
@@ -288,7 +288,7 @@ def _tiny(case: Case) -> Iterator[Finding]:
 
 
 def _long(case: Case) -> Iterator[Finding]:
-    """Captions longer than the text encoder reads, for any of the templates."""
+    """Captions that are too long for the text encoder with any of the templates."""
     limit, counts = _tokens(case)
     long = sorted((i for i, count in counts.items() if count > limit), key=lambda i: -counts[i])
     if long:
@@ -297,7 +297,7 @@ def _long(case: Case) -> Iterator[Finding]:
 
 
 def _tokens(case: Case) -> tuple[int, dict[int, int]]:
-    """Return the token limit, and the number of tokens of each picture's longest caption, with start and end."""
+    """Return the token limit, and the length of each picture's longest caption, with start and end token."""
     if case.task is None or case.task.tokenizer is None:
         return 0, {}
     from genkit.components.text import expand_tokens
@@ -399,7 +399,7 @@ def _memory(case: Case) -> str:
 
     try:
         found = training_memory(case.recipe, case.info, case.task, max(case.buckets, key=lambda s: s[0] * s[1]))
-    except (NotImplementedError, RuntimeError):  # a network that does not run on shapes alone
+    except (NotImplementedError, RuntimeError):  # a network that does not run on the meta device
         return "unknown"
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in found.items() if size)
     return f"about {sum(found.values()) / 2**20:,.0f} MiB: {parts}"

@@ -1,4 +1,4 @@
-"""Estimate memory and operations of training by running a step on fake tensors, which take no memory."""
+"""Estimate memory and operations of training by running a step on meta tensors, which take no memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = torch.device("meta")
 
 
 def task_on_shapes(recipe: Recipe, info: ModelInfo) -> Any:
-    """Return the Task of a recipe with networks of fake tensors. Raises InputError as `make_task`."""
+    """Return the Task of a recipe with networks on the meta device. Raises InputError as `make_task`."""
     with SHAPES:
         networks = {name: construct(part).eval().requires_grad_(False) for name, part in info.parts.items()}
     parts = Components(
@@ -48,12 +48,12 @@ def _scheduler(info: ModelInfo) -> Scheduler | None:
 
 
 def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int, int]) -> dict[str, int]:
-    """Return the bytes of training on pictures of `size` (width, height), by what takes them; of each process.
+    """Return the bytes that each process needs to train on pictures of `size` (width, height), by purpose.
 
-    task: of `task_on_shapes`. weights: float32 where they learn, else of the recipe's precision. gradients, Adam (two
-    moments) and average (EMA): 4, 8 and 4 bytes for each weight that learns. activations: what the loss of a batch
-    keeps for its backward pass, halved for mixed precision, or encoding the pictures where that is more. Left out: what
-    libraries keep to themselves, and the one block at a time that gradient checkpointing computes again.
+    task: of `task_on_shapes`. weights: float32 if trained, else in the recipe's precision. gradients, Adam (two
+    moments) and average (EMA): 4, 8 and 4 bytes for each trained weight. activations: those saved for the backward pass
+    of a batch, half as many bytes in mixed precision, or those of encoding the pictures if that is more. Not included:
+    workspaces of libraries, and the block that gradient checkpointing recomputes.
     """
     item = 4 if recipe.train.mixed_precision == "fp32" else 2
     every = {id(p): p for network in task.everything for p in network.parameters()}
@@ -75,9 +75,9 @@ def training_memory(recipe: Recipe, info: ModelInfo, task: Any, size: tuple[int,
 
 
 def training_work(recipe: Recipe, task: Any, size: tuple[int, int]) -> int:
-    """Return the floating-point operations that one picture of `size` takes in a step, forward and backward.
+    """Return the floating-point operations of a step for one picture of `size`, forward and backward.
 
-    Those of matrix products and convolutions, as torch counts them; of encoding too where that is not kept.
+    Matrix products and convolutions are counted, by torch; those of encoding too, unless latents are cached.
     """
     with FlopCounterMode(display=False) as counter:
         batch = _nothing(size)
@@ -91,30 +91,30 @@ def training_work(recipe: Recipe, task: Any, size: tuple[int, int]) -> int:
 
 
 def speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations a second of matrix products on a device, an upper bound for networks."""
+    """Return the measured FLOP/s of matrix products on a device, an upper bound for networks."""
     side, times = (4096, 10) if device.type == "cuda" else (1024, 3)
     one = torch.ones(side, side, device=device, dtype=dtype)
     one @ one
     best = float("inf")
     for _ in range(times):
         began = time.perf_counter()
-        (one @ one)[0, 0].item()  # waits for it
+        (one @ one)[0, 0].item()  # synchronises
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
 
 
 def _nothing(size: tuple[int, int]) -> Batch:
-    """Return a batch of two pictures as fake tensors."""
+    """Return a batch of two pictures as meta tensors."""
     pixels = torch.zeros(2, 3, size[1], size[0], device=SHAPES)
     sizes = torch.zeros(2, 6, dtype=torch.long, device=SHAPES)
     return Batch(pixels, [""] * 2, [""] * 2, sizes, torch.ones(2), torch.zeros(2, dtype=torch.bool))
 
 
 def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:
-    """Return the bytes, in float32, that the loss of one picture keeps for its backward pass: half those of two, since
-    norms refuse one number alone.
+    """Return the bytes, in float32, that are saved for the backward pass of one picture.
 
-    own: the storages of weights, which are there anyway.
+    They are half those of a batch of two: norms refuse a single value per channel. own: the storages of weights, which
+    are not counted.
     """
     storages: dict[int, Any] = {}
 
@@ -129,12 +129,12 @@ def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:
     with torch.enable_grad(), hooks, _FusedAttention():
         loss = task.loss(tensors, None, torch.zeros(2, dtype=torch.long, device=SHAPES))
     total = sum(storage.nbytes() for storage in storages.values())
-    del loss  # the graph lived for as long as it did
+    del loss  # frees the graph, whose storages had to live until here
     return total // 2
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention keeps what the fused kernels keep; on shapes alone it would keep every weight of every pair."""
+    """Lets attention save what the fused kernels save; on the meta device it would save the attention matrix."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention:
@@ -152,7 +152,7 @@ class _Attention(torch.autograd.Function):
 
 
 def lasting(seconds: float) -> str:
-    """Return a time in a suitable unit."""
+    """Return a duration as text in a suitable unit."""
     for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
         if seconds < most:
             return f"{seconds / length:.0f} {unit}"

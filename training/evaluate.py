@@ -1,4 +1,4 @@
-"""Evaluation: loss on validation pictures at fixed noise, samples with fixed seeds, and their metrics."""
+"""Evaluation: validation loss with fixed noise, samples with fixed seeds, and their metrics."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from genkit.training.state import fold
 
 log = logging.getLogger("genkit")
 LOWER_IS_BETTER = {"loss", *DISTANCES}
-TIMES = 10  # buckets of the noise levels that the validation loss is given for
-COLUMNS = 8  # of the sheet of samples
+TIMES = 10  # ranges of noise levels for which the validation loss is reported
+COLUMNS = 8  # of the grid of samples
 BATCH = 16
 
 
@@ -34,7 +34,7 @@ class Evaluation:
         self.plan = recipe.evaluate
         self.trained = trained
         self.scorer: Any = None
-        self.warned = False  # of a FID of few pictures
+        self.warned = False  # about a FID of few pictures
         if self.plan.metrics and recipe.task in ("autoencoder", "clip", "detector"):
             raise InputError(f"evaluate.metrics: task {recipe.task} draws no pictures to measure")
         if set(self.plan.metrics) & {"clip"} and not self.plan.prompts:
@@ -52,7 +52,7 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, Any]:
-        """Return the metrics of the networks as they are; a sheet of samples goes to samples/<step>.png."""
+        """Return the metrics of the current networks, and write a grid of samples to samples/<step>.png."""
         for network in self.task.networks.values():
             network.eval()
         found: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class Evaluation:
         return found
 
     def batches(self, pictures: Pictures | None = None) -> Iterator[Batch]:
-        """Yield the validation pictures, or others, at most `evaluate.pictures`, without dropped captions."""
+        """Yield batches of the validation set, or of other pictures: at most evaluate.pictures, no captions dropped."""
         pictures = self.validation if pictures is None else pictures
         assert pictures is not None
         left = self.plan.pictures
@@ -77,7 +77,7 @@ class Evaluation:
             left -= min(len(members), left)
 
     def generator(self, *what: int | str) -> torch.Generator:
-        """Return a generator that depends on the recipe's seed and `what` alone."""
+        """Return a generator seeded by the recipe's seed and `what`."""
         return torch.Generator(self.task.device).manual_seed(fold(self.recipe.seed, "evaluate", *what))
 
     def _samples(self, step: int) -> dict[str, Any]:
@@ -141,12 +141,14 @@ class Evaluation:
 
 
 def _noise_loss(e: Evaluation) -> dict[str, Any]:
-    """The error of the prediction at stratified noise levels, unweighted; and of each tenth of them."""
+    """The unweighted loss at stratified noise levels, and for each tenth of them."""
     count = e.task.noising.count
     losses, times, seen = [], [], 0
     for number, batch in enumerate(e.batches()):
         generator = e.generator("noise", number)
-        share = torch.arange(seen, seen + len(batch.keys), device=e.task.device) * 0.6180339887 % 1  # evenly spread
+        share = (
+            torch.arange(seen, seen + len(batch.keys), device=e.task.device) * 0.6180339887 % 1
+        )  # golden-ratio sequence: evenly spread
         timesteps = (share * count).long()
         seen += len(batch.keys)
         tensors = {name: t.to(e.task.device) for name, t in e.task.encode(batch).items()}
@@ -159,13 +161,13 @@ def _noise_loss(e: Evaluation) -> dict[str, Any]:
 
 
 def _reconstruction(e: Evaluation) -> dict[str, Any]:
-    """The squared error of pictures through the autoencoder, its PSNR in dB, and the deviation of the latents."""
+    """The squared error of reconstructions, their PSNR in dB, and the standard deviation of the latents."""
     losses, latents = [], []
     for batch in e.batches():
         tensors = e.task.encode(batch)
         losses += e.task.loss(tensors, e.generator("noise"), plain=True).tolist()
         latents.append(e.task.vae.encode(tensors["pixels"]).latent_dist.mean.float().cpu())
-    psnr = [10 * np.log10(4 / max(x, 1e-12)) for x in losses]  # values reach from -1 to 1
+    psnr = [10 * np.log10(4 / max(x, 1e-12)) for x in losses]  # the range is 2, from -1 to 1
     std = float(torch.cat([x.flatten() for x in latents]).std())
     mean = float(np.mean(losses))
     return {
@@ -182,7 +184,7 @@ def _zero_shot(e: Evaluation) -> dict[str, Any]:
         images.append(e.task.scorer.embed_images(batch.pixels / 2 + 0.5))
         captions += batch.captions
     names = sorted({*captions, *e.trained.names()})
-    e.task.scorer.texts.forget()  # the encoder has changed
+    e.task.scorer.texts.forget()  # embeddings of the earlier weights
     cosines = torch.cat(images) @ e.task.scorer.embed_texts(names).T
     own = cosines[torch.arange(len(captions)), [names.index(c) for c in captions]]
     rank = (cosines > own[:, None]).sum(dim=1)
@@ -218,7 +220,7 @@ _MEASURES: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
 
 
 def overfit_since(scores: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Return the step of the least validation loss where two later ones lie above its interval, else None."""
+    """Return the step of the lowest validation loss if two later losses are above its interval, else None."""
     losses = {step: s["loss"] for step, s in sorted(scores.items()) if s.get("loss") is not None}
     if not losses:
         return None
@@ -229,7 +231,7 @@ def overfit_since(scores: Mapping[int, Mapping[str, Any]]) -> int | None:
 
 
 def _sheet(pictures: list[Any], path: Path) -> None:
-    """Write pictures side by side into one PNG."""
+    """Write a grid of pictures as a PNG."""
     import io
 
     from PIL import Image

@@ -1,4 +1,4 @@
-"""The folder of a training run: who works in it, and whether it is the same run that goes on there."""
+"""The folder of a training run: its lock, and the check that a resumed run is the same one."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from genkit.training.processes import passes_of, rank
 from genkit.training.recipe import Recipe
 
 log = logging.getLogger("genkit")
-# What may change between the starts of a run; the rest decides on what comes of it.
+# Keys that may change when a run is resumed; all others determine its result.
 FREE = ("train.steps", "train.max_seconds", "save", "evaluate", "data.workers", "data.cache_folder", "data.broken",
         "train.sharding", "train.gradient_accumulation_steps")  # fmt: skip
-# Where data and model lie: what they hold decides, by hashes.
+# Locations of data and model may change too: their contents are compared by hashes.
 PLACES = ("data.path", "model", "prior.path", "data.validation")
 
-_HELD: set[int] = set()  # handles of locks
-# Processes that read pictures are copies of this one: when it is killed, they must not hold its folder for it.
+_HELD: set[int] = set()  # file descriptors of locks
+# Forked loader processes close them, so that they do not keep the folder locked if this process is killed.
 os.register_at_fork(after_in_child=lambda: collections.deque(map(os.close, _HELD), maxlen=0))
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the folder alone, the first of several processes for all. Raises HostError where another run does."""
+    """Lock the folder; of several processes only the first does. Raises HostError if another run holds it."""
     if rank() != 0:
         yield
         return
@@ -49,14 +49,16 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def free_or_own(out: Path) -> None:
-    """Raise InputError for a folder that holds something else."""
+    """Raise InputError for a folder that holds something other than a training run."""
     others = ("model_index.json", "checkpoints", "results.jsonl")
-    if not (out / "run.json").exists() and any((out / name).exists() for name in others):
+    path = out / "run.json"
+    own = "recipe" in read_json(path) if path.exists() else not any((out / name).exists() for name in others)
+    if not own:
         raise InputError(f"{place(out)}: holds something else than a training run: take another folder")
 
 
 def facts_of(recipe: Recipe, info: ModelInfo, examples: list[Example]) -> dict[str, Any]:
-    """Return what decides on a run: the recipe, and hashes of weights and data."""
+    """Return what identifies a run: the recipe, and hashes of weights and data."""
     data = hashlib.sha256()
     for e in examples:
         more = [list(e.captions), e.repeat] if e.captions or e.repeat > 1 else []
@@ -67,7 +69,7 @@ def facts_of(recipe: Recipe, info: ModelInfo, examples: list[Example]) -> dict[s
 
 
 def alike(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be the same in all processes of a run, by name: all of it but where things lie."""
+    """Return the facts that must be equal in all processes, by name: all but locations and loader settings."""
     told: dict[str, Any] = {k: v for k, v in facts.items() if k != "recipe"}
     for name, section in facts["recipe"].items():
         parts = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
@@ -76,9 +78,9 @@ def alike(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_run(out: Path, recipe: Recipe, now: dict[str, Any], processes: int) -> int:
-    """Write run.json, or raise InputError if the recorded recipe or data differ; return the passes of a step.
+    """Write run.json, or raise InputError if its recipe or data differ from `now`; return the passes of a step.
 
-    now: of `facts_of`.
+    now: the result of `facts_of`.
     """
     path = out / "run.json"
     if path.exists():

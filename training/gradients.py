@@ -1,4 +1,4 @@
-"""The gradients of a step: pass by pass, or for CLIP of all pictures of the step together."""
+"""The gradients of a step: by plain accumulation, or for CLIP's loss over all pictures of the step together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def accumulate(s: Setup, feed: Iterator[Any]) -> tuple[torch.Tensor, list[str]]:
-    """Add the gradients of this process's passes of a step; return its loss, by weight, and its pictures' names.
+    """Accumulate the gradients of this process's passes of a step; return the weighted loss and the pictures' names.
 
-    The mean of the losses over the processes is that of all pictures of the step, which weigh alike; so are the
-    gradients once they are synchronised, after the last pass.
+    The weights are such that the mean over the processes, of losses as of gradients, is the mean over all pictures of
+    the step. Gradients are synchronised after the last pass.
     """
     losses, keys = [], []
     for part in range(s.passes):
@@ -32,15 +32,15 @@ def accumulate(s: Setup, feed: Iterator[Any]) -> tuple[torch.Tensor, list[str]]:
 
 
 def contrast(s: Setup, feed: Iterator[Any]) -> tuple[torch.Tensor, list[str]]:
-    """Add the gradients of a loss that compares all pictures of a step with each other, as `accumulate` does.
+    """Accumulate the gradients of a contrastive loss over all pictures of a step; return as `accumulate` does.
 
-    The embeddings of all passes and processes come first, then the gradients of the loss with respect to them, then
-    those of the weights, pass by pass (GradCache, Gao et al. 2021).
+    First the embeddings of all passes and processes are computed, then the gradient of the loss with respect to them,
+    and then, pass by pass, that with respect to the weights (GradCache, Gao et al. 2021).
     """
     if s.passes * s.accelerator.num_processes == 1:
         return accumulate(s, feed)
     passes = [next(feed) for _ in range(s.passes)]
-    again = s.passes > 1  # of one pass the graph is kept; of more it would not fit
+    again = s.passes > 1  # the graph of a single pass is kept; those of several would not fit into memory
     found = []
     for part, (tensors, _, _) in enumerate(passes):
         s.seeded(s.state.step, part)
@@ -56,20 +56,20 @@ def contrast(s: Setup, feed: Iterator[Any]) -> tuple[torch.Tensor, list[str]]:
     loss.backward()
     slopes: list[Any] = [leaves[name].grad for name in ("images", "texts", "scale")]
     for part, (tensors, _, _) in enumerate(passes):
-        s.seeded(s.state.step, part)  # dropout as before
+        s.seeded(s.state.step, part)  # the same dropout as before
         with _synchronised(s, part), s.accelerator.autocast():
             images, texts = s.task.embed(tensors) if again else found[part]
-            first = s.place_of(part) == 0  # one for all, and the others' gradients are waited for
+            first = s.place_of(part) == 0  # the gradient of the scale is added once over all processes
             towards = (images * slopes[0][own[part]]).sum() + (texts * slopes[1][own[part]]).sum()
             towards = towards + s.task.scale * slopes[2] * first
-            s.accelerator.backward(towards * s.accelerator.num_processes)  # whose gradients are averaged
+            s.accelerator.backward(towards * s.accelerator.num_processes)  # since gradients are averaged
     return loss.detach(), [key for _, names, _ in passes for key in names]
 
 
 def _everywhere(
     s: Setup, batches: list[dict[str, torch.Tensor]], found: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Return images, texts, ids and weights of a step's pictures in the order of its places, and where own ones are."""
+    """Gather images, texts, ids and weights of all pictures of a step, in order; return also the own ones' indices."""
     longest, world, passes = s.recipe.train.batch_size, s.accelerator.num_processes, s.passes
     parts = [
         {"images": images.detach().float(), "texts": texts.detach().float(), "ids": t["ids"], "weights": t["weights"]}
@@ -91,7 +91,7 @@ def _everywhere(
 
 @contextlib.contextmanager
 def _synchronised(s: Setup, part: int) -> Iterator[None]:
-    """Synchronise gradients in the last pass alone; sharded ones in each, since whole ones would not fit."""
+    """Synchronise gradients in the last pass only; sharded ones in each, since unsharded ones would not fit."""
     with contextlib.ExitStack() as stack:
         if part < s.passes - 1 and not s.sharded:
             for net in s.task.nets.values():

@@ -1,4 +1,4 @@
-"""Start several processes of one command on this machine, as torchrun does, and end as they end."""
+"""Start several processes of a command on this machine, as torchrun does, and return their exit code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 from genkit.errors import EXIT_HOST, EXIT_OK, InputError
 from genkit.training.processes import LAUNCHED
 
-GRACE = 10.0  # seconds for the others to leave after one has failed
+GRACE = 10.0  # seconds for the other processes to exit after one has failed
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `genkit ARGUMENTS` in `count` processes; return the exit code of the first to fail.
 
-    SIGINT and SIGTERM reach them all; when one fails the others are ended. Raises InputError under torchrun.
+    SIGINT and SIGTERM are passed on to all; when one fails, the others are killed. Raises InputError under torchrun.
     """
     if "WORLD_SIZE" in os.environ:
         raise InputError("--processes: torchrun and accelerate launch start the processes already")
@@ -34,7 +34,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     told = {"OMP_NUM_THREADS": str(threads), **os.environ, LAUNCHED: str(count)}
     told |= {name: str(value) for name, value in shared.items()}
     children = [
-        # Sessions of their own: Ctrl-C in a terminal would reach them twice, and a second one does not wait.
+        # In sessions of their own: else Ctrl-C would reach them twice, and the second signal ends them at once.
         subprocess.Popen(command, env=told | {"RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True)
         for i in range(count)
     ]
@@ -57,20 +57,22 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
 
 def end_with_launcher() -> None:
-    """Let this process be told to stop, by SIGTERM, when `launch` is killed; on Linux alone."""
+    """Have the kernel send SIGTERM to this process when its launcher is killed; on Linux only."""
     if LAUNCHED in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all, or for the first to fail and then a while for the others; return the exit code."""
+    """Wait for all processes, or at most GRACE seconds after the first failure; return the exit code."""
     code, until = EXIT_OK, float("inf")
     while True:
         failed = [(i, child.returncode) for i, child in enumerate(children) if child.poll()]
         if failed and not code:
-            number, code = min(failed, key=lambda one: one[1] > 0)  # who was killed, before who lost it
+            number, code = min(
+                failed, key=lambda one: one[1] > 0
+            )  # one killed by a signal, before those that lost their connection to it
             until = time.monotonic() + GRACE
-            if code in (-signal.SIGINT, -signal.SIGTERM):  # before it was ready to save
+            if code in (-signal.SIGINT, -signal.SIGTERM):  # before its handler was installed
                 code = 128 - code
             elif code < 0:
                 name = signal.Signals(-code).name

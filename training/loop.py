@@ -1,4 +1,4 @@
-"""The training loop: batch, loss, optimizer step, average; evaluation and checkpoints in between."""
+"""The training loop: batch, loss, optimizer step, EMA; evaluation and checkpoints in between."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Outcome:
 
 
 def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False) -> Outcome:
-    """Train as the recipe says, in and into the folder `out`; the same call goes on where the last one stopped.
+    """Train a recipe in the folder `out`; the same call resumes from the last checkpoint.
 
-    Raises InputError before the first step for whatever is wrong with recipe or data, HostError where the disk does not
-    do, Diverged for a loss that is not finite.
+    Raises InputError before the first step for errors in recipe or data, HostError for a failing disk, Diverged for a
+    loss that is not finite.
     """
     with as_one(), Setup.prepared(recipe, out, device, quiet) as s:
         state, plan = s.state, recipe.train
         pause = LOOK_BACK if s.device.type == "cuda" else 1
         pending: list[tuple[int, torch.Tensor, float, torch.Tensor, list[str]]] = []
         code, began, first = EXIT_OK, time.monotonic() - state.seconds, state.step
-        ended = _ended(s, code) or s.enough()  # as it was when it stopped by itself
+        ended = _ended(s, code) or s.enough()  # the run may be finished already
         feed = s.feed(state.step * s.passes)
         silent: Any = contextlib.nullcontext(lambda values: None)
         log_file = open_log(out / "log.jsonl", state.step) if s.accelerator.is_main_process else silent
@@ -64,18 +64,16 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
                 norm = s.step_optimizer(plan.max_grad_norm)
                 state.step += 1
                 state.average()
-                if not s.shared or state.step % pause == 0:  # they stop together
+                if not s.shared or state.step % pause == 0:  # all processes must stop at the same step
                     state.seconds, code = s.agreed(time.monotonic() - began, signals.exit_code)
                 pending.append((state.step, loss, rate, norm, keys))
                 ended = _ended(s, code)
-                # What ends by its time is looked at as well: else an earlier step would be the best.
-                save, look = (
-                    state.step % recipe.save.every == 0,
-                    (s.wants_evaluation(state.step) or bool(ended)) and not code,
-                )
-                if save or look or ended or len(pending) >= pause:
+                save = state.step % recipe.save.every == 0
+                # The last step of a run that ends by train.max_seconds is evaluated too, so that it may be the best.
+                evaluated = not code and (s.wants_evaluation(state.step) or bool(ended))
+                if save or evaluated or ended or len(pending) >= pause:
                     _message(s, pending, log, bar)
-                if look:
+                if evaluated:
                     s.evaluate()
                     ended, save = ended or s.enough(), save or s.is_best()
                 if save or ended or state.step == plan.steps:
@@ -91,7 +89,9 @@ def _message(s: Setup, pending: list[Any], log: Any, bar: Any) -> None:
     for step, loss, rate, norm, keys in pending:
         value, length = float(s.accelerator.reduce(loss, "mean")), float(norm)
         bad = {"loss": value} if s.accelerator.scaler is not None else {"loss": value, "gradient's norm": length}
-        for name in (n for n, number in bad.items() if not math.isfinite(number)):  # of fp16 a scaler skips the step
+        for name in (
+            n for n, number in bad.items() if not math.isfinite(number)
+        ):  # in fp16 the scaler skips steps with infinite gradients
             kept = s.checkpoints.steps()
             good = f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
             shown = ", ".join(keys[:8]) + (", …" if len(keys) > 8 else "")

@@ -13,7 +13,7 @@ from genkit.schedulers.diffusers_config import KEYS
 from genkit.schedulers.prediction import PREDICTIONS
 from genkit.training.recipe import Objective
 
-MOST_SNR = 1000.0  # bound of the debiased weight, which grows without limit towards zero noise
+MOST_SNR = 1000.0  # upper bound of the SNR in debiased weights, which is infinite without noise
 
 
 class Noised(NamedTuple):
@@ -28,20 +28,20 @@ class Noised(NamedTuple):
 def objective_scheduler(scheduler: Scheduler, objective: Objective) -> Scheduler:
     """Return the scheduler of the trained network, with the recipe's prediction and zero_snr.
 
-    For the latter one that begins at pure noise, of a class that knows of it in diffusers too.
+    With zero_snr it starts at pure noise, and is of a class that supports this in diffusers too.
     """
     asked = {"prediction": objective.prediction, "zero_snr": objective.zero_snr}
     made = scheduler.with_options(**{key: value for key, value in asked.items() if value is not None})
     if not objective.zero_snr:
         return made
     if "rescale_betas_zero_snr" not in KEYS[made.to_config()["_class_name"]]:
-        made = made.with_options(solver="ddim", clip=None)  # PNDM, which does not clip
+        made = made.with_options(solver="ddim", clip=None)  # replaces PNDM, which does not clip either
     early = {"spacing": "trailing"} if made.spacing == "leading" else {}
     return made.with_options(**early, **({"ends": "trailing"} if made.ends == "leading" else {}))
 
 
 class Noising:
-    """A scheduler's noise axis and a recipe's objective as tables over the training timesteps 0 … N-1."""
+    """A scheduler's noise levels and a recipe's objective, as tables over the training timesteps 0 … N-1."""
 
     def __init__(self, scheduler: Scheduler, objective: Objective, device: torch.device) -> None:
         self.objective, self.prediction = objective, PREDICTIONS[scheduler.prediction]
@@ -57,7 +57,7 @@ class Noising:
         self.table = torch.from_numpy(np.stack(columns)).to(device, torch.float32)
 
     def draw(self, batch: int, generator: torch.Generator) -> torch.Tensor:
-        """Return `batch` timesteps, (B,) int64, as the objective's density has them."""
+        """Draw timesteps (B,) int64 from the objective's density."""
         where = generator.device
         if self.objective.density == "logit_normal":  # Esser et al. 2024, equation 19
             normal = torch.randn(batch, generator=generator, device=where)
@@ -68,9 +68,9 @@ class Noising:
     def __call__(
         self, x0: torch.Tensor, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
     ) -> Noised:
-        """Noise x0 (B, C, H, W) in float32, at drawn or at given timesteps (B,), with noise from `generator`.
+        """Noise x0 (B, C, H, W) in float32, at drawn or given timesteps (B,), with noise from `generator`.
 
-        plain: without offset noise, input perturbation and weights, as a validation loss wants it.
+        plain: without offset noise, input perturbation and loss weights, for a validation loss.
         """
         t = self.draw(len(x0), generator) if timesteps is None else timesteps
         alpha, sigma, timestep, scale, weight = (column.view(-1, 1, 1, 1) for column in self.table[:, t])

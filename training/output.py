@@ -23,7 +23,7 @@ from genkit.training.recipe import Recipe
 from genkit.training.tasks import NewTokens
 from genkit.vision.models import THRESHOLD
 
-# What goes to the hub: the model, and not the pictures and reports that lie beside it.
+# Files that are uploaded to the hub: the model, without pictures and reports.
 PUSHED = ("README.md", "model_index.json", "*config.json", "*.safetensors", "*tokenizer*", "*.txt", "*vocab.json")
 PRIVATE = ("checkpoints/*", "cache/*", "prior/*", "samples/*", "tensorboard/*")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def write_model(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
     """Write the current networks of `task` as a model to the folder `out`, replacing an earlier one.
 
-    Of parts that did not learn the files are linked or copied. Raises HostError when the disk does not do.
+    Files of parts that were not trained are linked or copied. Raises HostError for a failing disk.
     """
     new = out / f"{TEMP_PREFIX}model{TEMP_SUFFIX}"
     try:
@@ -76,7 +76,7 @@ def _pipeline(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dic
 
 
 def _network(recipe: Recipe, network: Any, part: Part, folder: Path) -> None:
-    """Write a network with merged adapters and new token embeddings; other weights exactly as they were read."""
+    """Write a network with merged adapters and new token embeddings; other weights are bitwise those of its files."""
     dtype, config = DTYPES[recipe.save.dtype], network.config
     stored = {} if recipe.lora is None and recipe.token is None else stored_weights(part)
     weights = merged_weights(network, stored)
@@ -107,7 +107,7 @@ def _clip(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[st
 
 
 def _detector(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
-    """Write an OWL-ViT as transformers reads it. Its config says which threshold counted best on scenes trained on."""
+    """Write an OWL-ViT in transformers' layout. Its config has the threshold that counts best on training scenes."""
     dtype, config = DTYPES[recipe.save.dtype], task.owl.config
     if scores.get("threshold") is not None:
         setattr(config, THRESHOLD, scores["threshold"])
@@ -121,7 +121,7 @@ def _detector(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dic
 
 
 def model_card(recipe: Recipe, scores: dict[str, Any]) -> str:
-    """Return a README.md with the front matter that the hub reads, the figures and the recipe."""
+    """Return a README.md with the hub's front matter, the metrics and the recipe."""
     hub = recipe.model is not None and recipe.model.count("/") == 1 and not Path(recipe.model).exists()
     base = f"base_model: {json.dumps(recipe.model)}\n" if hub else ""
     library = "transformers" if recipe.task in ("clip", "detector") else "diffusers"
@@ -136,7 +136,7 @@ def model_card(recipe: Recipe, scores: dict[str, Any]) -> str:
 
 
 def push(out: Path, repository: str) -> str:
-    """Upload the model in `out`, without checkpoints and logs, to the hub; return its address."""
+    """Upload the model in `out` to a private repository of the hub, without checkpoints and logs; return its URL."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -1,8 +1,8 @@
-"""Several processes that train one model: their shares of a step, what they agree on, and how one ends all.
+"""Several processes that train one model: their shares of a step, checks that they agree, and how all exit.
 
-The batch of a step is `passes` batches of train.batch_size pictures, in an order that the seed and the step decide.
-Of `world` processes number `rank` takes those whose place in it is rank, rank + world, …; noise and timesteps are
-drawn by (seed, step, place). So it is all one to a run how many processes share it.
+The batch of a step consists of `passes` batches of train.batch_size pictures, in an order given by seed and step.
+Process `rank` of `world` takes the passes rank, rank + world, …; noise and timesteps are seeded by (seed, step, pass).
+So the result of a run does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_SOME_FAILED, HostError, InputError, shown
 from genkit.training.recipe import Recipe
 
-LAUNCHED = "GENKIT_PROCESSES"  # set by `genkit train --processes`, which itself says whom it has lost
-PATIENCE = datetime.timedelta(hours=12)  # of those that wait while the first one measures, draws or writes
-# What `accelerate launch` may ask for and a recipe says in its own way.
+LAUNCHED = "GENKIT_PROCESSES"  # set by `genkit train --processes`, which reports lost processes itself
+PATIENCE = datetime.timedelta(hours=12)  # timeout while the first process evaluates, draws or writes
+# Options of `accelerate launch` that are keys of a recipe here, or not supported.
 FOREIGN = {
     "ACCELERATE_USE_FSDP": "FSDP is asked for in the recipe: train.sharding=full",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported; train.sharding=full shards the networks too",
@@ -34,19 +34,19 @@ _FAILED, _CODE = "genkit/failed", "genkit/code"
 
 
 def rank() -> int:
-    """Return the number of this process, as its launcher has set it; 0 without one."""
+    """Return the rank of this process, set by its launcher; 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
-    """Return how many processes the launcher has started; 1 without one."""
+    """Return the number of processes that the launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def make_accelerator(recipe: Recipe, target: Any, out: Path) -> Any:
     """Return accelerate's Accelerator for the device type of `target`, connected to the other processes.
 
-    Raises InputError for what the launcher asks for that is not there, and for more processes than GPUs.
+    Raises InputError for unsupported options of the launcher, and for more processes than GPUs.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
@@ -58,20 +58,20 @@ def make_accelerator(recipe: Recipe, target: Any, out: Path) -> Any:
     _check_devices(target)
     if recipe.train.sharding == "full" and world() == 1:
         raise InputError("train.sharding: full is for several processes: genkit train … --processes 2, or torchrun")
-    AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision.replace("fp32", "no"), cpu=target.type == "cpu",
         log_with="tensorboard" if recipe.save.tensorboard else None, project_dir=out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )  # fmt: skip
-    accelerator.gradient_accumulation_steps = 1  # a launcher's own would divide the loss once more
+    accelerator.gradient_accumulation_steps = 1  # that of the launcher would divide the loss again
     return accelerator
 
 
 def check_launch() -> None:
-    """Raise InputError where `accelerate launch` has started one process though several were asked for.
+    """Raise InputError if `accelerate launch` has started one process although several were requested.
 
-    Of these it has set the address of the first, and no number.
+    It then sets MASTER_ADDR but no rank or world size.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     if launched and not any(name in os.environ for name in ("WORLD_SIZE", *_MPI)):
@@ -100,7 +100,7 @@ def _check_devices(target: Any) -> None:
 def passes_of(before: Mapping[str, Any] | None, recipe: Recipe, processes: int, where: str) -> int:
     """Return the passes of a step over all processes: those recorded in `before`, a run.json, else the recipe's.
 
-    Raises InputError where another number of processes, or of accumulation steps, makes another step of it.
+    Raises InputError if another number of processes or of accumulation steps would change the step.
     """
     own = recipe.train.gradient_accumulation_steps
     if before is None:
@@ -120,7 +120,7 @@ def passes_of(before: Mapping[str, Any] | None, recipe: Recipe, processes: int, 
 
 
 def gathered(accelerator: Any, value: Any) -> list[Any]:
-    """Return the value of each process, in their order."""
+    """Return the values of all processes, by rank."""
     if accelerator.num_processes == 1:
         return [value]
     import torch
@@ -131,7 +131,7 @@ def gathered(accelerator: Any, value: Any) -> list[Any]:
 
 
 def check_alike(accelerator: Any, facts: Mapping[str, Any]) -> None:
-    """Raise InputError, in all processes, for a fact in which one differs from the first: its torch, its data."""
+    """Raise InputError, in all processes, if a fact (version of torch, data) differs between processes."""
     every = gathered(accelerator, dict(facts))
     for number, other in enumerate(every):
         for name, value in every[0].items():
@@ -144,9 +144,9 @@ def check_alike(accelerator: Any, facts: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def as_one() -> Iterator[None]:
-    """Let the first of several processes that fails speak for all: the others leave silently with its exit code.
+    """Report an error of several processes once: by the first that fails; the others exit silently with its code.
 
-    Raises Silent in those; HostError where a process was lost that could not say why.
+    Raises Silent in those, and HostError if a process has died without an error.
     """
     try:
         yield
@@ -167,7 +167,7 @@ def as_one() -> Iterator[None]:
 
 
 def leave(code: int) -> int:
-    """Return an exit code; one of several processes ends with it at once, without waiting for the others."""
+    """Return the exit code; one of several processes exits with it at once, without waiting for the others."""
     if world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -175,8 +175,8 @@ def leave(code: int) -> int:
     return code
 
 
-class Silent(Exception):  # no error of its own
-    """Another process has failed and spoken. code: the exit code of all."""
+class Silent(Exception):  # not an error of this process
+    """Another process has failed and reported it. code: the exit code of all."""
 
     def __init__(self, code: int = EXIT_SOME_FAILED) -> None:
         super().__init__(code)
@@ -203,24 +203,24 @@ def _store() -> Any:
 def _first(code: int) -> bool:
     """Return whether this process is the first to fail, and record its exit code."""
     store = _store()
-    if store is None:  # not yet connected: the same is wrong in all of this machine
+    if store is None:  # not yet connected: all processes of this machine have the same error
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         if store.add(_FAILED, 1) != 1:
             return False
         store.set(_CODE, str(code))
         return True
-    except Exception:  # the process that kept it has gone
+    except Exception:  # the process that hosts the store has exited
         return False
 
 
 def _code_of_first() -> int | None:
-    """Return the exit code of the process that failed first; None where it did not say."""
+    """Return the exit code of the process that failed first; None if it is not recorded."""
     store = _store()
     try:
         if store is None or store.add(_FAILED, 0) == 0:
             return None
         store.wait([_CODE], datetime.timedelta(seconds=5))
         return int(store.get(_CODE))
-    except Exception:  # the process that kept it has gone
+    except Exception:  # the process that hosts the store has exited
         return None

@@ -25,9 +25,10 @@ Network = str | dict[str, Any]
 
 
 class Prior(Section):
-    """DreamBooth's pictures of the class (Ruiz et al. 2023, section 3.2): half of each batch, so that it is kept.
+    """DreamBooth's prior preservation (Ruiz et al. 2023, section 3.2): half of each batch are pictures of the class.
 
-    path: a folder of them; without one, `count` are drawn from the untrained model. prompt: their caption.
+    path: a folder of them; without one, `count` are drawn with the untrained model. prompt: their caption. weight: of
+    their loss.
     """
 
     prompt: Text
@@ -39,11 +40,11 @@ class Prior(Section):
 class Objective(Section):
     """The training objective: what the network predicts, at which noise levels, and how errors are weighted.
 
-    prediction: default that of the scheduler. snr_gamma: min-SNR weighting (Hang et al. 2023), usually 5. debiased:
-    weight by the root of the SNR (Yu et al. 2024). density: of the timesteps, "uniform" or "logit_normal" (Esser et al.
-    2024, section 3.1) with `mean` and `std`. offset_noise: noise added to whole channels (Guttenberg 2023), usually
-    0.05. input_perturbation: extra noise in the input alone (Ning et al. 2023), usually 0.1. zero_snr: rescale the
-    schedule to end in pure noise (Lin et al. 2024), where sampling then begins.
+    prediction: default, that of the scheduler. snr_gamma: min-SNR weighting (Hang et al. 2023), usually 5. debiased:
+    weight by the square root of the SNR (Yu et al. 2024). density: of the timesteps, "uniform" or "logit_normal" (Esser
+    et al. 2024, section 3.1) with `mean` and `std`. offset_noise: noise that is constant over each channel (Guttenberg
+    2023), usually 0.05. input_perturbation: extra noise in the input only (Ning et al. 2023), usually 0.1. zero_snr:
+    rescale the schedule to zero terminal SNR (Lin et al. 2024), where sampling then starts.
     """
 
     prediction: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
@@ -58,7 +59,7 @@ class Objective(Section):
 
 
 class Autoencoder(Section):
-    """Weights of the KL autoencoder's losses: |x - x'| is 1. coarse: of x - x' at 3 coarser scales."""
+    """Weights of the KL autoencoder's losses; that of |x - x'| is 1. coarse: of |x - x'| at 3 downscaled sizes."""
 
     kl: Annotated[float, Field(ge=0, le=1)] = 1e-6
     coarse: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -79,7 +80,7 @@ class Scenes(Section):
 
 
 class Lora(Section):
-    """Low-rank updates (Hu et al. 2022): rank and alpha, of layers whose names end so, also in the text encoder(s)."""
+    """LoRA (Hu et al. 2022): rank and alpha. targets: suffixes of layer names. text_encoder: adapt that too."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 8
     alpha: Positive | None = None
@@ -88,7 +89,7 @@ class Lora(Section):
 
 
 class Token(Section):
-    """Textual inversion (Gal et al. 2022): the new word, how many vectors it has, and the word that they start from."""
+    """Textual inversion (Gal et al. 2022): the new word, the word to initialise it from, and its number of vectors."""
 
     placeholder: Text
     initializer: Text
@@ -101,12 +102,12 @@ class Token(Section):
 
 
 class Train(Section):
-    """How it is trained: steps of the optimizer, or max_seconds, whichever ends first.
+    """Settings of the optimizer. Training ends after `steps` optimizer steps or max_seconds, whichever is first.
 
-    batch_size: pictures a device and pass; gradient_accumulation_steps passes make a step, whose pictures
-    weigh alike. lr_scheduler: after lr_warmup_steps, constant, or falling to zero. ema: decay of the averaged weights,
-    which are what is saved; 0 saves the weights themselves. text_encoder: train it too, SDXL's both. sharding: "full"
-    spreads weights, gradients, averages and moments over the processes (FSDP).
+    batch_size: pictures for each device and pass; a step has gradient_accumulation_steps passes, and all its pictures
+    have equal weight. lr_scheduler: constant, or falling to zero, after lr_warmup_steps. ema: decay of the averaged
+    weights, which are evaluated and saved; 0 uses the weights themselves. text_encoder: train the text encoder too, for
+    SDXL both. sharding: "full" shards weights, gradients, EMA and Adam's moments over the processes (FSDP).
     """
 
     steps: Some = 1000
@@ -128,12 +129,13 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Evaluation during training, every so many steps (0: only at the end).
+    """Evaluation during training, every `every` steps (0: only at the end).
 
-    pictures: of the validation set, for its loss. prompts, num_images, num_inference_steps, guidance_scale: of the
-    sample grid, drawn with fixed seeds. metrics: besides the loss, of the samples: "clip", "fid", "kid", "cmmd" with
-    `clip` as scorer. features: the network of the distances: "clip", "inception", or an installed one. best: the
-    metric by which the best checkpoint is chosen. patience: stop after so many evaluations without a better one.
+    pictures: maximum number of validation pictures. prompts, num_images, num_inference_steps, guidance_scale: of the
+    sample grid, drawn with fixed seeds. metrics: of the samples, besides the loss: "clip", "fid", "kid", "cmmd". clip:
+    the CLIP model of metrics. features: the feature network of distances: "clip", "inception", or an installed one.
+    best: the metric by which the best checkpoint is chosen. patience: stop after so many evaluations without
+    improvement.
     """
 
     every: Count = 500
@@ -150,7 +152,10 @@ class Evaluate(Section):
 
 
 class Save(Section):
-    """Which checkpoints stay: the newest keep_last, the best keep_best, and every keep_every steps (0: none)."""
+    """Checkpoints: written every `every` steps, of which the newest keep_last and the best keep_best are kept.
+
+    keep_every: also keep those of every so many steps (0: none). dtype: of the final model.
+    """
 
     every: Some = 500
     keep_last: Some = 1
@@ -160,34 +165,36 @@ class Save(Section):
     tensorboard: bool = False
 
 
-TASKS = ("unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector")
-SMALL = ("textual-inversion", "clip", "detector")  # a few vectors learn, a number that cannot be spread, or little
+Task = Literal[
+    "unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector"
+]
+TASKS = typing.get_args(Task)
+SMALL = ("textual-inversion", "clip", "detector")  # few trained weights, or a scalar, which cannot be sharded
 # Section -> the tasks that read it; the others are read by all.
 READ_BY = {
     "lora": ("lora", "dreambooth"), "token": ("textual-inversion",), "prior": ("dreambooth",),
     "autoencoder": ("autoencoder",), "scenes": ("detector",),
     "objective": tuple(t for t in TASKS if t not in ("autoencoder", "clip", "detector")),
 }  # fmt: skip
-# Keys that these tasks do nothing with: no latents to keep, one size, no captions that they could do without or draw.
+# Key -> the tasks that do not use it, for which it is refused.
 UNREAD = {
     "data.cache": ("autoencoder", "clip", "detector"), "data.buckets": ("clip", "detector"),
     "data.caption_dropout": ("autoencoder", "clip", "unconditional", "detector"),
     "evaluate.prompts": ("autoencoder", "clip", "unconditional", "detector"),
-    # A scene places, mirrors and colours its drawings by itself.
+    # Scenes have an augmentation of their own.
     **{f"data.{key}": ("detector",) for key in ("flip", "caption_shuffle")},
 }  # fmt: skip
 
 
 class Recipe(Section):
-    """A training run. model: what to start from; networks: parts that replace its own, or make up a model.
+    """A training run. model: the model to start from; networks: replace parts of it, or make up a new model.
 
-    A network is a folder (or a model that has it), or a config, for one with fresh weights; keys that a config does not
-    state are those of `model`'s. scheduler: a diffusers scheduler config; default the model's. Raises InputError.
+    A network is a folder (or a model that contains it), or a config for a new network with random weights; keys that
+    the config does not state are taken from the network of `model`. scheduler: a diffusers scheduler config; default,
+    that of the model.
     """
 
-    task: Literal[
-        "unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector"
-    ]
+    task: Task
     model: Text | None = None
     networks: Mapping[Literal["unet", "vae", "text_encoder", "tokenizer", "clip"], Network] = {}
     scheduler: dict[str, Any] | None = None
@@ -245,6 +252,11 @@ class Recipe(Section):
             (self.task == "detector" and self.data.zoom != 1, f"data.zoom: {self.data.zoom}: {told}"),
             (self.task == "detector" and self.data.crop != "center", f"data.crop: {self.data.crop}: {told}"),
             (self.task == "detector" and self.data.background != Background(), f"data.background: {told}"),
+            (
+                "cmmd" in self.evaluate.metrics and self.evaluate.features != "clip",
+                f"evaluate.metrics: cmmd is a distance of CLIP's features, and evaluate.features is "
+                f"{self.evaluate.features}; take kid",
+            ),
             (goal.density == "uniform" and (goal.mean, goal.std) != (0, 1), "objective.mean, std: are of logit_normal"),
         ):
             if wrong:
@@ -252,7 +264,7 @@ class Recipe(Section):
 
     @property
     def plain(self) -> dict[str, Any]:
-        """All settings, defaults included, as JSON values."""
+        """All settings including defaults, as JSON values."""
         return json.loads(self.model_dump_json())
 
 
@@ -295,7 +307,7 @@ def _plain(value: Any) -> Any:
 
 
 def _resolve(values: dict[str, Any], folder: Path) -> None:
-    """Resolve a value that may be a path relative to the recipe's folder, if that exists."""
+    """Make paths relative to `folder` where the joined path exists; other values, such as hub ids, stay."""
 
     def at(value: Any) -> Any:
         if isinstance(value, list):
@@ -317,7 +329,7 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
 
 
 def _sections(of: Any = Recipe) -> dict[str, Any]:
-    """The keys of a section, and for each that is a section itself its class."""
+    """Return {key of a section: its class if it is a section itself, else None}."""
     found = {}
     for name, field in of.model_fields.items():
         kinds = [field.annotation, *typing.get_args(field.annotation)]
@@ -326,7 +338,7 @@ def _sections(of: Any = Recipe) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Apply an override."""
+    """Apply an override "key=value" to the values of a recipe."""
     path = key.strip().split(".")
     if not all(path):
         raise InputError(f"{shown(key)}: is not like train.steps=1000")
@@ -347,8 +359,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explained(error: ValidationError) -> str:
-    """Return the first complaint of pydantic as one line: key, value, what it may be or the nearest known key."""
-    errors = error.errors()  # of a union one for each branch: the most specific one is kept
+    """Return the first error of pydantic as a line: key, value, and what is allowed or the nearest known key."""
+    errors = error.errors()  # for a union there is one for each branch, of which the most specific is used
     same = [e for e in errors if e["loc"][:2] == errors[0]["loc"][:2] and not e["type"].endswith("_type")]
     first = (same or errors)[0]
     names = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-"))]

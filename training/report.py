@@ -11,7 +11,7 @@ from genkit.durable import disk, write_whole
 from genkit.training.checkpoint import read_log
 from genkit.training.evaluate import TIMES, overfit_since
 
-WIDTH, HEIGHT, POINTS = 760, 220, 400  # of a curve: pixels, and points at most
+WIDTH, HEIGHT, POINTS = 760, 220, 400  # of a curve: size in pixels, and maximum number of points
 POLICY = "default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'"
 STYLE = (
     ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:1060px;margin:24px auto;"
@@ -35,7 +35,7 @@ def described(outcome: Any, folder: Path) -> str:
 def write_page(
     out: Path, title: str, scores: Mapping[int, Mapping[str, Any]], prompts: Sequence[str], best: int
 ) -> None:
-    """Write index.html of a training run: no script, and every text escaped. Raises HostError."""
+    """Write index.html of a training run: without scripts, all text escaped. Raises HostError."""
     losses = [(line["step"], line["loss"]) for line in read_log(out / "log.jsonl")]
     held = [(step, found["loss"]) for step, found in sorted(scores.items()) if found.get("loss") is not None]
     names = [f"{10 * k} to {10 * k + 10} %" for k in range(TIMES)]
@@ -60,7 +60,7 @@ def write_page(
 
 
 def table(scores: Mapping[int, Mapping[str, Any]], best: int) -> str:
-    """Return a table of every figure, a row for each step, that of `best` in bold."""
+    """Return an HTML table of all metrics, a row for each step, that of `best` in bold."""
     figures = {name for found in scores.values() for name, value in found.items() if isinstance(value, int | float)}
     names = sorted(figures, key=lambda name: (name != "loss", name))
     head = "".join(f"<th>{html.escape(n)}</th>" for n in ("step", *names))
@@ -73,7 +73,7 @@ def table(scores: Mapping[int, Mapping[str, Any]], best: int) -> str:
 
 
 def curve(losses: Sequence[tuple[int, float]], held: Sequence[tuple[int, float]]) -> str:
-    """Return an SVG of the training loss, smoothed, and of the loss on held-out pictures as points."""
+    """Return an SVG of the smoothed training loss, with the validation loss as points."""
     if len(losses) < 2:
         return ""
     every = max(1, len(losses) // POINTS)
@@ -94,7 +94,7 @@ def curve(losses: Sequence[tuple[int, float]], held: Sequence[tuple[int, float]]
 
 
 def _measured(found: Mapping[str, Any], name: str) -> str:
-    """Return a figure as text, with its interval where there is one."""
+    """Return a metric as text, with its interval if there is one."""
     value, ends = found.get(name), found.get(f"{name}_interval") or [None]
     text = "" if value is None else f"{value:.4g}"
     return text if None in ends else f"{text} <small>{ends[0]:.4g} – {ends[1]:.4g}</small>"

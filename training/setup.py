@@ -67,7 +67,7 @@ class Setup:
     @classmethod
     @contextlib.contextmanager
     def prepared(cls, recipe: Recipe, out: Path, device: str, quiet: bool) -> Iterator[Self]:
-        """Check the recipe and data, load the networks, restore the newest checkpoint; locks the folder."""
+        """Lock the folder, check recipe and data, load the networks and restore the newest checkpoint."""
         target, _ = pick_device(device, "float32")
         if recipe.save.tensorboard and find_spec("tensorboard") is None:
             raise InputError("save.tensorboard: tensorboard is not installed: pip install 'genkit-diffusion[train]'")
@@ -88,7 +88,7 @@ class Setup:
                     say = functools.partial(_message, quiet=quiet)
                     check_data(recipe, examples, held, info, out, say, read=read, quiet=quiet)
                 passes = same_run(out, recipe, facts, accelerator.num_processes)
-            torch.manual_seed(fold(recipe.seed, "weights"))  # of new networks and adapters
+            torch.manual_seed(fold(recipe.seed, "weights"))  # for new networks and adapters
             components = load_components(info, device=_placed(accelerator.device), dtype=torch.float32)
             task = make_task(recipe, components, compute_dtype(target, MIXED[recipe.train.mixed_precision]))
             pictures = pictures_of(recipe, repeated(examples), task)
@@ -124,7 +124,7 @@ class Setup:
         for network in self.task.networks.values():
             network.train()
         prepare = self.accelerator.prepare_model if self.sharded else self.accelerator.prepare
-        how = {"evaluation_mode": True} if self.sharded else {}  # for precision alone
+        how = {"evaluation_mode": True} if self.sharded else {}  # mixed precision only, no DDP
         self.task.nets = {name: prepare(net, **how) for name, net in self.task.nets.items()}
         self.stepper = self.accelerator.prepare(self.state.optimizer)
         if self.recipe.save.tensorboard:
@@ -137,10 +137,10 @@ class Setup:
                 self.accelerator.scaler.load_state_dict(manifest["scaler"])
             self.message(f"going on from step {self.state.step} of {self.recipe.train.steps}")
             if self.wants_evaluation(self.state.step) and self.state.step not in self.state.scores:
-                self.evaluate()  # it was stopped before it could
+                self.evaluate()  # the run was stopped before this evaluation
                 self.save()
         elif self.recipe.evaluate.every and self.recipe.model is not None:
-            self.evaluate()  # of what it starts from: the first row of the report
+            self.evaluate()  # of the initial weights: the first row of the report
         self.began, self.first = time.monotonic(), self.state.step
 
     @property
@@ -154,7 +154,7 @@ class Setup:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process has a share of the weights alone."""
+        """Whether the weights are sharded over the processes."""
         return self.recipe.train.sharding == "full"
 
     def agreed(self, seconds: float, stop: int) -> tuple[float, int]:
@@ -166,11 +166,11 @@ class Setup:
         return seconds, int(stop)
 
     def message(self, text: str) -> None:
-        """Print one line to standard error, of the main process alone."""
+        """Print a line to standard error, in the main process only."""
         _message(text, self.bar.quiet)
 
     def feed(self, start: int) -> Iterator[tuple[Tensors, list[str], float]]:
-        """Yield tensors, names and loss weight of each micro-step from `start` on, with DreamBooth's prior pictures.
+        """Yield (tensors, names, loss weight) of each micro-step from `start` on, with DreamBooth's prior pictures.
 
         The loss of a step is the weighted sum of the mean losses of its micro-steps.
         """
@@ -178,7 +178,7 @@ class Setup:
         for number, parts in enumerate(every, start):
             tensors = [self._tensors(batch) for _, batch in parts]
             count = sum(len(t["weights"]) for t in tensors)
-            if (prior := self.recipe.prior) is not None:  # the mean of each, then their sum
+            if (prior := self.recipe.prior) is not None:  # so that the loss is the sum of both means
                 for found, weight in zip(tensors, (1.0, prior.weight), strict=True):
                     found["weights"] *= count / len(found["weights"]) * weight
             joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
@@ -194,11 +194,11 @@ class Setup:
         return found | {"weights": batch.weights.to(self.device), "dropped": batch.dropped.to(self.device)}
 
     def place_of(self, part: int) -> int:
-        """Return the place of this process's pass in the step."""
+        """Return the index of this process's pass in the step."""
         return int(part * self.accelerator.num_processes + self.accelerator.process_index)
 
     def seeded(self, step: int, part: int) -> torch.Generator:
-        """Return the generator of a pass and seed dropout, from the step and the pass's place in it only."""
+        """Return the generator of a pass, and seed dropout, both by the step and the index of the pass only."""
         seed = fold(self.recipe.seed, step, self.place_of(part), 0)
         torch.manual_seed(seed)
         return torch.Generator(self.device).manual_seed(seed)
@@ -211,14 +211,14 @@ class Setup:
         return norm
 
     def save(self) -> None:
-        """Write a checkpoint, in one process."""
+        """Write a checkpoint, in the main process; sharded weights are gathered from all."""
         main = self.accelerator.is_main_process
         tensors = self.state.tensors(keep=main) if self.sharded else None
         if main:
             self.checkpoints.write(self.state, self._scaler_state(), tensors)
 
     def _scaler_state(self) -> dict[str, Any] | None:
-        """Return the loss scale of fp16."""
+        """Return the state of fp16's loss scaler; None in other precisions."""
         return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
     def wants_evaluation(self, step: int) -> bool:
@@ -232,7 +232,7 @@ class Setup:
         with self._averaged():
             if self.accelerator.is_main_process:
                 nets = self.task.nets
-                if self.shared:  # as they are without the wrapping, whose forward waits for the others
+                if self.shared:  # unwrapped: the forward of DDP would wait for the other processes
                     self.task.nets = dict(self.task.networks)
                 shared = [self.evaluation(self.state.step)]
                 self.task.nets = nets
@@ -247,17 +247,17 @@ class Setup:
             write_page(self.out, self.out.name, self.state.scores, self.recipe.evaluate.prompts, best[0])
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Let the networks of the first process have the averaged weights, whole."""
+        """Use the averaged weights within this context; sharded ones are gathered in the main process."""
         if self.sharded:
             return whole(self.task.networks, self.state.ema, self.accelerator.is_main_process)
         return self.state.averaged()
 
     def is_best(self) -> bool:
-        """Return whether this step's score is among the best that are kept."""
+        """Return whether this step has the best score so far, if best checkpoints are kept."""
         return bool(self.recipe.save.keep_best) and self.ranked()[:1] == [self.state.step]
 
     def enough(self) -> str:
-        """Return why to stop early, or ""."""
+        """Return the reason for early stopping, or ""."""
         patience, ranked = self.recipe.evaluate.patience, self.ranked()
         if patience is None or not ranked:
             return ""
@@ -269,11 +269,11 @@ class Setup:
         return self.checkpoints.ranked(self.state, list(self.state.scores))
 
     def finish(self) -> None:
-        """Write the model of the best checkpoint, or of the last step if no best one is kept."""
+        """Write the model of the best checkpoint, or of the last step if best checkpoints are not kept."""
         main = self.accelerator.is_main_process
         if not main and not self.sharded:
             return
-        if self.sharded:  # the last checkpoint is being written
+        if self.sharded:  # wait until the last checkpoint is written
             self.accelerator.wait_for_everyone()
         self.message("writing the model")
         best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[: min(1, self.recipe.save.keep_best)]
@@ -296,12 +296,12 @@ class Setup:
         train = self.recipe.train
         rate, peak = self.rate(step - self.first), peak_memory(self.device) / 2**30
         total = train.steps
-        if train.max_seconds is not None and self.state.seconds > 0:  # which may end it before all steps are done
+        if train.max_seconds is not None and self.state.seconds > 0:  # training may end before all steps are done
             total = min(total, max(step, round(step * train.max_seconds / self.state.seconds)))
         bar(step, total, f"step {step} of {train.steps}, loss {loss:.4f}, {rate:.1f} images/s, {peak:.1f} GiB")
 
     def rate(self, steps: int) -> float:
-        """Pictures a second since the first step of this start."""
+        """Return the pictures a second since this start."""
         each = sum(feed.batch_size * feed.world for feed in self.feeds) * self.passes
         return steps * each / max(1e-9, time.monotonic() - self.began)
 
@@ -312,7 +312,7 @@ class Setup:
 
 
 def _placed(device: torch.device) -> torch.device:
-    """Return the device; cpu:0, which some processes get, as cpu."""
+    """Return the device, with cpu:0, which accelerate assigns to some processes, as cpu."""
     return torch.device("cpu") if device.type == "cpu" else device
 
 
@@ -322,7 +322,7 @@ def _message(text: str, quiet: bool) -> None:
 
 
 def _check_channels(info: ModelInfo) -> None:
-    """Raise InputError for a network on pixels that does not read what pictures have, or for one that is distilled."""
+    """Raise InputError for a pixel-space UNet without 3 channels, and for a UNet that reads the guidance scale."""
     unet = info.configs.get("unet")
     if unet is not None and unet.get("time_cond_proj_dim"):
         raise InputError(
@@ -356,7 +356,7 @@ def _prior(recipe: Recipe, task: Any, out: Path, device: str, draw: bool) -> Pic
 
 
 def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: Path, accelerator: Any) -> Feed:
-    """Return the stream of batches, of pictures or of their cached latents and embeddings."""
+    """Return the feed of batches of pictures, or of their cached latents and embeddings."""
     source: Any = pictures
     if recipe.data.cache:
         frozen = {name: part for name, part in info.parts.items() if name not in task.networks}
@@ -368,7 +368,7 @@ def _feed(recipe: Recipe, pictures: Pictures, task: Any, info: ModelInfo, out: P
         fill = functools.partial(encoded, pictures, task.encode, folder, fingerprint)
         source = fill(not accelerator.is_main_process, accelerator.process_index, accelerator.num_processes)
         accelerator.wait_for_everyone()
-        if accelerator.num_processes > 1:  # what another one should have encoded, if its disk is not this one
+        if accelerator.num_processes > 1:  # encode what the others wrote to another disk, if the folder is not shared
             source = fill(not accelerator.is_main_process)
     rank, world = accelerator.process_index, accelerator.num_processes
     return Feed(source, recipe.train.batch_size, recipe.data.workers, rank, world, accelerator.device.type == "cuda")

@@ -1,7 +1,7 @@
-"""Networks spread over several processes (FSDP, Zhao et al. 2023): each keeps a share of every weight.
+"""Fully sharded training (FSDP, Zhao et al. 2023): each process keeps a shard of every weight.
 
-torch's `fully_shard` is called directly: accelerate's plugin, which calls it too, takes one network, and with it an
-optimizer that exists already.
+torch's `fully_shard` is called directly: accelerate's plugin for it takes only one network, together with an existing
+optimizer.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-# Classes of modules whose weights are together at a time; what is in none of them is so with the whole network.
+# Classes of modules that are sharded, and gathered, as units; all other weights form a unit of the whole network.
 BLOCK = re.compile(r"Block|EncoderLayer$")
 
 
 def shard(networks: Mapping[str, torch.nn.Module], device: torch.device) -> None:
-    """Spread the weights of each network over all processes, block by block; their parameters become DTensors."""
+    """Shard each network over all processes, block by block; its parameters become DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # Of outputs that are views: it is about changing them in place, which nothing here does.
+    # The warning concerns in-place changes of outputs that are views, which nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for network in networks.values():
@@ -31,22 +31,22 @@ def shard(networks: Mapping[str, torch.nn.Module], device: torch.device) -> None
         for module in [*reversed([m for m in inner if any(True for _ in m.parameters())]), network]:
             before = type(module)
             fully_shard(module, mesh=mesh)
-            # transformers looks its classes up by how they print.
+            # transformers looks up its classes by their printed names.
             type(module).__module__, type(module).__qualname__ = before.__module__, before.__qualname__
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Return whether each process has only a share of a tensor."""
+    """Return whether a tensor is sharded over the processes."""
     return isinstance(tensor, torch.distributed.tensor.DTensor) if torch.distributed.is_available() else False
 
 
 def full(tensor: Any) -> torch.Tensor:
-    """Return a tensor as it is in one process; of a sharded one all processes must ask at once."""
+    """Return the unsharded tensor; for a sharded one this is a collective call of all processes."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def as_sharded(value: torch.Tensor, like: Any) -> Any:
-    """Return `value`, which all processes have, on the device of `like` and in shares as its are."""
+    """Return `value`, which all processes have, on the device of `like` and sharded like it."""
     if not is_sharded(like):
         return value.to(like.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
@@ -56,9 +56,9 @@ def as_sharded(value: torch.Tensor, like: Any) -> Any:
 
 @contextlib.contextmanager
 def whole(networks: Mapping[str, Any], averaged: Mapping[str, torch.Tensor], main: bool) -> Iterator[None]:
-    """Let the networks be plain modules in the main process, with their averaged weights where there are any.
+    """Turn the networks into plain modules in the main process, with their averaged weights if there are any.
 
-    All processes must enter: they give their shares. In the others the networks are not to be called within.
+    This is a collective call: all processes must enter it. In the others the networks must not be called within it.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -76,7 +76,7 @@ def whole(networks: Mapping[str, Any], averaged: Mapping[str, torch.Tensor], mai
                 for kind in ("_forward_pre_hooks", "_forward_hooks"):
                     found = vars(module)[kind]
                     hooks.append((found, dict(found)))
-                    for key, hook in hooks[-1][1].items():  # those that wait for the others
+                    for key, hook in hooks[-1][1].items():  # hooks that communicate with the other processes
                         if type(getattr(hook, "__self__", None)).__name__ == "FSDPState":
                             del found[key]
         yield
@@ -84,6 +84,6 @@ def whole(networks: Mapping[str, Any], averaged: Mapping[str, torch.Tensor], mai
         for module, key, parameter in own:
             module._parameters[key] = parameter
         for found, kept in hooks:
-            merged = {**kept, **found}  # in their order; networks of transformers have got their own meanwhile
+            merged = {**kept, **found}  # in the old order, with hooks that transformers has added meanwhile
             found.clear()
             found.update(merged)

@@ -1,7 +1,7 @@
-"""The state of training: weights, their average, the optimizer's moments, and the step.
+"""The state of training: weights, their EMA, the optimizer's moments, and the step.
 
-Random numbers, the order of the data and the learning rate are functions of (seed, step): there is nothing of them to
-store, and nothing that can be restored wrongly.
+Random numbers, the order of the data and the learning rate are functions of (seed, step), so that they need not be
+stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def fold(*numbers: int | str) -> int:
 
 
 def learning_rate(train: Train, step: int, seconds: float = 0.0) -> float:
-    """Return the learning rate of a step from 0: warm-up by steps, decay by steps or by the time that is up."""
+    """Return the learning rate of a step, from 0: linear warm-up, then decay by steps or by the time used, if more."""
     if step < train.lr_warmup_steps:
         return train.learning_rate * (step + 1) / train.lr_warmup_steps
     done = (step - train.lr_warmup_steps) / (train.steps - train.lr_warmup_steps)
@@ -36,7 +36,7 @@ def learning_rate(train: Train, step: int, seconds: float = 0.0) -> float:
 
 
 class State:
-    """Parameters by name, the optimizer over them, and their exponential moving average where it is asked for."""
+    """Trained parameters by name, their optimizer, and their exponential moving average if the recipe has one."""
 
     def __init__(self, networks: Mapping[str, torch.nn.Module], train: Train) -> None:
         self.params = {
@@ -46,7 +46,7 @@ class State:
             if parameter.requires_grad
         }
         every = list(self.params.values())
-        shrinking = [p for p in every if p.ndim > 1]  # biases and norms have no reason to be small
+        shrinking = [p for p in every if p.ndim > 1]  # no weight decay for biases and norms
         others = {"params": [p for p in every if p.ndim < 2], "weight_decay": 0}
         groups: list[dict[str, Any]] = [{"params": shrinking}, others]
         self.optimizer = torch.optim.AdamW(
@@ -59,14 +59,14 @@ class State:
         self.scores: dict[int, dict[str, Any]] = {}  # step -> metrics
 
     def average(self) -> None:
-        """Update the average with a decay that is lower in the first steps, unlike `torch.optim.swa_utils`."""
+        """Update the EMA, with a lower decay in the first steps, unlike `torch.optim.swa_utils`."""
         if self.ema:
             weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.values()), [p.detach().float() for p in self.params.values()], weight)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Let the networks use the averaged weights within this context, for evaluation and saving; if not sharded."""
+        """Use the averaged weights within this context, for evaluation and saving; not for sharded networks."""
         own = {name: self.params[name].data for name in self.ema}
         try:
             for name, shadow in self.ema.items():
@@ -77,9 +77,9 @@ class State:
                 self.params[name].data = data
 
     def tensors(self, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the state as named tensors, by checkpoint file; sharded ones whole, for which all processes must ask.
+        """Return the state as named tensors by checkpoint file; for sharded networks a collective call.
 
-        keep: False in a process that only gives its shares.
+        keep: False in a process that only contributes its shards, where the result is empty.
         """
         moments = {
             f"{name}.{key}": torch.as_tensor(value)
@@ -122,7 +122,7 @@ class State:
 
 
 def _gathered(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
-    """Return a whole tensor, in memory of the host if it was sharded: one device may not hold them all."""
+    """Return the unsharded tensor, on the CPU if it was sharded, since all together may not fit on a device."""
     if not is_sharded(tensor):
         return tensor if keep else None
     found = full(tensor)

@@ -1,4 +1,4 @@
-"""Training tasks: which networks learn, what is precomputed of a batch, and the loss of each picture."""
+"""Training tasks: the trained networks, the precomputed inputs of a batch, and the loss of each picture."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, torch.Tensor]
 Networks = dict[str, torch.nn.Module]
-MOST_SCALE = 100.0  # of CLIP's logits, as in Radford et al. 2021, section 2.5
-CACHED = 2**16  # pixels that a CPU encodes at a time: 16 pictures of 128x128 take twice as long at once
-LEVELS = 3  # coarser scales of the autoencoder's error
+MOST_SCALE = 100.0  # upper bound of CLIP's logit scale (Radford et al. 2021, section 2.5)
+CACHED = 2**16  # pixels of a batch that a CPU encodes: a batch of 16 pictures of 128x128 takes twice as long
+LEVELS = 3  # downscaled sizes in the autoencoder's loss
 
 MIXED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Task(Protocol):
-    """networks: networks with trained parameters, by name. nets: the same, wrapped or compiled, for calls.
+    """networks: those with trained parameters, by name. nets: the same, wrapped or compiled, for calls.
 
-    encode: inputs of the networks that need no gradients, which may be cached on disk. loss: of each
-    picture, (B,); plain as a validation loss has it, at the timesteps given.
+    encode: returns the inputs of the networks that need no gradients and may be cached. loss: returns the loss of each
+    picture, (B,); plain: unweighted, as for validation. timesteps: given ones instead of drawn ones.
     """
 
     networks: Networks
@@ -57,7 +57,7 @@ class Diffusion:
         assert parts.scheduler is not None
         self.recipe, self.parts, self.device = recipe, parts, parts.device
         self.scheduler = objective_scheduler(parts.scheduler, recipe.objective)
-        self.scheduler.to_config()  # raises now for what could not be saved at the end
+        self.scheduler.to_config()  # raises now if it could not be saved at the end
         self.noising = Noising(self.scheduler, recipe.objective, parts.device)
         geometry = Geometry.of(parts.unet.config, None if parts.vae is None else parts.vae.config)
         self.resolution = self.sample_size = (geometry.width, geometry.height)
@@ -70,8 +70,8 @@ class Diffusion:
             *([] if whole and recipe.train.text_encoder else self.encoders.values()),
         ]
         for network in frozen:
-            if network.dtype != dtype:  # what does not learn need not be stored in float32
-                torch.nn.Module.to(network, dtype)  # diffusers' own warns of nothing
+            if network.dtype != dtype:  # frozen weights need not be float32
+                torch.nn.Module.to(network, dtype)  # without the needless warning of diffusers' method
         if parts.vae is not None and not getattr(parts.vae.config, "force_upcast", False):
             parts.vae.to(dtype)
         self.networks: Networks = PREPARE[_way(recipe)](recipe, parts)
@@ -83,7 +83,7 @@ class Diffusion:
             if dtype == torch.float32:
                 narrow_attention(parts.unet)
         self.text_learns = any(name in self.networks for name in self.encoders)
-        if len(self.encoders) == 2:  # what comes after the layer that is taken has no say, and would wait for gradients
+        if len(self.encoders) == 2:  # the last layer is unused, so DDP would wait for its gradients
             for unheard in (parts.text_encoder.encoder.layers[-1], parts.text_encoder.final_layer_norm):
                 unheard.requires_grad_(False)
         self.text: Any = None if self.text_learns or not self.encoders else self._frozen_text()
@@ -96,7 +96,7 @@ class Diffusion:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensors:
-        """Return moments (B, 2C, h, w) of the latents, or pixels; text (B, T, W) and pooled, or token ids; sizes."""
+        """Return moments (B, 2C, h, w) of latents, or pixels; text (B, T, W) and pooled, or token ids; SDXL's sizes."""
         pixels = batch.pixels.to(self.device, non_blocking=True)
         vae, kept = self.parts.vae, torch.float16 if self.recipe.data.cache else torch.float32
         found = {"pixels": pixels}
@@ -128,7 +128,7 @@ class Diffusion:
         """Return the weighted squared error of the prediction, averaged over each picture: (B,)."""
         noised = self.noising(self._latents(tensors, generator), generator, timesteps, plain)
         told = self._told(tensors) if self.encoders else {}
-        x = noised.x.to(self._dtype)  # that of a UNet that does not learn is no float32, and nothing else may cast
+        x = noised.x.to(self._dtype)  # a frozen UNet is not in float32, and there may be no autocast
         out = self.nets.get("unet", self.parts.unet)(x, noised.t, return_dict=False, **told)[0]
         return (out.float() - noised.target).square().flatten(1).mean(dim=1) * noised.weight
 
@@ -148,11 +148,11 @@ class Diffusion:
             empty = {name: torch.zeros_like(t) for name, t in empty.items()}
         dropped = tensors.get("dropped")
         told = {name: tensors[name] for name in empty}
-        if dropped is not None:  # to ask whether any is would have a GPU waited for
+        if dropped is not None:  # no branch on its values, which would synchronise a GPU
             told = {n: torch.where(dropped.view(-1, *[1] * (t.ndim - 1)), empty[n].to(t), t) for n, t in told.items()}
         if self.text is None:
             told = self._encoded(told)
-            if dropped is not None and self.parts.info.zero_empty:  # as the pipeline has it, whatever the encoders say
+            if dropped is not None and self.parts.info.zero_empty:  # zeros, as in the pipeline
                 told = {n: t * ~dropped.view(-1, *[1] * (t.ndim - 1)) for n, t in told.items()}
         added = {}
         if "pooled" in told:
@@ -164,7 +164,7 @@ class Diffusion:
         return next(self.parts.unet.parameters()).dtype
 
     def _encoded(self, ids: Tensors) -> Tensors:
-        """Run the text encoders that are trained."""
+        """Run the text encoders, of which at least one is trained."""
         models = [self.nets.get(name, module) for name, module in self.encoders.items()]
         if len(models) == 1:
             return {"text": models[0](ids["ids"])[0]}
@@ -174,7 +174,7 @@ class Diffusion:
 
 
 class Autoencoding(torch.nn.Module):
-    """A KL autoencoder (Kingma and Welling 2014; Rombach et al. 2022, section 3.1), its losses those of the recipe."""
+    """A KL autoencoder (Kingma and Welling 2014; Rombach et al. 2022, section 3.1) with the losses of the recipe."""
 
     def __init__(self, recipe: Recipe, parts: Components, dtype: torch.dtype) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Autoencoding(torch.nn.Module):
     def loss(
         self, tensors: Tensors, generator: torch.Generator, timesteps: torch.Tensor | None = None, plain: bool = False
     ) -> torch.Tensor:
-        """Return |x - x'| + kl KL + coarse |x - x'| at coarser scales for each picture; plain: the squared error."""
+        """Return |x - x'| + kl * KL + coarse * |x - x'| at smaller sizes for each picture; plain: squared error."""
         x = tensors["pixels"]
         latent = (len(x), self.vae.config.latent_channels, x.shape[2] // self.multiple, x.shape[3] // self.multiple)
         noise = torch.randn(latent, generator=generator, device=x.device)
@@ -238,7 +238,7 @@ class Contrastive:
 
     @property
     def scale(self) -> torch.Tensor:
-        """The logarithm of the logits' scale, which is learnt."""
+        """The trained logarithm of the logit scale."""
         return self.parts.clip.logit_scale
 
     def embed(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +249,7 @@ class Contrastive:
     def contrast(
         self, images: torch.Tensor, texts: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss of each picture, (B,), of embeddings (B, D) and tokens (B, T) of all that are compared."""
+        """Return the loss of each picture, (B,), from the embeddings (B, D) and token ids (B, T) of all of them."""
         logits = scale.float().exp().clamp(max=MOST_SCALE) * images @ texts.T
         same = (ids[:, None] == ids[None]).all(dim=2).float()
         wanted = same / same.sum(dim=1, keepdim=True)
@@ -281,8 +281,7 @@ class NewTokens(torch.nn.Module):
 
 def _everything(recipe: Recipe, parts: Components) -> Networks:
     names = ["unet", *(("text_encoder", "text_encoder_2") if recipe.train.text_encoder else ())]
-    found = {n: m.float().requires_grad_(True) for n in names if (m := getattr(parts, n)) is not None}
-    return found
+    return {n: m.float().requires_grad_(True) for n in names if (m := getattr(parts, n)) is not None}
 
 
 def _adapters(recipe: Recipe, parts: Components) -> Networks:
@@ -297,7 +296,7 @@ def _adapters(recipe: Recipe, parts: Components) -> Networks:
     for name, targets in wanted.items():
         if (network := getattr(parts, name)) is None:
             continue
-        alpha: Any = lora.alpha or lora.rank  # a whole number, peft says; any does
+        alpha: Any = lora.alpha or lora.rank  # peft annotates it as int, but any number works
         config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
         try:
             network.add_adapter(config)
@@ -350,7 +349,7 @@ def make_task(recipe: Recipe, parts: Components, dtype: torch.dtype) -> Any:
     """Return the Task of a recipe; dtype: of frozen networks."""
     task = TASKS.get(recipe.task, Diffusion)(recipe, parts, dtype)
     if recipe.train.gradient_checkpointing:
-        for name in {"unet", *task.networks}:  # gradients of new words pass through a UNet that does not learn
+        for name in {"unet", *task.networks}:  # gradients of new tokens pass through the frozen UNet
             network = task.owl if name == "detector" else getattr(parts, name)
             found = (getattr(network, way, None) for way in CHECKPOINTING)
             if network is not None:
@@ -358,5 +357,5 @@ def make_task(recipe: Recipe, parts: Components, dtype: torch.dtype) -> Any:
     return task
 
 
-# As diffusers calls it, and transformers from 5.20 on and before.
+# The method's name in diffusers, in transformers from 5.20 on, and in older transformers.
 CHECKPOINTING = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")

@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 from genkit.datasets.example import (
     COLUMNS,
     Example,
+    caption_fields,
     captions_of,
     image_column,
     json_object,
     parquet_read,
     text_of,
-    told,
 )
 from genkit.errors import InputError, shown
 from genkit.files import place
@@ -23,9 +23,9 @@ from genkit.pictures.images import SUFFIXES
 
 
 def read_tar(path: Path, column: str, lacking: list[str]) -> Iterator[Example]:
-    """A WebDataset shard: NAME.webp beside NAME.txt or NAME.json; read by offset, without unpacking.
+    """Yield the samples of a WebDataset shard: NAME.webp with NAME.txt or NAME.json; read by offset, not unpacked.
 
-    lacking: takes the names of samples without a picture.
+    lacking: the names of samples without a picture are appended to it.
     """
     with open(path, "rb") as file:
 
@@ -46,20 +46,20 @@ def read_tar(path: Path, column: str, lacking: list[str]) -> Iterator[Example]:
             if "txt" in group:
                 text = text_of(content("txt"), f"{key}: txt").strip()
                 captions = captions if text in captions[:1] else [text] if text else []
-            yield Example(key, fields=fields, place=(str(path), *group[pictures[0]]), **told(captions))
+            yield Example(key, fields=fields, place=(str(path), *group[pictures[0]]), **caption_fields(captions))
 
 
 def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return offset and length of a tar's files by name up to the first dot, and what follows it."""
+    """Return {name up to the first dot: {suffix: (offset, length)}} of the files in a tar."""
     groups: dict[str, dict[str, tuple[int, int]]] = {}
-    stored: dict[str, tuple[int, int]] = {}  # what a hard link further on may name
+    stored: dict[str, tuple[int, int]] = {}  # files that a later hard link may refer to
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
                 hidden = any(part.startswith(".") for part in name.parts if part not in (".", ".."))
-                if hidden or not (member.isfile() or member.islnk()):
-                    continue  # what a Mac packs beside the files; folders, devices
+                if hidden or not name.name or not (member.isfile() or member.islnk()):
+                    continue  # metadata files of macOS; names like "/"; folders and devices
                 first, _, suffix = name.name.partition(".")
                 group = groups.setdefault(str(name.with_name(first)), {})
                 if suffix.lower() in group:
@@ -77,7 +77,7 @@ def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """Raise ReadError if tarfile stopped early: it takes a damaged header for the end of the archive."""
+    """Raise ReadError if tarfile stopped early: it mistakes a damaged header for the end of the archive."""
     with open(path, "rb") as file:
         file.seek(offset)
         if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
@@ -89,10 +89,10 @@ def _check_end(path: Path, offset: int) -> None:
 
 
 def read_parquet(path: Path, column: str, lacking: list[str]) -> Iterator[Example]:
-    """A Parquet file with a column `image` of bytes, or of {bytes, path} as `datasets` writes it.
+    """Yield the rows of a Parquet file with a column `image` of bytes, or of {bytes, path} as `datasets` writes it.
 
-    Without captions the names of `datasets`' class labels, in a column `label`, are them. lacking: takes the rows that
-    img2dataset marks as failed.
+    Without a column of captions the names of the class labels in `label` are the captions. lacking: the rows that
+    img2dataset marks as failed are appended to it.
     """
     schema = parquet_read(path, "read_schema")
     image = image_column(path, schema)
@@ -111,11 +111,11 @@ def read_parquet(path: Path, column: str, lacking: list[str]) -> Iterator[Exampl
         if isinstance(labels, list) and isinstance(row.get("label"), int) and 0 <= row["label"] < len(labels):
             row["label"] = str(labels[row["label"]]).replace("_", " ")
             captions = [row["label"]] if not {column, *COLUMNS} & {*schema.names} else captions
-        yield Example(key, fields=row, place=(str(path), -1, number), **told(captions))
+        yield Example(key, fields=row, place=(str(path), -1, number), **caption_fields(captions))
 
 
 def is_listing(path: Path) -> bool:
-    """Whether a Parquet file holds no pictures, as the lists that img2dataset writes beside its files and tars."""
+    """Return whether a Parquet file holds no pictures, as the metadata files that img2dataset writes."""
     try:
         image_column(path, parquet_read(path, "read_schema"))
     except InputError:

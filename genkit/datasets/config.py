@@ -21,8 +21,8 @@ class Section(BaseModel):
 class Recolour(Section):
     """Change a picture's hue to a named colour and mention it in the caption, so that colours can be prompted.
 
-    share: of the pictures whose caption names no colour. caption: with {colour} and {caption}. where: a field of a
-    picture's metadata that must be true for its hue to be turned.
+    share: of the pictures whose caption names no colour. caption: a template with {colour} and {caption}. where: a
+    field of the metadata that must be true for a picture to be changed.
     """
 
     share: Share = 0.3
@@ -33,7 +33,8 @@ class Recolour(Section):
 class Background(Section):
     """The background of transparent pictures: `colour`, or for a `share` of them a random colour, named in the caption.
 
-    colour: a name, "#rrggbb", or "random" (not said). caption: with {caption} and {background}.
+    colour: a name, "#rrggbb", or "random" (not named in the caption). caption: a template with {caption} and
+    {background}.
     """
 
     colour: Text = "white"
@@ -45,18 +46,19 @@ class Data(Section):
     """Pictures and captions: their sources and augmentation.
 
     path: folder, .tar shards (WebDataset) or .parquet files; wildcards allowed, relative to the recipe. caption:
-    the column or key that holds captions in metadata. captions: templates, one drawn for each picture and epoch,
-    with {caption} and any field of the metadata; a template whose field is empty is not drawn. caption_dropout:
-    share trained on the empty prompt. caption_shuffle: shuffle what commas separate. missing_captions: "error", or
-    "empty" for pictures without. resolution: side, or [width, height], in pixels. buckets: train at each picture's
-    own aspect ratio, sides multiples of bucket_step and area at most that of `resolution`. crop: where what does
-    not fit is cut. flip: share mirrored, but for pictures whose caption says left or right. zoom: pictures are
-    drawn at a random scale down to this, on their background. validation: share of the pictures held out, by
-    `validation_by` (a field of the metadata, or the picture itself), or a path of its own. cache: keep latents and
-    embeddings of so many variants of each picture on the disk; 0 computes them every time. cache_folder: where;
-    default RUN/cache. broken: the share of samples that may lack their picture, or hold one that cannot be read:
-    they are named and left out; more of them are an error. repeat: times a picture comes in an epoch, anew each
-    time. limit: take the first so many alone. workers: processes that read.
+    the column or key of the metadata that holds captions. captions: templates with {caption} and any field of the
+    metadata, of which one is drawn for each picture and epoch; templates with an empty field are not drawn.
+    caption_dropout: share of captions replaced by the empty prompt. caption_shuffle: shuffle the parts between
+    commas. missing_captions: "error", or "empty" to train pictures without a caption on the empty prompt.
+    resolution: side, or [width, height], in pixels. buckets: train at each picture's own aspect ratio; sides are
+    multiples of bucket_step, and the area is at most that of `resolution`. crop: position of the crop. flip: share
+    of pictures that are mirrored, except where the caption says left or right. zoom: pictures are shrunk by a random
+    factor down to this, on their background. validation: share of the pictures held out, by the hash of
+    `validation_by` (a field of the metadata; default the picture's name), or the path of a data set. cache: number
+    of variants of each picture whose latents and embeddings are cached on disk; 0 computes them every time.
+    cache_folder: default RUN/cache. broken: the share of samples that may lack a readable picture: they are reported
+    and left out; more are an error. repeat: how often a picture is used in an epoch, with new augmentation each
+    time. limit: use only the first so many pictures. workers: number of loader processes.
     """
 
     path: Text | Annotated[list[Text], Field(min_length=1)]

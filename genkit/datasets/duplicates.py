@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 HASH = 8  # rows and columns of the hash: 64 bits (dHash, N. Krawetz 2013)
-PATCHES = 16  # rows and columns of the colours that confirm what the hash says
-# What pictures that found alike may differ in: bits, and levels of 255 in any patch. Of 400 emoji that were halved,
-# doubled, saved as JPEG at 50, brightened or cut by a pixel, 95 to 100 % are found again.
+PATCHES = 16  # rows and columns of the downscaled colours that confirm a match of hashes
+# Largest differences of near-duplicates: bits of the hash, and levels of 255 in any patch. Of 400 emoji that were
+# resized by 0.5 or 2, saved as JPEG with quality 50, brightened or cropped by a pixel, 95 to 100 % are found.
 NEAR_BITS, NEAR_COLOUR = 6, 32
-MOST = 40_000  # pictures of which all pairs are compared: 30 s; beyond, those of equal hashes
+MOST = 40_000  # up to this number all pairs are compared, in 30 s; of more pictures only those with equal hashes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _fingerprint(example: Example) -> Fingerprint:
 
 
 def on_grey(picture: Image.Image) -> Image.Image:
-    """Return a picture as RGB, on grey where it is transparent: white on white would be empty."""
+    """Return a picture as RGB, on grey where it is transparent, so that white on transparent stays visible."""
     from PIL import Image
 
     if picture.mode != "RGBA":
@@ -76,7 +76,7 @@ def on_grey(picture: Image.Image) -> Image.Image:
 
 
 def alike(fingerprints: Sequence[Fingerprint]) -> list[tuple[int, int]]:
-    """Return the pairs of readable pictures, of different bytes, that found alike: see NEAR_BITS and NEAR_COLOUR."""
+    """Return the pairs of near-duplicates with different bytes; see NEAR_BITS and NEAR_COLOUR."""
     import numpy as np
 
     first = {found.digest: i for i, found in reversed(list(enumerate(fingerprints))) if not found.problem}
@@ -93,7 +93,7 @@ def alike(fingerprints: Sequence[Fingerprint]) -> list[tuple[int, int]]:
 
 
 def _close(bits: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the places (a < b) of hashes (N, 64) that differ in at most NEAR_BITS, a block at a time."""
+    """Yield, block by block, the index pairs (a < b) of hashes (N, 64) that differ in at most NEAR_BITS bits."""
     import numpy as np
 
     if len(bits) > MOST:
@@ -110,7 +110,7 @@ def _close(bits: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def joined(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Return the groups that pairs make, largest first."""
+    """Return the connected groups of pairs, largest first."""
     group: dict[int, list[int]] = {}
     for a, b in pairs:
         one, other = group.get(a, [a]), group.get(b, [b])

@@ -1,4 +1,4 @@
-"""A picture of a data set with its captions, and where its bytes lie: in a file, in a tar, or in a Parquet table."""
+"""A picture of a data set: its captions, metadata and location in a file, a tar or a Parquet table."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from genkit.pictures.images import SUFFIXES, UNKNOWN
 if TYPE_CHECKING:
     from PIL import Image
 
-COLUMNS = ("text", "caption", "prompt")  # where captions are looked for besides the column that the recipe names
+COLUMNS = ("text", "caption", "prompt")  # columns of captions, tried after the one that the recipe names
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A picture of the data set: its name in messages, its caption and metadata, and where its bytes are.
+    """A picture of the data set: its name in messages (key), caption, metadata and the location of its bytes.
 
     place: file, offset and length (length -1: the whole file; offset -1: row `length` of a Parquet file). captions: all
-    of them where there are several, of which one is drawn at each visit; `caption` is the first. repeat: how often it
-    comes in an epoch, as in kohya's folders.
+    of them if there are several; one is drawn each time, and `caption` is the first. repeat: how often the picture is
+    used in an epoch, as in kohya's folders.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Example:
         path, offset, length = self.place
         if offset < 0:
             cell = _parquet_cell(path, length)
-            if not isinstance(cell, bytes):  # null, or only the path of a picture that is elsewhere
+            if not isinstance(cell, bytes):  # null, or only a path to another file
                 raise InputError(f"{self.key}: holds no bytes of a picture")
             return cell
         file_size(Path(path))  # raises for a pipe, which would block
@@ -59,7 +59,7 @@ class Example:
         return decode_image(self.data(), self.key)
 
     def size(self) -> tuple[int, int]:
-        """Return (width, height) in pixels, by the header alone. Raises InputError for what is no picture."""
+        """Return (width, height) in pixels from the header. Raises InputError for what is not a picture."""
         from PIL import Image
 
         try:
@@ -75,7 +75,7 @@ class Example:
 
 
 class Examples(list[Example]):
-    """Pictures of a data set. notes: what was assumed as it was read. lacking: samples without a picture, by name."""
+    """The pictures of a data set. notes: assumptions made in reading it. lacking: samples without a picture."""
 
     notes: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def captions_of(row: dict[str, Any], column: str, where: str) -> list[str]:
-    """Take the captions out of a row of metadata: a text, or a list of texts of which each tells the picture."""
+    """Remove the captions from a row of metadata and return them: its value is a text or a list of texts."""
     name = next((n for n in (column, *COLUMNS) if n in row), None)
     value = None if name is None else row.pop(name)
     texts = value if isinstance(value, list) else [] if value is None else [value]
@@ -114,13 +114,13 @@ def captions_of(row: dict[str, Any], column: str, where: str) -> list[str]:
     return [text.strip() for text in texts if text is not None and text.strip()]
 
 
-def told(captions: list[str]) -> dict[str, Any]:
-    """Return an Example's fields for its captions."""
+def caption_fields(captions: list[str]) -> dict[str, Any]:
+    """Return the keyword arguments `caption` and `captions` of an Example."""
     return {"caption": captions[0] if captions else None, "captions": tuple(captions) if len(captions) > 1 else ()}
 
 
 def image_column(path: Path, schema: Any) -> str:
-    """Return the column of pictures: `image`, the only one that is {bytes, path}, or one named like a suffix, jpg."""
+    """Return the column of pictures: `image`, or the only one that is {bytes, path} or named like a suffix (jpg)."""
     cells = [f.name for f in schema if str(f.type).startswith("struct<bytes: ")]
     named = [f.name for f in schema if f".{f.name}" in SUFFIXES and str(f.type) in ("binary", "large_binary")]
     found = ["image"] if "image" in schema.names else cells or named
@@ -130,7 +130,7 @@ def image_column(path: Path, schema: Any) -> str:
 
 
 def parquet_read(path: Path, what: str, **options: Any) -> Any:
-    """Return what pyarrow's function `what` reads. Raises InputError for a file that is none."""
+    """Call pyarrow's function `what` on a file. Raises InputError for a file that is not Parquet."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -142,7 +142,7 @@ def parquet_read(path: Path, what: str, **options: Any) -> Any:
         raise InputError(f"{place(path)}: is no Parquet file: {shown(str(error), 100)}") from None
 
 
-_OPEN: dict[str, Any] = {}  # of this process: a Parquet file has no offsets to read a row by
+_OPEN: dict[str, Any] = {}  # open columns by path: a row of a Parquet file cannot be read by an offset
 _OPENING = threading.Lock()
 
 

@@ -19,14 +19,14 @@ from genkit.progress import Steps
 from genkit.rows.result import Result
 
 METADATA = "metadata.jsonl"
-PLAN = ".export.jsonl"  # of an unfinished export: existing and planned files
+PLAN = ".export.jsonl"  # lists the existing and planned files while an export is unfinished
 SHARD = 500_000_000  # bytes
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The form of an export: folder, webdataset or parquet; shard_size: bytes of a shard, None: SHARD."""
+    """The form of an export: folder, webdataset or parquet. shard_size: bytes of a shard; None is SHARD."""
 
     form: str = "folder"
     shard_size: int | None = None
@@ -69,9 +69,9 @@ def export(folder: Path, kept: Sequence[Result], out: Path, target: Target | Non
 def _folder(folder: Path, kept: Sequence[Result], out: Path, _size: int) -> int:
     """Copy the pictures of `kept` from a run folder to `out`, with a line each in metadata.jsonl; return their number.
 
-    A line has file_name, text (the prompt), id, index, seed, sha256, scores and, as JSON text, meta: a column has one
-    type for those who read it as a table, `datasets` for one. `out` is new, empty, or an earlier export, whole or
-    broken off: what it has of `kept` stays, its other pictures go. Raises InputError for another folder, HostError.
+    A line has file_name, text (the prompt), id, index, seed, sha256, scores and meta, which is JSON text so that the
+    column has one type for `datasets`. `out` is new, empty, or an earlier export, finished or not: pictures of `kept`
+    that it has stay, its other pictures are removed. Raises InputError for another folder, HostError.
     """
     names = {Path(str(r.file)).name: r.sha256 for r in kept}
     with disk(out):
@@ -98,9 +98,9 @@ def _folder(folder: Path, kept: Sequence[Result], out: Path, _size: int) -> int:
 
 
 def _exported(out: Path) -> dict[str, str]:
-    """Return {name: SHA-256} of the pictures in `out` that an earlier export, whole or broken off, put there.
+    """Return {name: SHA-256} of the pictures in `out` that an earlier export, finished or not, has written.
 
-    Raises InputError when anything else is there, an edited picture included: it may be somebody's work.
+    Raises InputError for any other file, an edited picture included: it may be the user's work.
     """
     if not out.exists():
         return {}
@@ -136,7 +136,6 @@ def _line(name: str, r: Result) -> bytes:
 
 def _shards(form: str) -> Callable[[Path, Sequence[Result], Path, int], int]:
     def write(folder: Path, kept: Sequence[Result], out: Path, size: int) -> int:
-
         return write_shards(form, folder, kept, out, size)
 
     return write

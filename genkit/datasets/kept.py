@@ -1,4 +1,4 @@
-"""The exported data of a finished image: its bytes, checked by their hash, and its caption."""
+"""What every export contains of an image: its bytes, checked by their hash, and its metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from genkit.rows.result import Result
 
 
 def picture(folder: Path, r: Result) -> bytes:
-    """Return the bytes of a record's picture. Raises HostError where they are not those that were recorded."""
+    """Return the bytes of a record's picture. Raises HostError if their hash is not the recorded one."""
     path = folder / str(r.file)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != r.sha256:
@@ -20,7 +20,7 @@ def picture(folder: Path, r: Result) -> bytes:
 
 
 def caption(r: Result) -> dict[str, Any]:
-    """Return the metadata of a picture that every form of export contains."""
+    """Return the metadata of a picture for an export."""
     line = {
         "text": r.prompt,
         "id": r.id,

@@ -10,12 +10,12 @@ from genkit.datasets.duplicates import Fingerprint
 from genkit.datasets.example import Example
 from genkit.progress import printable
 
-NAMED = 3  # pictures that a line names
+NAMED = 3  # pictures named in a line
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """An "error" or a "warning", in one line, and the pictures that it is about, as groups of their numbers."""
+    """An "error" or a "warning" of one line, and the pictures concerned, as groups of indices."""
 
     level: str
     text: str
@@ -24,10 +24,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found in a data set, facts by name and findings, errors first.
+    """The doctor's report on a data set: facts by name, and findings, errors first.
 
-    pictures: those to train on, `train` of them, then those held out; looks: what is known of each. buckets: numbers of
-    the pictures that are trained at each size (width, height).
+    pictures: the training set, `train` pictures, then the validation set. buckets: indices of the pictures that are
+    trained at each size (width, height).
     """
 
     pictures: Sequence[Example]

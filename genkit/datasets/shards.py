@@ -20,19 +20,19 @@ from genkit.errors import HostError, InputError, shown
 from genkit.progress import Steps
 from genkit.rows.result import Result
 
-MANIFEST = ".export.json"  # hidden: `datasets` would take it for data
-GROUP = 100  # pictures in a row group of Parquet: what a reader must hold to see one
-Columns = dict[str, str]  # of Parquet: name -> kind, the same in all shards
+MANIFEST = ".export.json"  # hidden, since `datasets` would read it as data
+GROUP = 100  # rows in a Parquet row group, the unit that a reader loads
+Columns = dict[str, str]  # of Parquet: name -> type, the same in all shards
 Write = Callable[[BinaryIO, Path, Sequence[Result], Columns], None]
 
 
 def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, size: int) -> int:
     """Write the pictures of `kept` to 000000.tar, 000001.tar, … (or .parquet) in `out`; return their number.
 
-    A shard has at most `size` bytes of pictures and captions, but one picture at least; it gets its name when it is
-    whole and synced. .export.json says beforehand what each shard is to hold: one that is there and was to hold the
-    same is not written again. `kept` is gone through several times, and none of it is held. Raises InputError for an
-    `out` with anything else in it, HostError.
+    A shard has at most `size` bytes of pictures and captions, but at least one picture, and is renamed to its final
+    name when it is complete and synced. .export.json records the planned content of each shard first, so that a shard
+    which exists with the same content is not written again. `kept` is iterated several times and never held in memory.
+    Raises InputError for an `out` with any other file, HostError.
     """
     suffix, write, count = _FORMS[form]
     columns = _columns(kept)
@@ -66,7 +66,7 @@ def write_shards(form: str, folder: Path, kept: Sequence[Result], out: Path, siz
 
 
 def _cut(form: str, columns: Columns, kept: Sequence[Result], size: int) -> Iterator[tuple[Sequence[Result], str]]:
-    """Yield (what a shard is to hold, a hash of that) for each shard."""
+    """Yield (results, hash of their content) for each shard."""
     start = total = 0
     sums = begun = hashlib.sha256(json.dumps([form, columns]).encode())
     for n, r in enumerate(kept):
@@ -89,7 +89,7 @@ def _rounded(size: int) -> int:
 
 
 def _earlier(out: Path) -> dict[str, Any]:
-    """Return the shards of an earlier export in `out`; raises InputError if anything else, or a changed one, is."""
+    """Return the shards of an earlier export in `out`. Raises InputError for other files and changed shards."""
     if not out.exists():
         return {}
     if not out.is_dir():
@@ -160,7 +160,7 @@ def _tar_samples(path: Path) -> int:
 
 
 def need_pyarrow() -> None:
-    """Raise HostError, saying how to get it, where pyarrow is missing."""
+    """Raise HostError, with the pip command, if pyarrow is not installed."""
     if importlib.util.find_spec("pyarrow") is None:
         raise HostError("--format parquet: needs pyarrow, which is not installed: pip install pyarrow")
 
@@ -171,7 +171,7 @@ def _parquet(file: BinaryIO, folder: Path, part: Sequence[Result], columns: Colu
     from pyarrow import parquet
 
     schema = _schema(columns)
-    plain = [name for name in columns if name != "image"]  # of small pictures the statistics hold two whole ones
+    plain = [name for name in columns if name != "image"]  # statistics of small pictures would hold two whole ones
     with parquet.ParquetWriter(file, schema, use_dictionary=plain, write_statistics=plain) as writer:
         for start in range(0, len(part), GROUP):
             rows = [_row(folder, r, columns) for r in part[start : start + GROUP]]
@@ -181,7 +181,7 @@ def _parquet(file: BinaryIO, folder: Path, part: Sequence[Result], columns: Colu
 def _columns(kept: Sequence[Result]) -> Columns:
     fields = {"image": "Image", "text": "string", "id": "string", "index": "int64", "seed": "int64", "sha256": "string"}
     numbers: set[str] = set()
-    others: set[str] = set()  # that are not true or false everywhere
+    others: set[str] = set()  # scores that are not always true or false
     for r in kept:
         numbers.update(name for name, value in r.scores.items() if isinstance(value, int | float))
         others.update(name for name, value in r.scores.items() if not isinstance(value, bool))
@@ -190,7 +190,7 @@ def _columns(kept: Sequence[Result]) -> Columns:
 
 
 def _schema(columns: Columns) -> Any:
-    """Return the Arrow schema, with the features under "huggingface" by which `datasets` sees pictures."""
+    """Return the Arrow schema, with the metadata "huggingface" by which `datasets` recognises pictures."""
     import pyarrow
 
     types = {
@@ -224,7 +224,7 @@ def _parquet_samples(path: Path) -> int:
     return int(parquet.read_metadata(path).num_rows)
 
 
-# What a shard's name ends with, what writes it, and what counts its pictures.
+# The suffix of a shard, the function that writes it, and the one that counts its pictures.
 _FORMS: dict[str, tuple[str, Write, Callable[[Path], int]]] = {
     "webdataset": (".tar", _tar, _tar_samples),
     "parquet": (".parquet", _parquet, _parquet_samples),

@@ -1,4 +1,4 @@
-"""Sources of pictures and captions: folders, tables, class folders, kohya's folders, archives; without decoding."""
+"""Read data sets: folders, metadata tables, class folders, kohya's folders, archives. Pictures are not decoded."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from typing import Any
 
 from genkit.datasets.archives import is_listing, read_parquet, read_tar
 from genkit.datasets.config import Data
-from genkit.datasets.example import Example, Examples, captions_of, json_object, text_of, told
+from genkit.datasets.example import Example, Examples, caption_fields, captions_of, json_object, text_of
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, user_path
 from genkit.pictures.images import SUFFIXES, list_files
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 HELD = {"val", "valid", "validation", "test", "eval", "dev"}  # folders and archives beside `train`
-KOHYA = re.compile(r"(\d+)_(.+)")  # 10_ohwx man: repeats and caption, as kohya's scripts have it
-OTHERS = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".ppm", ".tif", ".tiff"}  # pictures not read
+KOHYA = re.compile(r"(\d+)_(.+)")  # 10_ohwx man: repeats and caption, in kohya's scripts
+OTHERS = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".ppm", ".tif", ".tiff"}  # formats that are not supported
 
 
 def read_examples(data: Data, path: str | list[str] | None = None, field: str = "data.path") -> Examples:
     """Return the pictures of a data set, in the order of their names.
 
-    path: another than the recipe's, which `field` of the recipe names. Raises InputError naming the file and what is
-    wrong with it; a picture without a caption is for the doctor to judge.
+    path: instead of data.path, from the key `field` of the recipe. Raises InputError naming the file and its problem.
+    Missing captions are left to the doctor.
     """
     named = data.path if path is None else path
     patterns = [named] if isinstance(named, str) else named
@@ -59,7 +59,7 @@ def read_examples(data: Data, path: str | list[str] | None = None, field: str = 
 
 
 def _matching(pattern: str, field: str) -> list[Path]:
-    """Return what a path names: itself where it exists, else what its wildcards match."""
+    """Return the path itself if it exists, else the paths that match its wildcards."""
     path = str(user_path(pattern))
     if os.path.exists(path):
         return [Path(path)]
@@ -70,7 +70,7 @@ def _matching(pattern: str, field: str) -> list[Path]:
 
 
 def left_out(data: Data) -> list[str]:
-    """Return files of a data set's folders that are not read: other picture formats, and linked folders."""
+    """Return the files in a data set's folders that are not read: unsupported formats, and symlinked folders."""
     found = []
     for pattern in [data.path] if isinstance(data.path, str) else data.path:
         for folder in filter(Path.is_dir, _matching(pattern, "data.path")):
@@ -83,7 +83,7 @@ def left_out(data: Data) -> list[str]:
 
 
 class _Reading:
-    """Reads one source. notes, lacking: as of Examples, added to."""
+    """Reads one source. notes, lacking: those of Examples, which are appended to."""
 
     def __init__(self, column: str, field: str, notes: list[str], lacking: list[str]) -> None:
         self.column, self.field, self.notes, self.lacking = column, field, notes, lacking
@@ -114,7 +114,7 @@ class _Reading:
         return [e for a in archives for e in self.source(a)] if archives else self._folder(path, pictures, files)
 
     def _archives(self, path: Path, found: list[Path], pictures: list[Path]) -> list[Path]:
-        """Return the archives of a folder that hold pictures to train on."""
+        """Return the archives of a folder that are part of the training set."""
         listings = [p for p in found if is_listing(p)] if pictures or len(found) > 1 else []
         archives = [p for p in found if p not in listings]
         if listings and (archives or pictures):
@@ -132,9 +132,9 @@ class _Reading:
         return archives
 
     def _folder(self, path: Path, pictures: list[Path], files: list[Path]) -> Iterator[Example]:
-        """Pictures with captions in files of the same name, in a folder for each class, or in kohya's folders.
+        """Yield pictures with captions in .txt files of the same name, in class folders, or in kohya's folders.
 
-        Classes are two folders or more, and nothing lies there that may have been meant as a caption.
+        Subfolders are classes if there are at least two, and no file there looks like a caption.
         """
         stems = {p.name.partition(".")[0] for p in pictures}
         folders = {p.parent for p in pictures}
@@ -162,9 +162,9 @@ class _Reading:
 
 
 def _tables(path: Path, tables: list[Path], pictures: list[Path], column: str) -> Iterator[Example]:
-    """The layout of `imagefolder`: metadata.jsonl or metadata.csv with file_name and a caption a line, in any folder.
+    """Yield the pictures of an `imagefolder`: metadata.jsonl or .csv, in any folder, with file_name and caption.
 
-    Pictures that no line speaks of have no caption.
+    Pictures that are in no line have no caption.
     """
     seen: dict[str, str] = {}
     for table in tables:
@@ -184,7 +184,7 @@ def _tables(path: Path, tables: list[Path], pictures: list[Path], column: str) -
             if key in seen:
                 raise InputError(f"{where}: file_name: {shown(name)} is there twice: see {seen[key]}")
             seen[key] = where
-            yield Example(key, fields=row, place=(str(file), 0, -1), **told(captions_of(row, column, where)))
+            yield Example(key, fields=row, place=(str(file), 0, -1), **caption_fields(captions_of(row, column, where)))
     for picture in pictures:
         key = picture.relative_to(path).as_posix()
         if key not in seen:
@@ -203,7 +203,7 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    before = csv.field_size_limit(2**24)  # of the whole process
+    before = csv.field_size_limit(2**24)  # a setting of the whole process
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -225,27 +225,27 @@ def _csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Example]]:
-    """Return the pictures to train on, and those held out: a share by the hash of their name or of a field, or a path.
+    """Return the training and the validation set: a share by the hash of the name or of a field, or another path.
 
-    Raises InputError for a field that a picture does not have, and where nothing is left to train on.
+    Raises InputError for a field that a picture does not have, and for an empty training set.
     """
     if isinstance(data.validation, str):
         return examples, read_examples(data, data.validation, "data.validation")
-    if len(examples) == 1:  # which is trained on
+    if len(examples) == 1:  # it is trained on
         return examples, []
 
-    def lot(e: Example) -> float:
+    def draw(e: Example) -> float:
         by = data.validation_by
         if by is not None and by not in e.fields:
             raise InputError(f"data.validation_by: {e.key} has no {shown(by)}{nearest(by, e.fields)}")
         digest = hashlib.sha256(str(e.key if by is None else e.fields[by]).encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
-    lots = [lot(e) for e in examples]
-    held = [e for e, own in zip(examples, lots, strict=True) if own < data.validation]
-    least = min(lots)
-    if data.validation and not held and len(examples) > 1:  # few pictures: one at least, or all of one value
-        held = [e for e, own in zip(examples, lots, strict=True) if own == least]
+    draws = [draw(e) for e in examples]
+    held = [e for e, own in zip(examples, draws, strict=True) if own < data.validation]
+    least = min(draws)
+    if data.validation and not held:  # of few pictures hold out at least one, or all with one value of the field
+        held = [e for e, own in zip(examples, draws, strict=True) if own == least]
     kept = {e.key for e in held}
     rest = [e for e in examples if e.key not in kept]
     if not rest:
@@ -254,7 +254,7 @@ def split(examples: list[Example], data: Data) -> tuple[list[Example], list[Exam
 
 
 def repeated(examples: Iterable[Example]) -> list[Example]:
-    """Return each picture as often as it comes in an epoch, under names of its own, so that no two visits are alike."""
+    """Repeat each picture `repeat` times under different keys, so that its augmentation differs each time."""
     return [e if k == 0 else dataclasses.replace(e, key=f"{e.key}#{k + 1}") for e in examples for k in range(e.repeat)]
 
 

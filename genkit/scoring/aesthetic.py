@@ -15,7 +15,7 @@ DTYPES = ("F16", "F32", "F64")
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """score = weight . embedding + bias, for a unit embedding."""
+    """A linear head: score = weight . embedding + bias, for a unit embedding."""
 
     weight: np.ndarray  # (width,) float64
     bias: float

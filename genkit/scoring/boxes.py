@@ -1,8 +1,8 @@
-"""What expressions read from a picture's boxes: count, area, where things lie, overlap, colour. Without a model.
+"""Functions of expressions over detected boxes: count, area, relative position, overlap, colour. No model is needed.
 
-Boxes are those that a detector found and a record holds: scores["boxes"], a list of [label, score, x0, y0, x1, y1,
-colour] in pixels, and scores["detected"], {"words": what was looked for, "size": [width, height], "threshold": of the
-detector, "floor": the score that every box of its words has or exceeds}.
+A record of a run holds the boxes of a detector: scores["boxes"], a list of [label, score, x0, y0, x1, y1, colour] in
+pixels, and scores["detected"], {"words": those that were looked for, "size": [width, height], "threshold": the
+detector's default, "floor": boxes with lower scores were not stored}.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 
-FIELDS = frozenset({"boxes", "detected"})  # of scores; no numbers
-SAME = 0.5  # boxes of one word that overlap more, as intersection over union, are one thing to count
-MARGIN = 0.1  # of the sizes of both boxes, by which their centres must differ (GenEval, Ghosh et al. 2023)
+FIELDS = frozenset({"boxes", "detected"})  # keys of scores whose values are not numbers
+SAME = 0.5  # IoU threshold of non-maximum suppression: boxes of one word that overlap more are counted once
+MARGIN = 0.1  # share of both boxes' sizes by which their centres must differ (GenEval, Ghosh et al. 2023)
 COLORS = ("black", "white", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 MOST_WORD = 200  # characters
 
@@ -26,7 +26,7 @@ Stored = Sequence[Any]  # label, score, x0, y0, x1, y1, colour
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """Something found in a picture: its word, a score from 0 to 1, its corners in pixels, and its main colour."""
+    """A detected box: its word, a score from 0 to 1, its corners in pixels, and its main colour."""
 
     label: str
     score: float
@@ -37,14 +37,14 @@ class Box:
     color: str | None = None
 
     def to_json(self) -> list[Any]:
-        """Return it as a record holds it."""
+        """Return the box as it is stored in a record."""
         place = [round(v, 2) for v in (self.x0, self.y0, self.x1, self.y1)]
         return [self.label, round(self.score, 6), *place, self.color]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A function of an expression: of how many words, whether it is a truth value, and the range of its number."""
+    """A function of boxes: for how many words, whether it is true or false, and the upper bound of its number."""
 
     words: int
     value: Callable[..., Any]  # (boxes of each word, size) -> value
@@ -53,7 +53,7 @@ class Measure:
 
 
 def check_word(word: Any) -> str:
-    """Return a word to look for. Raises InputError for an empty one, and for what no detector reads as one thing."""
+    """Return the word. Raises InputError for an empty or too long one, and for control characters."""
     if not isinstance(word, str) or not word.strip():
         raise InputError(f"{shown(word)} is nothing to look for: give a word such as 'cat'")
     if len(word) > MOST_WORD or any(ord(c) < 32 for c in word):
@@ -70,14 +70,14 @@ def check_color(color: Any) -> str:
 
 
 def check_threshold(value: Any) -> float:
-    """Return the threshold of scores in an expression. Raises InputError."""
+    """Return a score threshold given in an expression. Raises InputError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise InputError(f"{shown(value)} is no threshold: a number above 0 and below 1, as in count['cat', 0.3]")
     return float(value)
 
 
 def lacking(scores: Mapping[str, Any], words: Collection[str], threshold: float | None = None) -> str | None:
-    """Return why boxes of these words are not known for a picture, or None if they are."""
+    """Return why the boxes of these words are not known for a picture, or None if they are."""
     found = scores.get("detected")
     if not isinstance(found, Mapping) or not isinstance(scores.get("boxes"), list):
         return "this image was not searched with a detector"
@@ -90,7 +90,7 @@ def lacking(scores: Mapping[str, Any], words: Collection[str], threshold: float 
 
 
 def boxes_of(scores: Mapping[str, Any], word: str, threshold: float | None) -> list[Stored]:
-    """Return the stored boxes of a word that score more than the threshold, best first. Raises InputError."""
+    """Return the stored boxes of a word with a score above the threshold, highest first. Raises InputError."""
     why = lacking(scores, [word], threshold)
     if why is not None:
         raise InputError(why)
@@ -100,7 +100,7 @@ def boxes_of(scores: Mapping[str, Any], word: str, threshold: float | None) -> l
 
 
 def separate(boxes: Sequence[Stored], most: float = SAME) -> list[Stored]:
-    """Return boxes, best first, without those that overlap a better one by more than `most`."""
+    """Return boxes, highest score first, after non-maximum suppression with the IoU threshold `most`."""
     kept: list[Stored] = []
     for box in boxes:
         if all(iou(box[2:6], other[2:6]) <= most for other in kept):
@@ -117,7 +117,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _area(boxes: list[Stored], size: Sequence[float]) -> float:
-    """The share of the picture that the boxes cover together."""
+    """Return the share of the picture that the union of the boxes covers."""
     if not boxes or size[0] * size[1] <= 0:
         return 0.0
     import numpy as np
@@ -134,9 +134,10 @@ def _area(boxes: list[Stored], size: Sequence[float]) -> float:
 
 
 def _offset(one: list[Stored], other: list[Stored]) -> tuple[float, float]:
-    """How far the best box of one lies to the right of and below that of the other: parts of a unit vector.
+    """Return the direction (x to the right, y down) from the best box of `other` to that of `one`.
 
-    GenEval's rule: the distance of the centres, less MARGIN of both boxes' sizes along each axis, over the distance.
+    GenEval's rule: along each axis the distance of the centres minus MARGIN times both boxes' sizes, at least 0,
+    divided by the distance of the centres.
     """
     if not one or not other:
         return 0.0, 0.0
@@ -171,7 +172,7 @@ RELATIONS = tuple(name for name, measure in MEASURES.items() if measure.words ==
 
 
 def reader(name: str, words: Sequence[str], threshold: float | None) -> Callable[[Mapping[str, Any]], Any]:
-    """Return the function of a picture's scores that a measure of these words is. It raises InputError if unknown."""
+    """Return the function scores -> value of a measure. It raises InputError for boxes that are not known."""
     measure = MEASURES[name]
 
     def value(scores: Mapping[str, Any]) -> Any:
@@ -185,6 +186,6 @@ def reader(name: str, words: Sequence[str], threshold: float | None) -> Callable
 
 
 def counts(scores: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many of each word a picture shows, by the detector's threshold; nothing where it was not searched."""
+    """Return the count of each word at the detector's threshold; {} for a picture without a detector's record."""
     words = (scores.get("detected") or {}).get("words") or ()
     return {word: reader("count", [word], None)(scores) for word in words if lacking(scores, [word]) is None}

@@ -1,4 +1,4 @@
-"""General captions, which a picture's prompt is compared with if the run has few other prompts."""
+"""General captions for the relative CLIP scores of runs with few prompts; see relative.py."""
 
 GENERAL = (
     "a dog", "a cat", "a bird in the sky", "a fish", "a horse", "an insect", "a green forest", "a mountain under snow",

@@ -1,6 +1,6 @@
 """CLIP scores: similarity of a picture and its prompt, and zero-shot classification.
 
-SigLIP (Zhai et al. 2023) is read likewise; its probabilities are sigmoids, each label's by itself.
+SigLIP (Zhai et al. 2023) is supported too; its probabilities are sigmoids, independent for each label.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from genkit.pictures.images import read_image
 if TYPE_CHECKING:
     from genkit.components import Components
 
-LABEL_SETS = 64  # label lists whose directions are cached
-# A label's direction is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
+LABEL_SETS = 64  # lists of labels whose embeddings are cached
+MOST_PIXELS = 2**24  # of a resized picture: a very long, narrow one would take gigabytes before it is cropped
+# The embedding of a label is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
 TEMPLATES = ("{}", "a picture of {}", "a photo of {}", "an emoji of {}")
 
 Pictures = "torch.Tensor | Sequence[Image.Image]"
@@ -32,14 +33,14 @@ Pictures = "torch.Tensor | Sequence[Image.Image]"
 class ClipScorer:
     """A CLIPModel or a SiglipModel as a scorer of pictures.
 
-    Pictures are PIL images of any size, or a tensor (B, 3, H, W) on any device, uint8 or 0 to 1, which is resized there
-    (antialiased, by the model's preprocessor config). Text embeddings are cached.
+    Pictures are PIL images of any size, or a tensor (B, 3, H, W) on any device, uint8 or float from 0 to 1. They are
+    resized as the model's preprocessor config says, antialiased, on the model's device. Text embeddings are cached.
     """
 
     def __init__(self, model: Any, tokenizer: Any, preprocessor: dict[str, Any], name: str = "custom") -> None:
         self.model, self.name = model, name
         self.texts = TextEncoder(tokenizer, _TextHead(model))
-        self.batch = self.texts.batch  # pictures a call; halved when memory runs out
+        self.batch = self.texts.batch  # pictures of a batch; halved when memory runs out
         size, crop = preprocessor.get("size", 224), preprocessor.get("crop_size", 224)
         self.shortest = size if isinstance(size, int) else size.get("shortest_edge")
         self.exact = None if self.shortest else (size["height"], size["width"])
@@ -71,7 +72,7 @@ class ClipScorer:
         return cls(parts.clip, parts.tokenizer, parts.info.preprocessor, name=parts.info.name)
 
     def score(self, images: Any, prompts: str | Sequence[str]) -> list[float]:
-        """Return the cosine of each picture's and its prompt's embedding, -1 to 1. A single prompt is used for all.
+        """Return the cosine similarity of each picture and its prompt, -1 to 1. A single prompt is used for all.
 
         Comparable between pictures of the same prompt, not between prompts.
         """
@@ -84,7 +85,7 @@ class ClipScorer:
     def classify(
         self, images: Any, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> list[dict[str, float]]:
-        """Return for each picture the probability of each label, as `probabilities` has it."""
+        """Return {label: probability} for each picture; see `probabilities`."""
         embedded = self.embed_images(images)
         cosines = (embedded @ self.directions(labels, templates).to(embedded.device).T).cpu().numpy()
         return [dict(zip(labels, row, strict=True)) for row in probabilities(self, cosines).tolist()]
@@ -104,7 +105,7 @@ class ClipScorer:
         return normalize(torch.stack(self.texts(texts)).float(), dim=-1) if texts else torch.empty(0, 0)
 
     def directions(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> torch.Tensor:
-        """Return a unit vector for each label, (len(labels), width): the mean over the templates."""
+        """Return a unit embedding for each label, (len(labels), width): the mean over the templates."""
         key = tuple(labels), tuple(templates)
         if key not in self._directions:
             if len(self._directions) >= LABEL_SETS:
@@ -120,7 +121,7 @@ class ClipScorer:
 
     @property
     def logit_bias(self) -> float | None:
-        """What SigLIP adds to a scaled cosine before the sigmoid; None for CLIP, which takes a softmax over labels."""
+        """The bias that SigLIP adds to scaled cosines before the sigmoid; None for CLIP, which takes a softmax."""
         bias = getattr(self.model, "logit_bias", None)
         return None if bias is None else float(bias)
 
@@ -136,22 +137,29 @@ class ClipScorer:
         """Return the unit embeddings, (B, width) float32, of preprocessed pictures."""
         vision = self.model.vision_model(pixel_values=pixels.to(self.model.dtype))
         pooled = vision.pooler_output
-        if hasattr(self.model, "visual_projection"):  # CLIP's; SigLIP's pooling head ends in the embedding
+        if hasattr(self.model, "visual_projection"):  # of CLIP; the output of SigLIP's pooling head is the embedding
             pooled = self.model.visual_projection(pooled)
         return normalize(pooled.float(), dim=-1)
 
     def preprocess(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return pictures (B, 3, H, W) resized, centre-cropped and normalised for the model, on its device."""
+        """Return pictures (B, 3, H, W) resized, centre-cropped and normalised for the model, on its device.
+
+        Raises InputError for pictures so narrow that they would be too large once their short side is resized.
+        """
         x = pictures.to(self.model.device).float()
         if pictures.dtype == torch.uint8:
             x = x / 255
         height, width = x.shape[-2:]
-        if self.shortest is None:
+        if self.exact is not None:
             size = self.exact
         elif height <= width:
             size = self.shortest, int(self.shortest * width / height)
         else:
             size = int(self.shortest * height / width), self.shortest
+        if size[0] * size[1] > max(MOST_PIXELS, height * width):
+            raise InputError(
+                f"{width}x{height} pixels are too narrow: {self.name} would resize them to {size[1]}x{size[0]}"
+            )
         if size != (height, width):
             x = interpolate(x, size=size, mode=self.filter, antialias=True).clamp(0, 1)
         if self.crop is not None:
@@ -161,7 +169,7 @@ class ClipScorer:
 
 
 class _TextHead:
-    """The text half of a CLIPModel or SiglipModel as a text model whose output is the projected embedding."""
+    """The text tower of a CLIPModel or SiglipModel as a text model whose output is the projected embedding."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config.text_config
@@ -176,7 +184,7 @@ class _TextHead:
 
 
 def probabilities(clip: ClipScorer, cosines: np.ndarray) -> np.ndarray:
-    """Return the probabilities (…, labels) of labels by their cosines with a picture.
+    """Return the probabilities (…, labels) of labels from their cosine similarities with a picture.
 
     CLIP's are a softmax over the labels, and sum to 1; SigLIP's are a sigmoid of each, and may all be near 0.
     """
@@ -189,5 +197,5 @@ def probabilities(clip: ClipScorer, cosines: np.ndarray) -> np.ndarray:
 
 
 def as_tensor(image: Any) -> torch.Tensor:
-    """Return a picture, as `read_image` takes it, as a uint8 tensor (1, 3, H, W)."""
+    """Return anything that `read_image` reads as a uint8 tensor (1, 3, H, W)."""
     return torch.from_numpy(np.array(read_image(image))).permute(2, 0, 1)[None].contiguous()

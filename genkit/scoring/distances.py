@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-RESAMPLES, HALVES = 200, 20  # of the bootstrap, and of the jackknife
+RESAMPLES, HALVES = 200, 20  # of the bootstrap, and of random half-samples
 
 
 def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -54,7 +54,7 @@ def interval(values: list[float] | np.ndarray, share: float = 0.95) -> tuple[flo
 
 
 def halved(distance: Callable[[torch.Tensor, torch.Tensor], float], a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the standard error of `distance(a, b)`: its deviation between random halves of both (Shao & Wu 1989)."""
+    """Return the standard error of `distance(a, b)`: its deviation over random half-samples (Shao & Wu 1989)."""
     if min(len(a), len(b)) < 4:
         return float("nan")
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,9 @@
-"""Expressions over an image's scores, for `gate`, `--where` and `rank_by`: parsed, checked, never evaluated as Python.
+"""Expressions over an image's scores, for `gate`, `--where` and `rank_by`: parsed and checked, never run by `eval`.
 
 "clip > 0.3 and not nan"    "p['a cat'] > 0.5 or p['a dog'] > 0.5"    "0.7 * clip + 0.3 * p['a cat']"    "-p['a dog']"
-"count['cat'] == 2 and left_of('cat', 'dog')"    "color['car', 0.3] == 'red'": what a detector found, see boxes.py.
-"p_class['tabby'] > 0.5 and answer['is it asleep?'] == 'yes'": what other models say of a picture, see said.py.
+"count['cat'] == 2 and left_of('cat', 'dog')"    "color['car', 0.3] == 'red'": boxes of a detector, see boxes.py.
+"p_class['tabby'] > 0.5 and answer['is it asleep?'] == 'yes'": labels of a classifier and answers of a captioner, see
+said.py.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ class Expression:
     Names: those of names.py with their ranges (clip, sharpness, nan, …), p['label'] (0 to 1) for each of `labels`, and
     the additional scores in `names` (None: any name, for rows that are read before the scorers are known). Operators:
     and, or, not, comparisons (also chained), + - * /, min, max, abs, parentheses. Raises InputError for anything else,
-    and for a comparison that is always true or never ("clip > 2").
+    and for a comparison that is always or never true ("clip > 2").
 
-    Attributes names, labels: those used; words: to look for with a detector, in order; seen: (words, threshold) of each
-    measure of boxes; classes: labels of p_class; questions: those of answer; senses: the vision models that it needs;
-    needs_scorer: whether a CLIP score is used; decides: whether the value is true or false, as a gate's must be, and
-    not a number.
+    Attributes names, labels: those used; words: those that a detector looks for, in order of appearance; seen: (words,
+    threshold) of each function of boxes; classes: labels in p_class; questions: those in answer; senses: the vision
+    models that it needs; needs_scorer: whether it uses a CLIP score; decides: whether its value is true or false, as
+    that of a gate must be, and not a number.
     """
 
     def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] | None = ()) -> None:
@@ -57,8 +58,14 @@ class Expression:
         self.needs_scorer = bool(CLIP_SCORES & self.names or self.labels)
 
     def __call__(self, scores: Scores) -> bool | float:
-        """Return the value for one image; raises InputError naming a missing score."""
-        return self._value(scores)
+        """Return the value for one image; after a division by zero that is False of a gate, and NaN of a number.
+
+        Raises InputError naming a missing score.
+        """
+        try:
+            return self._value(scores)
+        except ZeroDivisionError:
+            return False if self.decides else math.nan
 
     def __repr__(self) -> str:
         return f"Expression({self.text!r})"
@@ -66,17 +73,15 @@ class Expression:
 
 def check_row(gate: str | None, rank_by: str | None, labels: Collection[str] | None, computed: Collection[str],
               senses: Collection[str] = (), classes: Collection[str] | None = None) -> None:  # fmt: skip
-    """Raise InputError for labels that are no choice, and for a score that is unknown or not among `computed` ones.
+    """Raise InputError for invalid labels, and for a score that is unknown or not among the `computed` ones.
 
-    senses: the vision models that there are, of "detector", "classifier", "captioner". classes: the classifier's
-    labels, where they are known.
+    senses: the vision models of the run: "detector", "classifier", "captioner". classes: the classifier's labels, if
+    they are known.
     """
     if labels is not None:
         check_labels(labels)
-    for field, text, there in (
-        ("gate", gate, computed),
-        ("rank_by", rank_by, {*computed, "sim"}),
-    ):  # known only when all are drawn
+    ranked = {*computed, "sim"}  # sim is known only once all images of a row are drawn
+    for field, text, there in (("gate", gate, computed), ("rank_by", rank_by, ranked)):
         if text is None:
             continue
         try:
@@ -103,7 +108,7 @@ def _parsed(text: str) -> ast.expr:
 
 
 def _meant(text: str) -> str:
-    """Return a hint for operators of other languages, or ""; quoted text is ignored, since it is a label."""
+    """Return a hint for operators of other languages, or ""; quoted labels are ignored."""
     plain = re.sub(r"'[^']*'|\"[^\"]*\"", "''", text)
     found = next((word for sign, word in _SPELLINGS.items() if re.search(sign, plain)), None)
     return "" if found is None else f"; {found}"
@@ -121,7 +126,7 @@ def _build(node: ast.AST, scope: Scope, depth: int) -> Term:
 
 
 def _number(node: ast.AST, scope: Scope, depth: int) -> Term:
-    """Build a part that must be a number."""
+    """Compile a subexpression that must be a number."""
     term = _build(node, scope, depth)
     if term.kind == TRUTH:
         raise InputError(f"{quoted(node)} is true or false, not a number")
@@ -129,7 +134,7 @@ def _number(node: ast.AST, scope: Scope, depth: int) -> Term:
 
 
 def _truth(node: ast.AST, scope: Scope, depth: int) -> Term:
-    """Build a part that must be true or false."""
+    """Compile a subexpression that must be true or false."""
     term = _build(node, scope, depth)
     if term.kind == NUMBER:
         raise InputError(f"{quoted(node)} is a number, not true or false; compare it with one")
@@ -159,9 +164,10 @@ def _arithmetic(node: ast.BinOp, scope: Scope, depth: int) -> Term:
     if apply is None:
         raise InputError(f"{quoted(node)}: {_REFUSED.get(type(node.op), 'of arithmetic there is + - * / only')}")
     left, right = _number(node.left, scope, depth), _number(node.right, scope, depth)
-    if apply is _divide and right.low == right.high == 0:
+    divides = isinstance(node.op, ast.Div)
+    if divides and right.low == right.high == 0:
         raise InputError(f"{quoted(node)}: division by zero")
-    if apply is _divide and right.low <= 0 <= right.high:
+    if divides and right.low <= 0 <= right.high:
         low, high = -math.inf, math.inf
     else:
         corners = [apply(a, b) for a in (left.low, left.high) for b in (right.low, right.high)]
@@ -196,7 +202,7 @@ def _compare(node: ast.Compare, scope: Scope, depth: int) -> Term:
             raise InputError(f"{quoted(ast.Compare(nodes[i], [op], [nodes[i + 1]]))} is {always} true{because}")
         tests.append(test)
     values = [term.value for term in terms]
-    if len(tests) == 1:  # what most gates are
+    if len(tests) == 1:  # the usual case, made fast
         (test,), (left_of, right_of) = tests, values
         return Term(lambda scores: test(left_of(scores), right_of(scores)), TRUTH)
 
@@ -208,7 +214,7 @@ def _compare(node: ast.Compare, scope: Scope, depth: int) -> Term:
 
 
 def _extremes(left: Term, right: Term) -> list[tuple[float, float]]:
-    """Return pairs of values that produce every outcome of a comparison that the ranges allow."""
+    """Return pairs of values that cover all outcomes of a comparison that the two ranges allow."""
     pairs = [(left.low, right.high), (left.high, right.low)]
     meet = max(left.low, right.low)
     if meet <= min(left.high, right.high):  # the ranges overlap, so equality is possible
@@ -234,7 +240,7 @@ def _name(node: ast.Name, scope: Scope, depth: int) -> Term:
     return scope.known[node.id]
 
 
-def _label(node: ast.Subscript, scope: Scope, depth: int) -> Term:
+def _subscript(node: ast.Subscript, scope: Scope, depth: int) -> Term:
     name = node.value.id if isinstance(node.value, ast.Name) else ""
     if name in BRACKETS:
         found = measured(node, scope)
@@ -269,13 +275,13 @@ def _label(node: ast.Subscript, scope: Scope, depth: int) -> Term:
 
 
 def _constant(node: ast.Constant, scope: Scope, depth: int) -> Term:
-    number = node.value
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if isinstance(node.value, bool) or not isinstance(node.value, int | float):
         raise InputError(
             f"{quoted(node)}: is not a number; labels stand in p['…'], and true and false need no comparing"
         )
-    if not abs(number) <= MAX_NUMBER:
+    if not abs(node.value) <= MAX_NUMBER:
         raise InputError(f"{quoted(node)}: is larger than {MAX_NUMBER:g}")
+    number = float(node.value)  # products of whole numbers may become too large to be divided or compared
     return Term(lambda scores: number, NUMBER, number, number)
 
 
@@ -302,16 +308,12 @@ def _call(node: ast.Call, scope: Scope, depth: int) -> Term:
     return Term(lambda scores: function(*(value(scores) for value in values)), NUMBER, low, high)
 
 
-def _divide(a: float, b: float) -> float:
-    return a / b if b else math.nan  # NaN passes no gate
-
-
 _KNOWN = {name: Term(score(name), TRUTH if s.truth else NUMBER, s.low, s.high) for name, s in SCORES.items()}
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: _divide,
+    ast.Div: operator.truediv,
 }
 _COMPARISONS: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Lt: operator.lt,
@@ -353,7 +355,7 @@ _BUILDERS: dict[type[ast.AST], Callable[[Any, Scope, int], Term]] = {
     ast.BinOp: _arithmetic,
     ast.Compare: _compare,
     ast.Name: _name,
-    ast.Subscript: _label,
+    ast.Subscript: _subscript,
     ast.Constant: _constant,
     ast.Call: _call,
 }
@@ -383,9 +385,9 @@ def unknown_scores(expression: Expression, scores: Mapping[str, Any]) -> list[st
 def check_seen(
     option: str, expression: Expression, scores: Collection[Scores], classes: Collection[str] | None = None
 ) -> None:
-    """Raise InputError, naming the option, where what an expression reads of vision models is stored for no image.
+    """Raise InputError, naming the option, if no image of a run has stored what an expression needs of vision models.
 
-    classes: the labels of the run's classifier, where it has one.
+    classes: the labels of the run's classifier, if it has one.
     """
     if classes is not None:
         try:

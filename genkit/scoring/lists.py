@@ -13,8 +13,8 @@ from genkit.errors import InputError, shown
 from genkit.files import place, read_text
 
 SHIPPED = Path(__file__).parent / "phrases"
-GENERAL, EMOJI = SHIPPED / "general", SHIPPED / "emoji"  # the second in the words that emoji-clip was trained on
-# The order in which a caption is made of its phrases; other lists follow by name.
+GENERAL, EMOJI = SHIPPED / "general", SHIPPED / "emoji"  # the second with the words that emoji-clip was trained on
+# The order of phrases in a caption; lists of other names follow alphabetically.
 ORDER = ("subject", "colours", "medium", "style")
 SLOT = "{}"
 VOWELS = tuple("aeiou")
@@ -24,7 +24,7 @@ MOST, LONG, BYTES = 10_000, 300, 2**22  # phrases of a list, characters of a phr
 def read_lists(folder: Path) -> dict[str, list[str]]:
     """Return {name of a list: its distinct phrases} of the .txt files of a folder, in the order of a caption.
 
-    The first is what captions begin with: `subject`, or else the first one. Raises InputError naming file and line.
+    Captions begin with a phrase of the first list, `subject` if there is one. Raises InputError naming file and line.
     """
     if not folder.is_dir():
         raise InputError(f"--lists: {place(folder)} is no folder; give one with .txt files, a phrase a line")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-LUMA = (77, 150, 29)  # of 256: Rec. 601, in whole numbers, so that no device and no batch rounds otherwise
+LUMA = (77, 150, 29)  # of 256: Rec. 601 in integers, so that the result is the same on all devices
 
 
 @torch.inference_mode()
 def measures(pictures: torch.Tensor) -> list[dict[str, float]]:
-    """Return {"sharpness", "brightness"} for each of (B, 3, H, W) uint8 pictures, computed where they are.
+    """Return {"sharpness", "brightness"} for each of (B, 3, H, W) uint8 pictures, computed on their device.
 
-    sharpness: the variance of the Laplacian (4-neighbour, inner pixels) of the luma of 0 to 255, as OpenCV users know
-    it: 0 for a flat picture, tens when blurred, hundreds to thousands when sharp, at most 1020**2. It grows with
+    sharpness: the variance of the Laplacian (4-neighbour, inner pixels) of the luma, 0 to 255, as with
+    OpenCV: 0 for a flat picture, tens when blurred, hundreds to thousands when sharp, at most 1020**2. It grows with
     contrast and noise, and halves or more with each doubling of a picture's size. brightness: mean luma, 0 to 1.
     """
     x = pictures.int()

@@ -1,4 +1,4 @@
-"""The names of the scores that expressions may use: their ranges, and what each needs to be computed."""
+"""The scores that expressions may use: their names, ranges, and what is needed to compute each."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from genkit.errors import InputError, shown
 from genkit.scoring import boxes, said
 
-ALONE = -1.0  # `sim` of a row's first choice
-SHARPEST = 1020.0**2  # a Laplacian of 0 to 255 lies within +-4 * 255: its variance is at most that squared
+ALONE = -1.0  # `sim` of the image that is selected first in a row
+SHARPEST = 1020.0**2  # the Laplacian of levels 0 to 255 is within +-4 * 255, so its variance is at most this
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The range of a score, whether it is a truth value instead, and what it needs: "clip", "aesthetic", …"""
+    """The range of a score, whether it is true or false instead, and what it needs: "clip", "aesthetic", …"""
 
     low: float = -math.inf
     high: float = math.inf
@@ -39,7 +39,7 @@ CLIP_SCORES = frozenset(name for name, score in SCORES.items() if score.needs ==
 
 
 def check_labels(labels: Collection[str]) -> None:
-    """Raise InputError for labels that are no choice: a single one, empty ones, and two that read the same to CLIP."""
+    """Raise InputError for a single label, for empty ones, and for two that are the same text to CLIP."""
     if len(labels) < 2:
         alone = shown(next(iter(labels))) if labels else "none"
         raise InputError(
@@ -62,7 +62,7 @@ def known_scores(clip: bool, aesthetic: bool = False, others: Collection[str] = 
 
 
 def names_of(scores: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Return the names of the numbers and truth values in scores of images: without p and what vision models saw."""
+    """Return the names of the scores of images that are numbers or true or false: not p, boxes, classes, answers."""
     return {name for found in scores for name in found} - {"p", *boxes.FIELDS, *said.FIELDS}
 
 
@@ -70,9 +70,9 @@ def check_computed(
     field: str, text: str, names: Collection[str], labels: bool, computed: Collection[str],
     needed: Collection[str] = (), senses: Collection[str] = (),
 ) -> None:  # fmt: skip
-    """Raise InputError where an expression, `text` of `field`, reads one of `names` that is not `computed`.
+    """Raise InputError for an expression (`text` of `field`) that uses one of `names` that is not `computed`.
 
-    labels: whether it reads p. needed, senses: vision models that it needs, and those that there are.
+    labels: whether it uses p. needed: the vision models that it needs. senses: those of the run.
     """
     for sense in needed:
         if sense not in senses:

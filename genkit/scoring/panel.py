@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class Panel:
-    """The scorers of a run. prompts: of all rows, for the relative scores. senses: vision models beside CLIP.
+    """The scorers of a run. prompts: those of all rows, for the relative scores. senses: other vision models.
 
-    notes: messages about plugins that failed and were not returned by `news` yet.
+    notes: messages about failed plugins that `news` has not returned yet.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Panel:
         return new
 
     def unload(self) -> None:
-        """Give the weights up; nothing can be scored any more."""
+        """Free the weights. Nothing can be scored afterwards."""
         if self.clip is not None:
             self.clip.model.to("meta")
         self.senses = Senses()
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of its scores in expressions."""
+        """The names of the computed scores, for expressions."""
         others = [name for plugin in self.scorers for name in plugin.names]
         return known_scores(self.clip is not None, self.head is not None, others)
 
@@ -65,10 +65,10 @@ class Panel:
         self, pictures: torch.Tensor, prompts: Sequence[str], labels: Sequence[Sequence[str] | None],
         asked: Sequence[Asked] = (),
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Return the scores of each of (B, 3, H, W) uint8 pictures; they do not depend on the others.
+        """Return the scores of each of (B, 3, H, W) uint8 pictures, which are independent of the rest of the batch.
 
-        asked: what of vision models about each; nothing without it.
-        With a CLIP model they come with "embedding", a unit vector (width,) float16, which is no score.
+        asked: the requests to vision models for each picture; none by default. With a CLIP model there is also
+        "embedding", a unit vector (width,) float16.
         """
         found: list[dict[str, Any]] = [*measures(pictures)]
         if self.clip is not None:
@@ -82,9 +82,9 @@ class Panel:
         return found
 
     def of_embedding(self, vector: np.ndarray, prompt: str, labels: Sequence[str] | None) -> dict[str, Any]:
-        """Return what CLIP says of a picture whose embedding, as `half` gives it, is `vector` (width,).
+        """Return the CLIP scores of a picture from its float16 embedding (width,).
 
-        Computed in float64 from the half-precision vector that is stored with a run: the same now and ever after.
+        The embedding is stored with the run; in float64 the same scores are computed from it again later.
         """
         if self.clip is None or self.yardstick is None:
             return {}
@@ -101,7 +101,7 @@ class Panel:
         return found
 
     def plugged_in(self, pictures: torch.Tensor, prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """Return the plugged-in scorers' scores; null for all of one's that raises, which is said once."""
+        """Return the scores of the plugins. A plugin that raises gets null for the whole batch, and a note, once."""
         found: list[dict[str, Any]] = [{} for _ in prompts]
         for plugin in self.scorers:
             columns: dict[str, Any] = {name: [None] * len(prompts) for name in plugin.names}
@@ -118,5 +118,5 @@ class Panel:
 
 
 def half(embedded: torch.Tensor) -> np.ndarray:
-    """Return unit embeddings (B, width) as they are stored: float16, in memory."""
+    """Return unit embeddings (B, width) as they are stored: float16, on the CPU."""
     return embedded.half().cpu().numpy()

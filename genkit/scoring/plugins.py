@@ -1,9 +1,9 @@
 """Plugin scorers: functions (pictures, prompts) -> {name: a number for each picture}.
 
-pictures: a uint8 tensor (B, 3, H, W) on the device that drew them; prompts: B texts. A package registers one under the
-entry-point group `genkit.scorers`; in Python the function itself is passed. It gives one score, of the name it is
-registered under, or those in its attribute `names`. A feature network for FID and the like is a function pictures ->
-(B, D), registered under the group `genkit.features`.
+pictures: a uint8 tensor (B, 3, H, W) on the device of the generator; prompts: B texts. A package registers a scorer
+under the entry-point group `genkit.scorers`; in Python the function itself is passed. It returns one score, named as it
+is registered, or those in its attribute `names`. A feature network for FID and other distances is a function
+pictures -> (B, D), registered under the group `genkit.features`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from genkit.scoring.names import SCORES
 
 GROUP, FEATURES = "genkit.scorers", "genkit.features"
 Function = Callable[[Any, list[str]], Mapping[str, Any]]
-TAKEN = {*SCORES, *FIELDS, *MEASURES, "p", "min", "max", "abs", "embedding", "early"}  # early: pruning's
+TAKEN = {*SCORES, *FIELDS, *MEASURES, "p", "min", "max", "abs", "embedding", "early"}  # early: score of pruning
 
 
 @dataclasses.dataclass(frozen=True)
 class Plugin:
-    """A plugin: its function and the names of its scores."""
+    """A plugin scorer: its function and the names of its scores."""
 
     name: str
     function: Function
     names: tuple[str, ...]
 
     def __call__(self, pictures: Any, prompts: Sequence[str]) -> dict[str, list[float | bool | None]]:
-        """Return a list of numbers, one for each picture, by name. Raises ValueError for a wrong result."""
+        """Return {name: a number for each picture}, None for NaN or infinity. Raises ValueError for a wrong result."""
         found = self.function(pictures, list(prompts))
         if not isinstance(found, Mapping) or set(found) != set(self.names):
             given = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
@@ -76,7 +76,7 @@ def find_scorers(asked: Sequence[str | Function]) -> list[Plugin]:
 
 
 def find_features(name: str, field: str, device: Any) -> Callable[[Any], Any]:
-    """Return the feature network of that name: uint8 pictures (B, 3, H, W) on `device` -> (B, D).
+    """Return the feature network of that name, a function of uint8 pictures (B, 3, H, W) on `device` to (B, D).
 
     "inception" is the InceptionV3 of the original FID, from torch-fidelity. Raises InputError, naming `field`, if it is
     not installed, HostError if its weights cannot be downloaded.
@@ -85,7 +85,7 @@ def find_features(name: str, field: str, device: Any) -> Callable[[Any], Any]:
         return _installed(name, FEATURES, field, "feature network")[1]
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except Exception as error:  # the torchvision that it imports raises RuntimeError beside another torch
+    except Exception as error:  # its torchvision raises RuntimeError if it does not match the installed torch
         raise InputError(
             f"{field}: inception needs torch-fidelity (pip install torch-fidelity): {reason(error)}"
         ) from None

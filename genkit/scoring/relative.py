@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from genkit.scoring.clip import ClipScorer
 
 MOST = 256  # captions; each is embedded once
-FEW = 16  # with fewer other prompts, general captions are added: a standard deviation of three means little
+FEW = 16  # with fewer other prompts general captions are added, for a meaningful standard deviation
 
 
 class Yardstick:
-    """The captions that every picture of a run is compared with, besides its own prompt.
+    """The reference captions that every picture of a run is compared with, besides its own prompt.
 
-    They are the run's other distinct prompts: the MOST with the smallest SHA-256, which depends on neither the order of
-    the rows nor on what is drawn already. If there are fewer than FEW, the captions of GENERAL that share no word with
-    the picture's prompt are added.
+    They are the run's other distinct prompts. Of more than MOST, those with the smallest SHA-256 are chosen, so that
+    the choice depends neither on the order of the rows nor on what is already drawn. If there are fewer than FEW, the
+    captions of GENERAL that share no word with the picture's prompt are added.
     """
 
     def __init__(self, clip: ClipScorer, prompts: Iterable[str]) -> None:
@@ -32,7 +32,7 @@ class Yardstick:
         self.clip = clip
         self.keys = chosen if len(chosen) > FEW else [*chosen, *(c for c in GENERAL if _key(c) not in distinct)]
         self.captions = [distinct.get(key, key) for key in self.keys]
-        self.own = len(chosen)  # those after it are general ones
+        self.own = len(chosen)  # the rest are of GENERAL
         self._vectors: np.ndarray | None = None
         self._others: dict[str, np.ndarray] = {}
 
@@ -63,7 +63,7 @@ class Yardstick:
         return self.clip.embed_texts([prompt])[0].cpu().numpy().astype(np.float64)
 
     def others(self, prompt: str) -> np.ndarray:
-        """Return the numbers of the captions that `prompt` is compared with."""
+        """Return the indices of the captions that `prompt` is compared with."""
         if prompt not in self._others:
             if len(self._others) >= 4 * MOST:
                 self._others.clear()

@@ -1,8 +1,8 @@
-"""What expressions read of a picture's classes and answers: p_class['tabby'], answer['is it red?']. Without a model.
+"""Stored classes and answers of a picture in expressions: p_class['tabby'], answer['is it red?']. No model is needed.
 
-scores["classes"] is {label: p} of the labels of a classifier that have at least FLOOR, most probable first; which there
-are is in run.json. scores["answers"] is {question: text}. Null, as a whole or of one question, is what a network
-said whose result was no number.
+scores["classes"] is {label: p} for the labels of a classifier with at least FLOOR, most probable first; all its labels
+are in run.json. scores["answers"] is {question: text}. Null, for all classes or for one answer, means that the
+network's output was NaN.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 
-FIELDS = frozenset({"classes", "answers"})  # of scores; no numbers
-FLOOR = 1e-4  # p below it is not stored, and is read as 0
+FIELDS = frozenset({"classes", "answers"})  # keys of scores whose values are not numbers
+FLOOR = 1e-4  # smaller probabilities are not stored, and are read as 0
 MOST_QUESTION = 500  # characters
 
 
 def stored_classes(labels: Sequence[str], odds: Sequence[float]) -> dict[str, float] | None:
-    """Return what a record holds of a picture's classes: p to 6 decimals; None where one is no number."""
+    """Return the classes of a picture as they are stored, p to 6 decimals; None if one is NaN."""
     if any(p != p for p in odds):
         return None
     kept = [(label, round(p, 6)) for label, p in zip(labels, odds, strict=True) if round(p, 6) >= FLOOR]
@@ -29,12 +29,12 @@ def stored_classes(labels: Sequence[str], odds: Sequence[float]) -> dict[str, fl
 
 
 def plain(text: str) -> str:
-    """Return a text as answers are compared: without regard to case, blanks around it and punctuation at its end."""
+    """Normalise a text for comparison: case-folded, single spaces, without punctuation at its end."""
     return " ".join(text.casefold().split()).rstrip(string.punctuation + " ")
 
 
 def check_question(question: Any) -> str:
-    """Return a question to ask of pictures. Raises InputError for one that asks nothing, or is no single line."""
+    """Return the question. Raises InputError for one that is empty, too long or not a single line."""
     if not isinstance(question, str) or not plain(question):
         raise InputError(f"{shown(question)} is no question: give one such as 'is the cat asleep?'")
     if len(question) > MOST_QUESTION or any(ord(c) < 32 for c in question):
@@ -43,7 +43,7 @@ def check_question(question: Any) -> str:
 
 
 def check_questions(questions: Collection[str]) -> None:
-    """Raise InputError for a question that is none, and for two that are the same."""
+    """Raise InputError for an invalid question, and for two that are the same after `plain`."""
     seen: dict[str, str] = {}
     for question in questions:
         key = plain(check_question(question))
@@ -53,14 +53,14 @@ def check_questions(questions: Collection[str]) -> None:
 
 
 def check_classes(used: Iterable[str], labels: Collection[str]) -> None:
-    """Raise InputError for a label of p_class that the classifier does not have, naming the one that was meant."""
+    """Raise InputError, with the nearest label, for a label of p_class that the classifier does not have."""
     for label in used:
         if label not in labels:
             raise InputError(f"p_class[{shown(label)}]: {no_such(label, labels)}")
 
 
 def no_such(label: str, labels: Collection[str]) -> str:
-    """Return "no such label", and which was perhaps meant: the nearest, or one of several names, as ImageNet has."""
+    """Return "no such label" with a suggestion: the nearest label, or one with that name among its synonyms."""
     close, wanted = nearest(label, labels), label.casefold().strip()
     if wanted:
         named = [x for x in labels if wanted in [part.strip() for part in x.casefold().split(",")]]
@@ -71,7 +71,7 @@ def no_such(label: str, labels: Collection[str]) -> str:
 
 
 def p_class(label: str) -> Callable[[Mapping[str, Any]], float]:
-    """Return the function of a picture's scores that p_class[label] is. It raises InputError if unknown."""
+    """Return the function scores -> p_class[label]. It raises InputError for an image without classes."""
 
     def value(scores: Mapping[str, Any]) -> float:
         why = unclassified(scores)
@@ -83,7 +83,7 @@ def p_class(label: str) -> Callable[[Mapping[str, Any]], float]:
 
 
 def answer(question: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return the function of a picture's scores that answer[question] is, as `plain` has it. It raises InputError."""
+    """Return the function scores -> answer[question], after `plain`. It raises InputError for an image without it."""
 
     def value(scores: Mapping[str, Any]) -> str:
         why = unanswered(scores, question)
@@ -95,7 +95,7 @@ def answer(question: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def unclassified(scores: Mapping[str, Any]) -> str | None:
-    """Return why a picture's classes are not known, or None if they are."""
+    """Return why the classes of a picture are not known, or None if they are."""
     if isinstance(scores.get("classes"), Mapping):
         return None
     return "the classifier's scores were no numbers" if "classes" in scores else "this image was not classified"
@@ -111,13 +111,13 @@ def unanswered(scores: Mapping[str, Any], question: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """Which classes and answers of many pictures are compared: labels, and of each question one answer, as `plain`."""
+    """The labels, and for each question the answer (after `plain`), whose frequencies two runs are compared by."""
 
     labels: tuple[str, ...] = ()
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def numbers(self, scores: Mapping[str, Any]) -> dict[str, float]:
-        """Return them as numbers of one picture, by their expressions; of an answer whether it is given, 1 or 0."""
+        """Return {expression: number} of one picture: p of each label, and 1 or 0 for whether it has that answer."""
         found = {}
         if unclassified(scores) is None:
             found = {f"p_class[{label!r}]": float(scores["classes"].get(label, 0.0)) for label in self.labels}
@@ -132,7 +132,7 @@ NOTHING = Said()
 
 
 def said_of(scores: Sequence[Mapping[str, Any]], most: int = 10) -> Said:
-    """Return the `most` classes most probable over all pictures, and the most frequent answer to each question."""
+    """Return the `most` labels with the largest total probability, and the most frequent answer to each question."""
     total: Counter[str] = Counter()
     answers: dict[str, Counter[str]] = {}
     for one in scores:

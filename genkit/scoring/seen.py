@@ -1,4 +1,4 @@
-"""Parts of expressions that read what vision models saw in a picture: boxes, colours, classes, answers."""
+"""Compile the parts of expressions that read stored boxes, colours, classes and answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from genkit.scoring.terms import NUMBER, TRUTH, Scope, Term, Value, quoted
 
 
 def color(node: ast.Compare, scope: Scope) -> Term:
-    """Build color['cat'] == 'red', or !=; false either way where there is no such box."""
+    """Compile color['cat'] == 'red', or !=; both are false for a picture without such a box."""
     sides = [node.left, *node.comparators]
     if len(sides) != 2 or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
         raise InputError(f"{quoted(node)}: a colour is compared with == or !=, as in color['car'] == 'red'")
@@ -24,7 +24,7 @@ def color(node: ast.Compare, scope: Scope) -> Term:
 
 
 def measured(node: ast.Subscript | ast.Call, scope: Scope) -> Value:
-    """Return what count['cat'], count['cat', 0.3] or left_of('cat', 'dog', 0.3) is of a picture's scores."""
+    """Compile count['cat'], count['cat', 0.3] or left_of('cat', 'dog', 0.3) to a function of the scores."""
     if isinstance(node, ast.Subscript):
         name, parts = (
             getattr(node.value, "id", ""),
@@ -51,7 +51,7 @@ def measured(node: ast.Subscript | ast.Call, scope: Scope) -> Value:
 
 
 def class_of(node: ast.Subscript, scope: Scope) -> Term:
-    """Build p_class['tabby'], a number from 0 to 1."""
+    """Compile p_class['tabby'], a number from 0 to 1."""
     label = _text(node, "the label goes in quotes, as in p_class['tabby']")
     if not label.strip():
         raise InputError(f"{quoted(node)}: names no label, as in p_class['tabby']")
@@ -60,7 +60,7 @@ def class_of(node: ast.Subscript, scope: Scope) -> Term:
 
 
 def answered(node: ast.Compare, scope: Scope) -> Term:
-    """Build answer['is it red?'] == 'yes', or !=; texts are compared as `plain` has them."""
+    """Compile answer['is it red?'] == 'yes', or !=; both texts are normalised by `plain`."""
     usage = "is compared with == or != and a text, as in answer['is it red?'] == 'yes'"
     sides = [node.left, *node.comparators]
     if len(sides) != 2 or not isinstance(node.ops[0], ast.Eq | ast.NotEq):
@@ -82,7 +82,7 @@ def answered(node: ast.Compare, scope: Scope) -> Term:
 
 
 def reads(node: ast.AST, name: str) -> bool:
-    """Whether a part of an expression is name[…]."""
+    """Return whether a subexpression is name[…]."""
     return isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == name
 
 
@@ -92,4 +92,4 @@ def _text(node: ast.Subscript, usage: str) -> str:
     return node.slice.value
 
 
-COMPARED = {"color": color, "answer": answered}  # texts, which are compared as a whole
+COMPARED = {"color": color, "answer": answered}  # values that are texts, and can only be compared

@@ -1,4 +1,4 @@
-"""The vision models of a run beside CLIP, and what they say of its pictures: boxes, classes, answers."""
+"""The detector, classifier and captioner of a run, and their boxes, classes and answers for its pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 NAMES = ("detector", "classifier", "captioner")
-_BROKEN = {  # what is said once of a model whose results are no numbers
+_BROKEN = {  # messages for models whose outputs are NaN
     "detector": "scores are no numbers; such pictures have no boxes",
     "classifier": "scores are no numbers; such pictures have no classes",
     "captioner": "scores are no numbers; such pictures have no answers",
@@ -21,7 +21,7 @@ _BROKEN = {  # what is said once of a model whose results are no numbers
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What is asked of vision models about a picture: words to look for, questions, whether to classify it."""
+    """The requests to vision models for a picture: words to detect, questions, and whether to classify it."""
 
     words: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
@@ -32,9 +32,9 @@ class Asked:
 
 
 class Senses:
-    """The vision models that look at the pictures of a run, those that it has: modules of genkit.vision.
+    """The detector, classifier and captioner of a run (classes of genkit.vision), each of which may be None.
 
-    notes: messages that were not taken yet.
+    notes: messages for the user that have not been shown yet.
     """
 
     def __init__(self, detector: Any = None, classifier: Any = None, captioner: Any = None) -> None:
@@ -44,7 +44,7 @@ class Senses:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those of NAMES that there are."""
+        """The names of the models that the run has."""
         return tuple(name for name in NAMES if getattr(self, name) is not None)
 
     @property
@@ -55,10 +55,9 @@ class Senses:
     def look(
         self, pictures: Sequence[torch.Tensor] | torch.Tensor, asked: Sequence[Asked]
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """Return what is seen in each uint8 picture (3, H, W): "boxes" and "detected", "classes", "answers".
+        """Return for each uint8 picture (3, H, W) "boxes" and "detected", "classes", "answers", as far as requested.
 
-        As boxes.py and said.py have them; only what is asked, and of models that there are. Null, which passes no gate,
-        where a network's result is no number; that is said once.
+        Their forms are in boxes.py and said.py. A NaN output becomes null, which passes no gate, with one note a model.
         """
         found: list[dict[str, Any]] = [{} for _ in asked]
         if self.detector is not None:
@@ -101,7 +100,7 @@ class Senses:
 
 
 def _alike(pictures: Any, places: Sequence[int]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield pictures of one shape together: their numbers, and themselves (B, 3, H, W)."""
+    """Yield batches of pictures of one shape: their indices, and a tensor (B, 3, H, W)."""
     import torch
 
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -1,4 +1,4 @@
-"""What expressions are compiled to: terms, and the names, labels and words that they use."""
+"""Compiled subexpressions, and the names, labels and words that they use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NUMBER, TRUTH, EITHER = "number", "truth", "either"
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A compiled subexpression: its value as a function of the scores, its kind, and the range of a number.
+    """A compiled subexpression: its value as a function of the scores, its kind, and its range if it is a number.
 
-    floor: values below it are not stored, and read as 0.
+    floor: smaller values are not stored with a run and are read as 0.
     """
 
     value: Value
@@ -31,7 +31,7 @@ class Term:
 
 @dataclasses.dataclass
 class Scope:
-    """What an expression may use, and what it was found to use."""
+    """The labels and names that an expression may use, and what it has been found to use."""
 
     labels: Collection[str] | None
     known: dict[str, Term]
@@ -44,7 +44,7 @@ class Scope:
 
 
 def score(name: str) -> Value:
-    """Return the function of a picture's scores that a name is; it raises InputError where there is no such score."""
+    """Return the function that looks up a score by name. It raises InputError for an image without that score."""
 
     def value(scores: Scores) -> Any:
         found = scores.get(name)
@@ -56,7 +56,7 @@ def score(name: str) -> Value:
 
 
 def quoted(node: ast.AST) -> str:
-    """Return a part of an expression as it is written, for messages."""
+    """Return the source of a subexpression, for messages."""
     try:
         return shown(ast.unparse(node))
     except (ValueError, RecursionError):

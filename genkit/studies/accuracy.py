@@ -9,7 +9,7 @@ from typing import Any
 from genkit.progress import printable
 from genkit.selection.intervals import wilson
 
-WIDE = 10  # labels; with more columns the table does not fit a terminal
+WIDE = 10  # labels; a table with more columns does not fit a terminal
 CUT = 14  # characters of a column's heading
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WRITES = ("txt", "jsonl")
 METADATA = "metadata.jsonl"
+KEYS = ("text", "caption")  # of a caption in a line of metadata.jsonl
 CONTINUES = "BlipForConditionalGeneration"
 
 
@@ -35,9 +36,10 @@ def caption_images(
 ) -> int:  # fmt: skip
     """Print a JSON line for each picture: file and caption, or the answer to a question; returns the exit code.
 
-    begin: how captions begin. write: "txt" also writes PICTURE.txt beside each picture, "jsonl" metadata.jsonl in the
-    folder; pictures that have a caption there are left out unless `overwrite`. out: a file for the lines. tokens: most,
-    of a caption; 50, or as many as Florence's `detail` may have. Raises InputError before anything is loaded.
+    begin: the beginning of all captions. write: "txt" also writes PICTURE.txt beside each picture, "jsonl"
+    metadata.jsonl in the folder; pictures that have a caption there are skipped unless `overwrite`. out: a file for the
+    lines. tokens: maximum number of new tokens; default 50, or that of Florence's `detail`. Raises InputError before
+    anything is loaded.
     """
     if write is not None and write not in WRITES:
         raise InputError(f"--write: {shown(write)} is not txt or jsonl{nearest(write, WRITES)}")
@@ -78,13 +80,13 @@ def caption_images(
                 put(line_of({"file": str(file), **asked, "caption": found}))
                 if number % READ == 0:
                     there.save()
-        finally:  # also of what was captioned before Ctrl-C
+        finally:  # keeps the captions that were made before Ctrl-C
             there.save()
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
 def _text(info: VisionInfo, question: str | None, begin: str | None) -> str | None:
-    """Return what the model reads beside the picture. Raises InputError for what is of the other kind of model."""
+    """Return the text input of the model. Raises InputError for options that do not belong to its kind."""
     answers = CLASSES[info.kind].answers
     if answers and begin is not None:
         raise InputError(f"--begin: {shown(begin)}: {info.name} answers questions: give --question")
@@ -104,24 +106,24 @@ def _text(info: VisionInfo, question: str | None, begin: str | None) -> str | No
     return text
 
 
-class Nowhere:
-    """Captions that are only printed."""
+class Printed:
+    """Captions that are only printed; base class of those that are also written."""
 
     def __init__(self, images: Path, files: Sequence[Path], overwrite: bool) -> None:
         pass
 
     def has(self, file: Path) -> bool:
-        """Whether a picture has a caption that is to stay."""
+        """Return whether a picture has a caption that is kept."""
         return False
 
     def add(self, file: Path, caption: str) -> None:
-        """Note a caption."""
+        """Take a new caption."""
 
     def save(self) -> None:
-        """Have all captions on the disk. Raises HostError."""
+        """Write captions that are not on disk yet. Raises HostError."""
 
 
-class Beside(Nowhere):
+class Beside(Printed):
     """Captions in PICTURE.txt."""
 
     def __init__(self, images: Path, files: Sequence[Path], overwrite: bool) -> None:
@@ -133,17 +135,20 @@ class Beside(Nowhere):
                 raise InputError(f"--write: {place(other)} and {place(file)} would share a .txt; use --write jsonl")
 
     def has(self, file: Path) -> bool:
-        """Whether its .txt is there."""
+        """Return whether its .txt exists."""
         return not self.overwrite and file.with_suffix(".txt").exists()
 
     def add(self, file: Path, caption: str) -> None:
-        """Write its .txt, whole or not at all."""
+        """Write its .txt atomically."""
         with disk(file.with_suffix(".txt")):
             write_whole(file.with_suffix(".txt"), f"{caption}\n".encode())
 
 
-class Metadata(Nowhere):
-    """Captions in metadata.jsonl: {"file_name": below the folder, "text": caption}; other lines and keys stay."""
+class Metadata(Printed):
+    """Captions in metadata.jsonl: {"file_name": below the folder, "text": caption}; other lines and keys stay.
+
+    A line with the key "caption" gets its new caption there, since `genkit train` reads that key first.
+    """
 
     def __init__(self, images: Path, files: Sequence[Path], overwrite: bool) -> None:
         root = images / "images" if is_run(images) else images
@@ -165,20 +170,21 @@ class Metadata(Nowhere):
         return file.relative_to(self.root).as_posix()
 
     def has(self, file: Path) -> bool:
-        """Whether a line has its name, and a text."""
-        return not self.overwrite and any(key in self.records.get(self._name(file), {}) for key in ("text", "caption"))
+        """Return whether the picture has a line with a caption."""
+        return not self.overwrite and any(self.records.get(self._name(file), {}).get(key) for key in KEYS)
 
     def add(self, file: Path, caption: str) -> None:
-        """Note its line."""
+        """Update its line."""
         name = self._name(file)
-        self.records[name] = {"file_name": name, **self.records.get(name, {}), "text": caption}
+        record = {"file_name": name, **self.records.get(name, {})}
+        self.records[name] = record | dict.fromkeys([key for key in KEYS if key in record] or KEYS[:1], caption)
 
     def save(self) -> None:
-        """Write all lines, whole or not at all."""
+        """Write all lines atomically."""
         with disk(self.path):
             write_whole(self.path, [json_line(record).encode() for record in self.records.values()])
 
 
-_WRITERS: dict[str | None, Callable[[Path, Sequence[Path], bool], Nowhere]] = {
-    None: Nowhere, "txt": Beside, "jsonl": Metadata,
+_WRITERS: dict[str | None, Callable[[Path, Sequence[Path], bool], Printed]] = {
+    None: Printed, "txt": Beside, "jsonl": Metadata,
 }  # fmt: skip

@@ -21,8 +21,8 @@ def label_images(images: Path, model: str, top: int = TOP, out: Path | None = No
                  dtype: str = "auto") -> int:  # fmt: skip
     """Write a JSON line for each picture: file and classes, the `top` most probable as [label, p]; or file and error.
 
-    Returns the exit code: 1 where a picture could not be read. Raises InputError before anything is loaded, HostError
-    where the network's result is not a number.
+    Returns the exit code: 1 if a picture could not be read. Raises InputError before anything is loaded, HostError if
+    the logits are NaN.
     """
     if not 1 <= top <= 100_000:
         raise InputError(f"--top: {top} is not a number from 1 to 100000")

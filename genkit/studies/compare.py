@@ -29,9 +29,9 @@ from genkit.selection.votes import name_of
 from genkit.storage import StoragePath
 
 PAGE, FIGURES = "compare.html", "comparison.json"
-NAMED = 10  # pictures without a partner that are named
-LINES = 30  # scores in the terminal: each row may have labels of its own
-# Fields of a row that do not decide on its pixels, or that a pair has in common anyway.
+NAMED = 10  # names of unpaired pictures in the report
+LINES = 30  # scores in the terminal: with different labels in each row there may be very many
+# Fields of a row that do not change its pixels, or that are equal within a pair anyway.
 _ASIDE = {*"id prompt seed num_images keep rank_by gate max_images labels detect ask meta".split()}  # noqa: SIM905
 
 
@@ -55,16 +55,16 @@ class Pair:
 
     @property
     def group(self) -> str:
-        """What pairs are not independent within: the prompt, or, without one, the row."""
+        """The group of correlated pairs that this one belongs to: its prompt or, without one, its row."""
         return self.a.prompt or f"\0{self.a.id}"
 
 
 def compare_runs(a: Path, b: Path, out: Path | None = None) -> dict[str, Any]:
     """Compare two run folders and write a page that shows them side by side; return the figures and its path.
 
-    out: a new or empty folder for the page (index.html), the figures and copies of the pictures; else the page is
-    B/compare.html and links to the pictures where they are. Raises InputError for what is no run, and where no picture
-    of the one has a partner in the other; HostError.
+    out: a new or empty folder for the page (index.html), the figures and copies of the pictures; by default the page is
+    B/compare.html and links to the pictures of the runs. Raises InputError for folders that are not runs, and for runs
+    without a common picture; HostError.
     """
     local(out)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -101,7 +101,7 @@ def _side(folder: Path) -> Side:
 
 
 def pair_up(a: Mapping[str, Result], b: Mapping[str, Result]) -> tuple[list[Pair], dict[str, list[str]]]:
-    """Return the pairs in the order of A, and the names of pictures without a partner, by reason."""
+    """Return the pairs in the order of A, and the names of unpaired pictures by reason."""
     pairs: list[Pair] = []
     alone: dict[str, list[str]] = defaultdict(list)
     for name in [*a, *(name for name in b if name not in a)]:
@@ -136,8 +136,8 @@ def numbers(r: Result, said: Said = NOTHING) -> dict[str, float]:
 def score_table(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
     """Return for each score: how often B is above A (ties count half), and the mean of B - A.
 
-    Of classes those that are most probable on the whole, of answers how often they are the most frequent one.
-    With 95 % intervals, which allow for correlation between images of the same prompt, see `grouped`.
+    Classes are those with the largest total probability; an answer's score is 1 where it is the most frequent one.
+    The 95 % intervals account for the correlation between images of one prompt, see `grouped`.
     """
     said = said_of([r.scores for pair in pairs for r in (pair.a, pair.b)])
     groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -223,7 +223,7 @@ def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pai
         before, after = halves
         data: Iterable[str] = map(within_html, json_pieces({"names": names, **figures}, {}, {"images": shown_pairs}))
         if out is not None:
-            data = [*data]  # this copies the pictures, before the page is written
+            data = [*data]  # copies the pictures, before the page is written
             write_whole(out / FIGURES, json_line(figures).encode())
         pieces = (text for part in ([before], data, [after]) for text in part)
         write_whole(path, (text.encode("utf-8", "backslashreplace") for text in pieces))
@@ -240,7 +240,7 @@ def _half(r: Result, said: Said) -> dict[str, Any]:
 
 
 def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[Result], str]:
-    """Return a function that returns a picture's URL relative to the page; with `out` it copies the picture there."""
+    """Return a function result -> URL of its picture, relative to the page; with `out` it also copies the picture."""
     if out is None:
         base = quote(os.fsencode(_way(side.folder.resolve(), page.resolve())))  # may not be valid Unicode
         return lambda r: f"{base}/{r.file}" if base != "." else str(r.file)
@@ -261,7 +261,7 @@ def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[R
 
 
 def _way(folder: Path, page: Path) -> str:
-    """Return the relative path from a page's folder to another. Raises InputError where no link leads there."""
+    """Return the relative path from a page's folder to another. Raises InputError if they are in different storages."""
     stored = [isinstance(path, StoragePath) for path in (folder, page)]
     if not any(stored):
         return os.path.relpath(folder, page)

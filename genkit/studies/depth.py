@@ -1,4 +1,4 @@
-"""`genkit depth`: how far or near each pixel is, for pictures of any folder or run."""
+"""`genkit depth`: depth maps for pictures of any folder or run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LINES = "depth.jsonl"
 SHADES = 1024
-# From low to high, in equal steps: inferno of matplotlib (CC0)
+# The colour map inferno of matplotlib (CC0), from low to high in equal steps
 COLOURS = ((0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10),
            (249, 201, 50), (252, 255, 164))  # fmt: skip
 
@@ -34,10 +34,10 @@ def depth_images(
 ) -> int:  # fmt: skip
     """Write NAME.depth.png, 16 bits of grey, for each picture, and a line each to depth.jsonl; returns the exit code.
 
-    The least depth of a picture is black, the largest white; a line has file, width, height, min, max, depth (the file
-    written) and which model it is by. npy: write NAME.depth.npy, the float32 values, in place of the PNG. draw: also
-    NAME.drawn.png in colours. Pictures that have what is asked for there are left out unless `overwrite`. Raises
-    InputError before anything is loaded.
+    The smallest depth of a picture is black, the largest white; a line has file, width, height, min, max, depth (the
+    file written), model and weights. npy: write NAME.depth.npy, the float32 values, instead of the PNG. draw: also
+    write NAME.drawn.png in colours. Pictures whose files exist are skipped unless `overwrite`. Raises InputError before
+    anything is loaded.
     """
     files = pictures_at(images)
     check_folder(out, files)
@@ -56,7 +56,7 @@ def depth_images(
 
     def look(pixels: torch.Tensor, sizes: list[tuple[int, int]]) -> list[tuple[torch.Tensor, tuple[int, int]] | Any]:
         found = zip(sense.maps(pixels), sizes, strict=True)
-        bad = InputError(sense.not_a_number())
+        bad = InputError(str(sense.nan_error()))
         return [(one, size) if bool(one.isfinite().all()) else bad for one, size in found]
 
     made_folder(out)
@@ -66,26 +66,26 @@ def depth_images(
             if isinstance(found, InputError):
                 failed += 1
                 done.fail(file, str(found))
-            else:  # enlarged one by one: of those at full size only one is in memory
+            else:  # resized one by one, so that only one full-size map is in memory
                 print(printable_json(done.add(file, sense.at_size(found[0][None], found[1])[0].numpy())))
             if number % READ == 0:
                 done.save()
-    finally:  # also what was done before Ctrl-C
+    finally:  # keeps the lines that were made before Ctrl-C
         done.save()
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
 class Done:
-    """The files of depth in a folder, and their lines."""
+    """The depth files in the output folder, and their lines."""
 
     def __init__(self, out: Path, info: VisionInfo, names: dict[Path, str], npy: bool, draw: bool) -> None:
         self.out, self.info, self.names, self.npy, self.draw = out, info, names, npy, draw
         self.weights = hashlib.sha256(repr(sorted(info.hashes.items())).encode()).hexdigest()[:16]
         self.records = {Path(str(record.get("file"))).resolve(): record for record in _lines(out / LINES)}
-        self.owners = {record["depth"]: file for file, record in self.records.items() if "depth" in record}
+        self.owners = {str(record["depth"]): file for file, record in self.records.items() if "depth" in record}
 
     def has(self, file: Path) -> bool:
-        """Whether all that is asked for is there. Raises InputError if it is of another model or picture."""
+        """Return whether all requested files exist. Raises InputError if they are of another model or picture."""
         depth, drawn = self._paths(file)
         owner = self.owners.get(str(depth), file.resolve())
         if owner != file.resolve():
@@ -103,7 +103,7 @@ class Done:
         path, drawn = self._paths(file)
         made_folder(path.parent)
         low, high = float(depth.min()), float(depth.max())
-        share = (depth - depth.min()) / max(high - low, 1e-30)  # 0 everywhere where nothing differs
+        share = (depth - depth.min()) / max(high - low, 1e-30)  # all 0 for a constant depth
         _write(path, depth if self.npy else (share * 65535).round().astype("uint16"))
         if self.draw:
             _write(drawn, _coloured(share))
@@ -113,11 +113,11 @@ class Done:
         return self.records[file.resolve()]
 
     def fail(self, file: Path, why: str) -> None:
-        """Note why there is nothing of a picture."""
+        """Record why a picture has no depth."""
         self.records[file.resolve()] = {"file": str(file), "error": why}
 
     def save(self) -> None:
-        """Have all lines on the disk. Raises HostError."""
+        """Write all lines. Raises HostError."""
         with disk(self.out / LINES):
             write_whole(self.out / LINES, [json_line(record).encode() for record in self.records.values()])
 
@@ -127,7 +127,7 @@ class Done:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines that earlier calls wrote. Raises InputError for a file that is not theirs."""
+    """Return the lines of earlier calls. Raises InputError for a line that is not a JSON object."""
     if not path.exists():
         return []
     lines = enumerate(read_text(path, 2**30).split("\n"), 1)

@@ -1,20 +1,20 @@
-"""`genkit detect`: boxes of words in any pictures, as JSON lines and drawn over them."""
+"""`genkit detect`: boxes of words in any pictures, as JSON lines and as drawings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.device.devices import check_device
-from genkit.durable import disk
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError, shown
 from genkit.files import local
 from genkit.pictures.images import read_image
-from genkit.progress import Progress
+from genkit.progress import Progress, printable
 from genkit.scoring.boxes import Box, check_word
 from genkit.studies.score import check_out, output_of, pictures_at, written
-from genkit.studies.senses import read_ahead
+from genkit.studies.senses import made_folder, names_of, read_ahead, write_png
 from genkit.vision.models import inspect_vision
 from genkit.vision.words import Lengths
 
@@ -24,8 +24,17 @@ if TYPE_CHECKING:
 
     from genkit.vision.detector import Detector
 
-BATCH = 8  # pictures looked at; as many are read ahead
-PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")  # one a word
+BATCH = 8  # pictures of a batch; as many are read ahead
+PALETTE = (
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#008080",
+    "#9a6324",
+    "#f032e6",
+)  # a colour for each word
 
 
 def detect_images(
@@ -34,8 +43,8 @@ def detect_images(
 ) -> int:  # fmt: skip
     """Write a JSON line for each picture: file, size, words, boxes. Returns the exit code.
 
-    like: a picture of the thing to look for, in place of words. threshold: of scores; None is the detector's own. draw:
-    a folder for the pictures with their boxes. A picture that cannot be read is a line with its error.
+    like: a picture of an object to look for, instead of words. threshold: of scores; None is the detector's own. draw:
+    a folder for copies of the pictures with their boxes. A picture that cannot be read gets a line with its error.
     """
     if bool(words) == (like is not None):
         raise InputError("--words, --like: give one of them: what to look for, or a picture of it")
@@ -59,17 +68,19 @@ def detect_images(
 
     model = Detector.from_pretrained(info, device=device, dtype=dtype)
     for text in info.notes:
-        _say(text)
+        print(printable(text), file=sys.stderr)
     least = threshold if threshold is not None else (model.threshold if like is None else 0.6)
+    names = names_of(files, images)
+    drawn = {} if draw is None else {f: draw / f"{name}.png" for f, name in zip(files, names, strict=True)}
     failed = 0
     with output_of(out) as write, Progress(len(files)) as progress:
         for part in read_ahead(files, read_levels, BATCH):
-            failed += written(_batch(model, part, words, example, least, draw, images), len(files), write, progress)
+            failed += written(_batch(model, part, words, example, least, drawn), len(files), write, progress)
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
 def read_levels(file: Path) -> torch.Tensor | InputError:
-    """Return a picture as uint8 (3, H, W), which takes less memory than Pillow's, or why it cannot be read."""
+    """Return a picture as uint8 (3, H, W), which takes less memory than one of Pillow, or the error of reading it."""
     from genkit.scoring.clip import as_tensor
 
     try:
@@ -80,8 +91,11 @@ def read_levels(file: Path) -> torch.Tensor | InputError:
 
 def _batch(
     model: Detector, part: Sequence[tuple[Path, torch.Tensor | InputError]], words: Sequence[str], example: Any,
-    least: float, draw: Path | None, images: Path,
+    least: float, drawn: Mapping[Path, Path],
 ) -> list[tuple[Path, dict[str, Any]]]:  # fmt: skip
+    """Return the record of each picture; those in `drawn` are also written there with their boxes."""
+    import numpy as np
+
     found: dict[Path, dict[str, Any]] = {file: {"error": str(one)} for file, one in part if isinstance(one, InputError)}
     pictures = {file: one for file, one in part if not isinstance(one, InputError)}
     shots = list(pictures.values())
@@ -90,33 +104,32 @@ def _batch(
         named = {"words": list(words)} if example is None else {}
         size = {"width": picture.shape[-1], "height": picture.shape[-2]}
         found[file] = {**size, **named, "threshold": least, "boxes": [box.to_json() for box in some]}
-        if draw is not None:
-            inside = file.relative_to(images) if images.is_dir() else Path(file.name)
-            target = (draw / inside).with_suffix(".png")
-            with disk(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                overlay(as_picture(picture), some, words or ["like"]).save(target)
+        if file in drawn:
+            made_folder(drawn[file].parent)
+            write_png(drawn[file], np.asarray(overlay(as_picture(picture), some, words or ["like"])))
     return [(file, found[file]) for file, _ in part]
 
 
 def as_picture(levels: torch.Tensor) -> Image.Image:
-    """Return uint8 (3, H, W) as a picture of Pillow's."""
+    """Return uint8 (3, H, W) as a picture of Pillow."""
     from PIL import Image
 
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def overlay(picture: Image.Image, boxes: Sequence[Box], words: Sequence[str]) -> Image.Image:
-    """Return a copy of a picture with its boxes, a colour a word, each with word and score."""
+    """Return a copy of a picture with its boxes, one colour for each word, labelled with word and score."""
     from PIL import ImageDraw
 
     copy = picture.copy()
     pen = ImageDraw.Draw(copy)
     width = max(1, round(min(copy.size) / 200))
-    for box in reversed(boxes):  # the best on top
+    for box in reversed(boxes):  # the best box on top
         color = PALETTE[list(words).index(box.label) % len(PALETTE)]
         pen.rectangle((box.x0, box.y0, max(box.x0, box.x1 - 1), max(box.y0, box.y1 - 1)), outline=color, width=width)
-        text = f"{box.label} {box.score:.2f}".encode("latin-1", "replace").decode("latin-1")  # of Pillow's small font
+        text = f"{box.label} {box.score:.2f}".encode("latin-1", "replace").decode(
+            "latin-1"
+        )  # all that Pillow's built-in font has
         place = pen.textbbox((box.x0 + width + 1, box.y0 + width), text)
         pen.rectangle((place[0] - 1, place[1] - 1, place[2] + 1, place[3] + 1), fill=color)
         pen.text((box.x0 + width + 1, box.y0 + width), text, fill="white")
@@ -124,7 +137,7 @@ def overlay(picture: Image.Image, boxes: Sequence[Box], words: Sequence[str]) ->
 
 
 def _check_draw(draw: Path | None, images: Path) -> None:
-    """Raise InputError for a folder for drawings that is a file, or lies where the pictures do."""
+    """Raise InputError if the folder for drawings is a file, or is in the folder of the pictures."""
     if draw is None:
         return
     local(draw, "--draw")
@@ -133,11 +146,3 @@ def _check_draw(draw: Path | None, images: Path) -> None:
     home = images if images.is_dir() else images.parent
     if draw.resolve() == home.resolve() or home.resolve() in draw.resolve().parents:
         raise InputError(f"--draw: {shown(str(draw))} lies where the pictures are: name a folder elsewhere")
-
-
-def _say(text: str) -> None:
-    import sys
-
-    from genkit.progress import printable
-
-    print(printable(text), file=sys.stderr)

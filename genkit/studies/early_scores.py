@@ -1,4 +1,4 @@
-"""Scores of predicted pictures part-way through sampling, and the final scores."""
+"""Scores of x0 predictions part-way through sampling, and final scores, of the images of a row."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from genkit.errors import InputError, shown
 from genkit.rows.request import Request
 from genkit.scoring.gates import Expression
 
-MARKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the steps after which predicted pictures are scored
+MARKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the steps after which x0 predictions are scored
 
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """The images of one row: final (n,) scores, and early (n, len(MARKS)) scores of their predicted pictures."""
+    """The images of one row: final scores (n,), and early scores of their x0 predictions (n, len(MARKS))."""
 
     final: np.ndarray
     early: np.ndarray

@@ -39,7 +39,7 @@ def refilter(
     if config is None:
         raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
     collecting = gc.isenabled()
-    gc.disable()  # nothing here becomes garbage, and collecting takes half of the time
+    gc.disable()  # there are no reference cycles to free, and collecting takes half of the time
     try:
         selection = select(folder, config, Question(where, rank_by, keep, picking))
         table = selection.table

@@ -1,4 +1,4 @@
-"""`genkit interrogate`: the phrases that CLIP finds nearest to a picture, and the caption that they make."""
+"""`genkit interrogate`: the phrases nearest to a picture by CLIP, and a caption made of them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from genkit.job.run import Summary
     from genkit.scoring.clip import ClipScorer
 
-TRIES = 8  # nearest phrases of a list that a caption may take
-NAMED = 3  # … of which so many are named
-GAIN = 1e-3  # what a phrase must add to the cosine
+TRIES = 8  # nearest phrases of each list that are tried in a caption
+NAMED = 3  # nearest phrases of each list in the report
+GAIN = 1e-3  # least gain in cosine similarity for adding or replacing a phrase
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What CLIP says of a picture: a caption, its cosine, and {list: the nearest phrases with their cosines}.
+    """The caption of a picture, its cosine similarity (score), and {list: nearest phrases with their similarities}.
 
-    error: why there is nothing of it, for a picture that cannot be read.
+    error: for a picture that cannot be read, the reason.
     """
 
     file: str
@@ -52,11 +52,11 @@ def interrogate(
     images: str | Path | Sequence[str | Path], *, clip: str = "emoji-clip", lists: str | Path | None = None,
     device: str = "auto", dtype: str = "auto", quiet: bool = True,
 ) -> Iterator[Described]:  # fmt: skip
-    """Yield what CLIP says of pictures, runs and folders of pictures, in order.
+    """Yield the captions of pictures, and of those in runs and folders, in order.
 
-    lists: a folder of phrase lists (`scoring/lists.py`) in place of genkit's own. A caption begins with the nearest
-    phrase of the first list; then the phrase that raises the cosine most is added, or takes the place of another of its
-    list, as long as one does. Raises InputError before anything is loaded.
+    lists: a folder of phrase lists (`scoring/lists.py`) instead of genkit's own. A caption begins with the nearest
+    phrase of the first list. Then, as long as the cosine similarity grows, the phrase that raises it most is added, or
+    replaces the phrase of its list (hill climbing). Raises InputError before anything is loaded.
     """
     paths = [Path(images)] if isinstance(images, str | Path) else [Path(path) for path in images]
     if not paths:
@@ -103,16 +103,16 @@ def _all(
 def describe(
     file: str, vector: np.ndarray, scorer: ClipScorer, lists: Mapping[str, list[str]], known: dict[str, np.ndarray]
 ) -> Described:
-    """Return what CLIP says of a picture with this unit embedding (width,).
+    """Return the caption of a picture with this unit embedding (width,).
 
-    known: the embeddings of texts so far, which grows with the phrases that stand alone.
+    known: a cache of text embeddings, to which those of single phrases are added.
     """
     image = vector.astype(np.float64)
     image /= np.linalg.norm(image)
     first, *others = lists
     ranked = {first: _ranked(lists[first], lists[first], image, scorer, known)}
     subject = ranked[first][0][0]
-    for name in others:  # a phrase that takes the caption means nothing without one
+    for name in others:  # a phrase with {} is ranked with the subject in it
         texts = [joined(subject, phrase) if "{}" in phrase else phrase for phrase in lists[name]]
         ranked[name] = _ranked(lists[name], texts, image, scorer, known)
     chosen, score = _climbed({first: subject}, ranked, lists, image, scorer)
@@ -124,9 +124,9 @@ def _climbed(
     chosen: dict[str, str], ranked: Mapping[str, Sequence[tuple[str, float]]], lists: Mapping[str, Any],
     image: np.ndarray, scorer: ClipScorer,
 ) -> tuple[dict[str, str], float]:  # fmt: skip
-    """Return the phrases of a caption, and its cosine: the phrase is added, or exchanged, that raises it most.
+    """Return the phrases of the caption, and its cosine similarity, by hill climbing over single phrases.
 
-    The subject is exchanged, too: what is nearest alone may be its background.
+    The subject may be replaced too: the phrase that is nearest on its own may describe the background.
     """
     score = -1.0
     while True:
@@ -142,7 +142,7 @@ def _climbed(
 def _ranked(
     phrases: Sequence[str], texts: Sequence[str], image: np.ndarray, scorer: ClipScorer, known: dict[str, np.ndarray]
 ) -> list[tuple[str, float]]:
-    """Return (phrase, cosine of its text with the picture), nearest first."""
+    """Return (phrase, cosine similarity of its text and the picture), nearest first."""
     new = [text for text in dict.fromkeys(texts) if text not in known]
     vectors = dict(zip(new, scorer.embed_texts(new).cpu().numpy().astype(np.float64), strict=True)) if new else {}
     known |= {phrase: vectors[phrase] for phrase in phrases if phrase in vectors}
@@ -151,7 +151,7 @@ def _ranked(
 
 
 def _caption(chosen: Mapping[str, str], lists: Mapping[str, Any]) -> str:
-    """Return the caption of one phrase a list, in the order of the lists."""
+    """Return the caption made of one phrase of each list, in the order of the lists."""
     caption = ""
     for name in lists:
         caption = joined(caption, chosen[name]) if name in chosen else caption
@@ -161,9 +161,9 @@ def _caption(chosen: Mapping[str, str], lists: Mapping[str, Any]) -> str:
 def draw_similar(
     found: Sequence[Described], count: int, out: Path, model: str = "emoji", device: str = "auto", dtype: str = "auto"
 ) -> Summary:
-    """Draw `count` pictures of each caption into the run `out`, or go on with it; see `genkit.generate`.
+    """Draw `count` pictures of each caption into the run `out`, or resume it; see `genkit.generate`.
 
-    A row is known by the content of its picture, so that more pictures can be added to the folder.
+    The id of a row is a hash of its picture, so that pictures can be added to the folder later.
     """
     from genkit.cluster.generate import generate
 
@@ -178,7 +178,7 @@ def draw_similar(
 
 
 def report(one: Described) -> str:
-    """Return the lines for people."""
+    """Return the caption and phrases as text."""
     if one.error is not None:
         return f"{one.file}\n  {one.error}"
     width = max(map(len, one.phrases))

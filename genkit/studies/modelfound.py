@@ -1,4 +1,4 @@
-"""The model that pictures name: found where it can be had, and its weights compared with what the pictures record."""
+"""Find the model that pictures name, and compare its weights with the hashes that the pictures record."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SUFFIX = ".safetensors"
 
 
 def model_of(shots: Sequence[Pictured]) -> str:
-    """Return the model that pictures name: a built-in one, or what lies where their run has it, beside them, or here.
+    """Return the model that pictures name: a built-in one, or one in their run's record, beside them, or in the cwd.
 
-    Nothing is downloaded for a name in a picture. Raises InputError where none is named or found, and for two models.
+    A name in a picture is never downloaded. Raises InputError if none is named or found, and for two models.
     """
     found: dict[str, Pictured] = {}
     for shot in shots:
@@ -46,7 +46,10 @@ def _found(name: str, folder: Path) -> str | None:
         return name
     if name in ("", ".", ".."):
         return None
-    for parent in (folder.parent, folder.parent.parent):  # of a run's images/, which may have subfolders
+    for parent in (
+        folder.parent,
+        folder.parent.parent,
+    ):  # the run, if the picture is in its images/ or a subfolder of that
         try:
             config = read_config(parent)
         except InputError:
@@ -63,10 +66,10 @@ def _found(name: str, folder: Path) -> str | None:
 
 
 def check_weights(shots: Sequence[Pictured], info: ModelInfo, other_weights: bool) -> list[str]:
-    """Return for each picture how its weights compare with those at hand: "same", "not recorded", or in words.
+    """Return for each picture how its recorded weights compare with the model: "same", "not recorded", or a sentence.
 
-    Raises InputError, naming the first picture and file, if some are others and that is not allowed: LoRAs and input
-    pictures included.
+    Raises InputError, naming the first picture and file, if weights, LoRAs or input pictures differ and
+    `other_weights` is False.
     """
     now = weight_hashes(info)
     found, refused = [], []
@@ -122,7 +125,7 @@ def _status(shot: Pictured, info: ModelInfo) -> str:
 
 
 def _model_hash(shot: Pictured) -> str | None:
-    """Return the model hash that a picture names in lower case, if it is one of AUTOMATIC1111, or a SHA-256."""
+    """Return the model hash in a picture, in lower case, if it is one of AUTOMATIC1111 or a SHA-256."""
     text = str(shot.found.about.get("model_hash", "")).lower().removeprefix("sha256:")
     return text if re.fullmatch("[0-9a-f]{8}|[0-9a-f]{10,64}", text) else None
 
@@ -135,7 +138,7 @@ def _old_hash(file: Path) -> str:
 
 
 def vae_note(shot: Pictured, vae: str | None) -> str | None:
-    """Return what is to be said of the VAE that a picture of another tool names; None if it is the one given."""
+    """Return a note about the VAE that a picture of another tool names; None if it is the given one."""
     name, digits = shot.found.about.get("vae"), str(shot.found.about.get("vae_hash", "")).lower()
     if name is None or shot.found.about.get("weights") or str(name).lower() in ("none", "automatic"):
         return None
@@ -146,7 +149,7 @@ def vae_note(shot: Pictured, vae: str | None) -> str | None:
 
 
 def other_models(shots: Sequence[Pictured], info: ModelInfo, vae: str | None) -> list[str]:
-    """Return notes on pictures whose rows are not all that drew them: other weights, or what genkit lacks."""
+    """Return notes on pictures that cannot be reproduced: their weights differ, or genkit lacks a feature."""
     now = weight_hashes(info) if any(shot.found.about.keys() & {"weights", "model_hash"} for shot in shots) else {}
     said: dict[str, list[Path]] = {}
     for shot in shots:

@@ -1,4 +1,4 @@
-"""Redraw rows of a run, and score the predicted pictures of every image at several marks on the way."""
+"""Redraw rows of a run, and score the x0 prediction of every image at several marks during sampling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Watch(Pruning):
 
     def __init__(self, judge: Any) -> None:
         super().__init__(lambda request: [], judge, scored=True)
-        self.looks, self.looking = 0, 0.0  # looks taken, and the seconds they took
+        self.looks, self.looking = 0, 0.0  # number of scored predictions, and the seconds that this took
         self.seen: dict[tuple[str, int], list[float]] = defaultdict(list)
 
     def mark(self, trajectory: Trajectory) -> None:
@@ -53,8 +53,8 @@ class _Watch(Pruning):
 
 
 def redraw(run: Path, rows: Sequence[Request], device: str, quiet: bool) -> tuple[list[Watched], float]:
-    """Draw rows of a run again, as the run drew them. Returns the early and final scores of each row's images, and
-    the share of an image's time that decoding and scoring takes.
+    """Draw rows of a run again. Returns the early and final scores of each row's images, and the time of decoding and
+    scoring as a share of the time of an image.
     """
     recall_masks(run, rows)
     generator, scorer, slots, seed = reopen(run, device)
@@ -67,7 +67,7 @@ def redraw(run: Path, rows: Sequence[Request], device: str, quiet: bool) -> tupl
         for result in stream.run(slots):
             progress.advance(result.status == "failed", result.status == "done", draws.total)
             found[result.id].append(result)
-    seconds = (time.monotonic() - began - watch.looking) / max(1, progress.done)  # for an image, scored once
+    seconds = (time.monotonic() - began - watch.looking) / max(1, progress.done)  # of one image, scored once
     look = watch.looking / max(1, watch.looks) / seconds
     watched = []
     for row in rows:

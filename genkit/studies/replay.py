@@ -1,4 +1,4 @@
-"""Draw pictures again from the settings that they hold, and say what is identical and what has changed."""
+"""`genkit replay`: draw pictures again from the settings in them, and report what is identical or has changed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from genkit.studies.modelfound import SAME, check_weights, model_of, vae_note
 from genkit.version import __version__
 
 REPORT = "replay.json"
-ROUNDED = 3  # of 255: what the rounding of another batch, or of another kernel, comes to in a picture
+ROUNDED = 3  # of 255: the largest difference explained by rounding in another batch size or kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
     """Pictures that can be drawn again: checked, with the job that draws them.
 
-    weights: for each picture "same", "not recorded", "cannot be compared", or which differ.
+    weights: for each picture "same", "not recorded", or a sentence about the difference.
     """
 
     shots: list[Pictured]
@@ -62,10 +62,10 @@ def replay(
 ) -> dict[str, Any]:
     """Draw pictures again into the run folder `out`, as `genkit replay` does; return what replay.json holds.
 
-    pictures: files, or folders of them. overrides: fields of a row for all of them. model: None is the one that the
-    pictures name. other_weights: draw even where the weights are not those of the picture. options: of the run, whose
+    pictures: files, or folders of them. overrides: fields of a row for all of them. model: default, the one that the
+    pictures name. other_weights: draw even if the weights differ from those of the picture. options: of the run; their
     model is not used. Raises InputError, before anything is loaded, for pictures without settings, for a model that is
-    not here or has other weights, and for input pictures and LoRAs that are not beside the picture.
+    not found or has other weights, and for input pictures and LoRAs that are not beside the picture.
     """
     options = options or Options()
     places = [pictures] if isinstance(pictures, str | Path) else list(pictures)
@@ -74,7 +74,7 @@ def replay(
     plan = plan_replay(find_pictures(places), checked, options, model, folder, other_weights)
     report, summary = run_replay(plan, folder)
     if summary.exit_code == EXIT_SIGINT:
-        raise KeyboardInterrupt  # what is finished is saved: the same call goes on
+        raise KeyboardInterrupt  # finished pictures are saved; the same call resumes
     if summary.exit_code == EXIT_SIGTERM:
         raise SystemExit(EXIT_SIGTERM)
     return report
@@ -110,7 +110,7 @@ def run_replay(plan: Replay, out: Path) -> tuple[dict[str, Any], Summary]:
             entry["result"] = "not drawn" if result is None else f"{result.status}: {result.reason}"
         else:
             entry |= {"file": result.file, **_compared(shot, out / str(result.file))}
-            with contextlib.suppress(InputError):  # of a run without metadata
+            with contextlib.suppress(InputError):  # for a run without metadata in its pictures
                 about = read_picture_settings(out / str(result.file)).about
                 now |= {name: about[key] for name, key in _RECORDED.items() if key in about}
         entry |= {"weights": weights, "changed": [*shot.changed, *_changed(shot, now)]}
@@ -130,7 +130,7 @@ def run_replay(plan: Replay, out: Path) -> tuple[dict[str, Any], Summary]:
 
 
 def _rounding(entry: dict[str, Any]) -> list[str]:
-    """Return why a picture may differ by a little though nothing is recorded that has changed."""
+    """Return a note on why a picture may differ slightly although nothing that it records has changed."""
     same = entry["result"] == "differs" and entry["weights"] == SAME and not entry["changed"] and not entry["lacking"]
     return ["nothing that the picture records has changed: a batch of another size is rounded differently"] * (
         same and entry["largest"] <= ROUNDED
@@ -138,7 +138,7 @@ def _rounding(entry: dict[str, Any]) -> list[str]:
 
 
 def _lacking(shot: Pictured, job: Job) -> list[str]:
-    """Return what the settings ask for and the run has not: of a row, a VAE, a refiner, textual inversions."""
+    """Return the recorded settings that the run lacks: of a row, the VAE, the refiner, textual inversions."""
     note = vae_note(shot, job.options.vae)
     lacking = [text for text in shot.lacking if text != "refiner" or job.refiner is None]
     told = shot.found.about.get("refiner")
@@ -168,7 +168,7 @@ def _compared(shot: Pictured, drawn: Path) -> dict[str, Any]:
         sizes = [f"{width}x{height}" for width, height in (before.size, after.size)]
         return {"result": "another size", "size": " -> ".join(sizes)}
     form = str(shot.found.about.get("format", ""))
-    if form.partition(",")[0] in ("jpeg", "webp", "jxl") and drawn.suffix == ".png":  # compressed as the picture was
+    if form.partition(",")[0] in ("jpeg", "webp", "jxl") and drawn.suffix == ".png":  # compress it in the same way
         with contextlib.suppress(InputError, ValueError):
             after = _encoded(after, form)
     difference = np.abs(np.asarray(before, np.int16) - np.asarray(after, np.int16))
@@ -188,7 +188,7 @@ def _encoded(picture: Any, form: str) -> Any:
 
 
 def _now(job: Job, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what draws pictures now, by its name in the report. config: run.json."""
+    """Return the current versions and settings by their names in the report. config: run.json."""
     binding, info = config["binding"], config["info"]
     return {
         "genkit": __version__, "torch": info.get("torch"), "device": binding.get("device"),
@@ -198,7 +198,7 @@ def _now(job: Job, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(shot: Pictured, now: dict[str, Any]) -> list[str]:
-    """Return a line for each thing that drew the picture and is another now, as far as the picture says."""
+    """Return a line for each recorded version or setting that has changed."""
     about = shot.found.about
     before = {name: about.get(key) for name, key in _RECORDED.items()}
     if about["form"] != "genkit":
@@ -233,7 +233,7 @@ def _guessed(shot: Pictured, row: Any, job: Job) -> list[str]:
 
 
 def lines_of(report: dict[str, Any]) -> list[str]:
-    """Return the table of a replay: a line for each picture, what is to be said of it below, and a summary."""
+    """Return the report as text: a line for each picture with its notes below, and a summary."""
     names = [place(entry["picture"]) for entry in report["pictures"]]
     width = max(map(len, names), default=0)
     lines = []

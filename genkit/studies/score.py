@@ -22,6 +22,7 @@ from genkit.scoring.aesthetic import Head, check_head
 from genkit.scoring.names import check_labels
 from genkit.scoring.plugins import find_scorers
 from genkit.studies.accuracy import Confusion
+from genkit.studies.senses import named
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from genkit.components import ModelInfo
     from genkit.scoring.panel import Panel
 
-BATCH = 32  # pictures embedded together; only one of them is in memory at full size
+BATCH = 32  # pictures embedded together; only one is in memory at full size at a time
 MAX_LABELS = 1000
-STRANGERS = 5  # folders without a label that a message lists
+STRANGERS = 5  # folders without a label that are named in a message
 
 
 def score_images(
@@ -80,7 +81,7 @@ def classify_images(
             f"--labels: missing, and {shown(str(images))} has {len(names)} subfolders with pictures to take them from; "
             f"give --labels, or a folder for each of 2 to {MAX_LABELS} labels"
         )
-    by_name = {_text(name): name for name in _labels(names)}  # as text for CLIP
+    by_name = {_text(name): name for name in _labels(names)}  # the text that CLIP reads -> label
     check_device(device, dtype)
     check_out(out)
     panel = _panel(_clip_model(clip), device, dtype, (), None, ())
@@ -137,7 +138,7 @@ def _batch(
     assert panel.clip is not None
     found: dict[Path, dict[str, Any]] = {}
     vectors: dict[Path, Any] = {file: vector for file in files if (vector := stored.vector(file)) is not None}
-    pixels: dict[Path, torch.Tensor] = {}  # preprocessed for CLIP, which is small
+    pixels: dict[Path, torch.Tensor] = {}  # preprocessed, so small
     for file, text in zip(files, texts, strict=True):
         measured = stored.measures(file) if file in vectors and not panel.scorers else None
         try:
@@ -147,7 +148,7 @@ def _batch(
                     pixels[file] = ready
             found[file] = {"prompt": text, "scores": measured}
         except InputError as error:
-            found[file] = {"error": str(error)}
+            found[file] = {"error": str(named(file, error))}
     if pixels:
         new = half(panel.clip.embed_pixels(torch.cat(list(pixels.values()))))
         for file, vector in zip(pixels, new, strict=True):
@@ -216,7 +217,7 @@ def pictures_at(images: Path) -> list[Path]:
 
 
 def _folder(images: Path, file: Path) -> str | None:
-    """Return the subfolder of `images` that contains a picture; None for a run, whose subfolders mean nothing."""
+    """Return the subfolder of `images` that contains a picture; None for a run, whose subfolders are not labels."""
     if not images.is_dir() or is_run(images):
         return None
     parts = file.relative_to(images).parts
@@ -249,7 +250,7 @@ def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | 
 
 
 def line_of(record: dict[str, Any]) -> str:
-    """Return a record as a line of JSON that any terminal prints."""
+    """Return a record as a line of JSON, escaped for a terminal."""
     return printable_json(record) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`genkit search`: the pictures of a run or of any folder that are nearest to texts and pictures, by CLIP."""
+"""`genkit search`: find the pictures of a run or folder that are nearest to texts and pictures, by CLIP."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from genkit.components import ModelInfo
     from genkit.scoring.clip import ClipScorer
 
-MOST = 1000  # pictures of one answer
+MOST = 1000  # results of a search
 LONG = 500  # characters of a caption
 CAPTION_BYTES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search found: results, nearest first, each with file, score (cosine) and caption, which may be empty.
+    """The result of a search: results, nearest first, each with file, score (cosine similarity) and caption or "".
 
-    pictures: how many were searched; new: how many of them were embedded for it. notes: what a user should know.
-    problems: a message for each picture that could not be read.
+    pictures: the number searched; new: how many of them had to be embedded. notes: remarks for the user. problems: a
+    message for each picture that could not be read.
     """
 
     query: dict[str, Any]
@@ -52,9 +52,9 @@ def search(
 ) -> Found:  # fmt: skip
     """Return the k pictures of a run or folder whose CLIP embeddings are nearest to a query.
 
-    The query is the mean of the unit embeddings of all texts and pictures, less the mean of those of `without`. image:
-    a path, a PIL image, or a list of such. clip: "auto" is the run's own model, and emoji-clip for folders. What is
-    embedded is kept: with the run, or in an index in the cache folder. Raises InputError.
+    The query is the mean of the unit embeddings of all texts and pictures, minus the mean of those of `without`. image:
+    a path, a PIL image, or a list of these. clip: "auto" is the run's own model, or emoji-clip for other folders. New
+    embeddings are stored with the run, or in an index in the cache folder. Raises InputError.
     """
     folder = run_path(images)
     texts, negative = ([t] if isinstance(t, str) else list(t) for t in (text, without))
@@ -90,7 +90,7 @@ def search(
 
 
 def _check(folder: Path, texts: list[str], pictures: list[Any], negative: list[str], k: int) -> list[Path]:
-    """Return the pictures to search. Raises InputError for a query or folder that says nothing."""
+    """Return the pictures to search. Raises InputError for an empty query or folder."""
     if not texts and not pictures:
         raise InputError("--text, --image: nothing to search for; give one of them")
     for option, values in (("--text", texts), ("--not", negative)):
@@ -109,7 +109,7 @@ def _check(folder: Path, texts: list[str], pictures: list[Any], negative: list[s
 
 
 def pictures_of(folder: Path) -> list[Path]:
-    """Return the pictures of a folder, or the finished ones of a run. Raises InputError if there are none."""
+    """Return the pictures of a folder, or the finished images of a run. Raises InputError if there are none."""
     if not folder.is_dir():
         raise InputError(f"{place(folder)}: is no folder; give a run, or a folder of pictures")
     if is_run(folder):
@@ -123,7 +123,7 @@ def pictures_of(folder: Path) -> list[Path]:
 
 
 def _run_clip(folder: Path) -> dict[str, Any]:
-    """Return the CLIP model of a run's binding; empty if there is none."""
+    """Return the CLIP model in a run's record; {} if there is none."""
     config = read_config(folder) if is_run(folder) else None
     bound = (config or {}).get("binding", {}).get("clip")
     return bound if isinstance(bound, dict) and isinstance(bound.get("name"), str) else {}
@@ -137,7 +137,7 @@ def _clip_name(folder: Path, clip: str) -> str:
 
 
 def _query(scorer: ClipScorer, texts: list[str], shows: list[Any], negative: list[str]) -> np.ndarray:
-    """Return the unit vector (width,) float64 of what is searched for."""
+    """Return the unit embedding of the query, (width,) float64."""
     parts = [scorer.embed_texts(texts).cpu().numpy()] if texts else []
     parts += [scorer.embed_images(shows).cpu().numpy()] if shows else []
     query = np.concatenate(parts).astype(np.float64).mean(axis=0)
@@ -154,7 +154,7 @@ def embedded(
 ) -> tuple[Indexed, Any]:
     """Return the embeddings of the pictures of a folder or run, and a function from a picture to its caption.
 
-    What is computed is kept; notes grows by what a user should know.
+    New embeddings are stored. notes: remarks for the user are appended to it.
     """
     weights = weight_hashes(info)
     if not is_run(folder):
@@ -169,7 +169,7 @@ def embedded(
 
 
 def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer) -> Indexed:
-    """Return the embeddings of a run's pictures; those that it lacks are computed and stored with it."""
+    """Return the embeddings of a run's pictures; missing ones are computed and stored with the run."""
     import torch
 
     from genkit.scoring.clip import as_tensor
@@ -196,7 +196,7 @@ def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer
     rows = {folder / str(r.file): place_of[r.id, r.index] for r in results if (r.id, r.index) in place_of}
     changed = {f: v for f, v in found.items() if f not in rows or not np.array_equal(vectors[rows[f]], v)}
     kept = [file for file in files if file in rows or file in changed]
-    if changed:  # a run that is locked, or a picture that is not the one it recorded
+    if changed:  # could not be stored: the run is locked, or the picture is not the recorded one
         base = np.array(vectors) if len(vectors) else np.empty((0, info.embedding_width), np.float16)
         rows |= {file: len(base) + number for number, file in enumerate(changed)}
         vectors = np.concatenate([base, np.stack(list(changed.values()))])
@@ -204,7 +204,7 @@ def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer
 
 
 def _beside(file: Path) -> str:
-    """Return the caption in the text file beside a picture, or nothing."""
+    """Return the caption in the .txt file beside a picture, or ""."""
     beside = file.with_suffix(".txt")
     if not beside.is_file():
         return ""
@@ -215,12 +215,12 @@ def _beside(file: Path) -> str:
 
 
 def report(found: Found) -> list[str]:
-    """Return the lines for people: score, file and caption of each picture."""
+    """Return the results as text: score, file and caption of each picture."""
     return [f"{r['score']:.4f}  {r['file']}" + (f"  {r['caption']}" if r["caption"] else "") for r in found.results]
 
 
 def say(found: Found) -> None:
-    """Write notes, problems and what was searched to standard error."""
+    """Print notes, problems and a summary to standard error."""
     from genkit.progress import printable
 
     new = f", {found.new} of them embedded now" if found.new else ""

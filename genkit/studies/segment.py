@@ -1,4 +1,4 @@
-"""`genkit segment`: masks of what texts name, for pictures of any folder or run."""
+"""`genkit segment`: masks of the objects that texts name, for pictures of any folder or run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def segment_images(
 ) -> int:  # fmt: skip
     """Write a mask for each picture and text, and a JSON line each to segments.jsonl; returns the exit code.
 
-    words: texts with commas between. threshold: of the probability; grow: pixels; soft: the probability itself, 0 to
-    255, in place of black and white. draw: also the picture with its masks in colour. A line has file, word, mask, area
-    (the mask's share of the picture) and the largest probability. Raises InputError before anything is loaded.
+    words: comma-separated texts. threshold: of the probability. grow: pixels of dilation. soft: write probabilities, 0
+    to 255, instead of black and white. draw: also write the picture with its masks in colour. A line has file, word,
+    mask, area (the mask's share of the picture) and the largest probability. Raises InputError before anything is
+    loaded.
     """
     from genkit.rows.typed import typed
 
@@ -63,22 +64,25 @@ def segment_images(
     parts = slugs(["drawn", *texts])[1:]
     records: list[dict[str, Any]] = []
     failed = 0
-    for file, one in looked_at(files, segmenter, look):
-        if isinstance(one, InputError):
-            failed += 1
-            records.append({"file": str(file), "error": str(one)})
-            continue
-        for word, slug, mask, area, peak in zip(texts, parts, *one, strict=True):
-            path = out / f"{names[file]}.{slug}.png"
-            made_folder(path.parent)
-            write_png(path, mask)
-            found = {"file": str(file), "word": word, "mask": str(path), "area": round(area, 6), "most": round(peak, 6)}
-            records.append(found)
-            print(printable_json(found))
-        if draw:
-            write_png(out / f"{names[file]}.drawn.png", _drawn(file, one[0]))
-    with disk(made_folder(out)):
-        write_whole(out / LINES, "".join(map(json_line, records)).encode())
+    made_folder(out)
+    try:
+        for file, one in looked_at(files, segmenter, look):
+            if isinstance(one, InputError):
+                failed += 1
+                records.append({"file": str(file), "error": str(one)})
+                continue
+            for word, slug, mask, area, peak in zip(texts, parts, *one, strict=True):
+                path = out / f"{names[file]}.{slug}.png"
+                made_folder(path.parent)
+                write_png(path, mask)
+                sizes = {"area": round(area, 6), "most": round(peak, 6)}
+                records.append({"file": str(file), "word": word, "mask": str(path), **sizes})
+                print(printable_json(records[-1]))
+            if draw:
+                write_png(out / f"{names[file]}.drawn.png", _drawn(file, one[0]))
+    finally:  # keeps the lines that were made before Ctrl-C
+        with disk(out):
+            write_whole(out / LINES, "".join(map(json_line, records)).encode())
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
@@ -95,7 +99,7 @@ def _check(texts: Sequence[str], threshold: float, grow: int) -> None:
 
 
 def _drawn(file: Path, masks: np.ndarray) -> np.ndarray:
-    """Return a picture (H, W, 3) whose masks, (W, H, W'), are tinted, one colour each."""
+    """Return the picture (H, W, 3) tinted by its masks (N, H, W), one colour each."""
     import numpy as np
 
     from genkit.pictures.images import read_image

@@ -1,4 +1,4 @@
-"""What the commands that look at pictures share: which pictures, how they are read, and names for what is written."""
+"""Shared by the commands of vision models: reading pictures ahead, names of output files, atomic PNGs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-READ = 16  # pictures that the model is given; as many are prepared ahead, and of those at full size one a thread
+READ = 16  # pictures of a batch; as many are prepared ahead, with one at full size for each thread
 THREADS = 4
 
 
 def check_folder(out: Path, files: Sequence[Path]) -> None:
-    """Raise InputError unless `out` is, or can become, a folder that holds none of the pictures."""
+    """Raise InputError if `out` is not a folder, or contains one of the pictures."""
     local(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {shown(str(out))} is not a folder")
@@ -41,7 +41,7 @@ def check_folder(out: Path, files: Sequence[Path]) -> None:
 
 
 def made_folder(folder: Path) -> Path:
-    """Return a folder, which is made if it is absent. Raises HostError."""
+    """Create a folder if it is absent, and return it. Raises HostError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,7 +50,7 @@ def made_folder(folder: Path) -> Path:
 
 
 def names_of(files: Sequence[Path], source: Path) -> list[str]:
-    """Return for each picture its path below `source` without suffix; with it where two would be alike.
+    """Return for each picture its path relative to `source` without the suffix; with it where two would be equal.
 
     source: a picture, a folder, or a run.
     """
@@ -64,7 +64,7 @@ def names_of(files: Sequence[Path], source: Path) -> list[str]:
 
 
 def slugs(texts: Sequence[str]) -> list[str]:
-    """Return texts as parts of file names, all different."""
+    """Return texts as distinct parts of file names."""
     found: list[str] = []
     for text in texts:
         name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60].strip("-") or "text"
@@ -80,11 +80,11 @@ def looked_at(
     sense: Sense,
     look: Callable[[torch.Tensor, list[tuple[int, int]]], Sequence[T | InputError]],
 ) -> Iterator[tuple[Path, T | InputError]]:
-    """Yield (file, what `look` says of it, or why it cannot be read) in order, with a line of progress.
+    """Yield (file, result of `look` or the error of reading it) in order, with a line of progress.
 
-    look: is given up to READ prepared pictures (B, 3, h, w) of one shape, or as many as the model takes at once where
-    all have one, and the (height, width) of each; it returns one result for each, or what is wrong with it. Pictures
-    are read and prepared in threads.
+    look: a function of prepared pictures (B, 3, h, w) of one shape and the original (height, width) of each, which
+    returns a result or an error for each. B is at most READ, or the model's batch size if all pictures have one shape.
+    Pictures are read and prepared in threads.
     """
     import torch
 
@@ -104,10 +104,10 @@ def looked_at(
             several = [file for file, _ in part]
             part.clear()
             for group in ready.values():
-                named, sizes = [file for file, _, _ in group], [size for _, _, size in group]
+                paths, sizes = [file for file, _, _ in group], [size for _, _, size in group]
                 pixels = torch.cat([pixels for _, pixels, _ in group])
-                group.clear()  # so that there is one copy of what is prepared
-                found |= {file: _named(file, one) for file, one in zip(named, look(pixels, sizes), strict=True)}
+                group.clear()  # free the unstacked copies
+                found |= {file: named(file, one) for file, one in zip(paths, look(pixels, sizes), strict=True)}
                 del pixels
             for file in several:
                 one = found[file]
@@ -118,14 +118,14 @@ def looked_at(
 
 
 def read_ahead(files: Sequence[Path], read: Callable[[Path], R], count: int) -> Iterator[list[tuple[Path, R]]]:
-    """Yield `count` files at a time with what `read` returns of each; the next ones are read meanwhile, in threads."""
+    """Yield lists of `count` (file, read(file)); the next list is read meanwhile, in threads."""
     pool = ThreadPoolExecutor(min(THREADS, usable_cores()), "genkit-read")
     try:
         ahead: list[tuple[Path, Future[R]]] = []
         for start in range(0, len(files) + count, count):
             part, ahead = ahead, [(file, pool.submit(read, file)) for file in files[start : start + count]]
             found = [(file, future.result()) for file, future in part]
-            part.clear()  # what was read is gone as soon as whoever takes it lets go
+            part.clear()  # keep no reference, so that the caller can free what was read
             if found:
                 yield found
     finally:
@@ -133,13 +133,20 @@ def read_ahead(files: Sequence[Path], read: Callable[[Path], R], count: int) -> 
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write pixels as a PNG file, whole or not at all. Raises HostError."""
+    """Write pixels as a PNG file atomically. Raises HostError."""
     from PIL import Image
 
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG")
     with disk(path):
         write_whole(path, data.getvalue())
+
+
+def named(file: Path, found: T) -> T | InputError:
+    """Return a result as it is, and an error with the file's name in front."""
+    if isinstance(found, InputError) and not str(found).startswith(place(file)):
+        return InputError(f"{place(file)}: {found}")
+    return found
 
 
 def _prepared(file: Path, sense: Sense) -> tuple[torch.Tensor, tuple[int, int]] | InputError:
@@ -149,14 +156,9 @@ def _prepared(file: Path, sense: Sense) -> tuple[torch.Tensor, tuple[int, int]] 
     from genkit.pictures.images import read_image
 
     try:
-        picture = torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)[None]  # colours last, as Pillow has it
+        picture = torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)[
+            None
+        ]  # channels last in memory, as in Pillow
         return sense.pixels(picture), (picture.shape[-2], picture.shape[-1])
     except InputError as error:
-        return _named(file, error)
-
-
-def _named(file: Path, found: T) -> T | InputError:
-    """Return a result, or an error that names the file."""
-    if isinstance(found, InputError) and not str(found).startswith(place(file)):
-        return InputError(f"{place(file)}: {found}")
-    return found
+        return named(file, error)

@@ -1,4 +1,4 @@
-"""`genkit study`: what best-of-N and pruning would gain on the model and prompts of a run."""
+"""`genkit study`: the gain of best-of-N selection and of pruning on the model and prompts of a run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from genkit.studies.early_scores import MARKS, Watched, order_of
 DRAWS = (1, 2, 4, 8)
 KEEP = 0.5  # share of a row's images that pruning keeps
 ENOUGH = 8  # rows needed for advice
-WORTH, LOST = 1.1, 0.2  # least gain of pruning, and the largest share of rows that may lose their best image
-EACH = 8  # images of a row that are redrawn, where it has as many
+WORTH, LOST = 1.1, 0.2  # advice needs at least this gain, and at most this share of rows that lose their best image
+EACH = 8  # images redrawn of each row, if it has so many
 RESAMPLES = 1000
 STUDY = "study.json"
 
 Figure = Callable[[np.ndarray], float]
-Interval = list[float | None]  # value, low, high; of a single row there is no interval, and both ends are None
+Interval = list[float | None]  # value, low, high; for a single row low and high are None
 
 
 def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: bool = False) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: 
 
 
 def recorded_scores(run: Path) -> dict[str, list[float]]:
-    """Return for each row with two or more finished images their rank values, in the order of drawing."""
+    """Return the ranking scores of each row with at least two finished images, in the order of drawing."""
     rows = {str(row.id): row for row in read_rows(run)}
     found: dict[str, list[float]] = {row_id: [] for row_id in rows}
     for r in sorted(read_results(run), key=lambda r: r.index):
@@ -66,7 +66,7 @@ def recorded_scores(run: Path) -> dict[str, list[float]]:
 
 
 def chosen(run: Path, scores: dict[str, list[float]], images: int) -> list[Request]:
-    """Return rows to redraw, spread evenly over the run, with up to EACH images each and about `images` in all."""
+    """Return rows to redraw, spread evenly over the run, each with up to EACH images, about `images` in total."""
     rows = [row for row in read_rows(run) if str(row.id) in scores and row.num_images > 2]
     if not rows:
         raise InputError(f"{shown(str(run))}: no row of three images or more to redraw; draw some with --num-images 8")
@@ -105,12 +105,12 @@ def best_of_n(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 
 def pruning(rows: Sequence[Watched], look: float) -> dict[str, Any]:
-    """Return for each mark what pruning to the better half of a row's images there costs and gains.
+    """Return the cost and gain of pruning to the better half of a row's images, for each mark.
 
     correlation: Spearman's, of early and final scores within rows. false_kill: share of rows whose best image would be
-    pruned. effective: the N of an equally good best-of-N. cost: in whole images, of which decoding and scoring takes
-    the share `look`. worth: effective / cost; above 1, pruning gains more than the same work without it. All but cost
-    are [value, low, high], 95 %.
+    pruned. effective: the N of the best-of-N with the same expected score. cost: in images; look: the time of decoding
+    and scoring as a share of an image's. worth: effective / cost; above 1 pruning gains more than the same work without
+    it. All but cost are [value, low, high], 95 %.
     """
     n = len(rows[0].final)
     best = np.array([[expected_best(row.final.tolist(), k) for k in range(1, n + 1)] for row in rows])
@@ -139,7 +139,7 @@ def _going_on(n: int) -> int:
 
 
 def _survivor(row: Watched, mark: int) -> float:
-    """Return the best final score of the images kept at the mark."""
+    """Return the best final score among the images that pruning keeps at the mark."""
     from genkit.sampling.pruning import survivors
 
     stay = survivors(dict(enumerate(row.early[:, mark].tolist())), _going_on(len(row.final)))
@@ -156,9 +156,9 @@ def effective(rows: np.ndarray) -> float:
 
 
 def advice(found: dict[str, Any]) -> str:
-    """Return one sentence: prune if the gain is at least WORTH and at most LOST of the rows lose their best, surely.
+    """Return a sentence: prune if the gain is surely WORTH or more, and surely at most LOST rows lose their best image.
 
-    Both bounds are needed: a bootstrap over rows that all kept their best image does not bound that share.
+    The second bound is needed because a bootstrap over rows that all kept their best image has no spread.
     """
     if found["rows"] < ENOUGH:
         return f"too few to say: {found['rows']} rows were redrawn, {ENOUGH} are the least; give --images more"
@@ -187,8 +187,8 @@ def interval(rows: np.ndarray, figure: Figure) -> Interval:
     """Return [figure, low, high]: 95 %, from a bootstrap over the first axis of `rows`."""
     if len(rows) < 2:
         return [round(figure(rows), 4), None, None]
-    draw = np.random.default_rng(0)
-    resampled = [figure(rows[draw.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
+    rng = np.random.default_rng(0)
+    resampled = [figure(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])
     return [round(figure(rows), 4), round(float(low), 4), round(float(high), 4)]
 

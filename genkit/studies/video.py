@@ -1,4 +1,4 @@
-"""`genkit classify-video`: which of some labels fits each clip best."""
+"""`genkit classify-video`: the most probable label of each clip."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def classify_clips(
 ) -> int:
     """Write a JSON line for each clip: file, frames, label (the most probable), p. Returns the exit code.
 
-    clips: animated GIF or WebP files, or folders of frames. labels: texts with commas between. A clip that cannot be
-    read, or has too few frames, is a line with its error. Raises InputError before anything is loaded.
+    clips: animated GIF or WebP files, or folders of frames. labels: comma-separated texts. A clip that cannot be read,
+    or has too few frames, gets a line with its error. Raises InputError before anything is loaded.
     """
     names = typed("labels", labels)
     try:

@@ -1,1 +1,1 @@
-"""Suites of prompts with what a right picture shows: evaluate a model on one, and compare models."""
+"""Evaluation suites: prompts with expressions that a correct picture satisfies; evaluating and comparing models."""

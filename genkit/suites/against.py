@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
     from genkit.components import ModelInfo
 
-FEWEST = 4  # pictures on either side, for a distance and its error
+FEWEST = 4  # pictures on each side, for a distance and its standard error
 BATCH = 32
 CLIP = "clip"
 
 
 @dataclasses.dataclass(frozen=True)
 class Against:
-    """The pictures of a folder to compare with, and by which features: "clip", or a feature network's name."""
+    """The reference pictures of a folder, and the features to compare: "clip", or the name of a feature network."""
 
     folder: Path
     files: list[Path]
@@ -39,7 +39,7 @@ class Against:
 
 
 def find_against(folder: Path, features: str, clip: ModelInfo | None, drawn: int) -> Against:
-    """Return the pictures of a folder, or of a run's images. drawn: how many pictures the run will have.
+    """Return the reference pictures of a folder or a run. drawn: how many pictures the evaluated run will have.
 
     Raises InputError for too few pictures, and where CLIP features are asked for without a CLIP model.
     """
@@ -61,8 +61,8 @@ def distances(
 ) -> dict[str, Any]:
     """Return {"folder", "features", "images", "pictures", "notes", "fid", "kid", "cmmd": [value, low, high]}.
 
-    CMMD is one of CLIP features only. Intervals are 1.96 standard errors, from random halves of both sides. Raises
-    InputError for pictures that cannot be read.
+    CMMD is computed for CLIP features only. Intervals are 1.96 standard errors, from random halves of both sides.
+    Raises InputError for pictures that cannot be read.
     """
     import torch
 
@@ -99,7 +99,7 @@ def _notes(features: str, a: torch.Tensor, b: torch.Tensor) -> list[str]:
 
 def _by_clip(against: Against, run: Path, done: Sequence[Result], clip: ModelInfo, device: Any, dtype: Any,
              quiet: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return CLIP features of both sides; those of the run's pictures are stored with it."""
+    """Return the CLIP features of both sides; the run's from its stored embeddings, where it has them."""
     import torch
 
     from genkit.components import load_components
@@ -124,7 +124,7 @@ def _by_clip(against: Against, run: Path, done: Sequence[Result], clip: ModelInf
 
 def _by_network(against: Against, run: Path, done: Sequence[Result], device: Any,
                 quiet: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the features of an installed network of both sides, picture by picture where sizes differ."""
+    """Return both sides' features by an installed network, picture by picture if sizes in a batch differ."""
     import torch
 
     from genkit.scoring.clip import as_tensor

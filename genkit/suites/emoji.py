@@ -1,7 +1,7 @@
-"""The suite `emoji`: what the embedded model can and cannot draw, judged by pixels and emoji-clip, without a detector.
+"""The suite `emoji`: what the embedded model can and cannot draw, judged by emoji-clip and by pixels, not a detector.
 
-What a thing is, says CLIP among eight labels, which it can of one large thing only; colours, and how many pieces there
-are, say the pixels (pixels.py). docs/evaluation.md has how well each of these judges.
+Objects are recognised by CLIP among eight labels, which works for a single large object only. Colours and the number of
+pieces are measured on the pixels (pixels.py). docs/evaluation.md gives the accuracy of these judgements.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ THINGS = (
     "bicycle", "trumpet", "snail", "tomato", "watermelon", "cookie", "volcano", "sailboat", "bird", "trophy", "whale",
     "axe", "bomb",
 )  # fmt: skip
-PAINTED = ("car", "balloon", "book", "fish", "umbrella", "butterfly", "bird")  # things that come in any colour
-UNUSUAL = ("banana", "carrot", "strawberry", "pizza", "sunflower", "elephant", "fox")  # have a colour of their own
+PAINTED = ("car", "balloon", "book", "fish", "umbrella", "butterfly", "bird")  # objects that come in any colour
+UNUSUAL = ("banana", "carrot", "strawberry", "pizza", "sunflower", "elephant", "fox")  # objects with a typical colour
 OWN_COLOUR = (
     ("tomato", "red"), ("green apple", "green"), ("whale", "blue"), ("star", "yellow"), ("carrot", "orange"),
     ("eggplant", "purple"),
 )  # fmt: skip
 COUNTED = ("star", "balloon", "doughnut")
 NUMBERS = ("one", "two", "three", "four", "five")
-OTHERS = 7  # labels beside the right one
-SURE = 0.5  # least p of the prompt among those of other things
-# Least share of a colour in the thing, in the background, and of one of two things. The thing's is less than a half:
-# a red butterfly has orange, too.
+OTHERS = 7  # wrong labels
+SURE = 0.5  # least probability of the prompt among the labels
+# Least share of a colour in an object, in the background, and for one of two objects. That of an object is below a
+# half, because a red butterfly has some orange too.
 THING, GROUND, SOME = 0.35, 0.5, 0.1
 
 
@@ -45,7 +45,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def labels_of(prompt: str, thing: str) -> list[str]:
-    """Return the prompt, and the same of OTHERS other things: colours are the same in all, and so decide nothing."""
+    """Return the prompt, and the same with OTHERS other objects, so that colours do not decide."""
     at = THINGS.index(thing) if thing in THINGS else len(thing)
     others = [name for name in (*THINGS[at + 1 :], *THINGS[: at + 1]) if name != thing][:OTHERS]
     texts = [prompt.replace(_a(thing), _a(name), 1).replace(f" {thing}", f" {name}", 1) for name in others]
@@ -95,7 +95,7 @@ def _counting() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _spread(things: tuple[str, ...], each: int = 3) -> Iterator[tuple[str, str]]:
-    """Yield `each` colours with every thing, so that all colours come equally often."""
+    """Yield `each` colours for every object, so that all colours are equally frequent."""
     for n, thing in enumerate(things):
         for k in range(each):
             yield thing, COLOURS[(n + 2 * k) % len(COLOURS)]

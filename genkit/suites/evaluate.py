@@ -1,4 +1,4 @@
-"""`genkit evaluate`: draw a suite into a run folder, say which pictures are right, and how many, with intervals."""
+"""`genkit evaluate`: draw a suite into a run folder, judge its pictures, and report accuracies with intervals."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from genkit.suites.verdicts import judge_rows, mean_score, overall, pictures_has
 from genkit.version import __version__
 
 EVALUATION, PAGE = "evaluation.json", "evaluation.html"
-NUM_IMAGES = 4  # of a prompt, as GenEval draws them
+NUM_IMAGES = 4  # for each prompt, as in GenEval
 _SETTINGS = ("num_images", "num_inference_steps", "guidance_scale", "scheduler", "width", "height")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked evaluation: the suite, the job that draws it, and what to compare its pictures with."""
+    """A checked evaluation: the suite, the job that draws it, and the reference pictures for distances."""
 
     suite: Suite
     job: Job
@@ -60,9 +60,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model on a suite in the run folder `out`, as `genkit evaluate` does; return its evaluation.json.
 
-    suite: a file, "geneval", "emoji", or rows as dictionaries with prompt, verify and task. out: None is a folder in
-    runs/ that is named after model and suite. defaults: fields of a row for all that do not state them. against: a
-    folder of pictures to measure distances to. options: of the run, whose model is not used. Raises InputError, before
+    suite: a file, "geneval", "emoji", or rows as dictionaries with prompt, verify and task. out: default, a
+    folder in runs/ that is named after model and suite. defaults: fields for rows that do not state them. against: a
+    folder of reference pictures for distances. options: of the run; their model is not used. Raises InputError, before
     anything is loaded, for bad input.
     """
     options = options or Options()
@@ -73,7 +73,7 @@ def evaluate(
     )
     found, summary = run_evaluation(plan, folder)
     if summary.exit_code == EXIT_SIGINT:
-        raise KeyboardInterrupt  # what is finished is saved: the same call goes on
+        raise KeyboardInterrupt  # finished pictures are saved; the same call resumes
     if summary.exit_code == EXIT_SIGTERM:
         raise SystemExit(EXIT_SIGTERM)
     if found is None:
@@ -84,7 +84,7 @@ def evaluate(
 
 
 def out_folder(model: str, suite: str | Path | Sequence[Mapping[str, Any]]) -> Path:
-    """Return the run folder of an evaluation that names none."""
+    """Return the default run folder of an evaluation."""
     name = Path(suite).stem if isinstance(suite, str | Path) else "suite"
     plain = [re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") for text in (Path(model).name or model, name)]
     return Path("runs") / f"{plain[0]}-on-{plain[1]}"
@@ -97,7 +97,7 @@ def plan_evaluation(
     """Read the suite and check everything that needs no torch. Raises InputError as `evaluate` does."""
     if against is None and features != CLIP:
         raise InputError("--features: says what --against compares, and that is not given")
-    asked = read_suite(suite, detector=getattr(options, "detector", None) is not None)
+    asked = read_suite(suite)
     own = isinstance(suite, str) and suite == "emoji" and options.clip == "auto"
     scorers = options.scorers
     if asked.reads & set(pixels.NAMES) and pixels.pixel_scores not in scorers:
@@ -120,7 +120,7 @@ def plan_evaluation(
 def run_evaluation(plan: Plan, out: Path) -> tuple[dict[str, Any] | None, Summary]:
     """Draw what is missing, judge by the stored scores, and write evaluation.json and evaluation.html.
 
-    Return the content of evaluation.json, and how the run ended; None where pictures are still to be drawn.
+    Return the content of evaluation.json, None if the run stopped before all pictures were drawn, and its summary.
     """
     summary = run_job(plan.job, out)
     if summary.stopped:
@@ -151,7 +151,7 @@ def run_evaluation(plan: Plan, out: Path) -> tuple[dict[str, Any] | None, Summar
 
 
 def _judge(plan: Plan, binding: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the verdicts depend on besides pictures and suite: what two evaluations must have in common."""
+    """Return the models and scorers that the verdicts depend on: only evaluations with equal ones are comparable."""
     found: dict[str, Any] = {}
     if plan.suite.needs_clip():
         found["clip"] = (binding.get("clip") or {}).get("weights")

@@ -1,4 +1,4 @@
-"""`genkit leaderboard`: several evaluations of one suite: ranks, and how surely one model is better than another."""
+"""`genkit leaderboard`: rank models by their evaluations of one suite, with bootstrap confidence."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _PARTS = {"suite": dict, "model": dict, "judge": dict, "settings": dict, "tasks"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An evaluation: its file, the name it is shown under, and what the file holds."""
+    """An evaluation: its file, its displayed name, and its content."""
 
     path: Path
     name: str
     found: Mapping[str, Any]
 
     def shares(self, task: str, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return for the rows of a task how many of their pictures are right, and how many there are."""
+        """Return for each row of a task the numbers of its right pictures and of all its pictures."""
         rows = {row["id"]: row["right"] for row in self.found["rows"] if row["task"] == task}
         right = [rows[row_id] for row_id in ids]
         return np.array([sum(r) for r in right], float), np.array([len(r) for r in right], float)
@@ -47,9 +47,10 @@ def leaderboard(places: Sequence[str | Path], out: str | Path | None = None) -> 
     """Compare evaluations of one suite: run folders, or their evaluation.json; return ranks and pairs.
 
     {"suite", "resamples", "entries": best first, {"name", "rank", "ranks", "right", "interval", "tasks", …}, "pairs":
-    {"a", "b", "better", "difference", "interval", "verdict"}, "notes"}. better: in what share of the resamples of the
-    prompts, within tasks and the same for both, A is above B; ties count half. out: an .html file to write. Raises
-    InputError for what is no evaluation, one older than its run's pictures, and for other suites and other judges.
+    {"a", "b", "better", "difference", "interval", "verdict"}, "notes"}. better: the share of bootstrap resamples (of
+    prompts within tasks, the same for both models) in which A is above B; ties count half. out: an .html file to
+    write. Raises InputError for files that are not evaluations or are older than their run's pictures, and for
+    evaluations of different suites or with different judges.
     """
     page = None if out is None else run_path(out)
     local(page)
@@ -87,22 +88,22 @@ def _read(path: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _sound(found: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation.json holds everything that is read here."""
     try:
-        rows = all(set(row["right"]) <= {0, 1} and row["id"] and row["task"] for row in found["rows"])
-        tasks = [(float(t["right"]), *map(float, t["interval"]), t["task"]) for t in found["tasks"]]
-        whole = float(found["overall"]["right"]), *map(float, found["overall"]["interval"])
-        named = isinstance(found["suite"]["sha256"], str) and isinstance(found["model"]["name"], str)
+        rows = all(set(row["right"]) <= {0, 1} for row in found["rows"])
+        texts = [found["suite"]["name"], found["suite"]["sha256"], found["model"]["name"]]
+        texts += [row[name] for row in found["rows"] for name in ("id", "task")]
+        named = (("right", "interval"), ("any", "any_interval"))
+        shares = [(s[value], *s[ends]) for s in (*found["tasks"], found["overall"]) for value, ends in named]
+        numbers = all(len([float(x) for x in share]) == 3 for share in shares)
+        tasks = {task["task"] for task in found["tasks"]} == {row["task"] for row in found["rows"]} != set()
     except (TypeError, KeyError, ValueError):
         return False
-    return bool(rows and tasks and len(whole) == 3 and named and {t[3] for t in tasks} == _tasks_of(found))
-
-
-def _tasks_of(found: Mapping[str, Any]) -> set[str]:
-    return {row["task"] for row in found["rows"]}
+    return rows and numbers and tasks and "rows" in found["suite"] and all(isinstance(text, str) for text in texts)
 
 
 def _named(read: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Entry]:
-    """Return the entries under the names of their models; with their folders where two have the same."""
+    """Return the entries named after their models, with the folder appended where two models have one name."""
     models = [Path(found["model"]["name"]).name or found["model"]["name"] for _, found in read]
     names = [
         model if models.count(model) == 1 else f"{model} ({place(path.parent if path.name == EVALUATION else path)})"
@@ -115,13 +116,19 @@ def _named(read: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Entry]:
 
 
 def _check_alike(entries: Sequence[Entry]) -> None:
-    """Raise InputError, naming the two files, for another suite or another judge."""
+    """Raise InputError, naming the two files, for another suite, other rows or another judge."""
     first = entries[0]
     for other in entries[1:]:
         one, two = (e.found["suite"] for e in (first, other))
         if one["sha256"] != two["sha256"]:
             told = " and ".join(f"{s.get('name')} ({s['sha256'][:12]}…)" for s in (one, two))
             raise InputError(f"{place(other.path)}: is of another suite than {place(first.path)}: {told}")
+        own, others = ({(row["id"], row["task"]) for row in e.found["rows"]} for e in (first, other))
+        for row in sorted(own ^ others)[:1]:
+            raise InputError(
+                f"{place(other.path)}: rows: {shown(row[0])} of task {shown(row[1])} is only in one of it "
+                f"and {place(first.path)}"
+            )
         judges = first.found["judge"], other.found["judge"]
         for name in sorted({*judges[0], *judges[1]}):
             if judges[0].get(name) != judges[1].get(name):
@@ -156,14 +163,16 @@ def _compared(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _resampled(entries: Sequence[Entry], ids: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """Return the mean of the tasks in each bootstrap resample of their prompts, (entries, RESAMPLES).
+    """Return the mean over the tasks in each bootstrap resample, (entries, RESAMPLES).
 
-    Prompts are drawn within tasks, with all their pictures; the same ones for every entry.
+    Prompts are resampled within tasks, each with all its pictures, and equally for every entry.
     """
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     total = np.zeros((len(entries), RESAMPLES))
     for task, own in ids.items():
-        counts = draw.multinomial(len(own), np.full(len(own), 1 / len(own)), size=RESAMPLES)  # how often each came
+        counts = rng.multinomial(
+            len(own), np.full(len(own), 1 / len(own)), size=RESAMPLES
+        )  # how often each prompt is drawn
         for k, e in enumerate(entries):
             right, of = e.shares(task, own)
             total[k] += (counts @ right) / np.maximum(counts @ of, 1)
@@ -172,7 +181,7 @@ def _resampled(entries: Sequence[Entry], ids: Mapping[str, Sequence[str]]) -> np
 
 def _pair(entries: Sequence[Entry], whole: Sequence[float], resampled: np.ndarray, a: int, b: int) -> dict[str, Any]:
     gap = resampled[a] - resampled[b]
-    gap[np.abs(gap) < 1e-9] = 0  # equal shares, summed in another order
+    gap[np.abs(gap) < 1e-9] = 0  # equal up to the rounding of their sums
     low, high = np.quantile(gap, [(1 - SURE) / 2, (1 + SURE) / 2])
     better = float((gap > 0).mean() + (gap == 0).mean() / 2)
     name = entries[a].name if low > 0 else entries[b].name if high < 0 else None
@@ -199,7 +208,7 @@ def _notes(entries: Sequence[Entry], ids: Mapping[str, Sequence[str]]) -> list[s
 
 
 def _link(entry: Entry, page: Path) -> str:
-    """Return the URL of the entry's own page, relative to the leaderboard's; "" where there is none."""
+    """Return the URL of the entry's page, relative to the leaderboard; "" if it has none."""
     there = entry.path.parent / PAGE
     if isinstance(there, StoragePath) or entry.path.name != EVALUATION or not there.is_file():
         return ""

@@ -1,7 +1,7 @@
-"""Scores of plain pictures by their pixels: colours of thing and background, and how many pieces the thing has.
+"""Scores of simple pictures from their pixels: colours of object and background, and the number of pieces.
 
-Made for emoji-like pictures, a thing on a background of one colour; of photographs they say nothing. `pixel_scores` is
-a scorer as those of scoring/plugins.py are, which `genkit evaluate` runs for suites that name its scores.
+They are made for emoji-like pictures, an object on a plain background, and mean nothing for photographs. `pixel_scores`
+is a plugin scorer (scoring/plugins.py), which `genkit evaluate` runs for suites that use its scores.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
     import torch
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-# Hues in degrees at which a colour begins; red goes on from 345 round to 15. GREY: less saturation, or less value.
+# Hues in degrees at which a colour begins; red is 345 to 15. GREY: a pixel with less saturation, or less value (HSV).
 STARTS = (("red", 0), ("orange", 15), ("yellow", 42), ("green", 70), ("blue", 170), ("purple", 255), ("pink", 310))
 RED_AGAIN = 345
 GREY = 0.25, 0.2
-SIDE = 128  # larger pictures are made as small as that first
-FRAME, APART = 6, 40  # of those: pixels of the edge that are background; levels that tell the thing from it
-FAINT = 0.1  # share of a thing that is coloured at least, for it to have a colour
-LEAST = 0.01  # share of the picture that a piece has at least
+SIDE = 128  # larger pictures are first downscaled to this
+FRAME, APART = 6, 40  # width of the frame that is background; least difference in levels of the object from it
+FAINT = 0.1  # least share of coloured pixels for an object to have a colour
+LEAST = 0.01  # least share of the picture for a piece
 
 
 def pixel_scores(pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, Any]:
     """Return the scores of uint8 pictures (B, 3, H, W), each a list of B numbers.
 
-    thing_COLOUR: the share, 0 to 1, that a colour has of what is coloured of the thing; white, grey and black, as
-    outlines and wheels have it, are no colour, and a thing with less than FAINT of colours has none. back_COLOUR: the
-    share of the frame of the picture. thing_area: the share of the picture that is no background: that is further than
-    APART levels from the frame's commonest colour. pieces: how many parts of it, that touch nowhere, have LEAST of the
-    picture or more.
+    The object is all that differs by more than APART levels from the most common colour of the picture's frame.
+    thing_COLOUR: the share of a colour, 0 to 1, among the coloured pixels of the object (white, grey and black are not
+    counted, since outlines and wheels have them); 0 if less than FAINT of the object is coloured. back_COLOUR: the
+    share of a colour in the frame. thing_area: the share of the object in the picture. pieces: the number of the
+    object's connected parts with at least LEAST of the picture.
     """
     import torch
 
     small = _small(pictures)
-    hues = _colours(small)  # (B, H, W): place in COLOURS, -1 for grey
+    hues = _colours(small)  # (B, H, W): index in COLOURS, -1 for grey
     frame = torch.ones(small.shape[2:], dtype=torch.bool, device=small.device)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
     found: dict[str, list[float]] = {name: [] for name in pixel_scores.names}  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ def _small(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _colours(pictures: torch.Tensor) -> torch.Tensor:
-    """Return the place in COLOURS of each pixel's hue, (B, H, W), -1 for grey, black and white."""
+    """Return the index in COLOURS of each pixel's hue, (B, H, W), -1 for grey, black and white."""
     import torch
 
     x = pictures.float() / 255
@@ -89,16 +89,16 @@ def _colours(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _thing(picture: torch.Tensor, hue: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
-    """Return which pixels of a picture (3, H, W) are not of the colour that its frame mostly has, (H, W)."""
+    """Return a mask (H, W) of the pixels of a picture (3, H, W) that differ from the main colour of its frame."""
     common = hue[frame].mode().values
     middle = picture[:, frame & (hue == common)].float().median(dim=1).values
     return (picture.float() - middle[:, None, None]).abs().amax(dim=0) > APART
 
 
 def _pieces(thing: np.ndarray) -> int:
-    """Return how many connected parts (8 neighbours) a mask (H, W) has, of LEAST of the picture or more.
+    """Return the number of connected components (8 neighbours) of a mask (H, W) with at least LEAST of the picture.
 
-    Runs of set pixels are joined with those of the row above that they touch: union-find, the first scan line first.
+    Row by row, runs of set pixels are joined with the runs of the row above that they touch (union-find).
     """
     parents: list[int] = []
     sizes: list[int] = []
@@ -108,7 +108,7 @@ def _pieces(thing: np.ndarray) -> int:
             parents[run] = run = parents[parents[run]]
         return run
 
-    above: list[tuple[int, int, int]] = []  # start, end, number of each run of the row above
+    above: list[tuple[int, int, int]] = []  # (start, end, index) of the runs of the row above
     for row in np.pad(thing, ((0, 0), (1, 1))).astype(np.int8):
         edges = np.flatnonzero(np.diff(row)).tolist()
         here = []

@@ -1,4 +1,4 @@
-"""A suite: rows with a prompt, the group they belong to, and an expression that is true of a right picture."""
+"""Suites: rows with a prompt, a task, and an expression that is true of a correct picture."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ from genkit.suites import emoji, geneval
 
 BUILT_IN = {"geneval": geneval.rows, "emoji": emoji.rows}
 OWN = ("verify", "task")  # fields of a suite's row besides those of a prompt file
-# Fields that would choose among the pictures, or draw more where some fail: every picture of a suite counts.
+# Fields that select pictures, or draw more where some fail, are refused: every picture of a suite counts.
 CHOOSING = ("gate", "rank_by", "keep", "max_images", "prune", "expansions")
 MAX_TASK = 100  # characters
-# What an expression reads of a detector. Quoted names are left out before it is looked for.
-DETECTED = re.compile(r"\b(?:count|color)\s*\[|\b(?:left_of|right_of|above|below)\s*\(")
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A checked suite. rows: their `gate` is what `verify` says; tasks: the group of each of them."""
+    """A checked suite. rows: with `verify` as their `gate`; tasks: the task of each row."""
 
     name: str
     rows: list[Request]
@@ -38,7 +36,7 @@ class Suite:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """A hash of what is asked and how it is judged, whatever the order of the rows and the name of the file."""
+        """A hash of the prompts and how they are judged, independent of row order and file name."""
         told = sorted(
             [str(r.id), task, r.prompt, r.gate, r.labels, r.num_images if _states(r) else None, r.fingerprint()]
             for r, task in zip(self.rows, self.tasks, strict=True)
@@ -47,47 +45,47 @@ class Suite:
 
     @functools.cached_property
     def reads(self) -> frozenset[str]:
-        """The names of the scores that the expressions read; with "p" if there are labels among them."""
+        """The names of the scores that the expressions use, with "p" if they use labels."""
         found = [Expression(str(row.gate), row.labels, names=None) for row in self.rows]
         return frozenset(name for e in found for name in (*e.names, *(["p"] if e.labels else [])))
 
     def needs_clip(self) -> bool:
-        """Whether an expression reads a score of CLIP."""
+        """Return whether an expression uses a CLIP score."""
         return any(Expression(str(r.gate), r.labels, names=None).needs_scorer for r in self.rows)
 
 
-def read_suite(source: str | Path | Sequence[Mapping[str, Any]], detector: bool = False) -> Suite:
-    """Return a built-in suite, that of a .jsonl, .csv or .yaml file, or of rows as dictionaries.
+def read_suite(source: str | Path | Sequence[Mapping[str, Any]]) -> Suite:
+    """Return a suite: a built-in one, one of a .jsonl, .csv or .yaml file, or one of rows as dictionaries.
 
-    detector: whether there is one to find things in pictures. Raises InputError, naming file, line and field.
+    Raises InputError, naming file, line and field.
     """
     if isinstance(source, str | Path):
         text = str(source)
         if text in BUILT_IN:
-            return _checked(RowFile(list(enumerate(BUILT_IN[text](), 1))), Path(f"suite {text}"), text, detector)
+            return _checked(RowFile(list(enumerate(BUILT_IN[text](), 1))), Path(f"suite {text}"), text)
         path = user_path(text)
         if not path.suffix and not path.exists():
             there = ", ".join(BUILT_IN)
             raise InputError(f"--suite: {shown(text)}: no such suite{nearest(text, BUILT_IN)}; give a file, or {there}")
         if path.suffix.lower() == ".txt":
             raise InputError(f"{place(path)}: a .txt line has no `verify`; a suite is a .jsonl, .csv or .yaml file")
-        return _checked(open_rows(path, "genkit", OWN), path, path.stem, detector)
-    return _checked(RowFile(list(enumerate(map(dict, source), 1))), Path("suite"), "suite", detector)
+        return _checked(open_rows(path, "genkit", OWN), path, path.stem)
+    return _checked(RowFile(list(enumerate(map(dict, source), 1))), Path("suite"), "suite")
 
 
-def _checked(file: RowFile, path: Path, name: str, detector: bool) -> Suite:
+def _checked(file: RowFile, path: Path, name: str) -> Suite:
     tasks: list[str] = []
     try:
         shared = {name: value for name, value in file.defaults.items() if name not in OWN}
-        peeled = _peeled(file, path, tasks, detector)
+        peeled = _peeled(file, path, tasks)
         rows = checked_rows(dataclasses.replace(file, rows=peeled, defaults=shared), path)
     except InputError as error:
         raise InputError(as_verify(str(error))) from None
     return Suite(name, rows, tasks)
 
 
-def _peeled(file: RowFile, path: Path, tasks: list[str], detector: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows with `verify` as their gate, their tasks put into `tasks`."""
+def _peeled(file: RowFile, path: Path, tasks: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows with `verify` as their gate, and append their tasks to `tasks`."""
     for line, fields in file.rows:
         try:
             given = {**file.defaults, **fields}
@@ -95,10 +93,6 @@ def _peeled(file: RowFile, path: Path, tasks: list[str], detector: bool) -> Iter
                 if field_name(key) in CHOOSING:
                     raise InputError(f"{shown(key)}: has no place in a suite: every picture counts, as it is drawn")
             verify, task = (_text(name, given) for name in OWN)
-            if not detector and DETECTED.search(re.sub(r"'[^']*'|\"[^\"]*\"", "''", verify)):
-                raise InputError(
-                    f"verify: {shown(verify)} reads what a detector finds, and there is none: give --detector"
-                )
         except InputError as error:
             raise InputError(f"{place(path)}:{line}: {error}") from None
         tasks.append(task)
@@ -117,7 +111,7 @@ def _text(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def as_verify(message: str) -> str:
-    """Return a message about a row's gate as one about `verify`, which it is here."""
+    """Return a message about a row's gate with the name `verify`, which it has in a suite."""
     unknown = "; --scorer NAME adds those of an installed scorer" if "no such score;" in message else ""
     return re.sub(r"(^|: )gate: ", r"\1verify: ", message, count=1) + unknown
 

@@ -1,4 +1,4 @@
-"""Which pictures of a suite are right, by their stored scores, and the shares of right ones with their intervals."""
+"""Judge the pictures of a suite by their stored scores; accuracies with confidence intervals."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Range = tuple[float, float, float]  # value, low, high: 95 %
 def judge_rows(suite: Suite, rows: Sequence[Request], results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return for each row {"id", "task", "prompt", "verify", "right", "images"}.
 
-    right: for each of its images, in order, 1 or 0; an image that failed, or lacks a score that the expression reads,
-    is not right. images: {"index", "file", "right", "found": what parts of the expression are for it}; those that lack
-    a score have "unknown", those that failed "failed". rows: as the run has them.
+    right: 1 or 0 for each of its images, in order; 0 for an image that failed or lacks a score that the expression
+    uses. images: {"index", "file", "right", "found": values of parts of the expression}, with "unknown" for missing
+    scores and "failed" for a failed image. rows: those of the run.
     """
     found: dict[str, dict[int, Result]] = defaultdict(dict)
     for r in results:
@@ -56,13 +56,13 @@ def _image(text: str, labels: tuple[str, ...] | None, r: Result) -> dict[str, An
 
 @functools.cache
 def _compiled(text: str, labels: tuple[str, ...] | None) -> tuple[Expression, list[tuple[str, Expression]]]:
-    """Return the expression, and the parts of it that are measured: names, p['…'] and whatever is like them."""
+    """Return the expression, and its measured parts by their source: names, p['…'] and function calls."""
     parts: dict[str, Expression] = {}
     for node in _measured(ast.parse(text.strip(), mode="eval").body):
         name = ast.unparse(node)
         try:
             parts[name] = Expression(name, labels, names=None)
-        except InputError:  # is no expression by itself
+        except InputError:  # not an expression on its own
             continue
     return Expression(text, labels, names=None), list(parts.items())
 
@@ -77,15 +77,15 @@ def _measured(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def pictures_hash(results: Sequence[Result]) -> str:
-    """Return a hash over which pictures there are and what is in each, by which an evaluation knows its run."""
+    """Return a hash of the pictures and their contents, by which an evaluation is matched with its run."""
     told = sorted(f"{r.id} {r.index} {r.status} {r.sha256}\n" for r in results)
     return hashlib.sha256("".join(told).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def task_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each task, in order of appearance, how many pictures are right, and rows with one that is.
+    """Return for each task, in order of appearance, the shares of right pictures and of rows with a right picture.
 
-    The interval of the pictures allows for the correlation of those of a prompt (`share_interval`); that of the rows is
+    The interval of the pictures accounts for correlation within a prompt (`share_interval`); that of the rows is
     Wilson's.
     """
     groups: dict[str, list[list[int]]] = defaultdict(list)
@@ -104,7 +104,7 @@ def _shares(found: Sequence[Sequence[int]]) -> dict[str, Any]:
 
 
 def overall(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the means over the tasks, with intervals put together from theirs."""
+    """Return the means over the tasks, with intervals combined from those of the tasks."""
     found: dict[str, Any] = {}
     for name, ends in (("right", "interval"), ("any", "any_interval")):
         value, low, high = mean_of([(task[name], *task[ends]) for task in tasks])
@@ -113,7 +113,7 @@ def overall(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def mean_of(parts: Sequence[Range]) -> Range:
-    """Return the mean of independent estimates, and its interval from theirs (Zou and Donner 2008, equation 8)."""
+    """Return the mean of independent estimates, with an interval from theirs (Zou and Donner 2008, equation 8)."""
     n = len(parts)
     value = math.fsum(part[0] for part in parts) / n
     below, above = (math.sqrt(math.fsum((part[0] - part[k]) ** 2 for part in parts)) / n for k in (1, 2))
@@ -121,7 +121,7 @@ def mean_of(parts: Sequence[Range]) -> Range:
 
 
 def mean_score(name: str, rows: Sequence[Request], results: Sequence[Result]) -> dict[str, Any] | None:
-    """Return the mean of a score over the pictures, its interval, and of how many; None where no picture has it."""
+    """Return the mean of a score, its interval and the number of pictures; None if no picture has the score."""
     groups: dict[str, list[float]] = defaultdict(list)
     counted = {str(row.id): row.num_images for row in rows}
     for r in results:

@@ -16,18 +16,18 @@ from genkit.vision.generation import FLORENCE, detail_of
 from genkit.vision.models import Loaded, Sense, VisionInfo
 
 BLIP = "BlipForConditionalGeneration"  # continues texts
-TOKENS = 50  # most, of an answer
-QUESTIONS = 1000  # whose tokens are kept
+TOKENS = 50  # maximum length of an answer
+QUESTIONS = 1000  # questions whose tokens are cached
 
 
 class Captioner(Sense):
-    """Captions of pictures, or answers to a question about them, never sampled: a picture has one caption."""
+    """Captions of pictures, or answers to questions about them. Decoding is deterministic, it never samples."""
 
     sense = "captioner"
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
-        self._able = CLASSES[loaded.kind].answers
+        self._answers_questions = CLASSES[loaded.kind].answers
         self._questions: dict[str, dict[str, torch.Tensor]] = {}
         stated = loaded.info.generation
         if stated is not None:
@@ -47,11 +47,12 @@ class Captioner(Sense):
     def captions(
         self, pixels: torch.Tensor, text: str | None = None, tokens: int | None = None, detail: str | None = None
     ) -> list[str]:
-        """Return the caption of each picture (B, 3, h, w) as `pixels` prepares them, of at most `tokens` new tokens.
+        """Return the caption of each picture (B, 3, h, w) that `pixels` has prepared.
 
-        text: for a model that answers, the question, which it needs; for BLIP, how the caption begins. detail: of
-        Florence-2, one of DETAILS. tokens: as many as that detail may have, else 50. Raises InputError for a text that
-        is missing, too long, or for a model that reads none, HostError where the network's result is not a number.
+        text: the question for a model that answers questions, which requires one; for BLIP, the beginning of the
+        caption. detail: one of DETAILS, for Florence-2. tokens: maximum number of new tokens; default 50, or that of
+        `detail`. Raises InputError for a text that is missing, too long, or not read by this model, HostError if the
+        logits are NaN.
         """
         info = self.loaded.info
         check_text(info, text)
@@ -60,14 +61,14 @@ class Captioner(Sense):
         found = self.in_batches(len(pixels), lambda part: self._say(pixels[part].to(self.device), words, count))
         texts = [caption for part in found for caption in part]
         if None in texts:
-            raise self.no_numbers()
+            raise self.nan_error()
         return [str(text) for text in texts]
 
     def answers(self, pictures: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[str | None]]:
-        """Return the answers to the questions about each uint8 picture (B, 3, H, W), which is encoded once for all.
+        """Return the answers to the questions about each uint8 picture of (B, 3, H, W); each picture is encoded once.
 
-        An answer is None where the network's result is not a number. Raises InputError for a model that captions, and
-        for a question that is too long.
+        An answer is None if its logits are NaN. Raises InputError for a model that only writes captions, and for a
+        question that is too long.
         """
         self.check_questions(question for some in questions for question in some)
         pixels = self.pixels(pictures)
@@ -82,9 +83,9 @@ class Captioner(Sense):
         return [[found[n][question] for question in some] for n, some in enumerate(questions)]
 
     def check_questions(self, questions: Iterable[str]) -> None:
-        """Raise InputError for a model that captions, and for a question that is longer than the model reads."""
+        """Raise InputError for a model that only writes captions, and for a question that is too long for it."""
         for question in dict.fromkeys(questions):
-            if not self._able:
+            if not self._answers_questions:
                 raise InputError(f"{self.name}: {self.loaded.kind} captions, and answers no questions")
             if question not in self._questions:
                 check_question(question)
@@ -93,7 +94,7 @@ class Captioner(Sense):
                 self._questions[question] = self._tokens(question)
 
     def forget(self) -> None:
-        """Drop the tokens of questions."""
+        """Clear the cached tokens of questions."""
         self._questions.clear()
 
     def _tokens(self, text: str) -> dict[str, torch.Tensor]:
@@ -104,13 +105,13 @@ class Captioner(Sense):
         return dict(tokens.to(self.device))
 
     def _say(self, pixels: torch.Tensor, text: str | None, tokens: int) -> list[str | None]:
-        if self._able:
+        if self._answers_questions:
             return self._answer(self._encoded(pixels), self._tokens(str(text)), tokens)
         given, most = _KINDS[self.loaded.kind](self, pixels, text)
         return self._texts(self.model, len(pixels), tokens, most, **given)
 
     def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return what the text networks read of pictures, (B, patches + 1, width)."""
+        """Return the image features that the text encoder attends to, (B, patches + 1, width)."""
         return self.model.vision_model(pixel_values=pixels.to(self.device))[0]
 
     def _answer(self, encoded: torch.Tensor, given: dict[str, torch.Tensor], tokens: int) -> list[str | None]:
@@ -135,14 +136,14 @@ class Captioner(Sense):
         )
 
     def _texts(self, network: Any, count: int, tokens: int, most: int, **given: Any) -> list[str | None]:
-        """Return a text of at most `tokens` and `most` tokens for each of `count` pictures.
+        """Generate a text of at most min(tokens, most) new tokens for each of `count` pictures.
 
-        None where a score of a token was NaN, of which the greatest has no meaning.
+        None where a logit was NaN: the argmax of such logits has no meaning.
         """
         broken = torch.zeros(count, dtype=torch.bool, device=self.device)
 
         def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            broken.logical_or_(scores.isnan().any(dim=-1).view(count, -1).any(dim=-1))  # of all beams of a picture
+            broken.logical_or_(scores.isnan().any(dim=-1).view(count, -1).any(dim=-1))  # any beam of the picture
             return scores
 
         options = {"do_sample": False, "max_new_tokens": max(1, min(tokens, most)), "logits_processor": [watch]}
@@ -154,7 +155,7 @@ class Captioner(Sense):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from warning that pictures have no attention mask: they need none."""
+    """Silence transformers' warning about a missing attention mask: pictures do not need one."""
     log = logging.getLogger("transformers.generation.utils")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -165,7 +166,7 @@ def _quiet() -> Iterator[None]:
 
 
 def check_text(info: VisionInfo, text: str | None) -> None:
-    """Raise InputError unless a model that answers has a question, and a text says something and is read at all."""
+    """Raise InputError for a missing question, for an empty text, and for a text that the model does not read."""
     if text is None and CLASSES[info.kind].answers:
         raise InputError(f"question: is missing: {info.name} answers questions; another model captions")
     if text is not None and info.kind != BLIP and not CLASSES[info.kind].answers:
@@ -174,7 +175,7 @@ def check_text(info: VisionInfo, text: str | None) -> None:
         raise InputError(f"question: {shown(text)} is no text")
 
 
-Given = tuple[dict[str, Any], int]  # what `generate` is given, and how many tokens there is room for
+Given = tuple[dict[str, Any], int]  # keyword arguments of `generate`, and the number of tokens that still fit
 
 
 def _blip(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given:
@@ -187,7 +188,7 @@ def _blip(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given
 
 
 def _florence(captioner: Captioner, pixels: torch.Tensor, text: str | None) -> Given:
-    """Return what Florence-2's decoder reads: the picture's features, then what is asked, encoded together."""
+    """Return the inputs of Florence-2's decoder: image features and the task prompt, encoded together."""
     model, tokenizer = captioner.model, captioner.loaded.tokenizer
     features = model.get_image_features(pixels).pooler_output
     asked = tokenizer(f"{tokenizer.bos_token}{text}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]

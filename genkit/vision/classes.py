@@ -1,4 +1,4 @@
-"""The closed list of transformers' classes that may be loaded as vision models, and timm; what each needs to know."""
+"""The closed list of model classes that may be loaded as vision models, from transformers and timm, with settings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from genkit.vision.timms import KIND, RENAMES
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A class of transformers: the sense it serves, its `model_type`, and how pictures and words reach it.
+    """A model class: the sense it serves, its `model_type`, its image processor and its tokenizer.
 
-    tokenizer: a class of transformers, or None where it reads no words. processor: defaults of its image processor.
-    nested: the model types that a part of its config may have. renames: as of `read_weights`, for keys that older
-    versions of transformers wrote. answers: whether it answers questions, and does not caption. words: the part of its
-    config that says how many tokens it knows, and how many it does by default. generates: whether
-    generation_config.json says how text is generated.
+    tokenizer: a class of transformers, or None for a model without text input. processor: defaults of its image
+    processor. nested: {part of its config: model types that this part may have}. renames: as in `read_weights`, for
+    keys that older versions of transformers wrote. answers: whether it answers questions and writes no captions.
+    words: the part of its config that holds vocab_size, and the default of that. generates: whether it reads
+    generation_config.json.
     """
 
     sense: str
@@ -32,7 +32,7 @@ class Kind:
     generates: bool = False
 
 
-_OLD = ((r".*\.position_ids$", ""), (r".*\brelative_position_index$", ""))  # buffers that older files have
+_OLD = ((r".*\.position_ids$", ""), (r".*\brelative_position_index$", ""))  # buffers that older versions saved
 # Classes of transformers with a closed set of labels: model_type, and the processor where a folder names none.
 _CLASSIFIERS = {
     "ViTForImageClassification": ("vit", "ViT"),
@@ -101,7 +101,7 @@ CLASSES: dict[str, Kind] = {
         name: Kind("classifier", model_type, PROCESSORS[processor], renames=_OLD)
         for name, (model_type, processor) in _CLASSIFIERS.items()
     },
-    KIND: Kind("classifier", "timm_wrapper", PROCESSORS["Bit"], renames=RENAMES),  # prepared as its config says
+    KIND: Kind("classifier", "timm_wrapper", PROCESSORS["Bit"], renames=RENAMES),  # its preprocessing is in its config
     "Florence2ForConditionalGeneration": Kind(
         "captioner", "florence2", Processor({"height": 768, "width": 768}, "bicubic", IMAGENET_MEAN, IMAGENET_STD),
         tokenizer="BartTokenizer", words=("text_config", 50265), generates=True,

@@ -31,11 +31,11 @@ _HUES = (
     (340, "pink"),
     (361, "red"),
 )
-_DARK = {"red": 0.4, "orange": 0.7, "yellow": 0.5}  # below such a V they are brown
+_DARK = {"red": 0.4, "orange": 0.7, "yellow": 0.5}  # with V below this, the colour is brown
 
 
 def color_map(picture: torch.Tensor) -> torch.Tensor:
-    """Return for each pixel of a uint8 picture (3, H, W) the number of its colour in COLORS, (H, W) int64."""
+    """Return the index in COLORS of the colour of each pixel of a uint8 picture (3, H, W): (H, W) int64."""
     red, green, blue = rgb = picture.float() / 255
     value, low = rgb.amax(dim=0), rgb.amin(dim=0)
     chroma, lightness = value - low, (value + low) / 2

@@ -1,4 +1,4 @@
-"""How far or near each pixel is: DPT (Ranftl et al. 2021), Depth Anything (Yang et al. 2024), ZoeDepth (Bhat et al.
+"""Depth estimation: DPT (Ranftl et al. 2021), Depth Anything (Yang et al. 2024), ZoeDepth (Bhat et al.
 2023), GLPN (Kim et al. 2022)."""
 
 from __future__ import annotations
@@ -11,35 +11,32 @@ from genkit.errors import HostError, InputError
 from genkit.vision.models import Loaded, Sense
 from genkit.vision.preprocess import mirrored_edge, read_size
 
-MIRRORED = 5  # pixels of a side of which an edge can be mirrored
-MOST_PIXELS = 2**22  # that the network reads at once, of all pictures in a batch
+MIRRORED = 5  # pixels: with a shorter side the mirrored edge would be longer than the side itself
+MOST_PIXELS = 2**22  # of all pictures of a batch together, as the network reads them
 
 
 class Depth(Sense):
-    """Maps of depth, in the model's own measure.
-
-    Models of relative depth give nearness: the larger, the nearer. Those of metric depth give metres.
-    """
+    """Depth maps: of relative models a nearness, larger for nearer pixels; of metric models a distance in metres."""
 
     sense = "depth estimator"
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
         if len(getattr(self.model.config, "bin_configurations", ())) > 1:
-            self.batch = 1  # pictures of one call vote together whether ZoeDepth's head is that of rooms or of streets
+            self.batch = 1  # ZoeDepth chooses its indoor or outdoor head once for a whole batch
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return the depth (B, H, W) of uint8 pictures (B, 3, H, W), float32 on the CPU.
 
-        Raises InputError as `pixels` does, and HostError where the network's result is not a number.
+        Raises InputError as `pixels` does, and HostError if a depth is NaN or infinite.
         """
         maps = self.maps(self.pixels(pictures))
         if not bool(maps.isfinite().all()):
-            raise HostError(self.not_a_number())
+            raise self.nan_error()
         return self.at_size(maps, (pictures.shape[-2], pictures.shape[-1]))
 
     def at_size(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Return maps (B, h, w) of pictures of a size, (height, width), at that size: mirrored edges are cut off."""
+        """Return maps (B, h, w) resized to the (height, width) of their pictures, without ZoeDepth's mirrored edges."""
         if not self.loaded.processor_config.mirrored:
             return resized(maps, size)
         down, across = (mirrored_edge(side) for side in size)
@@ -49,8 +46,8 @@ class Depth(Sense):
     def pixels(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return uint8 pictures (B, 3, H, W) as the model reads them: on its device, in its dtype.
 
-        Raises InputError for pictures so narrow that nothing of them, or too many pixels, would be read, and for those
-        that would not be read as squares by a network that takes everything for a square.
+        Raises InputError for pictures that would be resized to less than a patch or more than MOST_PIXELS, and for a
+        DPT with a ViT of its own, whose position embeddings are of a square, if they would not be resized to a square.
         """
         height, width = pictures.shape[-2:]
         if self.loaded.processor_config.mirrored and min(height, width) < MIRRORED:
@@ -87,7 +84,7 @@ class Depth(Sense):
         return bool(getattr(config, "is_hybrid", False)) or config.backbone_config is None
 
     def maps(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the depth (B, h, w), float32 on the CPU, as the network gives it, of what `pixels` prepared."""
+        """Return the depth (B, h, w) at the network's resolution, float32 on the CPU, of pictures from `pixels`."""
         self.batch = min(self.batch, max(1, MOST_PIXELS // (pixels.shape[-2] * pixels.shape[-1])))
 
         def look(part: slice) -> torch.Tensor:
@@ -96,13 +93,13 @@ class Depth(Sense):
 
         return torch.cat(self.in_batches(len(pixels), look))
 
-    def not_a_number(self) -> str:
-        """Return what is said of a picture whose depth is NaN or infinite."""
+    def nan_error(self) -> HostError:
+        """Return the error for a depth that is NaN or infinite."""
         kind = str(self.dtype).removeprefix("torch.")
-        return f"depth by {self.loaded.info.name} is not a number in {kind}: use --dtype float32"
+        return HostError(f"depth by {self.loaded.info.name} is not a number in {kind}: use --dtype float32")
 
 
 def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return maps (B, h, w) at another size, (height, width), by bicubic interpolation between pixel centres."""
+    """Return maps (B, h, w) resized to (height, width): bicubic, align_corners=False."""
     found = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bicubic", align_corners=False)
     return found[:, 0]

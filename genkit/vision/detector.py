@@ -1,4 +1,4 @@
-"""Zero-shot detectors: boxes of whatever words name, in pictures. OWL-ViT, OWLv2, Grounding DINO."""
+"""Zero-shot (open-vocabulary) object detectors: OWL-ViT, OWLv2, Grounding DINO."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 import torch
 
 from genkit.errors import InputError
-from genkit.pictures.images import read_image
 from genkit.scoring.boxes import Box, check_word
 from genkit.vision.colors import colors_of
 from genkit.vision.models import Loaded, Sense
 from genkit.vision.words import joined, refuse_long, refuse_many
 
-FLOOR = 0.05  # boxes that score less are not stored with a run
-MOST = 300  # boxes stored of one picture, the best
-WORDS = 256  # whose embeddings are cached
-LIKE_SAME = 0.3  # of boxes like an example; transformers' default
+FLOOR = 0.05  # boxes with lower scores are not stored with a run
+MOST = 300  # boxes stored of one picture, those with the highest scores
+WORDS = 256  # words whose embeddings are cached
+LIKE_SAME = 0.3  # IoU threshold of non-maximum suppression in image-guided detection; transformers' default
 
-Raw = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # scores (n,), number of the word (n,), boxes (n, 4) 0 to 1
+Raw = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]  # scores (n,), index of the word (n,), boxes (n, 4) as centre and size, 0 to 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a detector saw in a picture: boxes, best first; `broken` where its scores were not numbers."""
+    """The boxes of a picture, highest score first. floor: lower scores are left out. broken: the scores were NaN."""
 
     boxes: tuple[Box, ...] = ()
     floor: float = FLOOR
@@ -33,23 +34,23 @@ class Seen:
 
 
 class Detector(Sense):
-    """A zero-shot detector. threshold: its default, that of its processor in transformers."""
+    """A zero-shot detector. threshold: the default one, from its config or else that of transformers' processor."""
 
     sense = "detector"
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
-        self._find, usual = _KINDS[loaded.kind]
-        self.threshold = usual if loaded.info.threshold is None else loaded.info.threshold
+        self._find, default = _KINDS[loaded.kind]
+        self.threshold = default if loaded.info.threshold is None else loaded.info.threshold
         self._words: dict[str, torch.Tensor] = {}
 
     def detect(self, pictures: Any, words: Sequence[str] | Sequence[Sequence[str]],
                threshold: float | None = None) -> list[list[Box]]:  # fmt: skip
-        """Return the boxes of each picture that score more than `threshold`, best first.
+        """Return the boxes of each picture with a score above `threshold`, highest score first.
 
-        pictures: uint8 (B, 3, H, W), or PIL images, paths, arrays or uint8 (3, H, W). words: of all pictures, or a
-        list for each. Boxes are clipped to the picture. Raises InputError for words that are empty or too long,
-        HostError where the network's result is not a number.
+        pictures: uint8 (B, 3, H, W), or PIL images, paths, arrays or uint8 (3, H, W). words: one list for all
+        pictures, or a list for each. Boxes are in pixels, clipped to the picture. Raises InputError for words that are
+        empty or too long, HostError if scores are NaN.
         """
         tensors = self._tensors(pictures)
         each: list[list[str]] = (
@@ -60,11 +61,11 @@ class Detector(Sense):
         if len(each) != len(tensors):
             raise InputError(f"words: {len(each)} lists for {len(tensors)} pictures; give one for each, or one for all")
         found = self.see(tensors, each, self.threshold if threshold is None else threshold, None)
-        return [self._sound(seen) for seen in found]
+        return [self._boxes(seen) for seen in found]
 
     def see(self, pictures: Sequence[torch.Tensor] | torch.Tensor, words: Sequence[Sequence[str]],
             least: float = FLOOR, most: int | None = MOST) -> list[Seen]:  # fmt: skip
-        """Return what is seen in uint8 pictures (3, H, W): boxes that score more than `least`, the best `most`."""
+        """Return the boxes of uint8 pictures (3, H, W) with a score above `least`, at most the best `most` of each."""
         self.check_words(word for some in words for word in some)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for n, (picture, some) in enumerate(zip(pictures, words, strict=True)):
@@ -84,10 +85,10 @@ class Detector(Sense):
         return [found[n] for n in range(len(words))]
 
     def detect_like(self, pictures: Any, example: Any, threshold: float = 0.6, label: str = "like") -> list[list[Box]]:
-        """Return the boxes of things like the one in the picture `example` (image-guided detection of the OWLs).
+        """Return the boxes of objects like the one in the picture `example` (image-guided detection of the OWLs).
 
-        As in transformers, boxes that overlap a better one by more than 0.3 are left out, and those that score less
-        than a tenth of the best one. Raises InputError for Grounding DINO, which has no such way.
+        As in transformers, non-maximum suppression drops boxes with an IoU above 0.3 with a better one, and boxes with
+        less than a tenth of the best score are dropped too. Raises InputError for Grounding DINO, which cannot do this.
         """
         if not self.loaded.kind.startswith("Owl"):
             raise InputError(f"{self.name}: {self.loaded.kind} finds by words only; OWL-ViT and OWLv2 find by example")
@@ -97,13 +98,13 @@ class Detector(Sense):
         found = []
         for picture in tensors:
             [[raw]] = self.in_batches(1, lambda _, x=picture: _owl(self, x[None], ("",), queries))  # type: ignore[misc]
-            boxes = self._sound(self._seen(picture, _separate(raw), [label], 0.0, None))
+            boxes = self._boxes(self._seen(picture, _separate(raw), [label], 0.0, None))
             best = boxes[0].score if boxes else 0.0
             found.append([box for box in boxes if box.score >= threshold and box.score > 0.1 * best])
         return found
 
     def check_words(self, words: Any) -> None:
-        """Raise InputError for a word that is empty, or longer than the model reads."""
+        """Raise InputError for a word that is empty, or has more tokens than the model reads."""
         tokenizer = self.loaded.tokenizer
         for word in dict.fromkeys(words):
             check_word(word)
@@ -112,7 +113,7 @@ class Detector(Sense):
                 refuse_long(word, len(ids), self.loaded.info)
 
     def forget(self) -> None:
-        """Drop the embeddings of words."""
+        """Clear the cached embeddings of words."""
         self._words.clear()
 
     def _tensors(self, pictures: Any) -> list[torch.Tensor]:
@@ -124,7 +125,7 @@ class Detector(Sense):
             return list(pictures)
         from genkit.scoring.clip import as_tensor
 
-        return [p if isinstance(p, torch.Tensor) else as_tensor(read_image(p))[0] for p in pictures]
+        return [p if isinstance(p, torch.Tensor) else as_tensor(p)[0] for p in pictures]
 
     def _seen(self, picture: torch.Tensor, raw: Raw, words: Sequence[str], least: float, most: int | None) -> Seen:
         scores, numbers, boxes = (x.float().cpu() for x in raw)
@@ -132,12 +133,12 @@ class Detector(Sense):
         if bool(scores.isnan().any() | boxes.isnan().any()):
             return Seen(floor=least, broken=True)
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        if self.loaded.processor_config.square:  # OWLv2's boxes are in its square
+        if self.loaded.processor_config.square:  # OWLv2's boxes are relative to the padded square
             scale = torch.full((4,), float(max(width, height)))
         order = torch.argsort(-scores, stable=True)[: int((scores > least).sum())]
         floor = least
         if most is not None and len(order) > most:
-            floor = float(scores[order[most]])  # of the best one that is left out
+            floor = float(scores[order[most]])  # the highest score that is left out
             order = order[:most]
         corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1)[order] * scale
         corners = corners.clamp(min=0).minimum(torch.tensor([width, height, width, height], dtype=torch.float32))
@@ -148,14 +149,14 @@ class Detector(Sense):
         found = zip(names, values, places, colors, strict=True)
         return Seen(tuple(Box(n, s, p[0], p[1], p[2], p[3], c) for n, s, p, c in found), floor)
 
-    def _sound(self, seen: Seen) -> list[Box]:
+    def _boxes(self, seen: Seen) -> list[Box]:
         if seen.broken:
-            raise self.no_numbers()
+            raise self.nan_error()
         return list(seen.boxes)
 
 
 def _separate(raw: Raw) -> Raw:
-    """Return boxes, best first, without those that overlap a better one by more than LIKE_SAME."""
+    """Return boxes after non-maximum suppression with an IoU threshold of LIKE_SAME, highest score first."""
     scores, numbers, boxes = raw
     order = torch.argsort(-scores, stable=True)
     sides = boxes[order].double().cpu()
@@ -175,9 +176,12 @@ def _separate(raw: Raw) -> Raw:
 def _owl(
     detector: Detector, pictures: torch.Tensor, words: Sequence[str], queries: torch.Tensor | None = None
 ) -> list[Raw]:
-    """Return what an OWL finds in uint8 pictures (B, 3, H, W). queries: embeddings (Q, width) in place of words."""
+    """Return the raw boxes of an OWL for uint8 pictures (B, 3, H, W).
+
+    queries: embeddings (Q, width) instead of words.
+    """
     model, pixels = detector.model, detector.pixels(pictures)
-    del pictures  # which lie elsewhere one by one
+    del pictures  # a stacked copy, which need not stay in memory during the forward pass
     features = model.image_embedder(pixel_values=pixels)[0]
     flat = features.flatten(1, 2)
     asked = _embedded(detector, words) if queries is None else queries
@@ -189,7 +193,7 @@ def _owl(
 
 
 def _embedded(detector: Detector, words: Sequence[str]) -> torch.Tensor:
-    """Return the unit embeddings of words, (len(words), width), computed once for each."""
+    """Return the unit embeddings of words, (len(words), width), from the cache where they are known."""
     new = [word for word in dict.fromkeys(words) if word not in detector._words]
     if new:
         owl = getattr(detector.model, "owlvit", None) or detector.model.owlv2
@@ -206,7 +210,7 @@ def _embedded(detector: Detector, words: Sequence[str]) -> torch.Tensor:
 
 
 def _example(detector: Detector, picture: torch.Tensor) -> torch.Tensor:
-    """Return the embedding (1, width) of the thing in a picture, as the OWLs choose it among their boxes."""
+    """Return the query embedding (1, width) of the object in a picture, as transformers selects it among the boxes."""
     model = detector.model
     features = model.image_embedder(pixel_values=detector.pixels(picture))[0]
     found = model.embed_image_query(features.flatten(1, 2), features)[0]
@@ -216,7 +220,10 @@ def _example(detector: Detector, picture: torch.Tensor) -> torch.Tensor:
 
 
 def _grounding_dino(detector: Detector, pictures: torch.Tensor, words: Sequence[str]) -> list[Raw]:
-    """Return what Grounding DINO finds. Its text is "a cat. a dog."; a word scores as the best of its tokens does."""
+    """Return the raw boxes of Grounding DINO for uint8 pictures (B, 3, H, W).
+
+    Its prompt is "a cat. a dog."; the score of a word is the highest of its tokens.
+    """
     tokens = detector.loaded.tokenizer(joined(words), return_tensors="pt", return_offsets_mapping=True)
     refuse_many(words, tokens["input_ids"].shape[1], detector.loaded.info)
     owner, at = torch.zeros(tokens["input_ids"].shape[1], len(words), dtype=torch.bool), 0
@@ -224,7 +231,7 @@ def _grounding_dino(detector: Detector, pictures: torch.Tensor, words: Sequence[
         length = len(word.strip().lower())
         for k, (start, end) in enumerate(tokens["offset_mapping"][0].tolist()):
             owner[k, n] = at <= start < end <= at + length
-        at += length + 2  # ". "
+        at += length + 2  # of ". "
     inputs = {key: value.to(detector.device).expand(len(pictures), -1)
               for key, value in tokens.items() if key != "offset_mapping"}  # fmt: skip
     pixels = detector.pixels(pictures)
@@ -236,7 +243,7 @@ def _grounding_dino(detector: Detector, pictures: torch.Tensor, words: Sequence[
     return list(zip(odds.amax(dim=-1), of_words.argmax(dim=-1), out.pred_boxes, strict=True))
 
 
-_KINDS: dict[str, tuple[Callable[..., list[Raw]], float]] = {  # and the default threshold in transformers
+_KINDS: dict[str, tuple[Callable[..., list[Raw]], float]] = {  # function, and the default threshold in transformers
     "OwlViTForObjectDetection": (_owl, 0.1),
     "Owlv2ForObjectDetection": (_owl, 0.1),
     "GroundingDinoForObjectDetection": (_grounding_dino, 0.25),

@@ -1,4 +1,4 @@
-"""Make networks of transformers faster with the same results up to rounding."""
+"""Speed up networks of transformers; results stay the same up to rounding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from genkit.device.cpu import through_onednn
 
 
 def quicken(model: Any) -> None:
-    """Compute attention that transformers writes out in one operation, and on a CPU linear layers with oneDNN.
-
-    Modules and parameters are kept, and no weight is copied.
-    """
+    """Use fused attention in BLIP, and oneDNN for linear layers on a CPU, in place. No weight is copied."""
     from transformers.models.blip.modeling_blip import BlipAttention
 
     for module in model.modules():
@@ -25,13 +22,13 @@ def quicken(model: Any) -> None:
 
 
 class _Attention:
-    """The forward of BLIP's attention over a picture, which transformers computes with all scores in memory."""
+    """BLIP's vision attention with the fused kernel; transformers holds the whole attention matrix in memory."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
 
     def __call__(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        """Return (x, None) of (B, tokens, width); there are no scores to return."""
+        """Return (x, None) for (B, tokens, width); a fused kernel has no attention weights to return."""
         own = self.module
         shape = hidden_states.shape
         three = own.qkv(hidden_states).view(*shape[:2], 3, own.num_heads, shape[2] // own.num_heads)

@@ -12,8 +12,8 @@ from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json
 
 FLORENCE = "Florence2ForConditionalGeneration"
-TOKENS = 50  # most, of a caption
-DETAILS: Mapping[str, tuple[str, int]] = MappingProxyType({  # what Florence-2 is asked, and the most tokens
+TOKENS = 50  # maximum length of a caption
+DETAILS: Mapping[str, tuple[str, int]] = MappingProxyType({  # Florence-2's prompt, and the maximum number of tokens
     "caption": ("What does the image describe?", TOKENS),
     "detailed": ("Describe in detail what is shown in the image.", 200),
     "more-detailed": ("Describe with a paragraph what is shown in the image.", 1000),
@@ -30,7 +30,7 @@ _FOLLOWED = {
     "length_penalty": Key(optional(real(-100, 100)), None),
     "repetition_penalty": Key(optional(real(0, 100, above=True)), None),
 }
-_REFUSED = {  # unless they say nothing: they would change the text
+_REFUSED = {  # unless they have no effect: they would change the text
     name: Key(Rule(text, lambda v, plain=plain: v in (None, plain)), None)  # type: ignore[misc]
     for text, plain, names in (
         ("null", None, "bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias penalty_alpha dola_layers"),
@@ -41,7 +41,7 @@ _REFUSED = {  # unless they say nothing: they would change the text
     for name in names.split()
 }
 _SAMPLES = {"do_sample": Key(optional(FLAG), None)}
-_UNUSED = dict.fromkeys(  # the length is --tokens; the others are of sampling, or say nothing about the text
+_UNUSED = dict.fromkeys(  # the length is --tokens; the others concern sampling, or do not change the text
     ("max_length", "max_new_tokens", "max_time", "temperature", "top_k", "top_p", "typical_p", "min_p", "use_cache",
      "epsilon_cutoff", "eta_cutoff", "cache_implementation", "cache_config", "_from_model_config", "output_scores",
      "output_attentions", "output_hidden_states", "output_logits", "remove_invalid_values", "renormalize_logits",
@@ -51,10 +51,10 @@ _UNUSED = dict.fromkeys(  # the length is --tokens; the others are of sampling, 
 
 
 def read_generation(folder: Path, notes: list[str]) -> dict[str, Any] | None:
-    """Return what generation_config.json states of how text is generated, or None where there is no such file.
+    """Return the settings of generation_config.json that are used, or None if there is no such file.
 
-    Text is never sampled, so the same picture has the same caption; a folder that asks for it is noted. Raises
-    InputError for a value that cannot be followed.
+    Text is never sampled, so that a picture always gets the same caption; a note says so if the file asks for
+    sampling. Raises InputError for a value that is not supported.
     """
     path = folder / "generation_config.json"
     if not path.exists():
@@ -66,9 +66,9 @@ def read_generation(folder: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def detail_of(kind: str, name: str, detail: str | None, option: str = "detail") -> tuple[str | None, int]:
-    """Return what a captioner of class `kind` is asked, None for one that is asked nothing, and the most tokens.
+    """Return the prompt of a captioner of class `kind`, None for one without, and the maximum number of tokens.
 
-    name: of the model, for messages. Raises InputError for a detail that is not known, or that the model has not.
+    name: of the model, for messages. Raises InputError for an unknown detail, and for a model without details.
     """
     if detail is not None and detail not in DETAILS:
         raise InputError(f"{option}: {shown(detail)} is not {' or '.join(DETAILS)}{nearest(detail, DETAILS)}")

@@ -9,12 +9,12 @@ from typing import Any
 from genkit.errors import InputError, nearest, shown
 
 MOST = 100_000  # labels
-LONGEST = 1000  # characters of one
+LONGEST = 1000  # characters of a label
 PROBLEMS = ("single_label_classification", "multi_label_classification")
 
 
 def check_problem(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for a config that is no classifier's."""
+    """Raise InputError for a problem_type that is not a classification."""
     problem = config.get("problem_type")
     if problem not in (None, *PROBLEMS):
         raise InputError(
@@ -25,8 +25,8 @@ def check_problem(config: Mapping[str, Any], where: str) -> None:
 def read_labels(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[str, ...]:
     """Return the labels of id2label, in the order of the logits.
 
-    Two of one name, as ImageNet has with its cranes, get their numbers behind them, noted. Raises InputError for
-    labels that are empty, or that num_labels or label2id contradict, and for a config that is no classifier's.
+    Duplicates, such as the two cranes of ImageNet, get their index appended, with a note. Raises InputError for labels
+    that are empty or contradict num_labels or label2id, and for a config that is not a classifier's.
     """
     check_problem(config, where)
     found = _texts(config.get("id2label"), config.get("num_labels"), where, notes)
@@ -40,9 +40,9 @@ def read_labels(config: Mapping[str, Any], where: str, notes: list[str]) -> tupl
 
 
 def numbered(found: Sequence[Any], where: str, notes: list[str]) -> tuple[str, ...]:
-    """Return labels, those of one name with their numbers behind them, noted. Raises InputError for what is no label.
+    """Return the labels, with the index appended to duplicates, and a note of that.
 
-    where: file and key, for messages.
+    where: file and key, for messages. Raises InputError for anything that is not a label.
     """
     for n, label in enumerate(found):
         if not isinstance(label, str) or not label.strip() or len(label) > LONGEST or "\x00" in label:
@@ -58,7 +58,7 @@ def numbered(found: Sequence[Any], where: str, notes: list[str]) -> tuple[str, .
 
 
 def _texts(stated: Any, number: Any, where: str, notes: list[str]) -> list[str]:
-    if stated is None:  # as transformers names them, which does not write the names of two
+    if stated is None:  # transformers does not write id2label where it has the default labels
         count = 2 if number is None else number
         if type(count) is not int or not 1 <= count <= MOST:
             raise InputError(f"{where}: num_labels: {shown(count)} is not a number from 1 to {MOST}")
@@ -75,7 +75,7 @@ def _texts(stated: Any, number: Any, where: str, notes: list[str]) -> list[str]:
 
 
 def _check_back(stated: Any, labels: list[str], twice: Collection[str], where: str) -> None:
-    """Raise InputError where label2id says otherwise than id2label."""
+    """Raise InputError where label2id contradicts id2label."""
     if stated is None:
         return
     if not isinstance(stated, Mapping):

@@ -1,4 +1,4 @@
-"""Vision models by name: folders in transformers' layout, checked and loaded; classes are those of classes.py."""
+"""Check and load vision models: folders in transformers' layout or hub ids, of the classes in classes.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from genkit.files import place, read_json
 from genkit.vision.classes import CLASSES, Kind
 from genkit.vision.generation import read_generation
 from genkit.vision.labels import read_labels
-from genkit.vision.preprocess import Processor, read_processor
+from genkit.vision.preprocess import Processor, read_processor, read_size
 from genkit.vision.processors import read_classifier_processor
 from genkit.vision.timms import KIND, build_timm, check_timm, is_timm, timm_labels, timm_processor
 
@@ -34,18 +34,21 @@ if TYPE_CHECKING:
     from genkit.device.residency import Hold
 
 T = TypeVar("T")
-THRESHOLD = "detection_threshold"  # a key of genkit's own; transformers keeps it without reading it
-MOST_LAYERS, MOST = 1000, 2**24  # of any network here: a config must not keep its constructor busy for hours
+THRESHOLD = "detection_threshold"  # genkit's own key of config.json; transformers keeps but does not read it
+MOST_LAYERS, MOST = 1000, 2**24  # limits of numbers in a config, so that its constructor cannot run for hours
+# Keys that are read before the network is built. At the top level they may be null: a part has its own.
+WHOLE = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "max_text_len", "decoder_intermediate_size")
 BATCH = 8  # pictures a call; halved when memory runs out
+MOST_PIXELS = 2**24  # of a resized picture: a very long, narrow one would take gigabytes before it is cropped
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionInfo:
     """A vision model whose folder was checked, without torch.
 
-    part: its class (`kind`), config and weight files. processor: how pictures are prepared. revision: of the hub.
-    labels: of a classifier, in the order of its logits.
-    generation: of classes that write text, what generation_config.json states; None without that file.
+    part: its class (`kind`), config and weight files. processor: its image processor. revision: of the hub. labels: of
+    a classifier, in the order of its logits. generation: for classes that generate text, the settings of
+    generation_config.json; None without that file.
     """
 
     name: str
@@ -65,7 +68,7 @@ class VisionInfo:
 
     @property
     def threshold(self) -> float | None:
-        """The threshold of a detector's scores that its config states: what `genkit train` found to count best."""
+        """The score threshold in a detector's config, which `genkit train` chose as the best for counting; or None."""
         return self.part.config.get(THRESHOLD)
 
     @property
@@ -74,7 +77,7 @@ class VisionInfo:
         return {file.name: hash_once(file) or "" for file in self.part.files}
 
     def binding(self) -> dict[str, Any]:
-        """Return what a run records of it: its weights bind, its name and folder do not."""
+        """Return its record in run.json. On resume its weights must be the same; name and folder may change."""
         local = {} if self.revision is not None else {"folder": str(self.folder.absolute())}
         said: dict[str, Any] = {"labels": list(self.labels)} if self.labels else {}
         problem = self.part.config.get("problem_type") if self.labels else None
@@ -84,7 +87,7 @@ class VisionInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A vision model on its device, in eval mode and without gradients. tokenizer: None where it reads no words."""
+    """A vision model on its device, in eval mode and without gradients. tokenizer: None for one without text input."""
 
     info: VisionInfo
     model: Any
@@ -97,7 +100,7 @@ class Loaded:
 
     @property
     def processor_config(self) -> Processor:
-        """How pictures are prepared for it."""
+        """Its image processor."""
         return self.info.processor
 
     @property
@@ -107,15 +110,15 @@ class Loaded:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of its files was left out or assumed, a line each."""
+        """Lines about what was ignored or assumed when its files were read."""
         return self.info.notes
 
 
 class Sense:
-    """What all senses share: a loaded model, how many pictures it takes at once, and caches that can be dropped.
+    """Base class of detectors, captioners and other uses of a vision model.
 
-    sense: of the models that a class takes, as classes.py has it. name: of the model, as it was loaded. device: where
-    it works. hold: context manager that keeps it there (device/residency.py).
+    sense: the kind of model that a subclass takes, as in classes.py. name: of the model. batch: pictures of a call.
+    hold: a context manager that keeps the weights on the device (device/residency.py).
     """
 
     sense = ""
@@ -135,16 +138,16 @@ class Sense:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype of the model's weights."""
         return next(self.model.parameters()).dtype
 
-    def no_numbers(self) -> HostError:
-        """Return the error of a model whose scores are NaN in its dtype."""
+    def nan_error(self) -> HostError:
+        """Return the error for NaN in the model's output."""
         kind = str(self.dtype).removeprefix("torch.")
         return HostError(f"{self.name}: its scores are no numbers in {kind}: use --dtype float32")
 
     def in_batches(self, count: int, call: Callable[[slice], T], what: str = "pictures") -> list[T]:
-        """Return call(part) for slices that cover range(count), at most `batch` long; it is halved out of memory."""
+        """Return call(part) for slices of range(count) of at most `batch`, which is halved when memory runs out."""
         import torch
 
         from genkit.device.outofmemory import in_parts
@@ -154,19 +157,30 @@ class Sense:
         return found
 
     def pixels(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return uint8 pictures (B, 3, H, W) as the model reads them: on its device, in its dtype."""
+        """Return uint8 pictures (B, 3, H, W) as the model reads them: on its device, in its dtype.
+
+        Raises InputError for pictures so narrow that they would be too large once their short side is resized.
+        """
         from genkit.vision.preprocess import prepare
 
-        return prepare(pictures.to(self.device), self.loaded.processor_config).to(self.dtype)
+        processor = self.loaded.processor_config
+        height, width = pictures.shape[-2:]
+        down, across = read_size(height, width, dataclasses.replace(processor, crop=None))
+        if down * across > max(MOST_PIXELS, height * width):
+            raise InputError(
+                f"{width}x{height} pixels are too narrow: {self.name} would resize them to {across}x{down}"
+            )
+        return prepare(pictures.to(self.device), processor).to(self.dtype)
 
     def forget(self) -> None:
-        """Drop what is cached, such as embeddings of words."""
+        """Clear caches, such as embeddings of words."""
 
 
 def inspect_vision(name: str | Path, senses: Collection[str], option: str = "model") -> VisionInfo:
-    """Check a folder in transformers' layout, or a hub id, to be a model for one of `senses`; no weights are read.
+    """Check that a folder in transformers' layout, or a hub id, is a model for one of `senses`; reads no weights.
 
-    option: names it in messages. Raises InputError naming file, key and value; HostError where the hub cannot be read.
+    option: the option's name, for messages. Raises InputError naming file, key and value; HostError where the hub
+    cannot be read.
     """
     notes: list[str] = []
     if name in ("", "emoji", "emoji-clip"):
@@ -204,7 +218,7 @@ def inspect_vision(name: str | Path, senses: Collection[str], option: str = "mod
 def _prepared(
     folder: Path, config: Mapping[str, Any], kind: str, notes: list[str]
 ) -> tuple[tuple[str, ...], Processor]:  # fmt: skip
-    """Return the labels, none for what is no classifier, and how pictures are prepared."""
+    """Return the labels, () for what is not a classifier, and the image processor."""
     where = place(folder / "config.json")
     if kind == KIND:
         return timm_labels(config, where, notes), timm_processor(config, where, notes)
@@ -218,11 +232,11 @@ def load_model(
     name: str | Path | VisionInfo, senses: Collection[str], device: torch.device | str, dtype: torch.dtype,
     pinned: bool = False,
 ) -> Loaded:  # fmt: skip
-    """Load a vision model for one of `senses`; its weights are equal to those that from_pretrained loads.
+    """Load a vision model for one of `senses`; its weights equal those that from_pretrained loads.
 
-    It is built without weights from its class and config, every name and shape is compared with the files, and only
-    then are they read. pinned: in RAM, from where they are copied to a GPU at once. Raises InputError as
-    `inspect_vision` does, and for weights that are missing, too many, of another shape, all zero or not finite in
+    The network is built on the meta device, all names and shapes are compared with the files, and only then are the
+    weights read. pinned: keep them in page-locked memory, for fast copies to a GPU. Raises InputError as
+    `inspect_vision` does, and for weights that are missing, unexpected, of another shape, all zero or not finite in
     `dtype`; HostError if memory runs out.
     """
     import torch
@@ -269,17 +283,17 @@ def _build(part: Part) -> Any:
         config = cls.config_class.from_dict(dict(part.config))
         with init_empty_weights(include_buffers=False):
             return cls(config)
-    except Exception as error:  # transformers refuses a value or a combination of them
+    except Exception as error:  # transformers may raise anything for a bad value
         raise InputError(f"{part.where}: {part.kind} cannot be built: {shown(str(error), 300)}") from None
 
 
 def _renamed(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under the names that transformers now has for what files of older versions call otherwise."""
+    """Return the weights with names of older versions of transformers replaced by the current ones."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     known = model.state_dict().keys()
-    if not hasattr(model, "base_model_prefix"):  # no network of transformers
+    if not hasattr(model, "base_model_prefix"):  # a network of timm
         return dict(tensors)
     renames = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
     found: dict[str, Tensor] = {}
@@ -292,7 +306,7 @@ def _renamed(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _known(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights without those that the class itself says files may have beyond its own."""
+    """Return the weights without those that the class lists in _keys_to_ignore_on_load_unexpected."""
     own, beyond = model.state_dict().keys(), getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return {
         name: tensor
@@ -302,9 +316,9 @@ def _known(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unneeded(model: Any, have: Collection[str]) -> dict[str, Any]:
-    """Return ones and zeros for norms that files may lack, as the class itself says: it computes nothing there.
+    """Return initial values for layer norms that files may lack (_keys_to_ignore_on_load_missing): they have no effect.
 
-    And zeros for the counters of batch norms, which only training reads.
+    Also zeros for the counters of batch norms, which only training reads.
     """
     import torch
 
@@ -315,12 +329,12 @@ def _unneeded(model: Any, have: Collection[str]) -> dict[str, Any]:
         for name, w in model.state_dict().items()
         if name not in have and name.rpartition(".")[0] in norms and any(re.search(p, name) for p in patterns)
     }
-    counters = [n for n in model.state_dict() if n.endswith(".num_batches_tracked") and n not in have]  # of training
+    counters = [n for n in model.state_dict() if n.endswith(".num_batches_tracked") and n not in have]
     return found | {name: torch.zeros((), dtype=torch.long) for name in counters}
 
 
 def read_tokenizer(info: VisionInfo) -> Any:
-    """Return the tokenizer of a model, or None where it reads no words. Raises InputError."""
+    """Return the tokenizer of a model, or None for one without text input. Raises InputError."""
     name = CLASSES[info.kind].tokenizer
     if name is None:
         return None
@@ -340,13 +354,13 @@ def read_tokenizer(info: VisionInfo) -> Any:
 
 
 def _text(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return size of the vocabulary and length of the text part, with the class's defaults in transformers."""
-    length = 77 if config.get("model_type") in ("clipseg", "xclip") else 16  # of the OWLs
+    """Return text_config with the defaults of vocab_size and max_position_embeddings in transformers."""
+    length = 77 if config.get("model_type") in ("clipseg", "xclip") else 16  # OWL-ViT and OWLv2
     return {"vocab_size": 49408, "max_position_embeddings": length, **(config.get("text_config") or {})}
 
 
 def _class_of(config: Mapping[str, Any], senses: Collection[str], option: str, where: str) -> str:
-    """Return the class that a config names. Raises InputError for one that is not known, or is of another sense."""
+    """Return the class that a config names. Raises InputError for one that is unknown or of another sense."""
     names = config.get("architectures")
     stated = KIND if is_timm(config) else names[0] if isinstance(names, list) and names else None
     if stated is None:  # some tools leave it out
@@ -368,18 +382,23 @@ def _class_of(config: Mapping[str, Any], senses: Collection[str], option: str, w
 
 
 def _check_config(config: Mapping[str, Any], kind: Kind, where: str, depth: int = 0) -> None:
-    """Raise InputError for code, networks of other places, and numbers that no such network has."""
+    """Raise InputError for code, for backbones that would be downloaded, and for numbers that are not plausible."""
     refuse_code(config, where)
     for key in ("use_timm_backbone", "use_pretrained_backbone", "backbone"):
         if config.get(key):
             raise InputError(f"{where}: {key}: {shown(config[key])}: a backbone that lies elsewhere is never fetched")
+    for name in {*kind.nested, "text_config"} if depth == 0 else ():
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(f"{where}: {name}: {shown(config[name])} is not an object")
     for name, types in kind.nested.items() if depth == 0 else ():
-        stated = (config.get(name) or {}).get("model_type") if isinstance(config.get(name) or {}, dict) else None
+        stated = (config.get(name) or {}).get("model_type")
         if stated is not None and stated not in types:
             raise InputError(f"{where}: {name}: model_type: {shown(stated)} is not {' or '.join(types)}")
     for key, value in config.items():
         if key in ("id2label", "label2id"):
-            continue  # whose keys are labels, of any text
+            continue  # their keys and values are labels, not settings
+        if key in WHOLE and (value is not None or depth) and not (type(value) is int and value > 0):
+            raise InputError(f"{where}: {key}: {shown(value)} is not a whole number above 0")
         most = MOST_LAYERS if "layers" in key or key in ("depths", "depth") else MOST
         numbers = value if isinstance(value, list) else [value]
         large = next((n for n in numbers if isinstance(n, int | float) and abs(n) > most), None)

@@ -1,8 +1,8 @@
-"""How pictures are prepared for vision models: the image processors of transformers, as tensor code on the device.
+"""The image processors of transformers as tensor code on the device: resize, crop, rescale, normalise.
 
-Resizing is that of PIL: two passes in 32 bits, with weights in 22 bits of fixed point, each rounded to whole levels
-(Resample.c of Pillow). On a CPU it is Pillow that does it, four times as fast. OWLv2 has its own: a picture padded to a
-square, blurred and resampled as scipy.ndimage does it.
+Resizing gives Pillow's result bit for bit: two passes with 22-bit fixed-point weights, each rounded to 8 bits
+(Resample.c). On a CPU Pillow itself does it, four times as fast. OWLv2 differs: its pictures are padded to a square,
+blurred and resampled as scipy.ndimage does.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BITS = 22  # of PIL's weights
+BITS = 22  # fractional bits of Pillow's fixed-point weights
 RESAMPLES = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """What an image processor does: resize, crop at the centre, scale, normalise.
+    """The settings of an image processor: resize, centre crop, rescale, normalise.
 
-    size: {"height", "width"}, {"shortest_edge"} or {"shortest_edge", "longest_edge"}, in pixels; None leaves pictures
-    as they are. crop: (height, width) or None. scale: of levels 0 to 255. square: pad to a square with black at right
-    and below, then resize as scipy does (OWLv2). bgr: blue first, red last (MobileViT). multiple: of DPT's processor:
-    sides become multiples of it, of the picture's own proportions where keep_ratio is set. pad: fill up to multiples
-    of it with zeros on all sides. rounded: the corner of the crop is the nearest pixel (timm), else the one before.
-    mirrored, corners: of ZoeDepth's: edges are mirrored outwards; floats are resized, from corner to corner. floor:
-    sides become the multiples of it below (GLPN).
+    size: {"height", "width"}, {"shortest_edge"} or {"shortest_edge", "longest_edge"}, in pixels; None does not resize.
+    crop: (height, width) or None. scale: factor for levels 0 to 255. square: pad to a square with black at the right
+    and bottom, then resize as scipy does (OWLv2). bgr: BGR channel order (MobileViT). multiple: sides are rounded to
+    multiples of it, with the picture's aspect ratio if keep_ratio is set (DPT). pad: zero-pad all sides to multiples of
+    it, after normalisation. rounded: round the crop's offset to the nearest pixel (timm) instead of down. mirrored:
+    reflection padding; corners: align_corners, on floats (both ZoeDepth). floor: round sides down to multiples of it
+    (GLPN).
     """
 
     size: Mapping[str, int] | None
@@ -88,7 +88,9 @@ _KEYS = {
 _DPT_KEYS = {
     **{name: Key(optional(whole(1, 1024)), None) for name in ("ensure_multiple_of", "size_divisor")},
     "keep_aspect_ratio": Key(optional(FLAG), None),
-    **{name: Key(optional(many(real(-1000, 1000), 3, 3)), None) for name in ("image_mean", "image_std")},  # of levels
+    **{
+        name: Key(optional(many(real(-1000, 1000), 3, 3)), None) for name in ("image_mean", "image_std")
+    },  # in units of levels 0 to 255
 }
 _FLOOR_KEYS = {"size_divisor": Key(optional(whole(1, 1024)), None)}
 _UNUSED = {
@@ -103,7 +105,7 @@ _UNUSED = {
 
 
 def processor_config(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return what preprocessor_config.json or processor_config.json says of pictures, and that file; {} if absent."""
+    """Return the path and content of preprocessor_config.json, or of processor_config.json; {} if both are absent."""
     path, together = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.exists():
         return path, read_json(path)
@@ -121,8 +123,8 @@ def read_processor(
 ) -> Processor:  # fmt: skip
     """Return the image processor of preprocessor_config.json or processor_config.json; absent keys are `default`'s.
 
-    more: keys beyond those that all processors have, whose values are put into `found_more`. Raises InputError for a
-    value that cannot be followed.
+    more: further keys, which this class of processor has; their values are put into `found_more`. Raises InputError
+    for a value that is not supported.
     """
     path, content = processor_config(folder)
     if not path.exists() and notes is not None:
@@ -141,10 +143,10 @@ def read_processor(
         stated_crop = found["crop_size"] or (list(default.crop) if default.crop else size)
         side = _size(stated_crop, None, dataclasses.replace(default, size={"height": 1, "width": 1}))
         crop = side.get("height", 0), side.get("width", 0)
-        if 0 in crop or size is None or crop > tuple(size.get(k, size.get("shortest_edge", 0)) for k in side):
-            raise InputError(f"{place(path)}: crop_size: {shown(found['crop_size'])} does not lie within size")
+        if 0 in crop:
+            raise InputError(f"{place(path)}: crop_size: {shown(found['crop_size'])} is not a height and a width")
     normal, scaled = found["do_normalize"] is not False, found["do_rescale"] is not False
-    if default.floor is not None:  # GLPN's processor normalises only where it is told to, and always resizes
+    if default.floor is not None:  # GLPN's processor normalises only if told to, and always resizes
         normal, size = bool(found["do_normalize"]), None
     return Processor(
         size=None if found["do_resize"] is False else size,
@@ -161,7 +163,7 @@ def read_processor(
 def _dpt(
     found: Mapping[str, Any], size: Mapping[str, int] | None, default: Processor, where: str
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what only the processors of DPT and ZoeDepth have. Raises InputError for what it cannot follow."""
+    """Return the settings that only DPT and ZoeDepth have. Raises InputError for values that are not supported."""
     if found["do_center_crop"] or (size is not None and "height" not in size):
         raise InputError(f"{where}: size: depth is read of pictures of a height and width, which are not cropped")
     if found["image_std"] and 0 in found["image_std"]:
@@ -179,7 +181,7 @@ def _dpt(
 
 
 def _size(stated: Any, most: int | None, default: Processor) -> dict[str, int]:
-    """Return a size as an object; a single number is a square where the class's own size is one, else an edge."""
+    """Return a size as an object; a single number is a square if the default size has a height, else shortest_edge."""
     if isinstance(stated, dict):
         return {**stated, **({"longest_edge": most} if most and "shortest_edge" in stated else {})}
     if isinstance(stated, list):
@@ -191,7 +193,7 @@ def _size(stated: Any, most: int | None, default: Processor) -> dict[str, int]:
 
 
 def target_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
-    """Return (height, width) that a picture is resized to, as transformers rounds it."""
+    """Return the (height, width) that a picture is resized to, rounded as in transformers."""
     if "height" in size:
         return size["height"], size["width"]
     short, long = min(height, width), max(height, width)
@@ -207,10 +209,10 @@ def target_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, 
 
 
 def fitted_size(height: int, width: int, processor: Processor) -> tuple[int, int]:
-    """Return (height, width) that DPT's processor resizes a picture to, 0 where a side is too narrow for `multiple`."""
+    """Return the (height, width) of DPT's processor for a picture; 0 if a side is too short for `multiple`."""
     assert processor.size is not None
     scales = [processor.size["height"] / height, processor.size["width"] / width]
-    if processor.keep_ratio:  # whichever changes the picture less
+    if processor.keep_ratio:  # the scale that is closer to 1
         scales = [scales[1]] * 2 if abs(1 - scales[1]) < abs(1 - scales[0]) else [scales[0]] * 2
     multiple = processor.multiple or 1
     down, across = (
@@ -220,12 +222,12 @@ def fitted_size(height: int, width: int, processor: Processor) -> tuple[int, int
 
 
 def mirrored_edge(side: int) -> int:
-    """Return how many pixels ZoeDepth mirrors outwards at either end of a side."""
+    """Return the pixels of ZoeDepth's reflection padding at either end of a side."""
     return int(math.sqrt(side / 2) * 3)
 
 
 def read_size(height: int, width: int, processor: Processor) -> tuple[int, int]:
-    """Return (height, width) that a picture has for a model when it is prepared."""
+    """Return the (height, width) of a prepared picture."""
     if processor.mirrored:
         height, width = (side + 2 * mirrored_edge(side) for side in (height, width))
     if processor.floor is not None:
@@ -241,15 +243,15 @@ def read_size(height: int, width: int, processor: Processor) -> tuple[int, int]:
 
 
 def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
-    """Return uint8 pictures (B, 3, H, W) as a model reads them, (B, 3, h, w) float32, on their device.
+    """Return uint8 pictures (B, 3, H, W) resized, cropped and normalised: (B, 3, h, w) float32, on their device.
 
-    Equal to what the class's processor in transformers makes of each of them alone, to 1e-4.
+    Equal to the processor of transformers to 1e-4.
     """
     import torch
 
     height, width = pictures.shape[-2:]
     if processor.square:
-        home = pictures.cpu() if pictures.device.type == "mps" else pictures  # which has no float64
+        home = pictures.cpu() if pictures.device.type == "mps" else pictures  # MPS has no float64
         x = _resize_square(home.double() * processor.scale, processor)
     elif processor.corners:
         x = _resize_corners(pictures.float() * processor.scale, processor)
@@ -261,9 +263,7 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
                 x, read_size(height, width, plain), processor.resample
             )
         if processor.crop is not None:
-            beside = [a - b for a, b in zip(x.shape[-2:], processor.crop, strict=True)]
-            top, left = (round(n / 2) if processor.rounded else n // 2 for n in beside)
-            x = x[..., top : top + processor.crop[0], left : left + processor.crop[1]]
+            x = _cropped(x, processor.crop, processor.rounded)
         x = x.float().mul_(processor.scale)
     x = (x.flip(1) if processor.bgr else x).float().to(pictures.device)
     mean, std = (
@@ -276,25 +276,38 @@ def prepare(pictures: torch.Tensor, processor: Processor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
 
 
+def _cropped(x: torch.Tensor, size: tuple[int, int], rounded: bool) -> torch.Tensor:
+    """Return the centre (h, w) of pictures (B, 3, H, W); smaller ones are padded with black, as transformers does."""
+    import torch
+
+    lack = [max(0, b - a) for a, b in zip(x.shape[-2:], size, strict=True)]
+    if any(lack):
+        (above, below), (before, behind) = (((n + 1) // 2, n // 2) for n in lack)
+        x = torch.nn.functional.pad(x, (before, behind, above, below))
+    beside = [a - b for a, b in zip(x.shape[-2:], size, strict=True)]
+    top, left = (round(n / 2) if rounded else n // 2 for n in beside)
+    return x[..., top : top + size[0], left : left + size[1]]
+
+
 def _by_torch(x: torch.Tensor, size: tuple[int, int], resample: str) -> torch.Tensor:
     return resize(x.int(), size, resample)
 
 
 def _by_pillow(x: torch.Tensor, size: tuple[int, int], resample: str) -> torch.Tensor:
-    """Return uint8 pictures (B, 3, H, W) in memory resized to (h, w), uint8."""
+    """Return uint8 pictures (B, 3, H, W) on the CPU resized to (h, w), uint8."""
     import torch
     from PIL import Image
 
     code = next(number for number, name in RESAMPLES.items() if name == resample)
     found = torch.empty(len(x), 3, *size, dtype=torch.uint8)
-    for picture, place_of in zip(x, found, strict=True):  # no copy is made of a picture as it was read, colours last
+    for picture, place_of in zip(x, found, strict=True):  # channels-last pictures, as they are read, are not copied
         resized = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).resize(size[::-1], code)
         place_of.copy_(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
     return found
 
 
 def resize(x: torch.Tensor, size: tuple[int, int], resample: str) -> torch.Tensor:
-    """Return levels (..., H, W), int32, resized to (h, w) with the result of PIL's `resize`."""
+    """Return levels (..., H, W) int32 resized to (h, w), with the result of Pillow's `resize`."""
     before = int(x.shape[-2]), int(x.shape[-1])
     return _passes(x, size, resample, _rows_first(before, size, resample))
 
@@ -307,7 +320,7 @@ def _passes(x: torch.Tensor, size: tuple[int, int], resample: str, rows_first: b
         if before == after:
             continue
         places, weights = (torch.from_numpy(found).to(x.device) for found in _pil_weights(before, after, resample))
-        x = x.mT.contiguous() if axis == -1 else x  # whole lines are added much faster than single pixels
+        x = x.mT.contiguous() if axis == -1 else x  # adding contiguous rows is much faster than gathering pixels
         total = torch.full((*x.shape[:-2], after, x.shape[-1]), 2 ** (BITS - 1), dtype=torch.int32, device=x.device)
         for taken, weight in zip(places, weights, strict=True):
             total += x.index_select(-2, taken).mul_(weight[:, None])
@@ -318,10 +331,10 @@ def _passes(x: torch.Tensor, size: tuple[int, int], resample: str, rows_first: b
 
 @functools.lru_cache(64)
 def _rows_first(before: tuple[int, int], after: tuple[int, int], resample: str) -> bool:
-    """Return whether PIL resizes along the rows first, as it always did before version 13.
+    """Return whether Pillow resizes horizontally first, as it always did before version 13.
 
-    Which pass comes first changes the rounding between them. Version 13 chooses it by the sizes, so it is asked: both
-    orders are compared with what it makes of noise of this size.
+    The order of the two passes changes the rounding. Version 13 chooses it by the sizes, by rules of its own, so both
+    orders are compared with its result for noise of this size.
     """
     import torch
     from PIL import Image
@@ -369,12 +382,12 @@ def _on_device(weights: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic convolution with a = -0.5."""
+    """Return the cubic convolution kernel of Keys with a = -0.5."""
     x = abs(x)
     return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
 
 
-FILTERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {  # and the half of their width
+FILTERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {  # kernel, and half of its width
     "bilinear": (lambda x: np.maximum(0.0, 1 - abs(x)), 1.0),
     "bicubic": (_bicubic, 2.0),
     "lanczos": (lambda x: np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0), 3.0),
@@ -383,7 +396,7 @@ FILTERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {  # and 
 
 @functools.lru_cache(16)
 def _pil_weights(before: int, after: int, resample: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return which pixels PIL's resize along one axis adds up, and their weights in units of 2^-22, (taps, after)."""
+    """Return source pixels and weights (in units of 2^-22) of Pillow's resize along one axis, (taps, after) each."""
     function, half = FILTERS[resample]
     scale = before / after
     stretch = max(scale, 1.0)  # antialiasing
@@ -402,7 +415,7 @@ def _pil_weights(before: int, after: int, resample: str) -> tuple[np.ndarray, np
 
 @functools.lru_cache(16)
 def _scipy_weights(before: int, after: int) -> np.ndarray:
-    """Return the weights of gaussian_filter and zoom of order 1 with grid_mode, both mirrored, (after, before)."""
+    """Return scipy's gaussian_filter, then zoom (order 1, grid_mode), mode "mirror", as a matrix (after, before)."""
     factor = before / after
     blur = np.eye(before)
     sigma = max(0.0, (factor - 1) / 2)
@@ -416,7 +429,7 @@ def _scipy_weights(before: int, after: int) -> np.ndarray:
     zoom = np.zeros((after, before))
     for row in range(after):
         at = (row + 0.5) * factor - 0.5
-        if at < 0 or at > before - 1:  # where the picture is mirrored
+        if at < 0 or at > before - 1:  # outside: reflected
             at = abs(at) if at < 0 else 2 * (before - 1) - at
         low = min(math.floor(at), before - 1)
         np.add.at(zoom[row], _mirrored(np.array([low, low + 1]), before), [1 - (at - low), at - low])
@@ -424,7 +437,7 @@ def _scipy_weights(before: int, after: int) -> np.ndarray:
 
 
 def _mirrored(places: np.ndarray, count: int) -> np.ndarray:
-    """Return places reflected at the centres of the first and last of `count` pixels (mode "mirror")."""
+    """Return indices reflected at the first and last of `count` pixels, without repeating them (mode "mirror")."""
     if count == 1:
         return np.zeros_like(places)
     places = abs(places) % (2 * (count - 1))

@@ -1,6 +1,6 @@
-"""The image processors of classifiers: which of transformers' classes a folder names, and what it does.
+"""The image processors of classifiers, by the name of transformers' class.
 
-A classifier's preprocessor_config.json, and not its network, says which of them prepares its pictures.
+The class is that of preprocessor_config.json; it does not follow from the network's class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from genkit.vision.preprocess import (
 )
 
 HALF = (0.5, 0.5, 0.5)
-WARPED = 384  # pixels from which on ConvNeXt's processor resizes without cropping
+WARPED = 384  # pixels: from this size on, ConvNeXt's processor resizes to a square without cropping
 
 
 def _square(side: int, resample: str, mean: tuple[float, ...], std: tuple[float, ...], crop: int = 0) -> Processor:
@@ -36,7 +36,7 @@ def _edge(side: int, resample: str, mean: tuple[float, ...], std: tuple[float, .
     return Processor({"shortest_edge": side}, resample, mean, std, crop=(crop, crop) if crop else None)
 
 
-# By the name of transformers' class without its ending; what a folder does not state is as in transformers 5.23.
+# By the name of transformers' class without its suffix; the defaults are those of transformers 5.23.
 PROCESSORS: dict[str, Processor] = {
     "ViT": _square(224, "bilinear", HALF, HALF),
     "DeiT": _square(256, "bicubic", HALF, HALF, 224),
@@ -63,10 +63,9 @@ _MORE: dict[str, dict[str, Key]] = {
 
 
 def read_classifier_processor(folder: Path, default: Processor, notes: list[str]) -> Processor:
-    """Return how a classifier's pictures are prepared. default: of its class, where the folder names no processor.
+    """Return the image processor of a classifier. default: of its class, for a folder that names no processor.
 
-    Raises InputError for a processor of transformers that is not among PROCESSORS, and for a value that cannot be
-    followed.
+    Raises InputError for a processor class that is not among PROCESSORS, and for a value that is not supported.
     """
     path, content = processor_config(folder)
     stated = next((v for key in ("image_processor_type", "feature_extractor_type") if (v := content.get(key))), None)
@@ -90,7 +89,7 @@ def _as_it_is(found: Processor, more: Mapping[str, Any], where: str) -> Processo
 
 
 def _convnext(found: Processor, more: Mapping[str, Any], where: str) -> Processor:
-    """Below 384 pixels a wider edge is cropped to the size, from there on pictures are warped to a square."""
+    """Below 384 pixels: resize to size / crop_pct and crop; from 384 on: resize to a square, without aspect ratio."""
     if found.size is None:
         return found
     side = found.size.get("shortest_edge")
@@ -118,7 +117,7 @@ def _levit(found: Processor, more: Mapping[str, Any], where: str) -> Processor:
 
 
 def _mobilevit(found: Processor, more: Mapping[str, Any], where: str) -> Processor:
-    """Levels from 0 to 1, blue first, never normalised."""
+    """Levels from 0 to 1 in BGR order, not normalised."""
     plain = dataclasses.replace(found, mean=(0.0,) * 3, std=(1.0,) * 3)
     return plain if more["do_flip_channel_order"] is not False else dataclasses.replace(plain, bgr=False)
 

@@ -1,4 +1,4 @@
-"""Where in a picture is what a text names: CLIPSeg (Lüddecke and Ecker 2022), and masks made of its maps."""
+"""Text-guided segmentation with CLIPSeg (Lüddecke and Ecker 2022), and masks from its probability maps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from genkit.errors import InputError, shown
 from genkit.vision.footprint import MAPS
 from genkit.vision.models import Loaded, Sense
 
-THRESHOLD = 0.5  # of the probability that makes a pixel part of a mask
+THRESHOLD = 0.5  # a pixel with at least this probability is in the mask
 MOST_WORDS = 100
 CACHED = 10_000  # embeddings of texts
 
 
 class Segmenter(Sense):
-    """Maps of the probability that a text names what is at each pixel.
+    """Per-pixel probabilities that a pixel shows what a text names.
 
-    A picture is encoded once for all texts, a text once for all pictures.
+    A picture is encoded once for all texts, and a text once for all pictures.
     """
 
     sense = "segmenter"
@@ -28,11 +28,11 @@ class Segmenter(Sense):
         self._embedded: dict[str, torch.Tensor] = {}
 
     def __call__(self, pictures: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
-        """Return the maps (B, W, H, W') of uint8 pictures (B, 3, H, W') for W texts: probabilities 0 to 1, float32."""
+        """Return the probability maps (B, N, H, W), float32, of uint8 pictures (B, 3, H, W) for N texts."""
         return enlarged(self.maps(self.pixels(pictures), words), (pictures.shape[-2], pictures.shape[-1]))
 
     def maps(self, pixels: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
-        """Return the maps (B, W, h, w), 0 to 1 in float32, of pictures as `pixels` prepares them, for W texts.
+        """Return the probability maps (B, N, h, w), float32, of pictures that `pixels` has prepared, for N texts.
 
         Raises InputError as `check_words` does.
         """
@@ -52,7 +52,7 @@ class Segmenter(Sense):
         return torch.cat(found, dim=1)
 
     def _embed(self, words: Sequence[str]) -> torch.Tensor:
-        """Return the embeddings (W, D) of texts; each is computed once."""
+        """Return the embeddings (N, D) of texts, from the cache where they are known."""
         cache = self._embedded
         if len(cache) > CACHED:
             cache.clear()
@@ -65,12 +65,12 @@ class Segmenter(Sense):
         return torch.stack([cache[word] for word in words])
 
     def forget(self) -> None:
-        """Drop the embeddings of texts."""
+        """Clear the cached embeddings of texts."""
         self._embedded.clear()
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raise InputError unless there are 1 to MOST_WORDS different texts that say something."""
+    """Raise InputError unless there are 1 to MOST_WORDS different, non-empty texts."""
     if not 1 <= len(words) <= MOST_WORDS:
         raise InputError(f"words: {len(words)} texts; name 1 to {MOST_WORDS}")
     for word in words:
@@ -82,16 +82,16 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return maps (B, W, h, w) at another size, (height, width), by bilinear interpolation between pixel centres."""
+    """Return maps (B, N, h, w) resized to (height, width): bilinear, align_corners=False."""
     if tuple(maps.shape[-2:]) == size:
         return maps
     return torch.nn.functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def binary(maps: torch.Tensor, threshold: float = THRESHOLD, grow: int = 0, invert: bool = False) -> torch.Tensor:
-    """Return masks of maps (B, W, h, w), bool: from the threshold on, grown by a square brush, at last inverted.
+    """Return bool masks of maps (B, N, h, w): thresholded, then dilated by `grow` pixels, then inverted.
 
-    grow: pixels to each side, as with PIL's MaxFilter(2 grow + 1).
+    Dilation is that of PIL's MaxFilter(2 grow + 1).
     """
     masks = maps >= threshold
     if grow:

@@ -1,6 +1,6 @@
-"""Classifiers of timm: folders in its layout on the hub, which a config.json with `architecture` marks.
+"""Classifiers of timm: folders in its layout, which have `architecture` in config.json.
 
-timm builds the network; it reads no weights, fetches nothing and runs no code of a folder.
+timm only builds the network: it reads no weights, downloads nothing and runs no code of a folder.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from genkit.errors import HostError, InputError, nearest, reason, shown
 from genkit.vision.labels import MOST, check_problem, numbered
 from genkit.vision.preprocess import IMAGENET_MEAN, IMAGENET_STD, RESAMPLES, Processor
 
-KIND = "timm"  # in place of a class of transformers
-RENAMES = ((r"^timm_model\.", ""),)  # transformers' wrapper around it
+KIND = "timm"  # the name in CLASSES, where others have a class of transformers
+RENAMES = ((r"^timm_model\.", ""),)  # the prefix of transformers' wrapper
 WRAPPER = ("timm_wrapper", "TimmWrapperForImageClassification")
 INSTALL = "pip install 'genkit-diffusion[timm]'"
 IMAGENETS = {1000: "imagenet", 11221: "imagenet21k_miil", 11821: "imagenet12k", 21841: "imagenet22k",
-             21842: "imagenet22k_ms", 21843: "imagenet21k_goog"}  # fmt: skip  # labels: the file, as timm chooses it
+             21842: "imagenet22k_ms", 21843: "imagenet21k_goog"}  # fmt: skip  # number of labels: timm's file of them
 
 _SIDE = whole(1, 8192)
 _THREE = Rule("[3, height, width] in pixels", lambda v: isinstance(v, list) and len(v) == 3 and v[0] == 3
@@ -43,14 +43,14 @@ _PREPARED = {  # with the defaults of timm's PretrainedCfg
     "label_names": Key(ANYTHING, None),
     "labels": Key(ANYTHING, None),
 }
-_UNUSED = dict.fromkeys(  # where its weights once came from, what trains it, and what is drawn at other sizes
+_UNUSED = dict.fromkeys(  # provenance, settings of training, and evaluation at other sizes
     ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load",
      "test_input_size", "min_input_size", "test_crop_pct", "label_offset", "label_descriptions", "test_pool_size",
      "first_conv", "classifier", "license", "description", "origin_url", "paper_name", "paper_ids", "notes",
      "num_features", "global_pool", "model_args", "test_interpolation"),
     ANYTHING,
 )  # fmt: skip
-_REFUSED_ARGS = (  # of create_model: they read or fetch files, or make another kind of network
+_REFUSED_ARGS = (  # of create_model: they read or download files, or build another kind of network
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_custom_load",
     "pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "features_only", "feature_cfg",
     "feature_cls", "out_indices", "scriptable", "exportable", "no_jit", "device", "dtype", "use_naflex", "model_name",
@@ -58,7 +58,7 @@ _REFUSED_ARGS = (  # of create_model: they read or fetch files, or make another 
 
 
 def is_timm(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a model of timm, as timm or transformers' wrapper around it wrote it."""
+    """Return whether timm, or transformers' wrapper around it, wrote a config.json."""
     names = config.get("architectures")
     wrapped = config.get("model_type") == WRAPPER[0] or (isinstance(names, list) and WRAPPER[1] in names[:1])
     return wrapped or (
@@ -67,9 +67,10 @@ def is_timm(config: Mapping[str, Any]) -> bool:
 
 
 def check_timm(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for an architecture that the installed timm has not, and for what is no classifier of pictures.
+    """Raise InputError for an architecture that the installed timm does not have, and for what is not a classifier.
 
-    HostError where timm, or torchvision which it needs, is not installed. timm is not imported: that takes seconds.
+    Raises HostError if timm, or torchvision, which it needs, is not installed. Does not import timm, which takes
+    seconds.
     """
     for name in ("timm", "torchvision"):
         if "timm" not in sys.modules and importlib.util.find_spec(name) is None:
@@ -80,19 +81,19 @@ def check_timm(config: Mapping[str, Any], where: str) -> None:
     if not isinstance(stated, str) or not re.fullmatch(r"\w+(\.[\w.-]+)?", stated):
         raise InputError(f"{where}: architecture: {shown(stated)} is no name of a network of timm")
     base = stated.partition(".")[0]
-    if base not in known and not re.search(rf"['\"]{base}['\"]\s*:\s*['\"]", source):  # names that timm had before
+    if base not in known and not re.search(rf"['\"]{base}['\"]\s*:\s*['\"]", source):  # deprecated names
         raise InputError(f"{where}: architecture: {shown(stated)} is none that timm has{nearest(base, known)}")
     _arguments(config, where)
     prepared(config, where, [])
 
 
 def prepared(config: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """Return what a config says of how pictures reach a network, with timm's defaults; `num_classes` is a number.
+    """Return the preprocessing settings and `num_classes` of a config, with timm's defaults.
 
-    Raises InputError for a value that cannot be followed.
+    Raises InputError for a value that is not supported.
     """
     inner = config.get("pretrained_cfg")
-    if inner is None and "input_size" in config:  # as timm once wrote it
+    if inner is None and "input_size" in config:  # the layout of older versions of timm
         inner = {name: value for name, value in config.items() if name in _PREPARED}
     if not isinstance(inner, Mapping):
         raise InputError(
@@ -131,7 +132,7 @@ def _arguments(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def timm_labels(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[str, ...]:
     """Return the labels in the order of the logits: label_names, or those of ImageNet as timm has them.
 
-    Two of one name get their numbers behind them, noted. Raises InputError where they are not as many as num_classes.
+    Duplicates get their index appended, with a note. Raises InputError unless there are num_classes of them.
     """
     check_problem(config, where)
     found = prepared(config, where, [])
@@ -151,7 +152,7 @@ def timm_labels(config: Mapping[str, Any], where: str, notes: list[str]) -> tupl
 
 
 def _imagenet(count: int) -> list[str]:
-    """Return the names of ImageNet's labels, as timm and transformers' pipeline have them."""
+    """Return the names of ImageNet's labels, as in timm and in transformers' pipeline."""
     folder = _package() / "data" / "_info"
     words = (folder / "imagenet_synset_to_lemma.txt").read_text("utf-8").splitlines()
     lemmas = dict(line.split("\t", 1) for line in words)
@@ -159,7 +160,7 @@ def _imagenet(count: int) -> list[str]:
 
 
 def timm_processor(config: Mapping[str, Any], where: str, notes: list[str]) -> Processor:
-    """Return how pictures are prepared: as timm's `create_transform` does it for evaluation."""
+    """Return the preprocessing of timm's `create_transform` for evaluation."""
     found = prepared(config, where, notes)
     height, width = found["input_size"][1:]
     share = found["crop_pct"] or 0.875
@@ -174,7 +175,7 @@ def timm_processor(config: Mapping[str, Any], where: str, notes: list[str]) -> P
 
 
 def build_timm(config: Mapping[str, Any], where: str) -> Any:
-    """Return the network as timm builds it, whose weights are to be replaced: on the meta device where that works.
+    """Return timm's network, whose weights are still to be loaded; on the meta device if it can be built there.
 
     Raises InputError for what timm refuses, HostError without timm.
     """
@@ -192,14 +193,14 @@ def build_timm(config: Mapping[str, Any], where: str) -> Any:
     for empty in (init_empty_weights(include_buffers=False), contextlib.nullcontext()):
         try:
             with empty, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a name that timm had before
+                warnings.simplefilter("ignore")  # of deprecated names
                 model = timm.create_model(name, pretrained=False, pretrained_cfg=shape, **arguments)
-        except Exception as error:  # timm refuses a value, or an argument that this network has not
+        except Exception as error:  # timm may raise anything for a bad value or argument
             failure = error
             continue
         own = model.state_dict().keys()
         if not any(b.device.type == "meta" and key not in own for key, b in model.named_buffers()):
-            return model  # Swin computes its masks from weights when it is built
+            return model  # else a buffer that no file holds has no values: Swin computes its masks when it is built
     raise InputError(f"{where}: {name} of timm cannot be built: {shown(str(failure), 300)}")
 
 

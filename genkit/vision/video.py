@@ -1,4 +1,4 @@
-"""What happens in a clip, of labels given as texts: X-CLIP (Ni et al. 2022)."""
+"""Zero-shot video classification with X-CLIP (Ni et al. 2022)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from genkit.errors import InputError, shown
 from genkit.pictures.frames import read_frames
 from genkit.vision.models import Loaded, Sense
 
-FRAMES = 64  # of all clips in a call
+FRAMES = 64  # of all clips in a batch
 
 
 class VideoClassifier(Sense):
-    """Probabilities of labels for clips. Attribute frames: how many of a clip the model looks at."""
+    """Probabilities of labels for video clips. frames: how many frames the model reads of each clip."""
 
     sense = "video classifier"
 
@@ -27,13 +27,13 @@ class VideoClassifier(Sense):
     def __call__(self, clips: Sequence[Any], labels: Sequence[str]) -> torch.Tensor:
         """Return the probabilities (B, L), float32 on the CPU, of L labels for B clips; each row sums to 1.
 
-        clips: each a file, a folder or a list of frames, as `read_frames` takes it. Raises InputError for clips that
-        cannot be read or are too short, and as `probabilities` does.
+        clips: files, folders or lists of frames, as in `read_frames`. Raises InputError for clips that cannot be read
+        or are too short, and as `probabilities` does.
         """
         return self.probabilities(torch.stack([self.clip(clip)[0] for clip in clips]), labels)
 
     def clip(self, clip: Any) -> tuple[torch.Tensor, int]:
-        """Return the sampled frames (T, 3, h, w) as the model reads them, and how many frames the clip has."""
+        """Return the sampled and preprocessed frames (T, 3, h, w), and the number of frames of the clip."""
         from genkit.scoring.clip import as_tensor
 
         frames, total = read_frames(clip, self.frames)
@@ -47,10 +47,9 @@ class VideoClassifier(Sense):
         return torch.stack(ready), total
 
     def probabilities(self, pixels: torch.Tensor, labels: Sequence[str]) -> torch.Tensor:
-        """Return the probabilities (B, L) of labels for clips (B, T, 3, h, w) as `clip` prepares them.
+        """Return the probabilities (B, L) of labels for clips (B, T, 3, h, w) that `clip` has prepared.
 
-        Raises InputError for labels that say nothing or are longer than the model reads, HostError where the network's
-        result is not a number.
+        Raises InputError for labels that are empty or too long for the model, HostError if the logits are NaN.
         """
         for label in labels:
             if not label.strip() or "\x00" in label:
@@ -69,5 +68,5 @@ class VideoClassifier(Sense):
 
         found = torch.cat(self.in_batches(len(pixels), look, "clips"))
         if not bool(found.isfinite().all()):
-            raise self.no_numbers()
+            raise self.nan_error()
         return found

@@ -1,4 +1,4 @@
-"""Whether words fit what a detector reads, found before torch is imported."""
+"""Check the number of tokens of words and texts before torch is imported."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from genkit.errors import InputError, reason, shown
 from genkit.files import place
 from genkit.vision.models import VisionInfo
 
-ENDS = 2  # tokens that begin and end a text, of CLIP and of BERT
+ENDS = 2  # start and end token, in CLIP and in BERT
 
 
 def most_tokens(info: VisionInfo) -> int:
-    """Return how many tokens the text encoder of a detector reads."""
+    """Return the maximum number of tokens of a model's text encoder."""
     config = info.part.config
     if info.kind == "GroundingDinoForObjectDetection":
-        return int(config.get("max_text_len", 256))
-    usual = {"segmenter": 77, "captioner": 512, "video classifier": 77}.get(info.sense, 16)
-    return int((config.get("text_config") or {}).get("max_position_embeddings", usual))
+        return int(config.get("max_text_len") or 256)
+    default = {"segmenter": 77, "captioner": 512, "video classifier": 77}.get(info.sense, 16)
+    return int((config.get("text_config") or {}).get("max_position_embeddings", default))
 
 
 def joined(words: Sequence[str]) -> str:
-    """Return the one text that Grounding DINO reads of words."""
+    """Return the prompt of Grounding DINO for these words: "a cat. a dog."."""
     return ". ".join(word.strip().lower() for word in words) + "."
 
 
 class Lengths:
-    """Checks words of rows against a detector; without a tokenizer.json, whose count is left to the detector."""
+    """Checks the words of rows against a detector's limit. Without a tokenizer.json the loaded detector checks them."""
 
     def __init__(self, info: VisionInfo) -> None:
         self.info, self.most = info, most_tokens(info)
@@ -35,7 +35,7 @@ class Lengths:
         self._checked: set[tuple[str, ...]] = set()
 
     def check(self, words: Sequence[str]) -> None:
-        """Raise InputError for a word, or for Grounding DINO words together, with too many tokens."""
+        """Raise InputError for a word with too many tokens; for Grounding DINO also for all words together."""
         key = tuple(words)
         path = self.info.folder / "tokenizer.json"
         if not words or key in self._checked or not path.exists():
@@ -79,7 +79,7 @@ def refuse_many(words: Sequence[str], count: int, info: VisionInfo) -> None:
 def check_lengths(info: VisionInfo, words: Sequence[str], field: str, lengths: Lengths | None = None) -> None:
     """Raise InputError, naming the field, for a text of more tokens than a segmenter or captioner reads.
 
-    lengths: of this model, where there is one already, which has read its tokenizer.
+    lengths: the checker of this model, if there is one already, so that the tokenizer is not read again.
     """
     try:
         (lengths or Lengths(info)).check(words)

@@ -141,7 +141,8 @@ def test_pictures_are_searched_and_drawn_over(
     monkeypatch.chdir(tmp_path)
     tiny_owlvit(tmp_path / "owl")
     (tmp_path / "photos" / "deep").mkdir(parents=True)
-    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "photos" / "deep" / "a.jpg")
+    for name in ("a.jpg", "c.jpg", "c.png"):
+        Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "photos" / "deep" / name)
     (tmp_path / "photos" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
     command = ["detect", "photos", "--detector", "owl", "--words", "a cat,a dog", "--device", "cpu"]
     assert cli.run([*command, "--draw", "drawn", "--threshold", "0.2"]) == 1
@@ -152,6 +153,7 @@ def test_pictures_are_searched_and_drawn_over(
     assert all(box[1] > 0.2 and 0 <= box[2] <= box[4] <= 64 and 0 <= box[3] <= box[5] <= 48 for box in good["boxes"])
     with Image.open(tmp_path / "drawn" / "deep" / "a.png") as image:
         assert image.size == (64, 48)
+    assert {"c.jpg.png", "c.png.png"} <= {path.name for path in (tmp_path / "drawn" / "deep").iterdir()}
     for words, message in (
         (["detect", "photos", "--detector", "owl"], "--words, --like: give one of them"),
         ([*command, "--threshold", "3"], "--threshold: 3 is not above 0 and below 1"),

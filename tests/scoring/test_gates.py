@@ -37,6 +37,9 @@ VALUES = [
     ("abs(clip - 0.5)", 0.2),
     ("clip != 0.3", False),
     ("clip / (p['a dog'] - 0.1) > 0", False),  # a division by zero passes no gate
+    ("clip / (p['a dog'] - 0.1) != 5", False),
+    ("not (clip / (p['a dog'] - 0.1) > 5)", False),
+    ("1000000000 * " * 40 + "2 / 3 * clip > 7", True),  # more than a float holds
 ]
 
 

@@ -217,6 +217,7 @@ def test_python_dry_run_and_distances(
         ([{**ROWS[0], "verify": "loveliness > 1"}], [], "--scorer NAME adds those of an installed scorer"),
         ([{**ROWS[0], "verify": "aesthetic > 1"}], [], "verify: 'aesthetic > 1' needs a head over CLIP embeddings"),
         ([{**ROWS[3], "verify": "clip > 0.1"}], ["--clip", "none"], "verify: 'clip > 0.1' needs a CLIP model"),
+        ([{**ROWS[3], "verify": "count['cat'] == 1"}], [], "six.jsonl:1: verify: \"count['cat'] == 1\" needs boxes"),
         ([{**ROWS[3], "verify": "sim > 0.1"}], [], "verify: 'sim > 0.1' reads sim"),
         (ROWS, ["--against", "tests"], "--against: 'tests' holds 0 pictures"),
         (ROWS, ["--features", "inception"], "--features: says what --against compares"),
@@ -309,6 +310,13 @@ def test_other_suites_judges_and_pictures_are_refused(tmp_path: Path, run: tuple
     broken = made(tmp_path / "d", "d", GOOD, rows=[{"id": "t0"}])
     with pytest.raises(InputError, match=r"d/evaluation\.json: is not the evaluation\.json of genkit evaluate"):
         leaderboard([a, broken])
+    fewer = made(tmp_path / "e", "e", {name: right for name, right in GOOD.items() if name != "t7"})
+    with pytest.raises(InputError, match=r"e/evaluation\.json: rows: 't7' of task 't' is only in one of it and"):
+        leaderboard([a, fewer])
+    tasks = [{k: v for k, v in task.items() if k != "any"} for task in evaluation(a)["tasks"]]
+    older = made(tmp_path / "f", "f", GOOD, tasks=tasks)
+    with pytest.raises(InputError, match=r"f/evaluation\.json: is not the evaluation\.json of genkit evaluate"):
+        leaderboard([a, older])
     old = evaluation(run[1])
     stale = {**old, "pictures": "0" * 64}
     (run[1] / "evaluation.json").write_text(json.dumps(stale))

@@ -42,6 +42,12 @@ def png(colour: Any = (200, 10, 10), size: tuple[int, int] = (16, 16), mode: str
     return file.getvalue()
 
 
+def jpeg(size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise(size, 60).convert("RGB").save(file, "JPEG")
+    return file.getvalue()
+
+
 # -- layouts --
 
 
@@ -225,7 +231,7 @@ def packed(path: Path, *members: tuple[str, bytes]) -> Path:
 
 def test_shards_say_what_is_wrong_with_them(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    hidden = ("._0.png", b"x"), (".DS_Store", b"x"), ("0.png", png()), ("0.txt", b"\xef\xbb\xbfa cat")
+    hidden = ("._0.png", b"x"), (".DS_Store", b"x"), ("/", b""), ("0.png", png()), ("0.txt", b"\xef\xbb\xbfa cat")
     assert [e.caption for e in read_examples(data_of(packed(path, *hidden)))] == ["a cat"]
     for members, message in [
         ([("0.png", png()), ("0.jpg", b"x")], "'0': has several pictures"),
@@ -475,6 +481,23 @@ def test_a_picture_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, work
     with pytest.raises(InputError, match=r"002\.png: is not a PNG") as error:
         drawn(Feed(pictures, 2, workers), 0, 2)
     assert "\n" not in str(error.value)
+
+
+def test_buckets_go_on_without_what_cannot_be_read(tmp_path: Path) -> None:
+    folder = colour_folder(tmp_path / "set", 4)
+    (folder / "002.png").write_bytes(b"GIF89a")  # not even its size can be read
+    pictures = pictures_of(folder, side=32, buckets=True, bucket_step=8, broken=0.5)
+    assert pictures.broken == {2} and len(drawn(Feed(pictures, 4), 0, 1)) == 1
+    assert sorted(pictures.batch([0, 1, 2, 3], 0).keys) == ["000.png", "001.png", "003.png", "003.png"]
+    with pytest.raises(InputError, match=r"002\.png: is not a PNG"):
+        pictures_of(folder, side=32, buckets=True, bucket_step=8, broken=0.1)
+    assert pictures_of(folder).plain(pictures.examples).batch([2], 0).keys == ["003.png"]
+    (folder / "wide.jpg").write_bytes(jpeg(size=(64, 32))[:-200])  # its size can be read, and nothing else
+    pictures = pictures_of(folder, side=32, buckets=True, bucket_step=8, broken=0.5)
+    with pytest.raises(
+        InputError, match=r"wide\.jpg cannot be read, and no other picture is trained at 40x24: remove it"
+    ):
+        pictures.batch([4], 0)
 
 
 # -- the cache --

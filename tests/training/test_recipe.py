@@ -111,6 +111,7 @@ def test_the_home_folder_and_odd_paths(tmp_path: Path, monkeypatch: pytest.Monke
         (PLAIN, ["task=unconditional", "prompts=[x]"], "evaluate.prompts: ['x']: has no say in task uncond"),
         (PLAIN, ["task=lora", "lora.rank=4", "train.text_encoder=true"], "in task lora; it is lora.text_encoder"),
         (PLAIN, ["task=dreambooth", "prior.prompt=x", "buckets=true"], "data.buckets: not with prior"),
+        (PLAIN, ["evaluate.features=inception", "metrics=[cmmd]"], "evaluate.metrics: cmmd is a distance of CLIP's"),
         (PLAIN, ["evaluate.best=fid"], "evaluate.best: 'fid' is not among evaluate.metrics"),
         (PLAIN + "model: x\n", [], "r.yaml:4: 'model': key is given twice"),
         ("task: clip\nmodel: emoji-clip\n", [], "data: is missing"),

@@ -218,6 +218,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_taken(
 def test_all_torn_is_an_error(places: Path, half: Path) -> None:
     for path in (half / "checkpoints").glob("*/weights.safetensors"):
         path.write_bytes(b"")
+    (half / "checkpoints" / "000012" / "checkpoint.json").write_text("{}")
     with pytest.raises(InputError, match="checkpoints are damaged"):
         train(recipe_of(places), half, device="cpu", quiet=True)
 
@@ -245,6 +246,14 @@ def test_another_architecture_is_refused_by_its_first_difference(places: Path, h
 def test_another_recipe_is_refused(places: Path, half: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         train(recipe_of(places, **changes), half, device="cpu", quiet=True)
+
+
+def test_a_run_of_pictures_is_refused_and_stays_as_it_is(places: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"binding": {}}')
+    with pytest.raises(InputError, match="run: holds something else than a training run"):
+        train(recipe_of(places), tmp_path / "run", device="cpu", quiet=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.json", ".lock"}
 
 
 def test_other_data_is_refused_and_more_steps_are_not(places: Path, half: Path) -> None:

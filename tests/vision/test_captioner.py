@@ -179,7 +179,7 @@ def test_captions_are_written_once(blip: Path, tmp_path: Path, capsys: pytest.Ca
 def test_metadata_keeps_what_it_has(blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = pictures(tmp_path / "pictures", 3)
     (where / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    mine = [{"file_name": "1.png", "text": "mine"}, {"file_name": "2.png", "artist": "me"}]
+    mine = [{"file_name": "1.png", "caption": "mine"}, {"file_name": "2.png", "artist": "me"}]
     (where / "metadata.jsonl").write_text("\n".join(map(json.dumps, mine)))
     assert caption(where, "--model", blip, "--write", "jsonl", "--begin", "a picture of") == 1
     found = {Path(one["file"]).name: one.get("caption") for one in lines(capsys.readouterr().out)}
@@ -187,6 +187,9 @@ def test_metadata_keeps_what_it_has(blip: Path, tmp_path: Path, capsys: pytest.C
         mine[0], {**mine[1], "text": found["2.png"]}, {"file_name": "0.png", "text": found["0.png"]},
     ]  # fmt: skip
     assert str(found["0.png"]).startswith("a picture of")
+    assert caption(where, "--model", blip, "--write", "jsonl", "--overwrite") == 1
+    again = {Path(one["file"]).name: one.get("caption") for one in lines(capsys.readouterr().out)}
+    assert lines((where / "metadata.jsonl").read_text())[0] == {"file_name": "1.png", "caption": again["1.png"]}
     (where / "metadata.jsonl").write_text('{"file_name": "1.png"}\n{"file_name": "1.png"}\n')
     assert caption(where, "--model", blip, "--write", "jsonl") == 2
     assert "metadata.jsonl:2: file_name: '1.png' is there twice" in capsys.readouterr().err

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import pipeline
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from genkit import cli
 from genkit.errors import HostError, InputError
 from genkit.vision.classes import CLASSES
 from genkit.vision.classifier import Classifier
 from genkit.vision.models import inspect_vision
+from genkit.vision.preprocess import prepare
 from tests.classifiers import CASES, LABELS, tiny_classifier
 from tests.grids import thinned
 from tests.senses import noise, pictures, tensor
@@ -94,11 +96,38 @@ def test_processors_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
         ({"image_processor_type": "EfficientNetImageProcessor"}, "is none that genkit prepares pictures of"),
         ({"feature_extractor_type": "ViTFeatureExtractr"}, "is none that genkit prepares pictures of"),
         ({"image_processor_type": "ConvNextImageProcessor", "size": {"height": 8, "width": 8}}, "has no shortest_edge"),
-        ({"image_processor_type": "BitImageProcessor", "size": 16, "crop_size": 32}, "does not lie within size"),
+        (
+            {"image_processor_type": "BitImageProcessor", "crop_size": {"shortest_edge": 8}},
+            "is not a height and a width",
+        ),
     ):
         (folder / "preprocessor_config.json").write_text(json.dumps(fields))
         with pytest.raises(InputError, match=message):
             inspect_vision(folder, ("classifier",))
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [({"height": 40, "width": 40}, (33, 50)), ({"shortest_edge": 40, "longest_edge": 60}, (32, 32)), (None, (64, 64))],
+)
+def test_a_picture_that_is_smaller_than_its_crop_is_padded_as_in_transformers(
+    size: dict[str, int] | None, crop: tuple[int, int], tmp_path: Path
+) -> None:
+    folder = tiny_classifier(tmp_path / "model", "BitForImageClassification")
+    stated = {"do_resize": size is not None, "size": size, "crop_size": {"height": crop[0], "width": crop[1]}}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "BitImageProcessor", **stated})
+    )
+    picture = noise(0, 45, 140)
+    expected = BitImageProcessorPil.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+    found = prepare(tensor(picture), inspect_vision(folder, ("classifier",)).processor)
+    assert found.shape == expected.shape and float((found - expected).abs().max()) < 1e-4
+
+
+def test_a_picture_too_narrow_to_be_resized_is_refused(tmp_path: Path) -> None:
+    model = Classifier.from_pretrained(tiny_classifier(tmp_path / "model", "BitForImageClassification"), device="cpu")
+    with pytest.raises(InputError, match=r"20000x1 pixels are too narrow: .*model would resize them to 800000x40"):
+        model(torch.zeros(1, 3, 1, 20000, dtype=torch.uint8))
 
 
 def test_the_command_and_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong class": (lambda f: _config(f, architectures=["CLIPModel"]), "supported: OwlViTForObjectDetection"),
     "wrong type": (lambda f: _config(f, model_type="owlv2"), "model_type: 'owlv2' is not 'owlvit'"),
     "huge": (lambda f: _config(f, vision_config={"num_hidden_layers": 10**6}), "num_hidden_layers: 1000000 is more"),
+    "no object": (lambda f: _config(f, text_config="tiny"), "config.json: text_config: 'tiny' is not an object"),
+    "no number": (lambda f: _config(f, text_config={"vocab_size": "9"}), "vocab_size: '9' is not a whole number"),
     "missing": (lambda f: _weights(f, lambda w: w.pop("layer_norm.bias")), "layer_norm.bias: is missing"),
     "extra": (lambda f: _weights(f, lambda w: w.update(more=torch.ones(2))), "'more': has no place"),
     "shape": (lambda f: _weights(f, lambda w: w.update({"layer_norm.bias": torch.ones(7)})), "asks for 24"),

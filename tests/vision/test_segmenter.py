@@ -15,6 +15,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from genkit.cli import run
 from genkit.errors import InputError
+from genkit.studies.senses import write_png
 from genkit.vision.segmenter import Segmenter, binary
 from tests.senses import noise, pictures, tensor, tiny_clipseg
 
@@ -111,6 +112,19 @@ def test_the_command_writes_masks(folder: Path, tmp_path: Path, capsys: pytest.C
     assert Image.open(out / "1.drawn.png").size == Image.open(where / "1.png").size
     assert segment(where / "1.png", "--words", "a fox", "--model", folder, "-o", out, "--soft") == 0
     assert np.abs(np.array(Image.open(out / "1.a-fox.png")) - maps[0].numpy() * 255).max() <= 0.51
+
+
+def test_a_stopped_command_keeps_its_lines(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, out = pictures(tmp_path / "pictures", 3), tmp_path / "masks"
+
+    def stopped(path: Path, pixels: Any) -> None:
+        if path.name == "1.a-fox.png":
+            raise KeyboardInterrupt
+        write_png(path, pixels)
+
+    monkeypatch.setattr("genkit.studies.segment.write_png", stopped)
+    assert segment(where, "--words", "a fox", "--model", folder, "-o", out) == 130
+    assert [one["mask"] for one in lines((out / "segments.jsonl").read_text())] == [str(out / "0.a-fox.png")]
 
 
 @pytest.mark.parametrize(
