@@ -272,8 +272,9 @@ class Feeder:
             active.release(finish=True)
         except Exception as error:
             self._postpone(run, error)
-            self.active.pop(run.id, None)
-            return
+            if not run.over:
+                self.active.pop(run.id, None)
+                return
         self.active.pop(run.id, None)
         try:
             run.end("done")

@@ -124,7 +124,7 @@ class Runs:
     def delete(self, run: Served) -> None:
         """Delete a run that is over, with its pictures. Raises Conflict for one that is drawn, HostError."""
         with run.lock:
-            if run.finished is None or run.id in self.feeder.active:
+            if not run.over or run.id in self.feeder.active:
                 raise Conflict("the run is being drawn: cancel it first")
             self.store.delete(run)
 
