@@ -103,9 +103,9 @@ class Serving:
     async def events(
         self, call: Call, rows: Sequence[Request], previews: int = 0, steps: bool = False, seed: int | None = None
     ) -> AsyncIterator[Event]:
-        """Queue planned rows and return their events; the rows are given up when the caller leaves.
+        """Queue planned rows and return their events; the rows are cancelled when the caller leaves.
 
-        The first event is waited for, so that a refusal comes before a streamed answer begins.
+        Raises Refused as `submit` does, before a streamed answer begins.
         """
         queue: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -115,7 +115,9 @@ class Serving:
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
         ticket = self.submit(rows, client_of(call), on, previews, steps, seed)
-        return _followed(call, ticket, queue)
+        gone = asyncio.create_task(_left(call))
+        gone.add_done_callback(lambda _: ticket.cancel())  # also where nobody ever asks for the first event
+        return _followed(gone, queue)
 
 
 def _origin(engine: ServingEngine) -> Origin:
@@ -123,8 +125,8 @@ def _origin(engine: ServingEngine) -> Origin:
     return origin_of(job, config_of(job, engine)["binding"], engine.generator)
 
 
-async def _followed(call: Call, ticket: Ticket, queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-    gone = asyncio.create_task(_left(call))
+async def _followed(gone: asyncio.Task[None], queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+    """Yield events up to the last, or until `gone`, which is cancelled in the end, says that the caller left."""
     try:
         while True:
             event = asyncio.create_task(queue.get())
@@ -137,7 +139,6 @@ async def _followed(call: Call, ticket: Ticket, queue: asyncio.Queue[Event]) -> 
                 return
     finally:
         gone.cancel()
-        ticket.cancel()
 
 
 async def _left(call: Call) -> None:
