@@ -61,7 +61,8 @@ class Run(Recorder):
                     check_binding(folder, recorded["binding"], config["binding"])
                     config = {**recorded, "binding": {**recorded["binding"], **_places(config["binding"])}}
                 if config != recorded:  # a new run, or one whose models have moved
-                    write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+                    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+                    write_whole(folder / CONFIG, text.encode("utf-8", "backslashreplace"))  # paths may be no UTF-8
                     sync_folder(folder.absolute().parent)
                 run = cls(folder, config, rows, lock)
                 run._begin()

@@ -68,7 +68,7 @@ def read_votes(path: Path) -> list[Vote]:
     reader = csv.reader(io.StringIO(read_text(path, LIMIT).removeprefix("\ufeff"), newline=""), strict=True)
     found: list[Vote] = []
     try:
-        names = _names_of(next(reader))
+        names = _names_of(next(reader, ()))
         for column in COLUMNS[:2]:
             if names.count(column) != 1:
                 raise InputError(f"{where}:1: needs one column {column!r}{nearest(column, names)}")

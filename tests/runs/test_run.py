@@ -49,6 +49,13 @@ def test_a_finished_run_is_whole_and_is_not_done_again(folder: Path) -> None:
     assert (folder / "results.jsonl").read_bytes() == before
 
 
+def test_a_model_may_lie_in_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    model = {"name": "m", "folder": os.fsdecode(b"/models/m\xff"), "weights": {}}
+    config = {**CONFIG, "binding": {**CONFIG["binding"], "model": model}}
+    opened(tmp_path / "run", rows_of(1, 1), config)
+    assert read_config(tmp_path / "run") == config
+
+
 def test_the_files_can_be_read_back(folder: Path) -> None:
     assert read_config(folder) == CONFIG
     assert read_rows(folder) == rows_of(4, 2)
