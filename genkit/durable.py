@@ -37,14 +37,17 @@ def disk(path: Path) -> Iterator[None]:
 
 
 def json_line(value: Any) -> str:
-    """Return `value` as one line of JSON with its newline; NaN and infinities become null."""
+    """Return `value` as one line of JSON with its newline; NaN and infinities become null.
+
+    The text can always be encoded: lone surrogates, as in file names that are not UTF-8, are written as escapes.
+    """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False)
     for character, escape in _BREAKS.items():
         text = text.replace(character, escape)
-    return text + "\n"
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def json_pieces(
@@ -222,7 +225,7 @@ class Journal:
 
     def append(self, values: Iterable[Any], folders: Iterable[Path] = ()) -> None:
         """Append a line for each value after syncing `folders`. Raises OSError, and so does every later call."""
-        lines = "".join(map(json_line, values)).encode("utf-8", "backslashreplace")
+        lines = "".join(map(json_line, values)).encode()
         self._waiting.append((lines, set(folders)))
         with self._lock:
             batch = [self._waiting.popleft() for _ in range(len(self._waiting))]

@@ -207,8 +207,8 @@ class Dispatcher:
     def _died(self, hand: Hand, why: str) -> None:
         del self.hands[hand.name]
         self.gone_use = self.gone_use[0] + hand.use[0], self.gone_use[1] + hand.use[1]
-        if not hand.ready or not hand.units:
-            self._failed_loads += not hand.ready
+        if not hand.ready:
+            self._failed_loads += 1
             if self._failed_loads >= LOADS:
                 raise HostError(f"workers die while they load their networks: {why}")
         self.tell.say(f"worker {hand.name} died: {why}; what it had begun is drawn again")

@@ -25,8 +25,7 @@ from genkit.pictures.encoders import encoding
 from genkit.rows.plans import is_tuned, tuned_file
 from genkit.rows.request import Request
 from genkit.runs.destination import check_binding
-from genkit.runs.records import found_at, read_rows
-from genkit.runs.run import read_config
+from genkit.runs.records import found_at, read_config, read_rows
 from genkit.scoring.aesthetic import Head
 from genkit.scoring.senses import NAMES as SENSES
 from genkit.version import __version__

@@ -24,11 +24,11 @@ from typing import Any
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
 from genkit.pages import look
-from genkit.pages.gallery import policy
 from genkit.rows.result import Result
 from genkit.runs.lease import Lease
 from genkit.scoring.gates import passes
 from genkit.selection.calibrate import check_asked, checked_gate, read_pictures
+from genkit.selection.decide import image_name
 from genkit.selection.votes import COLUMNS, MEANING, UNDO, VOTES, header, read_votes, standing
 from genkit.storage import StoragePath
 
@@ -170,7 +170,7 @@ class Desk:
         if waiting:
             r = self.pictures[waiting[0]]
             prompt = r.prompt if len(r.prompt) <= LONG else r.prompt[:LONG] + "…"
-            image = {"number": waiting[0], "name": f"{r.id}-{r.index:02d}", "prompt": prompt}
+            image = {"number": waiting[0], "name": image_name(r), "prompt": prompt}
         return {**counts, "undo": bool(self._history), "image": image, "next": waiting[1] if waiting[1:] else None}
 
 
@@ -184,7 +184,7 @@ class Server(ThreadingHTTPServer):
             raise HostError(f"--port: {port}: {error.strerror or error}") from None
         self.folder, self.desk, self.token = folder, desk, secrets.token_urlsafe(32)
         self.page = look.template("label").encode()
-        own = policy(self.page.decode(), "img-src 'self'", "connect-src 'self'")
+        own = look.policy(self.page.decode(), "img-src 'self'", "connect-src 'self'")
         self.always = {
             "Content-Security-Policy": f"{own}; frame-ancestors 'none'",
             "Cross-Origin-Resource-Policy": "same-origin",

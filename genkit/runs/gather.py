@@ -38,4 +38,4 @@ def _added(path: Path, new: list[Result]) -> Iterator[bytes]:
         while block := file.read(BLOCK):
             yield block
     for result in new:
-        yield json_line(result.to_json()).encode("utf-8", "backslashreplace")
+        yield json_line(result.to_json()).encode()

@@ -80,7 +80,7 @@ class Segments:
 
     def append(self, values: Iterable[Any], folders: Iterable[Path] = ()) -> None:
         """Put a line for each value. Raises HostError, and so does every later call."""
-        lines = [json_line(value).encode("utf-8", "backslashreplace") for value in values]
+        lines = [json_line(value).encode() for value in values]
         with self._changed:
             self._waiting += lines
             self._asked += len(lines)

@@ -266,7 +266,7 @@ class Api:
         infotexts = [text["parameters"] for text in texts]
         info = self._info(serving.name, wanted, row, results, given) | {"infotexts": infotexts}
         answer = json_line({"images": sent, "parameters": echo, "info": json.dumps(info)})  # any float is echoed
-        return Response(answer.encode("utf-8", "backslashreplace"), media_type="application/json")
+        return Response(answer, media_type="application/json")
 
     def _info(
         self, model: str, wanted: Asked, row: Row, results: list[Result], given: dict[str, Any]

@@ -47,7 +47,7 @@ def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: 
         found["prune"] = pruning(watched, look)
         found["advice"] = advice(found["prune"])
     with disk(run / STUDY):
-        write_whole(run / STUDY, json_line(found).encode("utf-8", "backslashreplace"))
+        write_whole(run / STUDY, json_line(found).encode())
     return found
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from genkit.durable import json_line
 from genkit.errors import HostError, InputError
 from genkit.rows.request import Request
 from genkit.runs import outdated as stock
 from genkit.runs import recorder
-from genkit.runs.records import read_results, read_rows
-from genkit.runs.run import Run, check_folder, free_name, read_config
+from genkit.runs.destination import check_folder, free_name
+from genkit.runs.records import read_config, read_results, read_rows
+from genkit.runs.run import Run
 from tests.check_run import check, grown, lines_of, newest, outcome
 from tests.null_run import CONFIG, draw, png, result_of, rows_of
 
@@ -283,6 +285,11 @@ def test_past_a_thousand_rows_images_go_to_subfolders_by_row(tmp_path: Path, mon
     assert draw(tmp_path / "flat", rows_of(7)) == [(f"r{n}", 0) for n in range(3, 7)]
     assert check(tmp_path / "flat") == []
     assert draw(tmp_path / "flat", rows_of(7)) == []
+
+
+def test_lone_surrogates_are_written_as_escapes() -> None:
+    value = {os.fsdecode(b"a\xff.png"): ["\ud800", math.nan]}
+    assert json.loads(json_line(value).encode()) == {os.fsdecode(b"a\xff.png"): ["\ud800", None]}
 
 
 def test_any_prompt_is_one_line(tmp_path: Path) -> None:
