@@ -21,7 +21,7 @@ from genkit.errors import HostError
 from genkit.storage import StoragePath
 
 TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may have the id ".tmp-fox"
-_PROCESS = f"-{secrets.token_hex(4)}"  # of two machines that share a folder, processes may have one number
+_PROCESS = f"-{secrets.token_hex(4)}"  # processes of two machines that share a folder may have the same id
 PIECE = 2000  # items serialised at a time
 # Line breaks to str.splitlines and to JavaScript, though not to JSON: written as escapes so that a line stays a line.
 _BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -86,7 +86,7 @@ def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write `data`, or its pieces, atomically: a reader, or a crash, finds the old or the complete new file.
 
     The new name survives a power cut only after `sync_folder(path.parent)`. Raises OSError, after removing the
-    temporary file if possible. On storage it is put, whole.
+    temporary file if possible. On object storage the whole object is put at once.
     """
     if isinstance(path, StoragePath):
         path.write_pieces([data] if isinstance(data, bytes) else data)
