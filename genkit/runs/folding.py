@@ -58,7 +58,7 @@ def ended(folder: Path, worker: str, wait: float) -> dict[Key, Result]:
     if not path.exists():
         return {}
     with disk(path):
-        with contextlib.suppress(HostError):  # of a node that cannot be reached, the lock may stay for long
+        with contextlib.suppress(HostError):  # the lock of a node that cannot be reached may stay for long
             os.close(_claimed(path, time.monotonic() + wait))
         return read_parts([path])[0]
 

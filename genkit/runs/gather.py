@@ -16,7 +16,7 @@ from genkit.storage import BLOCK, StoragePath, remove
 def gather(folder: StoragePath, journal: Journal | Segments, records: dict[Key, Result]) -> list[str]:
     """Put results.jsonl with what all segments hold added to it, then delete the segments; otherwise as `fold`.
 
-    There is no lock of a segment: one that its writer puts later counts at the next fold.
+    Segments have no lock: one that its writer puts later is taken in by the next fold.
     """
     assert isinstance(journal, Segments)
     journal.roll()
