@@ -29,8 +29,8 @@ from genkit.serve.rows import Intake, Most, Planned
 class Serving:
     """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs.
 
-    others: of several models, what there is for each by its name, this one first; one that is served alone has none.
-    replica: its name where it is one of several that answer; what one process keeps in memory is not served then.
+    others: where several models are served, the Serving of each by name, the first model's first; else empty. replica:
+    the name of this process where it is one of several workers; what a process keeps in its memory is not served then.
     hosts: names of the server behind a proxy. framed_by: origins whose pages may have the server's page in a frame.
     """
 
@@ -52,11 +52,11 @@ class Serving:
 
     @property
     def models(self) -> dict[str, Serving]:
-        """What there is for each model by its name, the first one's first."""
+        """The Serving of each model by its name, the first model's first."""
         return self.others or {self.name: self}
 
     def of(self, name: Any) -> Serving:
-        """Return what there is for a model of a name, which is this one for any other name."""
+        """Return the Serving of the model of that name, or this one if no model has that name."""
         return self.models.get(name, self) if isinstance(name, str) else self
 
     async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
@@ -67,9 +67,9 @@ class Serving:
             raise bad(str(error)) from None
 
     def origin(self) -> Awaitable[Origin]:
-        """Return what to await for what pictures' metadata says of what drew them; it is found once.
+        """Return an awaitable of what pictures' metadata says of model, weights and versions; it is computed once.
 
-        The weights are hashed for it, beside the event loop: who calls this when a picture is asked for waits less.
+        It hashes the weights, in a thread: call it when pictures are asked for, so that it is ready once they are drawn.
         """
         failed = self._origin is not None and self._origin.done() and self._origin.exception() is not None
         if self._origin is None or failed:

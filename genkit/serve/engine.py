@@ -69,7 +69,7 @@ class ServingEngine:
         self._began = 0.0
         self.panel: Any = None
         self.notes: tuple[str, ...] = ()  # of the model's files
-        self._long: list[Any] = []  # sets of prompts that were cut
+        self._long: list[Any] = []  # of each text encoder, the set of prompts that it truncated
         self.line.gives_way = lambda busy: self.turns.gives_way(self, busy)
 
     def start(self) -> ServingEngine:
@@ -143,7 +143,7 @@ class ServingEngine:
         return plan_job(rows, self.options, self.defaults, self.models)
 
     def cut(self, rows: Sequence[Request]) -> list[str]:
-        """Return what to say of drawn rows whose prompts are longer than the model reads."""
+        """Return notes on drawn rows whose prompts the text encoders truncated."""
         long = self._long  # the thread that draws may add to them
         named = [(name, getattr(row, name)) for row in rows for name in ("prompt", "negative_prompt")]
         fields = dict.fromkeys(name for name, text in named if any(text in found for found in long))
@@ -164,7 +164,7 @@ class ServingEngine:
         self, rows: Sequence[Request], client: str = "local", on: Callable[[Event], None] | None = None,
         previews: int = 0, steps: bool = False, seed: int | None = None,
     ) -> Ticket:  # fmt: skip
-        """Queue planned rows; return their Ticket. previews: a small picture every so many steps; steps: tell of each.
+        """Queue planned rows; return their Ticket. previews: steps between two, or 0 for none; steps: report each step.
 
         on: called with each event in the thread that draws, instead of `Ticket.results`; it must return at once. seed:
         what rows without one derive theirs from; None is any. Raises Full, and HostError once the engine is closed.
@@ -176,7 +176,7 @@ class ServingEngine:
 
     def _check_room(self, ticket: Ticket) -> None:
         parts = (self.line.cost(), self.most_cost), (self.line.cost(ticket.client), self.most_cost / 2)
-        # What is too much by itself may be drawn when nothing waits
+        # A request that is larger than the limit is accepted when nothing else waits
         over = max((held + ticket.cost - most for held, most in parts if held), default=0.0)
         if over > 0:
             raise Full(max(1.0, over / rate if (rate := self.rate) else 10.0))
@@ -195,7 +195,7 @@ class ServingEngine:
         return sum(cost for _, cost in list(self._ends)[1:]) / (self._ends[-1][0] - self._ends[0][0])
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what there is to know of it now, for /health, /metrics and progress."""
+        """Return the state of engine and queue, for /health, /metrics and progress."""
         waiting, flying = self.line.waiting()
         engine = self.line.engine
         budget = None if self.generator is None else self.generator.budget

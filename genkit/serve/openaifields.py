@@ -19,7 +19,7 @@ from genkit.serve.rows import picture
 STOOD_FOR = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "dall-e-3", "dall-e-2")
 WITH_URL = ("dall-e-3", "dall-e-2")
 MOST_PARTIAL = 3
-# Values that ask for nothing that this server lacks; others would change the picture.
+# Parameters without an equivalent here, each with the values that are accepted as they change nothing.
 TAKEN: dict[str, tuple[str, ...]] = {
     "quality": ("auto", "standard"),
     "background": ("auto", "opaque"),

@@ -229,7 +229,7 @@ def _deployed(serve: Any, app: Any, signals: Signals) -> Any:
 
 
 def _client() -> Any:
-    """Return Ray Serve's own client, once it was started; what it knows has no public way."""
+    """Return Ray Serve's internal client, once it was started: what is read from it has no public interface."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
@@ -238,7 +238,7 @@ def _client() -> Any:
 
 
 def _check_place(listen: Listen) -> None:
-    """Raise InputError where Ray Serve runs on the cluster already, and listens elsewhere: it keeps its place."""
+    """Raise InputError where Ray Serve already runs on the cluster at another host or port, which it keeps."""
     found = _client().http_config
     if (found.host, found.port) != (listen.host, listen.port):
         there = f"--host {found.host} --port {found.port}"

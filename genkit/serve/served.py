@@ -30,7 +30,7 @@ WAIT = 10.0  # seconds after which a client may try again to begin one
 
 
 class Conflict(Exception):
-    """What was asked for does not go with the state of a run."""
+    """The state of a run does not allow what was asked for."""
 
 
 class Runs:
@@ -162,7 +162,7 @@ class Runs:
 
 
 def _records(run: Served) -> tuple[int, int] | None:
-    """Return what changes with the records of a run."""
+    """Return size and time of the records of a run, which change with each record."""
     try:
         found = (run.folder / RESULTS).stat()
     except OSError:
