@@ -69,7 +69,7 @@ class Serving:
     def origin(self) -> Awaitable[Origin]:
         """Return an awaitable of what pictures' metadata says of model, weights and versions; it is computed once.
 
-        It hashes the weights, in a thread: call it when pictures are asked for, so that it is ready once they are drawn.
+        It hashes the weights in a thread: called when pictures are asked for, it is ready once they are drawn.
         """
         failed = self._origin is not None and self._origin.done() and self._origin.exception() is not None
         if self._origin is None or failed:
