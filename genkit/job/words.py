@@ -43,10 +43,10 @@ class Inversions:
         return {**facts, "rows": ", ".join([*rows[:LISTED], *more]) or "none"}
 
     def binding(self, recorded: Mapping[str, Any], rows: Sequence[Request]) -> dict[str, Any]:
-        """Return what run.json keeps: those that are used, and recorded ones whose word no row has any more.
+        """Return the textual inversions for run.json: those in use, and recorded ones whose word no row uses any more.
 
-        recorded: what it has of earlier starts. One that is recorded and not given now, though rows have its word, is
-        not among them.
+        recorded: those of earlier starts. One whose word rows still use, but that is not given now, is left out, and so
+        the run is refused.
         """
         spelt = {word.lower(): word for word in recorded}
         found = {
