@@ -36,6 +36,7 @@ LONG = 2000  # characters of a prompt that are shown
 KEYS = "Open the address above; y good, n bad, u undo, space later; Ctrl-C ends."
 BODY, PICTURE = 4096, 2**28  # bytes: of a request, of a picture
 _HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::[0-9]{1,5})?")  # any port: somebody may have forwarded one
+_WHOLE = re.compile(rb"[^,]*,[^,]*,(?:[0-9a-f]{64})?\s*")  # a line of genkit's own
 _KINDS = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"\xff\xd8\xff": "image/jpeg", b"\xff\x0a": "image/jxl"}
 
 
@@ -63,17 +64,18 @@ class Ballots:
         self._columns = header(self.path)
 
     def _mend(self) -> None:
-        """Cut off a last line that a power cut tore; end one that merely has no line break, as editors leave it."""
+        """Cut off a last line of genkit's own that a power cut tore; end any other that has no line break.
+
+        In a file with other columns an editor left the line so: it is the user's.
+        """
         data = self.path.read_bytes()
         if data.endswith(b"\n") or not data:
             return
-        cells = data[data.rfind(b"\n") + 1 :].split(b",")
-        header = data.split(b"\n", 1)[0].strip().split(b",")
-        whole = len(cells) == len(header) and (len(header) < 3 or len(cells[-1].strip()) in (0, 64))
-        if whole or b"\n" not in data:
-            os.write(self._handle, b"\n")
+        header, last = data.split(b"\n", 1)[0].strip(), data.rfind(b"\n") + 1
+        if header == ",".join(COLUMNS).encode() and last and not _WHOLE.fullmatch(data, last):
+            os.ftruncate(self._handle, last)
         else:
-            os.ftruncate(self._handle, data.rfind(b"\n") + 1)
+            os.write(self._handle, b"\n")
 
     def add(self, r: Result, vote: str) -> None:
         """Add a line. Raises HostError."""

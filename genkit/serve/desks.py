@@ -61,6 +61,7 @@ class Work:
     pictures: dict[int, Picture] = dataclasses.field(default_factory=dict)
     encoding: int = 0
     over: bool = False
+    made: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def bytes(self) -> int:
@@ -260,7 +261,7 @@ class Desks:
         held = [(desk, job) for desk in self.desks.values() for job in desk.jobs.values()]
         total = sum(job.bytes for _, job in held)
         over = [(desk, job) for desk, job in held if job.state not in LIVE]
-        over.sort(key=lambda pair: any(p.kept for p in pair[1].pictures.values()))
+        over.sort(key=lambda pair: (any(p.kept for p in pair[1].pictures.values()), pair[1].made))
         for desk, job in over[:-1]:
             if total <= BYTES:
                 return
