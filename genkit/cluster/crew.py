@@ -257,7 +257,6 @@ def ray_crew(job: Job, folder: Path, workers: tuple[int, int] | None, address: s
     from genkit.cluster.raypool import RayPool, import_ray
 
     import_ray()
-    check_device(job.options.device, workers, address)
 
     def make(gpu: bool | None) -> tuple[Pool, int, int]:
         if address is None:

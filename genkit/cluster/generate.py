@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from genkit.cluster.crew import check_address, parse_workers, ray_crew
+from genkit.cluster.crew import check_address, check_device, parse_workers, ray_crew
 from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM
 from genkit.files import run_path, user_path
 from genkit.job.plan import Job, plan_job
@@ -62,16 +62,19 @@ def generate(
 
 def run_on(job: Job, folder: Path, workers: int | str | None = None, ray: str | None = None) -> Summary:
     """Do a job in this process or, with `workers` or `ray` as `generate` has them, in many. Raises as `generate`."""
-    bounds = check_workers(workers, ray)
+    bounds = check_workers(workers, ray, job.options.device)
     if bounds is None and ray is None:
         return run_job(job, folder)
     return run_job(job, folder, ray_crew(job, folder.absolute(), bounds, ray))
 
 
-def check_workers(workers: int | str | None, ray: str | None) -> tuple[int, int] | None:
-    """Return the least and the most workers. Raises InputError for a bad number or address."""
+def check_workers(workers: int | str | None, ray: str | None, device: str) -> tuple[int, int] | None:
+    """Return the least and the most workers. Raises InputError for a bad number, address or device."""
     check_address(ray)
-    return parse_workers(workers)
+    bounds = parse_workers(workers)
+    if bounds is not None or ray is not None:
+        check_device(device, bounds, ray)
+    return bounds
 
 
 def _unless_stopped(summary: Summary) -> Summary:

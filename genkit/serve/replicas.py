@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from genkit.cluster.crew import Share, check_device, share_here, share_there
+from genkit.cluster.crew import Share, share_here, share_there
 from genkit.cluster.generate import check_workers
 from genkit.cluster.raypool import connect, disconnect, has_ended, import_ray
 from genkit.errors import HostError, InputError, reason
 from genkit.options import Options
 from genkit.serve.app import create_app
 from genkit.serve.rows import Most
-from genkit.serve.server import ANSWERED, Listen, bound, keys_of, prepare
+from genkit.serve.server import ANSWERED, Listen, bound, keys_of, prepare, url_of
 from genkit.signals import Signals
 
 APP, REPLICA = "genkit", "pictures"  # names within Ray Serve
@@ -89,10 +89,9 @@ def run(
     workers: str | None, address: str | None,
 ) -> int:  # fmt: skip
     """Serve with many workers until a signal; return the exit code. Raises InputError and HostError."""
-    bounds = check_workers(workers, address)
+    bounds = check_workers(workers, address, options.device)
     if listen.runs is not None:
         raise InputError("--runs: one process draws the runs of a folder; leave --workers and --ray away, or --runs")
-    check_device(options.device, bounds, address)
     if address is not None and not listen.port:
         raise InputError("--port: 0: the nodes of a cluster listen at one that is stated")
     keys = keys_of(listen)
@@ -153,8 +152,7 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None, 
         handle = _deployed(serve, application(what, share), signals)
         if handle is None:
             return
-        host = "127.0.0.1" if what.listen.host in ("0.0.0.0", "::") else what.listen.host
-        print(f"http://{f'[{host}]' if ':' in host else host}:{what.listen.port}", flush=True)
+        print(url_of(what.listen.host, what.listen.port), flush=True)
         looked = time.monotonic()
         while not signals.exit_code:
             time.sleep(BEAT)
