@@ -110,15 +110,15 @@ def _check_size(left: dict[str, Any]) -> None:
         raise InputError(f"n: {shown(n)} is not a number from 1")
 
 
-OWN = {"n": int, "partial_images": int, "output_compression": int}  # of OpenAI's parameters, those that are numbers
+NUMBERS = ("n", "partial_images", "output_compression")  # parameters of OpenAI's that are whole numbers
 
 
 def of_form(parts: Mapping[str, str]) -> dict[str, Any]:
     """Return the text parts of a form with the types that the same parameters have in JSON. Raises InputError."""
     found: dict[str, Any] = {}
     for key, text in parts.items():
-        if key in OWN:
-            found[key] = typed("num_images", text) if text.strip() else None
+        if key in NUMBERS:
+            found[key] = _whole_number(key, text) if text.strip() else None
         elif key == "stream":
             found[key] = {"true": True, "false": False}.get(text.strip().lower(), text)
         elif text.lstrip()[:1] == "[" and field_name(key) == "loras":
@@ -126,6 +126,12 @@ def of_form(parts: Mapping[str, str]) -> dict[str, Any]:
         else:
             found[key] = typed(field_name(key), text)
     return found
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not re.fullmatch(r"\s*-?[0-9]{1,9}\s*", text):
+        raise InputError(f"{name}: {shown(text)} is not a whole number")
+    return int(text)
 
 
 def pictures_of(image: bytes, mask: bytes | None) -> dict[str, Any]:

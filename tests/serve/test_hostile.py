@@ -167,6 +167,8 @@ def test_hostile_forms_are_refused_in_a_line(served: Served) -> None:
     with httpx.Client(base_url=served.url, timeout=30) as client:
         for data, files in forms:
             one_line(client.post("/v1/images/edits", data=data, files=files))
+        said = client.post("/v1/images/edits", data={"prompt": "a", "n": "x"}, files={"image": image}).json()
+        assert said["error"]["param"] == "n"
         one_line(client.post("/v1/images/edits", content=b"--x", headers={"content-type": "multipart/form-data"}))
         one_line(
             client.post("/v1/images/edits", content=b"--x", headers={"content-type": "multipart/form-data; boundary=x"})
