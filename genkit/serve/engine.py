@@ -183,10 +183,6 @@ class ServingEngine:
 
     # Facts
 
-    def queue_cost(self) -> float:
-        """Return what is not drawn yet, in pictures of the model's own size and steps."""
-        return self.line.cost()
-
     @property
     def rate(self) -> float | None:
         """Cost drawn a second of busy time, over the last images; None before there are any."""
@@ -205,7 +201,7 @@ class ServingEngine:
             "model": self.models.info.name,
             "rows_waiting": waiting,
             "images_in_flight": flying,
-            "queue_cost": round(self.queue_cost(), 4),
+            "queue_cost": round(self.line.cost(), 4),
             "queue_most": self.most_cost,
             "rate": self.rate,
             "slots": 0.0 if budget is None else (budget.slots if engine is None else engine.slots),
