@@ -31,7 +31,7 @@ PATIENCE = 90.0  # seconds for storage that does not answer, or answers 503
 FIRST = 10.0  # seconds for its first answer
 INVALID = 3.0  # seconds of retries where storage calls the request invalid, as it does one that was damaged in transit
 WAIT, LONGEST_WAIT = 0.2, 5.0  # seconds between tries, doubled up to the second
-BLOCK = 2**23  # bytes of a read; what is longer than this is put from a temporary file
+BLOCK = 2**23  # bytes of a read; longer objects are put from a temporary file
 TOGETHER = 16  # objects read at once
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "memory": ""}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+):/+(.*)", re.DOTALL)  # of two letters and more; pathlib makes :// to :/
@@ -145,7 +145,7 @@ class StoragePath(PosixPath):
             return False
 
     def write_pieces(self, pieces: Iterable[bytes]) -> None:
-        """Put an object, whole, from its pieces; what is longer than a block by way of a temporary file."""
+        """Put a whole object from its pieces; one that is longer than BLOCK is put from a temporary file."""
         pieces = iter(pieces)
         start, size = [], 0
         for piece in pieces:

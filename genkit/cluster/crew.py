@@ -66,7 +66,7 @@ class Workers:
         self.job, self.folder, self.make_pool = job, folder, make_pool
         self.pool: Any = None
         self.slots_full: float | None = None
-        self.facts: dict[str, dict[str, Any]] = {}  # by worker: what it said of itself
+        self.facts: dict[str, dict[str, Any]] = {}  # by worker: what it reported of itself
         self.weights: Mapping[str, Any] | None = None
         self.names: Iterator[str] = (f"w{n:04d}" for n in itertools.count())
         self.notes: list[str] = []

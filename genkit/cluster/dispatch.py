@@ -244,9 +244,8 @@ class Dispatcher:
             return
         while len(self.hands) < self.least and self._waits:
             self._begin()
-        for hand in sorted(
-            self.hands.values(), key=lambda hand: (len(hand.units), hand.chunks)
-        ):  # who has least to do first
+        least_busy_first = sorted(self.hands.values(), key=lambda hand: (len(hand.units), hand.chunks))
+        for hand in least_busy_first:
             if not hand.ready or hand.alone:
                 continue
             if self._suspects and not hand.units and self._afford(self._suspects[0]):
@@ -296,7 +295,7 @@ class Dispatcher:
         return bool(self._returned or self._suspects or self._peek())
 
     def _afford(self, unit: Unit) -> bool:
-        """Take what a unit may cost at most from the budget, and cut it down to what is there; False for nothing."""
+        """Reserve the most images that a unit may take, and cut the unit to what is left; False if nothing is left."""
         if self.left is None:
             return True
         if self.left <= 0:

@@ -155,7 +155,7 @@ class Feed(Draws):
             return not self.stopped
 
     def stop(self) -> None:
-        """Let the stream, and whoever waits, end."""
+        """End the stream and `wait`."""
         with self._came:
             self.stopped = True
             self._came.notify()

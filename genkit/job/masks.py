@@ -114,7 +114,7 @@ def _read(
 
 
 def _mask(row: Request, levels: torch.Tensor, size: tuple[int, int]) -> None:
-    """Give a row its mask, made of probabilities (h, w), and what to say if it is empty."""
+    """Set a row's mask from probabilities (h, w), and the note on it if it is empty."""
     from PIL import Image
 
     from genkit.vision.segmenter import binary, enlarged

@@ -66,7 +66,7 @@ class Inversions:
 
 
 def find_inversions(rows: Sequence[Request], options: Options, info: ModelInfo) -> tuple[Inversions, list[str]]:
-    """Return the textual inversions of a job, and what to say of them, a line each; rows get those of their words.
+    """Return the textual inversions of a job, and notes on them, a line each; rows get those of their words.
 
     Raises InputError for a file that cannot be used, and, naming the row, for embedding:NAME of no file.
     """

@@ -254,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _asked(self) -> str:
-        """Return what is asked for under the token, once host and token are right."""
+        """Return the path behind the token. Raises Refused for another host or token."""
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not _HOST.fullmatch(hosts[0].lower()):
             raise Refused(403, "this host name is not mine")  # a page elsewhere that had its name point here
@@ -298,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
         return "application/json", json.dumps(self.server.desk.vote(number, word)).encode()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what is no request of ours without repeating any of it."""
+        """Answer a malformed request without repeating any of it."""
         self.close_connection = True
         self._send(code, "text/plain; charset=utf-8", b"not a request for this page\n")
 

@@ -88,7 +88,7 @@ class Lease:
                 self.path.unlink(missing_ok=True)
 
     def _after_others(self) -> int:
-        """Return the number of the lock to take, once whoever holds the folder has been silent for long enough."""
+        """Return the number of the lock to take, after the holder's lock, if there is one, has gone stale."""
         found = _newest(self.folder)
         if found is None:
             return 0

@@ -109,7 +109,7 @@ class Part(Recorder):
         with disk(path):
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                if not lock_part(self._lock):  # whoever folds was faster
+                if not lock_part(self._lock):  # a fold has locked it first
                     raise HostError(f"{path}: is taken")
                 self._journal = Journal(path)
                 sync_folder(folder)

@@ -223,7 +223,7 @@ class Api:
         self.chosen: OrderedDict[str, str] = OrderedDict()  # the models that clients chose
 
     def of(self, call: Request) -> Serving:
-        """Return what there is for the model that the caller chose."""
+        """Return the Serving of the model that the caller chose."""
         return self.serving.of(self.chosen.get(client_of(call)))
 
     def choose(self, call: Request, name: str) -> None:

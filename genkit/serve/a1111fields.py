@@ -51,9 +51,10 @@ MOST_BLUR = 64
 
 @dataclasses.dataclass
 class Asked:
-    """A row's fields, and what is done with its pictures: start and soft mask to lay them over; how they are sent.
+    """What a request asks for: fields of a row, and how its pictures are finished.
 
-    model: the name of the one that it asks for.
+    start, soft: the picture and the soft mask with which a result is blended. send: whether the answer has pictures.
+    model: the name of the model that is asked for, if any.
     """
 
     fields: dict[str, Any]

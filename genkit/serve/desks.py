@@ -57,7 +57,7 @@ class Work:
     state: str = "queued"
     reason: str | None = None
     ticket: Ticket | None = None
-    notes: tuple[str, ...] = ()  # what was assumed, or has no say
+    notes: tuple[str, ...] = ()  # what was assumed or ignored
     pictures: dict[int, Picture] = dataclasses.field(default_factory=dict)
     encoding: int = 0
     over: bool = False
@@ -174,7 +174,7 @@ class Desks:
             raise Refused(429, f"{JOBS} jobs wait; cancel some", "too_many_jobs", None, {"Retry-After": "10"})
         stated = {"seed": secrets.randbits(32)} | {k: v for k, v in fields.items() if v is not None}
         name = stated.get("model")
-        if name is not None and name not in self.serving.models:
+        if name is not None and not (isinstance(name, str) and name in self.serving.models):
             raise bad(not_served("model", name, self.serving.models))
         serving = self.serving.of(name)
         rows = await serving.rows([{k: v for k, v in stated.items() if k != "model"}])

@@ -58,7 +58,7 @@ class ServingEngine:
         self.models: Models = inspect_models(options)
         self.ready, self.why, self.broken = False, "the model is loading", False
         self.started = time.monotonic()
-        self.generator: Generator | None = None  # stays when it leaves memory, as what is known of it does
+        self.generator: Generator | None = None  # stays when its networks leave memory
         self.loaded = False
         self.counts: Counter[str] = Counter()  # done, and failures by reason
         self.line: Line = Line(self.cost_of, lambda latent: self._preview(latent), self._count)
@@ -261,13 +261,13 @@ class ServingEngine:
         return not self.line.tickets
 
     def give_up(self) -> None:
-        """Draw no more, and say so to everyone who waits."""
+        """Draw no more, and fail all tickets with that reason."""
         self.ready, self.why = False, STOPPING
         self.line.halt()
         self.line.fail(STOPPING)
 
     def close(self) -> None:
-        """Give up what is left and end the thread."""
+        """Cancel what is left and end the thread."""
         self.ready, self.why = False, STOPPING
         self.turns.close()
         self.line.close()

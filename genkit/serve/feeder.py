@@ -141,7 +141,7 @@ class Active:
         return not self.flying and (self.stopped or not self.left)
 
     def release(self, finish: bool) -> None:
-        """Write what is left to write, and close the folder. finish: decide what is kept, and write the gallery."""
+        """Finish writing, and close the folder. finish: also decide what is kept, and write the gallery."""
         try:
             self.drawing.writers.close()
             if finish:

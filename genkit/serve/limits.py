@@ -69,7 +69,7 @@ def read_keys(path: Path) -> list[str]:
         text = path.read_text("utf-8")
         about = path.stat()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--api-key-file: {place(path)}: {error}") from None
+        raise InputError(f"--api-key-file: {place(path)}: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_IMODE(about.st_mode) & (stat.S_IROTH | (stat.S_IRGRP if about.st_uid == os.geteuid() else 0)):
         raise InputError(f"--api-key-file: {place(path)} can be read by others: chmod 600")
     keys = [key for line in text.splitlines() if (key := line.strip()) and not key.startswith("#")]

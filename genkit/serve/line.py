@@ -167,7 +167,7 @@ class Line(Draws):
             self._close_if_over(ticket)
 
     def cost(self, client: str | None = None) -> float:
-        """Return the cost of what is not drawn yet, of all or of one client."""
+        """Return the cost of the images that are not drawn yet, of all clients or of one."""
         with self._lock:
             return sum(t.cost for t in self.tickets.values() if client is None or t.client == client)
 
@@ -326,7 +326,7 @@ class Line(Draws):
         entry.ready = False
 
     def _end(self, entry: _Entry) -> None:
-        """Forget a row of which nothing is in flight and nothing left to draw."""
+        """Mark a row as over if no image of it is in flight or left to draw."""
         if not entry.ready and not entry.flying:
             entry.over = True
             self._close_if_over(entry.ticket)

@@ -49,9 +49,9 @@ class Wanted:
 
 
 def wanted(given: Mapping[str, Any], served: Collection[str]) -> Wanted:
-    """Return what a body asks for; what is left of it are fields of a row. Raises InputError and LookupError.
+    """Return what a body asks for; parameters that are not OpenAI's are fields of a row. Raises InputError.
 
-    served: the names of the models. LookupError: for a model of another name.
+    served: the names of the models. Raises LookupError for a model of another name.
     """
     left = {key: value for key, value in given.items() if value is not None and key not in NO_SAY}
     model = left.pop("model", None)
@@ -83,7 +83,7 @@ def wanted(given: Mapping[str, Any], served: Collection[str]) -> Wanted:
 
 
 def not_served(field: str, name: Any, served: Collection[str]) -> str:
-    """Return what to say of a model of another name."""
+    """Return the error message for the name of a model that is not served."""
     there = f"{', '.join(served)[:300]} {'are' if len(served) > 1 else 'is'}"
     return f"{field}: {shown(name)} is not served here{nearest(name, served)}; {there}"
 

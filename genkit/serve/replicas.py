@@ -75,7 +75,7 @@ class Replica:
         return len(self.serving.engine.line.tickets)
 
     def give_up(self) -> None:
-        """Draw no more, and say so to everyone who waits."""
+        """Draw no more, and fail all tickets with that reason."""
         self.serving.stopped = True
         self.serving.engine.give_up()
 
@@ -95,7 +95,7 @@ def run(
     if address is not None and not listen.port:
         raise InputError("--port: 0: the nodes of a cluster listen at one that is stated")
     keys = keys_of(listen)
-    prepare(options, defaults, listen, most, max_queue, keys)  # what is wrong is said here, once
+    prepare(options, defaults, listen, most, max_queue, keys)  # raises errors here, once, and not in each replica
     serve = _import_serve()
     if address is None:
         with contextlib.closing(bound(listen)) as free:
@@ -261,7 +261,7 @@ def application(what: What, share: Share) -> Any:
 
 
 def _drain(handle: Any, seconds: float) -> None:
-    """Let replicas take no new work, and wait until what they have is drawn, for at most so long.
+    """Let replicas take no new work, and wait up to `seconds` until their requests are drawn.
 
     Ray Serve's own end, which follows, would answer new calls with 404 meanwhile, and cut off what is in flight.
     """

@@ -163,6 +163,7 @@ def test_cancelled_and_left_jobs_free_their_slots(served: Served, desk: Desk, mo
         ("draw", {"fields": {"prompt": "x", "colour": "red"}}, 400, None),
         ("draw", {"fields": {"prompt": "x", "loras": [{"file": "/x.safetensors"}]}}, 400, "loras"),
         ("draw", {"fields": "x"}, 400, "fields"),
+        ("draw", {"fields": {"prompt": "x", "model": ["emoji"]}}, 400, "model"),
         ("keep", {"job": "99"}, 404, "job"),
         ("cancel", {"job": "99", "more": 1}, 400, "more"),
     ],
