@@ -33,7 +33,8 @@ def disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise HostError(f"{error.filename or path}: {error.strerror or error}") from error
+        at_fault = error.filename2 or error.filename or path  # the second is the target of a rename
+        raise HostError(f"{at_fault}: {error.strerror or error}") from error
 
 
 def json_line(value: Any) -> str:

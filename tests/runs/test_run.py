@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from genkit.durable import json_line
+from genkit.durable import disk, json_line, write_whole
 from genkit.errors import HostError, InputError
 from genkit.rows.request import Request
 from genkit.runs import outdated as stock
@@ -52,8 +52,8 @@ def test_a_finished_run_is_whole_and_is_not_done_again(folder: Path) -> None:
 
 
 def test_a_model_may_lie_in_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
-    model = {"name": "m", "folder": os.fsdecode(b"/models/m\xff"), "weights": {}}
-    config = {**CONFIG, "binding": {**CONFIG["binding"], "model": model}}
+    config: dict[str, Any] = json.loads(json.dumps(CONFIG))
+    config["binding"]["model"] = {"name": "m", "folder": os.fsdecode(b"/models/m\xff"), "weights": {}}
     opened(tmp_path / "run", rows_of(1, 1), config)
     assert read_config(tmp_path / "run") == config
 
@@ -285,6 +285,12 @@ def test_past_a_thousand_rows_images_go_to_subfolders_by_row(tmp_path: Path, mon
     assert draw(tmp_path / "flat", rows_of(7)) == [(f"r{n}", 0) for n in range(3, 7)]
     assert check(tmp_path / "flat") == []
     assert draw(tmp_path / "flat", rows_of(7)) == []
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "selection.json").mkdir()
+    with pytest.raises(HostError, match=r"/selection\.json: Is a directory"), disk(tmp_path):
+        write_whole(tmp_path / "selection.json", b"{}")
 
 
 def test_lone_surrogates_are_written_as_escapes() -> None:
