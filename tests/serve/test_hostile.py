@@ -239,7 +239,7 @@ def test_rows_are_cancelled_where_the_caller_left_before_the_first_event(served:
 
     async def begun() -> list[bool]:
         rows = await served.serving.rows([{"prompt": "x", "steps": 60, "num_images": 8}])
-        await served.serving.events(Gone(), rows)  # type: ignore[arg-type]
+        await served.serving.events(Gone(), rows)
         tickets = [t for t in served.engine.line.tickets.values() if t.client == "gone"]
         await asyncio.sleep(0.1)
         return [ticket.cancelled for ticket in tickets]
