@@ -49,9 +49,8 @@ def look_again(run: Run, panel: Panel, stale: list[Result]) -> Iterator[int]:
 
     classify = "classifier" in run.config["binding"]
     for start in range(0, len(stale), TOGETHER):
-        part = [
-            run.done[r.id, r.index] for r in stale[start : start + TOGETHER]
-        ]  # `stale` may hold records from before a rescore
+        # `stale` may hold records from before a rescore
+        part = [run.done[r.id, r.index] for r in stale[start : start + TOGETHER]]
         pictures = []
         for r in part:
             try:

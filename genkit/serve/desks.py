@@ -24,11 +24,10 @@ from genkit.serve.line import Event, Ticket
 from genkit.serve.openaifields import not_served
 from genkit.serve.rows import PICTURES
 
-BYTES = (
-    2**28
-)  # of all pictures in memory; above it the oldest finished jobs are forgotten, jobs with kept pictures last
+# Bytes of all pictures in memory; above it the oldest finished jobs are forgotten, those with kept pictures last
+BYTES = 2**28
 DESKS, JOBS = 64, 200  # desks of a server, and jobs of a desk
-GRACE, HOURS = 30.0, 3600.0  # seconds after which the jobs of a desk that no page shows are cancelled; it is forgotten
+GRACE, HOURS = 30.0, 3600.0  # seconds without a page until a desk's jobs are cancelled, and until it is forgotten
 BACKLOG = 500  # events that wait for a slow page, above which steps and previews are left out
 LIVE = ("queued", "drawing")
 
