@@ -69,7 +69,7 @@ class ServingEngine:
         self._began = 0.0
         self.panel: Any = None
         self.notes: tuple[str, ...] = ()  # of the model's files
-        self._long: list[Any] = []  # of each text encoder, the set of prompts that it truncated
+        self._long: list[Any] = []  # sets of prompts that were cut
         self.line.gives_way = lambda busy: self.turns.gives_way(self, busy)
 
     def start(self) -> ServingEngine:

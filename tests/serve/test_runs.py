@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -202,6 +203,7 @@ def test_the_gallery_of_a_drawn_run_is_written_when_records_came(
     runs, written = server.serving.runs, []
     drawn = dataclasses.replace(runs.store.runs[run["id"]], state="drawing")
     monkeypatch.setattr(served, "write_gallery", lambda *given: written.append(given))
+    monkeypatch.setattr(served, "REST", 0)
     runs.page(drawn)
     runs.page(drawn)
     assert len(written) == 1
@@ -212,6 +214,26 @@ def test_the_gallery_of_a_drawn_run_is_written_when_records_came(
     runs.page(drawn)
     runs.page(drawn)
     assert len(written) == 2
+
+
+def test_a_gallery_that_takes_long_is_written_less_often(
+    server: Any, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def write(*given: Any) -> None:
+        clock[0] += 10
+
+    runs = server.serving.runs
+    drawn = dataclasses.replace(runs.store.runs[run["id"]], state="drawing")
+    monkeypatch.setattr(served, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(served, "write_gallery", write)
+    runs.page(drawn)
+    os.utime(drawn.folder / "results.jsonl")
+    for now, after in ((20.0, 20.0), (43.5, 53.5)):
+        clock[0] = now
+        runs.page(drawn)
+        assert clock[0] == after
 
 
 REFUSED = [
