@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 
 from genkit import Request, generate
 from genkit.rows.result import Result
-from genkit.runs.run import read_results
+from genkit.runs.records import read_results
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 OBJECTS = (

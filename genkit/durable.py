@@ -21,7 +21,7 @@ from genkit.errors import HostError
 from genkit.storage import StoragePath
 
 TEMP_PREFIX, TEMP_SUFFIX = ".tmp-", ".part"  # both, since a row may have the id ".tmp-fox"
-_PROCESS = f"-{secrets.token_hex(4)}"  # of two machines that share a folder, processes may have one number
+_PROCESS = f"-{secrets.token_hex(4)}"  # processes of two machines that share a folder may have the same id
 PIECE = 2000  # items serialised at a time
 # Line breaks to str.splitlines and to JavaScript, though not to JSON: written as escapes so that a line stays a line.
 _BREAKS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -33,18 +33,22 @@ def disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise HostError(f"{error.filename or path}: {error.strerror or error}") from error
+        at_fault = error.filename2 or error.filename or path  # the second is the target of a rename
+        raise HostError(f"{at_fault}: {error.strerror or error}") from error
 
 
 def json_line(value: Any) -> str:
-    """Return `value` as one line of JSON with its newline; NaN and infinities become null."""
+    """Return `value` as one line of JSON with its newline; NaN and infinities become null.
+
+    The text can always be encoded: lone surrogates, as in file names that are not UTF-8, are written as escapes.
+    """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False)
     for character, escape in _BREAKS.items():
         text = text.replace(character, escape)
-    return text + "\n"
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def json_pieces(
@@ -83,7 +87,7 @@ def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write `data`, or its pieces, atomically: a reader, or a crash, finds the old or the complete new file.
 
     The new name survives a power cut only after `sync_folder(path.parent)`. Raises OSError, after removing the
-    temporary file if possible. On storage it is put, whole.
+    temporary file if possible. On object storage the whole object is put at once.
     """
     if isinstance(path, StoragePath):
         path.write_pieces([data] if isinstance(data, bytes) else data)
@@ -222,7 +226,7 @@ class Journal:
 
     def append(self, values: Iterable[Any], folders: Iterable[Path] = ()) -> None:
         """Append a line for each value after syncing `folders`. Raises OSError, and so does every later call."""
-        lines = "".join(map(json_line, values)).encode("utf-8", "backslashreplace")
+        lines = "".join(map(json_line, values)).encode()
         self._waiting.append((lines, set(folders)))
         with self._lock:
             batch = [self._waiting.popleft() for _ in range(len(self._waiting))]

@@ -54,7 +54,7 @@ def local(path: Path | None, option: str = "--out") -> None:
 
 
 def refuse_pointer(start: bytes, path: Path | str) -> None:
-    """Raise InputError if a file that begins so is a Git LFS pointer: what stands in a clone for a large file."""
+    """Raise InputError if a file that begins with `start` is a Git LFS pointer, the placeholder of a large file."""
     if start.startswith(b"version https://git-lfs.github.com/spec/"):
         folder = shlex.quote(os.path.dirname(path) or ".")
         raise InputError(f"{place(path)}: is a Git LFS pointer, not the file: `git -C {folder} lfs pull` fetches it")
@@ -111,7 +111,7 @@ def parse_json(text: str, where: str, infinite: bool = False, gaps: bool = False
 
     Raises InputError, naming `where`, for comments, repeated keys, NaN and infinities, too deep nesting, and
     anything but an object at the top. infinite: allow Infinity and -Infinity, as Python's json writes them. gaps: allow
-    NaN, which it writes for what a table lacks.
+    NaN, as Python's json writes missing values of a table.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

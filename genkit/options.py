@@ -1,6 +1,6 @@
 """The options of a run: one dataclass for the command line, Python, and whatever else starts a run.
 
-The text of an annotation is what the command's help says of the option; fields without one are no options of it.
+The text of an annotation is the option's help on the command line; fields without one are not options there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from genkit.selection.picking import NONE, Picking
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What holds for a whole run. `batch_size` None: by device and memory; `quality` None: encoders.QUALITY."""
+    """Options that hold for a whole run. `batch_size` None: by device and memory; `quality` None: encoders.QUALITY."""
 
     model: Annotated[str, "emoji (embedded), a diffusers-layout folder, a hub id, or one .safetensors file."] = "emoji"
     vae: Annotated[str | None, "A VAE in place of the model's own: a file, a folder, or a model that has one."] = None

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-KEPT = 512  # pairs of GPU events that are not read yet
+KEPT = 512  # pairs of GPU events that are collected before they are read
 
 
 @dataclasses.dataclass
@@ -24,7 +24,7 @@ class _Total:
 
 
 class _Recording:
-    """The totals by (whether a picture was there, who worked, phase)."""
+    """The totals by (whether the first picture was saved, which thread or "GPU", phase)."""
 
     def __init__(self) -> None:
         self.zero = _process_start()
@@ -42,7 +42,7 @@ class _Recording:
             total.seconds += seconds
 
     def read_events(self, wait: bool = False) -> None:
-        """Add up the GPU's times that are known by now."""
+        """Add the GPU's times of events that have completed. wait: wait for the others, too."""
         with self.lock:
             left = []
             for key, start, end in self.events:
@@ -58,7 +58,7 @@ class _Recording:
 
 
 _recording: _Recording | None = None
-_running = threading.local()  # .names: of this thread's phases, with the seconds of those within
+_running = threading.local()  # .within: for each open phase of this thread, the seconds of the phases inside it
 
 
 def record() -> None:

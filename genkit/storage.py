@@ -1,7 +1,8 @@
 """Paths on object storage, s3:// and gs:// for two, with those methods of pathlib's that a run folder needs.
 
 An object is put whole or not at all, and is durable when it is acknowledged; there is no append, no rename, no lock.
-By fsspec, which is loaded when a path is first used. What may pass, as a 503, is tried again for PATIENCE seconds.
+It uses fsspec, which is imported when a path is first used. Errors that may be temporary, such as a 503, are retried
+for PATIENCE seconds.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from genkit.errors import HostError, InputError, nearest, reason
 
 PATIENCE = 90.0  # seconds for storage that does not answer, or answers 503
 FIRST = 10.0  # seconds for its first answer
-INVALID = 3.0  # seconds for an answer that says the request is wrong, as one that was torn on its way is
+INVALID = 3.0  # seconds of retries where storage calls the request invalid, as it does one that was damaged in transit
 WAIT, LONGEST_WAIT = 0.2, 5.0  # seconds between tries, doubled up to the second
-BLOCK = 2**23  # bytes of a read; what is longer than this is put from a temporary file
+BLOCK = 2**23  # bytes of a read; longer objects are put from a temporary file
 TOGETHER = 16  # objects read at once
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "memory": ""}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+):/+(.*)", re.DOTALL)  # of two letters and more; pathlib makes :// to :/
+# Error numbers, and names of drivers' exceptions, that another try does not mend
 _LASTING = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EPERM))
 _UNSOUND = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError", "DefaultCredentialsError"}  # fmt: skip  # noqa: E501
 _systems: dict[tuple[int, str], Any] = {}
@@ -83,7 +85,7 @@ class StoragePath(PosixPath):
         return self
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Do nothing: folders are but parts of names."""
+        """Do nothing: on storage folders are only parts of names."""
 
     def is_symlink(self) -> bool:
         return False
@@ -120,7 +122,7 @@ class StoragePath(PosixPath):
         return _call(self, lambda system: system.cat_file(str(self), **one))
 
     def open(self, mode: str = "rb", *_: Any, **__: Any) -> Any:
-        """Open for reading bytes, in blocks; of what a fold replaces, the old content is the start of the new."""
+        """Open for reading bytes, in blocks; a fold may meanwhile put an object that begins with the same content."""
         if mode != "rb":
             raise InputError(f"{self}: is on object storage, which writes whole objects only")
         return io.BufferedReader(_Reader(self), BLOCK)
@@ -131,19 +133,19 @@ class StoragePath(PosixPath):
         return len(data)
 
     def put_new(self, data: bytes) -> bool:
-        """Put an object unless there is one; return whether it is this one. `data` must be like no other."""
+        """Put an object unless there is one; return whether it is this one. `data` must be unique to the caller."""
         try:
             _call(self, lambda system: system.pipe_file(str(self), data, mode="create", **self._kind()))
         except (FileExistsError, HostError) as error:
             if not isinstance(error, FileExistsError) and not self.is_file():
                 raise
-        try:  # also of storage that knows no condition, where the last one has it
+        try:  # also where storage ignores the condition: then the last writer's object stays
             return self.read_bytes() == data
         except FileNotFoundError:
             return False
 
     def write_pieces(self, pieces: Iterable[bytes]) -> None:
-        """Put an object, whole, from its pieces; what is longer than a block by way of a temporary file."""
+        """Put a whole object from its pieces; one that is longer than BLOCK is put from a temporary file."""
         pieces = iter(pieces)
         start, size = [], 0
         for piece in pieces:
@@ -200,7 +202,7 @@ class StoragePath(PosixPath):
             return []
 
     def _kind(self) -> dict[str, str]:
-        """Return what makes a bucket serve the object as what it is."""
+        """Return the driver's argument for the object's content type, with which a bucket serves it."""
         kind = mimetypes.guess_type(self.name)[0] or "application/octet-stream"
         name = {"s3": "ContentType", "s3a": "ContentType", "gs": "content_type", "gcs": "content_type"}.get(self.scheme)
         return {} if name is None else {name: kind}
@@ -256,7 +258,7 @@ def file_of(path: Path) -> IO[bytes]:
 
 
 class _Reader(io.RawIOBase):
-    """An object as a file that is read by ranges, each tried again like any other call."""
+    """An object as a file that is read in ranges; each read is retried like any other call."""
 
     def __init__(self, path: StoragePath) -> None:
         self.path, self.at, self.size = path, 0, path.stat().st_size
@@ -275,7 +277,7 @@ class _Reader(io.RawIOBase):
 
 
 def _call(path: StoragePath, work: Callable[[Any], T], patience: float | None = None) -> T:
-    """Return what `work` makes of the file system, trying again what may pass.
+    """Return work(file system), with temporary errors retried for `patience` seconds, PATIENCE by default.
 
     Raises FileNotFoundError and FileExistsError; InputError for a driver that is missing; HostError for the rest.
     """

@@ -1,5 +1,7 @@
 """The package list, the links and the direction of imports hold as the design says."""
 
+import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import genkit
+from genkit.options import Options
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +50,11 @@ def test_imports_point_one_way() -> None:
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert found.returncode == 0, found.stdout
+
+
+def test_generate_takes_every_option_of_a_run() -> None:
+    options = {field.name for field in dataclasses.fields(Options)}
+    assert options <= set(inspect.signature(genkit.generate).parameters)
 
 
 def test_light_modules_do_not_import_torch() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from genkit.cli.app import CHOOSE, Command, app, print_found
-from genkit.cli.options import AsJson, Device, spread
+from genkit.cli.options import AsJson, Device, refuse_idle, spread
 from genkit.errors import EXIT_OK
 from genkit.selection.picking import Picking
 
@@ -86,6 +85,7 @@ def calibrate(
 
 @app.command(cls=Command, rich_help_panel=CHOOSE)
 def study(
+    ctx: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     prune: Annotated[
         bool, typer.Option("--prune", help="Redraw some rows to see what early stopping would buy.")
@@ -95,10 +95,13 @@ def study(
     as_json: AsJson = False,
 ) -> int:
     """Say what best-of-N, and early stopping, buy on the model and prompts of a run; written to its study.json."""
+    from genkit.progress import printable_json
     from genkit.studies.study import described, study_run
 
+    if not prune:
+        refuse_idle(ctx, "prune", "images", "device")
     found = study_run(run, prune, images, device, quiet=as_json)
-    print(json.dumps(found, ensure_ascii=False) if as_json else described(found))
+    print(printable_json(found) if as_json else described(found))
     return EXIT_OK
 
 

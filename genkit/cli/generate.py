@@ -76,13 +76,16 @@ class RowOptions:
         from genkit.rows.typed import lora, typed
 
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        given |= {
-            name: typed(name, given[name])
-            for name in ("guidance_interval", "labels", "detect", "ask", "scheduler")
-            if name in given
-        }
-        if "loras" in given:
-            given["loras"] = [beside(Path(), lora("loras", text)) for text in given["loras"]]
+        try:
+            given |= {
+                name: typed(name, given[name])
+                for name in ("guidance_interval", "labels", "detect", "ask", "scheduler")
+                if name in given
+            }
+            if "loras" in given:
+                given["loras"] = [beside(Path(), lora("loras", text)) for text in given["loras"]]
+        except InputError as error:
+            raise _of_option(error) from None
         given |= {name: str(Path(given[name]).absolute()) for name in ("image", "mask_image") if name in given}
         if is_picture(given.get("mask")):
             raise InputError(f"--mask: {shown(given['mask'])} is a picture, and no text; --mask-image takes it")
@@ -125,7 +128,7 @@ def generate(
     if profile:
         phases.record()
     _check_source(prompts, prompt, from_images, options)
-    bounds = check_workers(workers, ray)
+    bounds = check_workers(workers, ray, options.device)
     defaults = row.fields()
     folder = free_name(out) if new_run else out
     options = dataclasses.replace(options, seed=run_seed(options.seed, folder))
@@ -214,7 +217,13 @@ def _check(fields: dict[str, Any]) -> None:
         try:
             Request(**{**_PARTNERS.get(name, {}), name: value})
         except InputError as error:
-            raise InputError(f"--{str(error).replace('_', '-', str(error).split(':')[0].count('_'))}") from None
+            raise _of_option(error) from None
+
+
+def _of_option(error: InputError) -> InputError:
+    """Return an error that names a field of a row with the name of its option."""
+    field, colon, rest = str(error).partition(":")
+    return InputError(f"--{'lora' if field == 'loras' else field.replace('_', '-')}{colon}{rest}")
 
 
 def _run_job(job: Job, folder: Path, as_json: bool, workers: str | None, ray: str | None) -> int:

@@ -45,6 +45,7 @@ def models(
 ) -> int:
     """List the models and LoRAs below a folder by the names under which `serve --models` has them."""
     from genkit.components.collection import collection
+    from genkit.progress import printable
 
     items = [item.describe() for item in collection(folder, variant)]
     if as_json:
@@ -53,7 +54,7 @@ def models(
     for item in items:
         facts = [str(item[key]) for key in ("kind", "family", "size") if key in item]
         facts += [f"{item['parameters'] / 1e6:.0f} million parameters"] if "parameters" in item else []
-        print(f"{item['name']}: {', '.join(facts)}" + (f": {item['why']}" if "why" in item else ""))
+        print(printable(f"{item['name']}: {', '.join(facts)}" + (f": {item['why']}" if "why" in item else "")))
     return EXIT_OK
 
 

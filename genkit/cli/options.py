@@ -133,7 +133,19 @@ def _options_of(kind: Any, without: Collection[str]) -> list[tuple[Any, Any]]:
     return [(field, hint) for field, hint in fields if hasattr(hint, "__metadata__") or dataclasses.is_dataclass(hint)]
 
 
+def stated(ctx: Any, name: str) -> bool:
+    """Whether a parameter was given on the command line."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse_idle(ctx: Any, needed: str, *names: str) -> None:
+    """Raise InputError for an option that was given without the option `needed`, and has no effect without it."""
+    for name in names:
+        if stated(ctx, name):
+            raise InputError(f"--{name}: has no effect without --{needed}")
+
+
 def given_model(ctx: Any, options: Options) -> str | None:
-    """Return --model if it was given; None if pictures are to say."""
-    given = ctx.get_parameter_source("model")
-    return options.model if given is not None and given.name == "COMMANDLINE" else None
+    """Return --model if it was given, else None: the model is then the one that pictures name."""
+    return options.model if stated(ctx, "model") else None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from genkit.cli.app import SCORE, Command, app
-from genkit.cli.options import Aesthetic, AsJson, Clip, Device, Dtype, Labels, Scorers
+from genkit.cli.options import Aesthetic, AsJson, Clip, Device, Dtype, Labels, Scorers, stated
 from genkit.errors import InputError
 
 
@@ -54,24 +54,18 @@ def classify(
 
     With --model JSON lines, of the labels that a classifier has.
     """
-    given = {name for name in ("labels", "clip", "top") if _stated(ctx, name)}
     if model is None:
-        if "top" in given:
+        if stated(ctx, "top"):
             raise InputError(f"--top: {top} needs --model; with --labels p of every label is given")
         from genkit.studies.score import classify_images
 
         return classify_images(images, labels, out, clip, device, dtype, as_json)
     for name in ("labels", "clip"):
-        if name in given:
+        if stated(ctx, name):
             raise InputError(f"--{name}: has no use with --model, whose labels are its own")
     from genkit.studies.classify import label_images
 
     return label_images(images, model, top, out, device, dtype)
-
-
-def _stated(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command(cls=Command, rich_help_panel=SCORE)

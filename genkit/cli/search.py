@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from genkit.cli.app import SCORE, Command, app
-from genkit.cli.options import AsJson, Clip, Device, Dtype
+from genkit.cli.options import AsJson, Clip, Device, Dtype, refuse_idle
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError
 
 SearchClip = Annotated[
@@ -52,6 +52,7 @@ def search(
 
 @app.command(cls=Command, rich_help_panel=SCORE)
 def interrogate(
+    ctx: typer.Context,
     images: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or runs.")],
     clip: Clip = "emoji-clip",
     lists: Annotated[
@@ -76,7 +77,9 @@ def interrogate(
 
     if (count is None) != (out is None):
         raise InputError("--generate, --out: the one needs the other: how many pictures, and the run that they go to")
-    if count is not None:
+    if count is None:
+        refuse_idle(ctx, "generate", "model")
+    else:
         Request(prompt="a picture", num_images=count)
         if inspect_model(model).kind != "text-to-image":
             raise InputError(f"--model: {model} draws no prompts")

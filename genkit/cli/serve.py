@@ -29,7 +29,9 @@ def serve(
     models: Annotated[
         Path | None, typer.Option(help="A folder of models and LoRAs, served by name; --model is the first.")
     ] = None,
-    loaded: Annotated[int, typer.Option(min=1, help="With --models: how many are in memory at once.")] = 1,
+    loaded: Annotated[
+        int | None, typer.Option(min=1, help="With --models: how many are in memory at once; default 1.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 7860,
     api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line, that calls need.")] = None,
@@ -63,6 +65,8 @@ def serve(
     from genkit.serve.choice import Choice
     from genkit.serve.rows import Most
 
+    if loaded is not None and models is None:
+        raise InputError("--loaded: has no effect without --models")
     listen = Listen(host, port, api_key_file, no_key, runs, drain, allow_host or (), framed_by or ())
     usual = Most()
     most = Most(max_pixels or usual.pixels, max_steps, max_images, max_body, usual.prompt)
@@ -72,5 +76,5 @@ def serve(
         if models is not None:
             raise InputError("--models: does not go with --workers and --ray: each of them serves one model")
         return replicas.run(options, row.fields(), listen, most, max_queue, workers, ray)
-    choice = None if models is None else Choice(models, loaded)
+    choice = None if models is None else Choice(models, loaded or 1)
     return run(options, row.fields(), listen, most, max_queue, choice)

@@ -12,7 +12,7 @@ import typer
 
 from genkit.cli.app import TRAIN, Command, app, fail
 from genkit.cli.options import AsJson, Device
-from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED, HostError, InputError
+from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED, HostError, InputError, shown
 
 
 @app.command(cls=Command, rich_help_panel=TRAIN)
@@ -84,10 +84,15 @@ def doctor(
     as_json: AsJson = False,
 ) -> int:
     """Say what is wrong with a data set: captions, bad, small and double pictures; exits 2 for what stops training."""
+    from genkit.progress import printable_json
     from genkit.training.doctor import diagnose, write_page
 
+    try:
+        (data or "").encode()
+    except UnicodeEncodeError:
+        raise InputError(f"DATA: {shown(data)} is not UTF-8, as a recipe's data.path has to be") from None
     report = diagnose(data, recipe, quiet=as_json)
     if out is not None:
         write_page(report, out)
-    print(json.dumps(report.plain(), ensure_ascii=False) if as_json else "\n".join(report.lines()))
+    print(printable_json(report.plain()) if as_json else "\n".join(report.lines()))
     return EXIT_INPUT if report.errors else EXIT_OK

@@ -1,4 +1,4 @@
-"""The many workers of a job, as `run_job` sees them: it says when to load, score again and draw."""
+"""The crew of many workers: `run_job` tells it when to load, score again and draw."""
 
 from __future__ import annotations
 
@@ -56,13 +56,17 @@ def check_address(address: str | None) -> None:
 
 
 class Workers:
-    """Many workers; a `job.crew.Crew`. make_pool: returns where they are, and their least and most number."""
+    """Many workers; a `job.crew.Crew`.
+
+    make_pool: called with whether workers have a GPU (None: if there are any); returns their Pool, and the least and
+    most number of workers.
+    """
 
     def __init__(self, job: Job, folder: Path, make_pool: Callable[[bool | None], tuple[Pool, int, int]]) -> None:
         self.job, self.folder, self.make_pool = job, folder, make_pool
         self.pool: Any = None
         self.slots_full: float | None = None
-        self.facts: dict[str, dict[str, Any]] = {}  # by worker: what it said of itself
+        self.facts: dict[str, dict[str, Any]] = {}  # by worker: what it reported of itself
         self.weights: Mapping[str, Any] | None = None
         self.names: Iterator[str] = (f"w{n:04d}" for n in itertools.count())
         self.notes: list[str] = []
@@ -160,7 +164,7 @@ class Workers:
         return cost(row, self.job.info.geometry)
 
     def _check(self, name: str, facts: dict[str, Any]) -> None:
-        """Take what a worker says of itself. Raises HostError where it differs from this process."""
+        """Record what a worker reports of itself. Raises HostError where it differs from this process."""
         self.facts[name] = facts
         self.found |= facts["masks"]
         for line in facts["notes"]:
@@ -201,7 +205,7 @@ class Workers:
 
 
 def _plain(line: str) -> str:
-    """Return a note without its fractions: of many workers each has another amount of memory free."""
+    """Return a note without its decimal numbers: notes of workers that differ only in free memory are one note."""
     return re.sub(r"[0-9]+\.[0-9]+", "#", line)
 
 
@@ -213,7 +217,7 @@ def _raise(event: Event) -> None:
 
 
 class _Telling:
-    """What the dispatcher tells the run and the progress."""
+    """Passes the dispatcher's news on to the run and to the progress."""
 
     def __init__(self, crew: Workers, run: Run, draws: Draws, progress: Progress) -> None:
         self.crew, self.run, self.draws, self.progress = crew, run, draws, progress
@@ -253,7 +257,6 @@ def ray_crew(job: Job, folder: Path, workers: tuple[int, int] | None, address: s
     from genkit.cluster.raypool import RayPool, import_ray
 
     import_ray()
-    check_device(job.options.device, workers, address)
 
     def make(gpu: bool | None) -> tuple[Pool, int, int]:
         if address is None:

@@ -1,4 +1,4 @@
-"""Hands the rows of a job out to workers, whatever becomes of them. Knows neither Ray nor networks."""
+"""Hands the rows of a job out to workers, and out again where workers die. Knows neither Ray nor networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import Key
 
-OUTSTANDING = 4  # chunks of half the slots that a worker has: one set in its slots, and one that waits for them
+OUTSTANDING = 4  # chunks that a worker has, each of half its slots: two in the slots, and two that wait
 DEATHS = 3  # of workers that had a unit, after which it is set aside
 LOADS = 3  # workers in a row that may die before they drew anything
 POLL = 0.2  # seconds
@@ -33,7 +33,7 @@ class Hand:
     recalled: bool = False  # an answer is due, or nothing came back since it was last handed work
     use: tuple[float, float] = (0.0, 0.0)
     ended: bool = False
-    alone: bool = False  # draws a suspect
+    alone: bool = False  # draws a single unit, during which another worker died
 
     @property
     def chunk(self) -> float:
@@ -43,11 +43,11 @@ class Hand:
 
 @dataclasses.dataclass
 class Listener:
-    """Who is told what happened.
+    """Callbacks of the dispatcher.
 
-    drawn: with (images as Drawn has them). say: a line. recorded: returns what a worker that died recorded, by image.
-    poison: with a unit that is set aside, and why. passed: whether a result passes its row's gate. check: raises
-    HostError for a worker that does not fit the others.
+    drawn: takes a unit and its images, as in Drawn. say: takes a line for the user. recorded: returns what a worker
+    that died recorded, by image. poison: takes a unit that is set aside, and why. passed: whether a result passes its
+    row's gate. check: takes name and facts of a worker; raises HostError for one that does not fit the others.
     """
 
     drawn: Callable[[Unit, list[tuple[int, str, bool]]], None]
@@ -167,6 +167,7 @@ class Dispatcher:
             raise event.value
 
     def _hear(self, hand: Hand, event: Event) -> None:
+        """Pass on the notes of an event, and keep the newest count of slots in use."""
         for note in event.notes:
             self.tell.say(note)
         hand.use = max(hand.use, event.slots_full, key=lambda use: use[1])
@@ -176,13 +177,13 @@ class Dispatcher:
         hand.recalled = False
         for one in drawn:
             unit = hand.units.pop(one.number, None)
-            if unit is None:  # all of it was given back
+            if unit is None:  # the worker gave the whole unit back
                 continue
             if self.left is not None:
                 self.left += (unit.most or 0) - len(one.images)
             self.tell.drawn(unit, one.images)
             there = {index for index, *_ in one.images}
-            if rest := [k for k in unit.indexes or () if k not in there]:  # given back: that answer is still to come
+            if rest := [k for k in unit.indexes or () if k not in there]:  # given back: "given" has not arrived yet
                 self._returned.append(dataclasses.replace(unit, number=next(self._numbers), indexes=rest))
         hand.alone = hand.alone and bool(hand.units)
 
@@ -207,8 +208,8 @@ class Dispatcher:
     def _died(self, hand: Hand, why: str) -> None:
         del self.hands[hand.name]
         self.gone_use = self.gone_use[0] + hand.use[0], self.gone_use[1] + hand.use[1]
-        if not hand.ready or not hand.units:
-            self._failed_loads += not hand.ready
+        if not hand.ready:
+            self._failed_loads += 1
             if self._failed_loads >= LOADS:
                 raise HostError(f"workers die while they load their networks: {why}")
         self.tell.say(f"worker {hand.name} died: {why}; what it had begun is drawn again")
@@ -243,9 +244,8 @@ class Dispatcher:
             return
         while len(self.hands) < self.least and self._waits:
             self._begin()
-        for hand in sorted(
-            self.hands.values(), key=lambda hand: (len(hand.units), hand.chunks)
-        ):  # who has least to do first
+        least_busy_first = sorted(self.hands.values(), key=lambda hand: (len(hand.units), hand.chunks))
+        for hand in least_busy_first:
             if not hand.ready or hand.alone:
                 continue
             if self._suspects and not hand.units and self._afford(self._suspects[0]):
@@ -291,11 +291,11 @@ class Dispatcher:
 
     @property
     def _waits(self) -> bool:
-        """Whether there is something to hand out."""
+        """Whether there is a unit to hand out."""
         return bool(self._returned or self._suspects or self._peek())
 
     def _afford(self, unit: Unit) -> bool:
-        """Take what a unit may cost at most from the budget, and cut it down to what is there; False for nothing."""
+        """Reserve the most images that a unit may take, and cut the unit to what is left; False if nothing is left."""
         if self.left is None:
             return True
         if self.left <= 0:
@@ -320,7 +320,7 @@ class Dispatcher:
         return unit
 
     def _peek(self) -> bool:
-        """Whether there are rows that were never handed out."""
+        """Whether there is a unit that was never handed out; the next one is moved to `_returned`."""
         if not self._exhausted and (unit := next(self._fresh, None)) is not None:
             self._returned.append(unit)
             return True
@@ -328,7 +328,7 @@ class Dispatcher:
         return False
 
     def _share(self) -> None:
-        """At the end, let workers without work have what others have not begun."""
+        """Work stealing at the end: ask as many busy workers as are idle for half of what they have not begun."""
         idle = sum(hand.ready and not hand.units for hand in self.hands.values())
         busy = [hand for hand in self.hands.values() if hand.units and not hand.recalled and not hand.alone]
         for hand in sorted(busy, key=lambda hand: -len(hand.units))[:idle]:

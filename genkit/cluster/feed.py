@@ -29,7 +29,7 @@ class Feed(Draws):
     rows: of the whole job, by id. passed: whether a result passes its row's gate. finished: called with each unit of
     which everything is recorded and nothing more is to be drawn, from whichever thread notices.
 
-    Rows that draw the same picture twice are not found, as rows come and go; the pictures are the same all the same.
+    As rows come and go, rows that ask for the same picture are not detected: each draws it, with equal results.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Feed(Draws):
         self._complete([state.unit])
 
     def give_back(self) -> list[Given]:
-        """Return half of what is not begun, rounded up; it is not drawn here."""
+        """Give up half of the images that are not begun, rounded up, and return them."""
         with self._lock:
             states = [s for s in self._units.values() if s.left or (s.unit.indexes is None and not s.begun)]
             many = math.ceil(sum(max(1, len(s.left)) for s in states) / 2)
@@ -155,18 +155,18 @@ class Feed(Draws):
             return not self.stopped
 
     def stop(self) -> None:
-        """Let the stream, and whoever waits, end."""
+        """End the stream and `wait`."""
         with self._came:
             self.stopped = True
             self._came.notify()
 
     def use(self) -> tuple[float, float]:
-        """Return `Engine.use` of all streams so far."""
+        """Return `Engine.use`, summed over all streams so far."""
         used, slots = (0.0, 0.0) if self.engine is None else self.engine.use
         return self._use[0] + used, self._use[1] + slots
 
     def stream_ended(self) -> None:
-        """Keep what `use` has of a stream that ended."""
+        """Add the slots used by a stream that ended to `use`."""
         self._use, self.engine = self.use(), None
 
     def idled(self, share: float) -> None:

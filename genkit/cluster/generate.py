@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from genkit.cluster.crew import check_address, parse_workers, ray_crew
+from genkit.cluster.crew import check_address, check_device, parse_workers, ray_crew
 from genkit.errors import EXIT_SIGINT, EXIT_SIGTERM
 from genkit.files import run_path, user_path
 from genkit.job.plan import Job, plan_job
@@ -28,18 +28,18 @@ def generate(
     lora_dir: str | None = None, embeddings: Sequence[Any] = (), embedding_dir: str | None = None,
     no_metadata: bool = False, format_in: str = "auto", refiner: str | None = None,
     refiner_start: float | None = None, detector: str | None = None, segmenter: str | None = None,
-    classifier: str | None = None, captioner: str | None = None,
+    classifier: str | None = None, captioner: str | None = None, variant: str | None = None,
     workers: int | str | None = None, ray: str | None = None,
 ) -> Summary:  # fmt: skip
     """Make every image of a prompt file, or of a list of Requests, in folder `out`; what is there is not redone.
 
     defaults: fields (num_inference_steps, guidance_scale, …) for rows that do not state them. format: png, webp, jpeg
     or jxl; quality, of the last three: 1 to 100, at which webp and jxl keep every bit. aesthetic: a file with a head
-    over CLIP embeddings. scorers: names of installed ones, or functions (scoring/plugins.py). vae, text_encoder,
-    prediction, embeddings, refiner, refiner_start: as with `TextToImage.from_pretrained`. embedding_dir: a folder of
-    textual inversions, of which those are read whose file name is a word of a prompt. wildcards, lora_dir: where rows
-    of syntax "a1111" find the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no settings.
-    format_in: as with `read_prompts`. detector, classifier, captioner: for count['cat'], p_class['tabby'] and
+    over CLIP embeddings. scorers: names of installed ones, or functions (scoring/plugins.py). variant, vae,
+    text_encoder, prediction, embeddings, refiner, refiner_start: as with `TextToImage.from_pretrained`. embedding_dir:
+    a folder of textual inversions, of which those are read whose file name is a word of a prompt. wildcards, lora_dir:
+    where rows of syntax "a1111" find the files of __wildcards__ and of <lora:name>. no_metadata: pictures hold no
+    settings. format_in: as with `read_prompts`. detector, classifier, captioner: for count['cat'], p_class['tabby'] and
     answer['is it red?'] in gates; segmenter: for masks in words. workers: so many processes of this machine draw, each
     with a device of its own; ray: the address of a cluster of Ray, or "auto", whose nodes draw, as many as `workers`,
     which may be "4:64", least and most. Raises InputError, before anything is loaded or written, for bad input,
@@ -55,23 +55,26 @@ def generate(
         vae=vae, text_encoder=text_encoder, prediction=prediction, wildcards=wildcards, lora_dir=lora_dir,
         embeddings=tuple(embeddings), embedding_dir=embedding_dir, no_metadata=no_metadata, refiner=refiner,
         refiner_start=refiner_start, detector=detector, segmenter=segmenter, classifier=classifier,
-        captioner=captioner,
+        captioner=captioner, variant=variant,
     )  # fmt: skip
     return _unless_stopped(run_on(plan_job(rows, options, defaults or {}), run_path(out), workers, ray))
 
 
 def run_on(job: Job, folder: Path, workers: int | str | None = None, ray: str | None = None) -> Summary:
     """Do a job in this process or, with `workers` or `ray` as `generate` has them, in many. Raises as `generate`."""
-    bounds = check_workers(workers, ray)
+    bounds = check_workers(workers, ray, job.options.device)
     if bounds is None and ray is None:
         return run_job(job, folder)
     return run_job(job, folder, ray_crew(job, folder.absolute(), bounds, ray))
 
 
-def check_workers(workers: int | str | None, ray: str | None) -> tuple[int, int] | None:
-    """Return the least and the most workers. Raises InputError for a bad number or address."""
+def check_workers(workers: int | str | None, ray: str | None, device: str) -> tuple[int, int] | None:
+    """Return the least and the most workers. Raises InputError for a bad number, address or device."""
     check_address(ray)
-    return parse_workers(workers)
+    bounds = parse_workers(workers)
+    if bounds is not None or ray is not None:
+        check_device(device, bounds, ray)
+    return bounds
 
 
 def _unless_stopped(summary: Summary) -> Summary:

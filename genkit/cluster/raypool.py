@@ -98,9 +98,9 @@ class RayPool:
             came.append(self.events.get(timeout=seconds))
             while True:
                 came.append(self.events.get_nowait())
-        found = [event for event in came if event.worker in self.actors]  # of calls that fail together, one tells
+        found = [event for event in came if event.worker in self.actors]  # further calls of a dead worker fail, too
         for event in found:
-            if event.kind == "died":  # here: in Ray's thread it would wait for itself
+            if event.kind == "died":  # not in `_came`, where Ray's thread would wait for itself
                 self.kill(event.worker)
         if time.monotonic() - self._looked > GONE or any(event.kind == "died" for event in found):
             self._looked = time.monotonic()
@@ -108,7 +108,7 @@ class RayPool:
         return found
 
     def _check_alive(self) -> None:
-        """Raise HostError when Ray itself has ended, which leaves calls without an answer for ever."""
+        """Raise HostError when Ray itself has ended: its calls would then wait for ever."""
         self.lost = has_ended(self.ray, self.local)
         if self.lost:
             raise HostError("Ray has ended: its processes are gone; the same command goes on from here")
@@ -120,10 +120,11 @@ class RayPool:
         _LOGGER.setLevel(self._level)
 
     def _when(self, call: Any, worker: str, kind: str) -> None:
+        """Report the outcome of a call to a worker as an event of that kind."""
         call.future().add_done_callback(functools.partial(self._came, worker, kind))
 
     def _came(self, worker: str, kind: str, future: Any) -> None:
-        """Turn what a call came to into an event. Called in a thread of Ray's."""
+        """Turn the outcome of a call into an event; runs in a thread of Ray's."""
         error = future.exception()
         if error is None:
             value, notes, use = future.result()
@@ -190,7 +191,7 @@ def connect(ray: Any, address: str | None, workers: int, gpu: bool, threads: int
 
 
 def has_ended(ray: Any, local: bool) -> bool:
-    """Whether Ray itself has ended, which leaves calls without an answer for ever."""
+    """Whether Ray itself has ended: its calls would then wait for ever."""
     return bool(_daemon(ray).dead_processes()) if local else not any(node["Alive"] for node in ray.nodes())
 
 
@@ -206,7 +207,7 @@ def disconnect(ray: Any, temporary: str | None, lost: bool = False) -> None:
 
 
 def _give_token() -> None:
-    """Give a Ray that is started here its token where Ray itself, which keeps one in the home, could write none."""
+    """Set a token for a Ray that is started here, where Ray cannot write its own into the home folder."""
     home = Path(os.environ.get("HOME", "/"))
     own = home / ".ray"
     writable = os.access(own if own.exists() else home, os.W_OK | os.X_OK)

@@ -1,4 +1,4 @@
-"""What driver and workers say to each other: units of work, and what came of them."""
+"""The messages between driver and workers: units of work, and what became of them."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Worker:
         self._fail(InterruptedError("finished"))
 
     def news(self) -> list[str]:
-        """Return what there is to say since the last time."""
+        """Return the notes since the last call."""
         new = self.notes[:]
         del self.notes[: len(new)]
         return new
@@ -183,7 +183,7 @@ class Worker:
 
 
 class _Looking:
-    """What `rescore` and `look_again` need of a run, in a process that does not hold it; `found` is for the driver."""
+    """As much of a Run as `rescore` and `look_again` use, in a process without its lock; `found` is for the driver."""
 
     def __init__(self, worker: Worker) -> None:
         self.folder, self.rows, self.found = worker.folder, worker.rows, list[Result]()

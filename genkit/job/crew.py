@@ -21,16 +21,16 @@ from genkit.signals import Signals
 
 
 class Crew(Protocol):
-    """What `run_job` has done for it."""
+    """The work that `run_job` delegates: loading networks, scoring, drawing."""
 
     def load(self, recorded: dict[str, Any] | None, rows: Sequence[Request]) -> None:
-        """Load the networks, unless they are. rows: those whose masks in words are found."""
+        """Load the networks, unless they are loaded. rows: those whose masks in words have to be found."""
 
     def config(self, recorded: dict[str, Any] | None, weights: dict[str, dict[str, str]]) -> dict[str, Any]:
         """Return run.json; see `run_config`."""
 
     def masks(self, folder: Path) -> list[str]:
-        """Write the masks that were found; return what to say of them."""
+        """Write the masks that were found; return notes on empty ones."""
 
     def rescore(self, run: Run) -> int:
         """Score images again from their embeddings; return how many changed."""
@@ -42,7 +42,7 @@ class Crew(Protocol):
         """Draw the missing images; return 0, or the exit code of the signal that stopped it."""
 
     def close(self) -> None:
-        """End it."""
+        """End the workers, if there are any."""
 
     @property
     def slots_full(self) -> float | None:

@@ -47,13 +47,13 @@ class Drawing:
             stream.close()
 
     def notes(self) -> list[str]:
-        """Return what there is to say since the last time."""
+        """Return the notes since the last call."""
         said = list(self.generator.attention.notes)
         new, self._said = said[self._said :], len(said)
         return [*new, *self.panel.news()]
 
     def last_notes(self) -> list[str]:
-        """Return what there is to say in the end."""
+        """Return the notes at the end of the drawing."""
         refiner, text = self.generator.refiner, getattr(self.generator, "text", None)
         lines = [*self.notes(), *self.generator.denoiser.notes, *([] if refiner is None else refiner.denoiser.notes)]
         cut = sorted(text.truncated if text is not None else ())

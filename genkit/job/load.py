@@ -25,8 +25,7 @@ from genkit.pictures.encoders import encoding
 from genkit.rows.plans import is_tuned, tuned_file
 from genkit.rows.request import Request
 from genkit.runs.destination import check_binding
-from genkit.runs.records import found_at, read_rows
-from genkit.runs.run import read_config
+from genkit.runs.records import found_at, read_config, read_rows
 from genkit.scoring.aesthetic import Head
 from genkit.scoring.senses import NAMES as SENSES
 from genkit.version import __version__
@@ -59,7 +58,7 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
     with phase("plan memory"):
         looks = job.looks(str(dtype).removeprefix("torch."), device.type)
         first = looks[FIRST] if without_mask(rows) and FIRST in looks else Look(0, 0)
-        looks[FIRST] = first  # nothing where every mask is there already
+        looks[FIRST] = first  # no memory where every mask has been found already
         budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner, looks)
     prepare_masks(rows, job.segmenter, device, first, budget.free)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip", *job.senses))

@@ -31,7 +31,7 @@ PICTURES = 32  # encoded before their masks are made
 def find_segmenter(
     rows: Sequence[Request], options: Options, defaults: Mapping[str, Any]
 ) -> tuple[VisionInfo | None, list[str]]:
-    """Return what finds the rows' masks in words, and what to say of it; rows get the hash of its weights.
+    """Return the segmenter that finds the rows' masks in words, and notes on it; rows get the hash of its weights.
 
     It is None where no row has such a mask. Raises InputError, naming the row, where one has and there is no segmenter.
     """
@@ -114,7 +114,7 @@ def _read(
 
 
 def _mask(row: Request, levels: torch.Tensor, size: tuple[int, int]) -> None:
-    """Give a row its mask, made of probabilities (h, w), and what to say if it is empty."""
+    """Set a row's mask from probabilities (h, w), and the note on it if it is empty."""
     from PIL import Image
 
     from genkit.vision.segmenter import binary, enlarged
@@ -133,7 +133,7 @@ def _mask(row: Request, levels: torch.Tensor, size: tuple[int, int]) -> None:
 def prepare_masks(rows: Sequence[Request], info: VisionInfo | None, device: Any, look: Look, free: float) -> None:
     """Find the masks of rows that have none yet with a segmenter that is alone on the device: it is freed again.
 
-    look: what it takes; free: bytes of the device, which say at how many pictures it looks at once.
+    look: the memory that it takes; free: bytes of the device, which limit how many pictures it takes at once.
     """
     lacking = without_mask(rows)
     if info is None or not lacking:

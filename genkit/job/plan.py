@@ -202,8 +202,9 @@ def _check_clip(row: Request, clip: ModelInfo | None, computed: frozenset[str]) 
 def _written(rows: Sequence[Request], options: Options, defaults: dict[str, Any]) -> Iterator[tuple[str, Request]]:
     """Yield (where it was read, row) of every row, defaults filled in and templates expanded. Raises InputError."""
     folders = [None if name is None else user_path(name) for name in (options.wildcards, options.lora_dir)]
-    if folders[0] is not None and not folders[0].is_dir():
-        raise InputError(f"--wildcards: {place(folders[0])} is not a folder")
+    for option, folder in zip(("--wildcards", "--lora-dir"), folders, strict=True):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"{option}: {place(folder)} is not a folder")
     taken: dict[str, str] = {}  # ids in lower case: some file systems ignore case
     for number, given in enumerate(rows):
         where = given.source or f"request {number}"

@@ -20,7 +20,8 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.destination import check_rights
 from genkit.runs.look_again import unseen
-from genkit.runs.run import Run, read_config
+from genkit.runs.records import read_config
+from genkit.runs.run import Run
 from genkit.sampling.draws import Draws
 from genkit.selection.choose import read_known
 from genkit.selection.decide import decide, hard_lines, write_selection

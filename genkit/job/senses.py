@@ -77,7 +77,7 @@ class Checks:
 
 
 def idle_notes(senses: Mapping[str, VisionInfo], rows: Sequence[Request]) -> list[str]:
-    """Return what to say of models that no row asks anything."""
+    """Return notes on models that no row uses."""
     asked = {"detector": any(row.sought for row in rows), "captioner": any(row.questions for row in rows)}
     field = {"detector": "detect", "captioner": "ask"}
     return [

@@ -43,10 +43,10 @@ class Inversions:
         return {**facts, "rows": ", ".join([*rows[:LISTED], *more]) or "none"}
 
     def binding(self, recorded: Mapping[str, Any], rows: Sequence[Request]) -> dict[str, Any]:
-        """Return what run.json keeps: those that are used, and recorded ones whose word no row has any more.
+        """Return the textual inversions for run.json: those in use, and recorded ones whose word no row uses any more.
 
-        recorded: what it has of earlier starts. One that is recorded and not given now, though rows have its word, is
-        not among them.
+        recorded: those of earlier starts. One whose word rows still use, but that is not given now, is left out, and so
+        the run is refused.
         """
         spelt = {word.lower(): word for word in recorded}
         found = {
@@ -66,7 +66,7 @@ class Inversions:
 
 
 def find_inversions(rows: Sequence[Request], options: Options, info: ModelInfo) -> tuple[Inversions, list[str]]:
-    """Return the textual inversions of a job, and what to say of them, a line each; rows get those of their words.
+    """Return the textual inversions of a job, and notes on them, a line each; rows get those of their words.
 
     Raises InputError for a file that cannot be used, and, naming the row, for embedding:NAME of no file.
     """

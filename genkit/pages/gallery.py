@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import itertools
 import operator
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +15,11 @@ from genkit.pages import look
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import GALLERY
+from genkit.selection.decide import image_name
 
 # Characters to escape in JSON within HTML: "</script>" would end the block, "<!--" would change its parsing.
 _HTML = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 SETTINGS_OF_IMAGE = ("seed", "index", "file", "status", "scores", "width", "height", "nfe", "seconds")
-LOCAL = "img-src 'self' file:"
 _settings_of = operator.attrgetter(*SETTINGS_OF_IMAGE)
 
 
@@ -50,9 +47,8 @@ def write_page(folder: Path, data: Iterable[str], large: bool = False) -> Path:
     """
     more = look.script("gallery_large") if large else ""
     template = look.template("gallery").replace("{{large}}\n", f"{more}\n")
-    parts = {"policy": policy(template, LOCAL, loads=large), "title": html.escape(folder.resolve().name)}
-    before, after = template.split("{{data}}")
-    before, after = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in (before, after))
+    parts = {"policy": look.policy(template, look.LOCAL, loads=large), "title": html.escape(folder.resolve().name)}
+    before, after = (look.filled(half, parts) for half in template.split("{{data}}"))
     pieces = itertools.chain([before], map(within_html, data), [after])
     path = folder / GALLERY
     with disk(path):
@@ -68,7 +64,7 @@ def within_html(text: str) -> str:
 
 def _images(results: Iterable[Result], decisions: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the data of each image for the page, by row, then by image number."""
-    found = {f"{r.id}-{r.index:02d}": r for r in results}
+    found = {image_name(r): r for r in results}
     ranked = Counter(d["id"] for d in decisions.values() if d["rank"] is not None)
     for key, decision in decisions.items():
         record = dict(zip(SETTINGS_OF_IMAGE, _settings_of(found[key]), strict=True))
@@ -83,19 +79,3 @@ def about(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     made = f"Made with genkit {info.get('genkit', '')}, begun {str(info.get('started', ''))[:10]}"
     model_name = model.get("name", "") if isinstance(model, Mapping) else str(model)
     return {"name": folder.resolve().name, "model": model_name, "made": made}
-
-
-def policy(template: str, *sources: str, loads: bool = False) -> str:
-    """Return a Content-Security-Policy: the template's own style and script, by hash, and `sources` of images.
-
-    loads: whether that script may load others; no tag in the page may, whatever is written into it.
-    """
-    hashes = {}
-    for tag in ("style", "script"):
-        inside = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-        if inside is None:
-            continue
-        hashes[tag] = base64.b64encode(hashlib.sha256(inside[1].encode()).digest()).decode()
-    more = {"script": " 'strict-dynamic'"} if loads else {}
-    allowed = [f"{tag}-src 'sha256-{digest}'{more.get(tag, '')}" for tag, digest in hashes.items()]
-    return "; ".join(["default-src 'none'", *sources, *allowed, "base-uri 'none'", "form-action 'none'"])

@@ -24,11 +24,11 @@ from typing import Any
 from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
 from genkit.pages import look
-from genkit.pages.gallery import policy
 from genkit.rows.result import Result
 from genkit.runs.lease import Lease
 from genkit.scoring.gates import passes
 from genkit.selection.calibrate import check_asked, checked_gate, read_pictures
+from genkit.selection.decide import image_name
 from genkit.selection.votes import COLUMNS, MEANING, UNDO, VOTES, header, read_votes, standing
 from genkit.storage import StoragePath
 
@@ -36,6 +36,7 @@ LONG = 2000  # characters of a prompt that are shown
 KEYS = "Open the address above; y good, n bad, u undo, space later; Ctrl-C ends."
 BODY, PICTURE = 4096, 2**28  # bytes: of a request, of a picture
 _HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::[0-9]{1,5})?")  # any port: somebody may have forwarded one
+_WHOLE = re.compile(rb"[^,]*,[^,]*,(?:[0-9a-f]{64})?\s*")  # a line of genkit's own
 _KINDS = {b"\x89PNG": "image/png", b"RIFF": "image/webp", b"\xff\xd8\xff": "image/jpeg", b"\xff\x0a": "image/jxl"}
 
 
@@ -63,17 +64,18 @@ class Ballots:
         self._columns = header(self.path)
 
     def _mend(self) -> None:
-        """Cut off a last line that a power cut tore; end one that merely has no line break, as editors leave it."""
+        """Cut off a last line of genkit's own that a power cut tore; end any other that has no line break.
+
+        In a file with other columns an editor left the line so: it is the user's.
+        """
         data = self.path.read_bytes()
         if data.endswith(b"\n") or not data:
             return
-        cells = data[data.rfind(b"\n") + 1 :].split(b",")
-        header = data.split(b"\n", 1)[0].strip().split(b",")
-        whole = len(cells) == len(header) and (len(header) < 3 or len(cells[-1].strip()) in (0, 64))
-        if whole or b"\n" not in data:
-            os.write(self._handle, b"\n")
+        header, last = data.split(b"\n", 1)[0].strip(), data.rfind(b"\n") + 1
+        if header == ",".join(COLUMNS).encode() and last and not _WHOLE.fullmatch(data, last):
+            os.ftruncate(self._handle, last)
         else:
-            os.ftruncate(self._handle, data.rfind(b"\n") + 1)
+            os.write(self._handle, b"\n")
 
     def add(self, r: Result, vote: str) -> None:
         """Add a line. Raises HostError."""
@@ -170,7 +172,7 @@ class Desk:
         if waiting:
             r = self.pictures[waiting[0]]
             prompt = r.prompt if len(r.prompt) <= LONG else r.prompt[:LONG] + "…"
-            image = {"number": waiting[0], "name": f"{r.id}-{r.index:02d}", "prompt": prompt}
+            image = {"number": waiting[0], "name": image_name(r), "prompt": prompt}
         return {**counts, "undo": bool(self._history), "image": image, "next": waiting[1] if waiting[1:] else None}
 
 
@@ -184,7 +186,7 @@ class Server(ThreadingHTTPServer):
             raise HostError(f"--port: {port}: {error.strerror or error}") from None
         self.folder, self.desk, self.token = folder, desk, secrets.token_urlsafe(32)
         self.page = look.template("label").encode()
-        own = policy(self.page.decode(), "img-src 'self'", "connect-src 'self'")
+        own = look.policy(self.page.decode(), "img-src 'self'", "connect-src 'self'")
         self.always = {
             "Content-Security-Policy": f"{own}; frame-ancestors 'none'",
             "Cross-Origin-Resource-Policy": "same-origin",
@@ -252,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _asked(self) -> str:
-        """Return what is asked for under the token, once host and token are right."""
+        """Return the path behind the token. Raises Refused for another host or token."""
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not _HOST.fullmatch(hosts[0].lower()):
             raise Refused(403, "this host name is not mine")  # a page elsewhere that had its name point here
@@ -296,7 +298,7 @@ class Handler(BaseHTTPRequestHandler):
         return "application/json", json.dumps(self.server.desk.vote(number, word)).encode()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what is no request of ours without repeating any of it."""
+        """Answer a malformed request without repeating any of it."""
         self.close_connection = True
         self._send(code, "text/plain; charset=utf-8", b"not a request for this page\n")
 

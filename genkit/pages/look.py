@@ -1,8 +1,14 @@
-"""What all pages share: their head, colours for light and dark, and type; each page takes them in."""
+"""What all pages share: head, style, how a template is filled in, and the Content-Security-Policy."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
 from importlib.resources import files
+
+LOCAL = "img-src 'self' file:"  # of a page that lies beside its pictures
 
 _PLACE = "/* look */\n"  # in a page's <style>
 _TOP = "<!-- head -->\n"  # of pages that lie in a folder
@@ -33,3 +39,22 @@ def template(name: str) -> str:
 def script(name: str) -> str:
     """Return a script that some pages take in."""
     return files("genkit.pages").joinpath(f"{name}.js").read_text("utf-8").strip()
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """Return a template with each {{name}} replaced by parts[name], which must be escaped already."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def policy(template: str, *sources: str, loads: bool = False) -> str:
+    """Return a page's Content-Security-Policy: the template's own style and script, by hash, and directives `sources`.
+
+    loads: whether that script may load other scripts; tags in the page may not, whatever text is filled in.
+    """
+    allowed = []
+    for tag in ("style", "script"):
+        inside = re.search(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        if inside is not None:
+            digest = base64.b64encode(hashlib.sha256(inside[1].encode()).digest()).decode()
+            allowed.append(f"{tag}-src 'sha256-{digest}'" + (" 'strict-dynamic'" if loads and tag == "script" else ""))
+    return "; ".join(["default-src 'none'", *sources, *allowed, "base-uri 'none'", "form-action 'none'"])

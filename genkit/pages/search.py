@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,7 +13,6 @@ from genkit.durable import disk, write_whole
 from genkit.errors import InputError, shown
 from genkit.files import local
 from genkit.pages import look
-from genkit.pages.gallery import policy
 from genkit.pictures.images import read_image
 
 SIDE = 320  # pixels of a small copy
@@ -37,10 +35,9 @@ def write_page(path: Path, query: Mapping[str, Any], results: Sequence[Mapping[s
         f'<dt>{name}</dt><dd dir="auto">{escape(str(value))}</dd>' for name, values in query.items() for value in values
     )
     cards = "".join(_card(number, result) for number, result in enumerate(results, 1))
-    parts = {"policy": policy(template, "img-src data:"), "query": asked, "cards": cards, "about": escape(about)}
-    text = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    parts = {"policy": look.policy(template, "img-src data:"), "query": asked, "cards": cards, "about": escape(about)}
     with disk(path):
-        write_whole(path, text.encode("utf-8", "backslashreplace"))
+        write_whole(path, look.filled(template, parts).encode("utf-8", "backslashreplace"))
 
 
 def _card(number: int, result: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from genkit.storage import StoragePath, check_storage, check_writable
 LONGEST = 3800  # bytes of a path; leaves room for names of images within the usual limit of 4,096
 LONGEST_KEY = 900  # bytes; a key of S3 has 1,024
 SHOWN = 10  # differences named in a refusal
+# Keys of a binding that say what a model is called and where it lies; they may change from start to start
 PLACES = (
     "model.name",
     "model.folder",
@@ -108,8 +109,8 @@ def run_seed(seed: int, folder: Path) -> int:
 def check_binding(folder: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise InputError naming every key in which the request differs from the run's recorded binding.
 
-    Names and folders of models and embeddings do not bind: what they hold does, wherever they lie now. Embeddings that
-    the record lacks, and segmenters, are in the fingerprints of the rows that use them.
+    Models and textual inversions may have another name or folder as long as their hashes are the same. Textual
+    inversions that the record lacks, and segmenters, are part of the fingerprints of the rows that use them.
     """
     # Older runs, without a format, are of PNGs
     before, after = {"format": "png", **_flat(recorded)}, {"format": "png", **_flat(json.loads(json.dumps(asked)))}

@@ -52,13 +52,13 @@ def fold(folder: Path, journal: Journal | Segments, records: dict[Key, Result], 
 
 def ended(folder: Path, worker: str, wait: float) -> dict[Key, Result]:
     """Return what a worker that died recorded; {} if it never began. wait: seconds for its process to end."""
-    if isinstance(folder, StoragePath):  # where no lock tells: a segment that comes late counts at the next fold
+    if isinstance(folder, StoragePath):  # segments have no lock: one that comes late is taken in by the next fold
         return read_parts(p for p in parts_of(folder) if p.name.startswith(f"results-{worker}_"))[0]
     path = part_of(folder, worker)
     if not path.exists():
         return {}
     with disk(path):
-        with contextlib.suppress(HostError):  # of a node that cannot be reached, the lock may stay for long
+        with contextlib.suppress(HostError):  # the lock of a node that cannot be reached may stay for long
             os.close(_claimed(path, time.monotonic() + wait))
         return read_parts([path])[0]
 

@@ -16,7 +16,7 @@ from genkit.storage import BLOCK, StoragePath, remove
 def gather(folder: StoragePath, journal: Journal | Segments, records: dict[Key, Result]) -> list[str]:
     """Put results.jsonl with what all segments hold added to it, then delete the segments; otherwise as `fold`.
 
-    There is no lock of a segment: one that its writer puts later counts at the next fold.
+    Segments have no lock: one that its writer puts later is taken in by the next fold.
     """
     assert isinstance(journal, Segments)
     journal.roll()
@@ -38,4 +38,4 @@ def _added(path: Path, new: list[Result]) -> Iterator[bytes]:
         while block := file.read(BLOCK):
             yield block
     for result in new:
-        yield json_line(result.to_json()).encode("utf-8", "backslashreplace")
+        yield json_line(result.to_json()).encode()

@@ -1,8 +1,9 @@
 """One process at a time for a run folder: a lock of the file system, or, on storage, an object that is kept fresh.
 
-On storage the holder has `.lock-N`, put only if absent, and changes it every BEAT seconds. Who finds it unchanged for
-STALE seconds by the own clock, no other is trusted, takes `.lock-N+1`, which one only can; a holder that wakes up late
-finds the higher number, and stops. A holder on the same machine whose process has ended is taken over at once.
+On storage the holder puts `.lock-N`, if there is none of that name, and changes it every BEAT seconds. A process that
+finds it unchanged for STALE seconds, by its own clock, puts `.lock-N+1`, which only one process can. A holder that was
+suspended finds the higher number when it wakes up, and stops. The lock of a process of the same machine that has ended
+is taken over at once.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Lease:
                 self.path.unlink(missing_ok=True)
 
     def _after_others(self) -> int:
-        """Return the number of the lock to take, once whoever holds the folder has been silent for long enough."""
+        """Return the number of the lock to take, after the holder's lock, if there is one, has gone stale."""
         found = _newest(self.folder)
         if found is None:
             return 0

@@ -20,9 +20,10 @@ TOGETHER = 8  # pictures in memory
 
 
 def lacking(row: Request, scores: Mapping[str, Any], classify: bool) -> Asked:
-    """Return what vision models were not asked of a picture yet: all words anew if they differ, only new questions.
+    """Return what vision models still have to be asked about a picture.
 
-    classify: whether the run has a classifier.
+    All words of the row if they differ from those that were looked for, and the questions without an answer. classify:
+    whether the run has a classifier.
     """
     words = tuple(row.sought)
     if list(words) == (scores.get("detected") or {}).get("words"):
@@ -32,7 +33,7 @@ def lacking(row: Request, scores: Mapping[str, Any], classify: bool) -> Asked:
 
 
 def unseen(run: Run) -> list[Result]:
-    """Return the finished images of which their rows ask vision models what was not asked of them."""
+    """Return the finished images about which their rows ask vision models something new."""
     classify = "classifier" in run.config["binding"]
     return [
         r for key, r in run.done.items() if r.status == "done" and lacking(run.rows[key[0]], r.scores, classify)
@@ -48,7 +49,8 @@ def look_again(run: Run, panel: Panel, stale: list[Result]) -> Iterator[int]:
 
     classify = "classifier" in run.config["binding"]
     for start in range(0, len(stale), TOGETHER):
-        part = [run.done[r.id, r.index] for r in stale[start : start + TOGETHER]]  # scored again, perhaps
+        # `stale` may hold records from before a rescore
+        part = [run.done[r.id, r.index] for r in stale[start : start + TOGETHER]]
         pictures = []
         for r in part:
             try:

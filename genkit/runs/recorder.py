@@ -66,7 +66,7 @@ class Recorder:
         self._record(result)
 
     def first(self, work: Callable[[], None]) -> None:
-        """Have `work` done before records are put on storage; of local folders the caller sees to the order."""
+        """Call `work` before records are put on storage; in a local folder the caller keeps the order."""
         if isinstance(self._journal, Segments):
             self._journal.before.append(work)
 
@@ -93,8 +93,8 @@ class Recorder:
 class Part(Recorder):
     """One of many writers of a run that another process opened and holds; a context manager.
 
-    Its records are in `part_of(folder, worker)`, which it locks: whoever folds waits until the writer has ended. On
-    storage there is no such lock, and they are in segments: one that is put after a fold counts at the next.
+    Its records are in `part_of(folder, worker)`, which it locks: `fold` waits until the writer has ended. On storage
+    they are in segments without a lock: a segment that is put after a fold is taken in by the next fold.
     """
 
     def __init__(self, folder: Path, rows: Sequence[Request], worker: str) -> None:
@@ -109,7 +109,7 @@ class Part(Recorder):
         with disk(path):
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                if not lock_part(self._lock):  # whoever folds was faster
+                if not lock_part(self._lock):  # a fold has locked it first
                     raise HostError(f"{path}: is taken")
                 self._journal = Journal(path)
                 sync_folder(folder)

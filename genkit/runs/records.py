@@ -112,8 +112,8 @@ def _are_there(folder: Path, parts: list[Path]) -> bool:
 def read_parts(paths: Iterable[Path]) -> tuple[dict[Key, Result], list[tuple[str, int]]]:
     """Return the record of each image in the parts, and (file name, number) of invalid lines. Raises OSError.
 
-    Of an image that several workers recorded, as when one was taken for dead, the same record counts in any order; of
-    one that a worker recorded in several segments, the last.
+    Several workers may have recorded an image, as when one was taken for dead: which record counts does not depend on
+    the order of the parts. Of the records of one worker in several segments the last counts.
     """
     found: dict[Key, Result] = {}
     bad: list[tuple[str, int]] = []
@@ -139,6 +139,7 @@ def _lines_of(paths: list[Path]) -> Iterator[tuple[Path, Iterable[Any]]]:
 
 
 def _order(result: Result) -> tuple[Any, ...]:
+    """Return a sort key by which the best of several workers' records of an image is the greatest."""
     return RANK.get(result.status, -1), result.sha256 or "", json.dumps(result.to_json(), sort_keys=True)
 
 

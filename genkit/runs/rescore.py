@@ -79,7 +79,7 @@ class Stored:
             return
         self._rows, self._vectors = read_embeddings(folder, results)
         self._waits = folder, clip.embedding_width
-        if isinstance(folder, StoragePath):  # to take a folder there may take time, and is a write
+        if isinstance(folder, StoragePath):  # taking the lock is a write and may take time: `add` does it
             self._sizes = folder.sizes()
         else:
             self._open()

@@ -12,19 +12,17 @@ from typing import Any
 from genkit.durable import Journal, disk, is_temporary, json_line, read_lines, sync_folder, write_whole
 from genkit.rows.request import Request
 from genkit.rows.result import Result
-from genkit.runs.destination import check_binding, check_folder, free_name
+from genkit.runs.destination import check_binding, check_folder
 from genkit.runs.embeddings import read_embeddings
 from genkit.runs.folding import fold
 from genkit.runs.gather import gather
 from genkit.runs.lease import Hold, Lease, hold
 from genkit.runs.outdated import NEW_LABELS, announcements, damaged, outdated
 from genkit.runs.recorder import Recorder
-from genkit.runs.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config, read_results
+from genkit.runs.records import CONFIG, PICTURE, REPLACED, RESULTS, ROWS, Key, newest, read_config
 from genkit.runs.segments import Segments
 from genkit.scoring.senses import NAMES as SENSES
 from genkit.storage import StoragePath
-
-__all__ = ["Run", "check_folder", "free_name", "read_config", "read_results"]
 
 SHOWN = 10  # notes of one kind
 
@@ -61,7 +59,8 @@ class Run(Recorder):
                     check_binding(folder, recorded["binding"], config["binding"])
                     config = {**recorded, "binding": {**recorded["binding"], **_places(config["binding"])}}
                 if config != recorded:  # a new run, or one whose models have moved
-                    write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+                    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+                    write_whole(folder / CONFIG, text.encode("utf-8", "backslashreplace"))  # paths may be no UTF-8
                     sync_folder(folder.absolute().parent)
                 run = cls(folder, config, rows, lock)
                 run._begin()

@@ -61,8 +61,7 @@ class Segments:
 
     def __init__(self, folder: StoragePath, worker: str, results: StoragePath | None = None) -> None:
         """results: the file of all records, which is made; `lines` has its contents."""
-        self.folder, self.writer = folder, writer_name(worker)
-        self._growing = Growing(folder, f"results-{self.writer}", ".jsonl")
+        self._growing = Growing(folder, f"results-{writer_name(worker)}", ".jsonl")
         self.path = results or folder
         self.before: list[Callable[[], None]] = []  # called before records are put; what they raise stops the writer
         self.lines: list[Any] = []
@@ -80,7 +79,7 @@ class Segments:
 
     def append(self, values: Iterable[Any], folders: Iterable[Path] = ()) -> None:
         """Put a line for each value. Raises HostError, and so does every later call."""
-        lines = [json_line(value).encode("utf-8", "backslashreplace") for value in values]
+        lines = [json_line(value).encode() for value in values]
         with self._changed:
             self._waiting += lines
             self._asked += len(lines)
@@ -119,10 +118,6 @@ class Segments:
     def roll(self) -> None:
         """Begin another segment with the next record."""
         self._growing.roll()
-
-    def own(self, path: Path) -> bool:
-        """Whether this is a segment of this writer."""
-        return path.name.startswith(f"results-{self.writer}__")
 
     def close(self) -> None:
         """Nothing is left to do: everything appended is on storage."""

@@ -18,8 +18,9 @@ from genkit.rows.result import Result, value_of
 from genkit.runs.records import read_config, read_results, read_rows
 from genkit.scoring.gates import Expression, check_seen, passes
 from genkit.scoring.names import names_of
+from genkit.selection.decide import image_name
 from genkit.selection.intervals import at_least, clopper_pearson
-from genkit.selection.votes import name_of, read_labels
+from genkit.selection.votes import read_labels
 
 GATES = "gates.json"
 CANDIDATES = 8  # thresholds that are tested; more of them widen the interval
@@ -182,7 +183,7 @@ def read_pictures(folder: Path) -> tuple[dict[str, Result], set[str], set[str]]:
     if read_config(folder) is None:
         raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
     asked = {str(row.id) for row in read_rows(folder)}
-    pictures = {name_of(r): r for r in read_results(folder) if r.status == "done" and r.id in asked}
+    pictures = {image_name(r): r for r in read_results(folder) if r.status == "done" and r.id in asked}
     if not pictures:
         raise InputError(f"{shown(str(folder))}: has no finished picture")
     known = names_of(r.scores for r in pictures.values())

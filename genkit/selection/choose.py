@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from genkit.selection.judged import Judged
 
-Notes = dict[Key, dict[str, Any]]  # by image: why it is `out`, more `about` it, `sim`, `reference`
+Notes = dict[Key, dict[str, Any]]  # by image: out (why it is rejected), about (added to the reason), sim, reference
 
 
 _NO_EMBEDDINGS = "this run has no embeddings to compare, as one made with --clip none: "

@@ -159,6 +159,7 @@ def verdicts_of(
 
 
 def image_name(r: Result) -> str:
+    """Return the name of an image, that of its file without the suffix: "fox-00"."""
     return f"{r.id}-{r.index:02d}"
 
 
@@ -177,4 +178,4 @@ def write_selection(folder: Path, selection: Mapping[str, Any]) -> None:
     with disk(folder / SELECTION):
         rest = {name: value for name, value in selection.items() if name != "images"}
         pieces = json_pieces(rest, {"images": selection["images"].items()})
-        write_whole(folder / SELECTION, (text.encode("utf-8", "backslashreplace") for text in pieces))
+        write_whole(folder / SELECTION, map(str.encode, pieces))

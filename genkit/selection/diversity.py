@@ -137,7 +137,7 @@ class _Weighed(_Greedy):
 
 
 class _Different(_Greedy):
-    """A row that takes next what is good and unlike what it took."""
+    """A row that takes its candidates by score less similarity to those already taken; see `pick`."""
 
     def __init__(self, row: Candidates, vectors: np.ndarray, place: Sequence[int], weight: float) -> None:
         super().__init__(row, vectors, place)
@@ -157,10 +157,10 @@ class _Different(_Greedy):
 
 
 class _Kept:
-    """What is chosen so far, searched for what a newcomer is too like.
+    """The items chosen so far, and the search for near duplicates among them.
 
-    Most pairs are ruled out in few dimensions: with P an orthonormal basis of the candidates' first principal axes and
-    r the length of what P leaves out, a . b <= Pa . Pb + r(a) r(b) (Cauchy-Schwarz).
+    Most pairs are ruled out by a bound in few dimensions: with P an orthonormal basis of the candidates' first
+    principal axes and r(a) the length of the residual of a, a . b <= Pa . Pb + r(a) r(b) (Cauchy-Schwarz).
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class _Kept:
         self.bounded = width >= 8 * SKETCH
 
     def admit(self, items: Sequence[int]) -> list[Other | None]:
-        """Take items in, in order, but for those that something taken in is too like: for these return that."""
+        """Add items in order, except near duplicates of one added before; return for each that one, or None."""
         found: list[Other | None] = []
         for start in range(0, len(items), BLOCK):
             found += self._admit(items[start : start + BLOCK])
@@ -221,7 +221,7 @@ class _Kept:
     def _search(
         self, whole: np.ndarray, short: np.ndarray, known: np.ndarray, at: slice, found: list[Other | None]
     ) -> None:
-        """Enter into `found` what is too like something of `at`."""
+        """Set `found[j]` where item j is a near duplicate of one of the chosen items in the slice `at`."""
         asked = [j for j in range(len(found)) if found[j] is None and known[j]]
         if self.bounded and asked:
             bound = (short[asked] @ self.short[at].T).max(axis=1)
@@ -248,7 +248,7 @@ def nearest(
 ) -> Iterator[Other | None]:
     """Yield for each row of `vectors` named in `asked` the nearest row of `others`, and the cosine.
 
-    numbers: which rows of `vectors` the others are, where they are any: none is its own neighbour.
+    numbers: the row of `vectors` that each of `others` is, if they are rows of it: no row is its own neighbour.
     """
     targets = np.asarray(others, np.float32)
     own = np.full(len(targets), -1) if numbers is None else np.array(numbers)

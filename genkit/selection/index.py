@@ -1,8 +1,8 @@
 """The CLIP embeddings of any folder's pictures, kept in the cache folder, and exact search among embeddings.
 
-An index has two files that only grow: `embeddings.npy`, as a run's, whose vectors are known by the SHA-256 of a
-picture; and `files.jsonl`, which says what each file held when it was last read. A file that moved is read again and
-not embedded again; one that changed is embedded again. Whatever stops the work, what is embedded stays.
+An index has two files that only grow: `embeddings.npy`, as in a run folder, with vectors by the pictures' SHA-256; and
+`files.jsonl`, with the hash of each file when it was last read. A file that was moved is read again but not embedded
+again; one that has changed is embedded again. An interrupted update keeps what was embedded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FILES = "files.jsonl"
 BATCH = 32  # pictures embedded together
 CHUNK = 65536  # vectors multiplied at a time
-ROUNDING = 2e-3  # above the error of a product in half precision: what lies within it is multiplied again
+ROUNDING = 2e-3  # bound on the error of a cosine in half precision; candidates within it are computed again in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _updated(
 
 
 def _state(folder: Path, file: Path) -> dict[str, Any]:
-    """Return what shows that a file is the one that was read, without reading it."""
+    """Return the size and times of a file, by which one that has not changed is recognised without reading it."""
     found = file.stat()
     name = os.fsencode(file.relative_to(folder)).decode("utf-8", "backslashreplace")
     return {"file": name, "bytes": found.st_size, "mtime": found.st_mtime_ns, "ctime": found.st_ctime_ns}

@@ -32,9 +32,9 @@ def nearest_references(
     """Return for each image of a run its nearest picture in `folder`, relative to it, and the cosine of the two.
 
     clip: {"name", "weights"} as run.json has it; place, vectors: as from `read_embeddings`; same: SHA-256 of the images
-    (of the same file the cosine is 1, which that of rounded vectors never is). The folder is embedded once: what is
-    known of a picture is kept under the hash of its content, whatever stops this. Raises InputError where the run's
-    CLIP model is gone or has changed, and for a picture that cannot be read.
+    (an identical file has the cosine 1, which rounded vectors do not reach). Embeddings are cached by the hash of the
+    picture's content, also when this is interrupted. Raises InputError where the run's CLIP model is gone or has
+    changed, and for a picture that cannot be read.
     """
     files = list_images(folder)
     if clip is None:

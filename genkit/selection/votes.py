@@ -39,11 +39,6 @@ class Labels:
     stale: int = 0
 
 
-def name_of(r: Result) -> str:
-    """Return the name of an image, that of its file without the suffix: "fox-00"."""
-    return f"{r.id}-{r.index:02d}"
-
-
 def read_labels(path: Path, bad: Path | None, others_bad: bool, pictures: Mapping[str, Result]) -> Labels:
     """Return the labels of a run's pictures (by name), a majority where a picture has several votes.
 
@@ -68,7 +63,7 @@ def read_votes(path: Path) -> list[Vote]:
     reader = csv.reader(io.StringIO(read_text(path, LIMIT).removeprefix("\ufeff"), newline=""), strict=True)
     found: list[Vote] = []
     try:
-        names = _names_of(next(reader))
+        names = _names_of(next(reader, ()))
         for column in COLUMNS[:2]:
             if names.count(column) != 1:
                 raise InputError(f"{where}:1: needs one column {column!r}{nearest(column, names)}")

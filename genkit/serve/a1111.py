@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
+from genkit.durable import json_line
 from genkit.errors import InputError
 from genkit.pictures.encoders import encoding
 from genkit.pictures.samplers import SAMPLERS, SCHEDULE_TYPES
@@ -25,7 +26,7 @@ from genkit.rows.plans import ALIASES
 from genkit.rows.request import Request as Row
 from genkit.rows.result import Result
 from genkit.runs.writers import texts_of
-from genkit.serve.a1111fields import Asked, asked, check_settings, inline
+from genkit.serve.a1111fields import Asked, as_sent, asked, check_settings, inline
 from genkit.serve.calls import Serving, bad, client_of, encoded, failed, stopping
 from genkit.serve.limits import STATUSES, Refused
 from genkit.serve.line import Event
@@ -158,7 +159,7 @@ def _add_settings(routes: APIRouter, serving: Serving, api: Api) -> None:
         try:
             name = check_settings(body, serving.models)
         except InputError as wrong:
-            raise bad(str(wrong), 422) from None
+            raise bad(as_sent(str(wrong)), 422) from None
         if name is not None:
             api.choose(call, name)
         return JSONResponse({})
@@ -222,7 +223,7 @@ class Api:
         self.chosen: OrderedDict[str, str] = OrderedDict()  # the models that clients chose
 
     def of(self, call: Request) -> Serving:
-        """Return what there is for the model that the caller chose."""
+        """Return the Serving of the model that the caller chose."""
         return self.serving.of(self.chosen.get(client_of(call)))
 
     def choose(self, call: Request, name: str) -> None:
@@ -237,9 +238,12 @@ class Api:
         try:
             wanted = await run_in_threadpool(asked, given, self.serving.models, from_picture)
         except InputError as wrong:
-            raise bad(str(wrong), 422) from None
+            raise bad(as_sent(str(wrong)), 422) from None
         serving = self.of(call) if wanted.model is None else self.serving.of(wanted.model)
-        rows = await serving.rows([wanted.fields])
+        try:
+            rows = await serving.rows([wanted.fields])
+        except Refused as refused:
+            raise bad(as_sent(refused.detail), refused.status_code) from None
         wanted.notes += rows.notes
         row = rows[0]
         progress = Progress(row.max_images or row.num_images)
@@ -261,7 +265,8 @@ class Api:
         echo = {**given, "init_images": None, "mask": None} if from_picture else given
         infotexts = [text["parameters"] for text in texts]
         info = self._info(serving.name, wanted, row, results, given) | {"infotexts": infotexts}
-        return JSONResponse({"images": sent, "parameters": echo, "info": json.dumps(info)})
+        answer = json_line({"images": sent, "parameters": echo, "info": json.dumps(info)})  # any float is echoed
+        return Response(answer, media_type="application/json")
 
     def _info(
         self, model: str, wanted: Asked, row: Row, results: list[Result], given: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import secrets
 from collections.abc import Collection, Mapping
@@ -18,7 +19,7 @@ from genkit.serve.rows import from_base64, picture
 
 OFF: tuple[Any, ...] = (None, False, 0, "", "None", "none", [], {})
 ANCESTRAL = ("euler_ancestral", "dpm2_ancestral")
-# Of these nothing follows for a picture, whatever they say; those of `hr_` have no say without enable_hr.
+# Parameters that never change a picture; those that begin with hr_ matter only with enable_hr, which is refused.
 IDLE = (
     "do_not_save_samples", "do_not_save_grid", "save_images", "send_images", "override_settings_restore_afterwards",
     "force_task_id", "include_init_images", "comments", "image_cfg_scale", "s_tmin", "s_tmax", "disable_extra_networks",
@@ -26,7 +27,7 @@ IDLE = (
     "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "refiner_switch_at", "script_args",
     "inpaint_full_res_padding", "subseed",
 )  # fmt: skip
-# What they are when they are off, besides OFF; with any other value they would change the picture.
+# Parameters of what genkit lacks, each with the values besides OFF that leave it off; any other value is refused.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "enable_hr": (), "restore_faces": (), "tiling": (), "styles": (), "subseed_strength": (),
     "seed_resize_from_h": (-1,), "seed_resize_from_w": (-1,), "firstphase_width": (), "firstphase_height": (),
@@ -41,14 +42,19 @@ READ = (
     "inpaint_full_res", "inpainting_mask_invert",
 )  # fmt: skip
 NUMBERS = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale", "width": "width", "height": "height"}
+# By field of a row, the parameter that sets it
+SENT = {field: name for name, field in NUMBERS.items()} | {
+    "num_images": "batch_size", "strength": "denoising_strength", "clip_skip": "CLIP_stop_at_last_layers",
+}  # fmt: skip
 MOST_BLUR = 64
 
 
 @dataclasses.dataclass
 class Asked:
-    """A row's fields, and what is done with its pictures: start and soft mask to lay them over; how they are sent.
+    """What a request asks for: fields of a row, and how its pictures are finished.
 
-    model: the name of the one that it asks for.
+    start, soft: the picture and the soft mask with which a result is blended. send: whether the answer has pictures.
+    model: the name of the model that is asked for, if any.
     """
 
     fields: dict[str, Any]
@@ -82,8 +88,7 @@ def asked(given: Mapping[str, Any], models: Collection[str], from_picture: bool)
     draft.seed(given.get("seed"))
     if draft.fields.get("seed", -1) == -1:
         draft.fields["seed"] = secrets.randbits(32) % SEED_LIMIT
-    counts = [number("num_images", given[name]) for name in ("batch_size", "n_iter") if given.get(name) is not None]
-    draft.fields["num_images"] = counts[0] * (counts[1] if len(counts) > 1 else 1) if counts else 1
+    draft.fields["num_images"] = math.prod(_count(name, given.get(name)) for name in ("batch_size", "n_iter"))
     _sampler(draft, given)
     model = _settings(draft, given.get("override_settings") or {}, models)
     _scripts(given.get("alwayson_scripts") or {})
@@ -99,6 +104,27 @@ def asked(given: Mapping[str, Any], models: Collection[str], from_picture: bool)
     return found
 
 
+def as_sent(message: str) -> str:
+    """Return an error that names a field of a row with the name of the parameter that clients send for it."""
+    field, colon, rest = message.partition(":")
+    return f"{SENT.get(field, field)}{colon}{rest}"
+
+
+def _number(name: str, value: Any, like: str = "guidance_scale") -> Any:
+    """Return a parameter as the number that a field of a row takes. Raises InputError naming the parameter."""
+    try:
+        return number(like, value)
+    except InputError as error:
+        raise InputError(f"{name}{str(error).removeprefix(like)}") from None
+
+
+def _count(name: str, value: Any) -> int:
+    count: int = 1 if value is None else _number(name, value, "num_images")
+    if count < 1:
+        raise InputError(f"{name}: {count} must be at least 1")
+    return count
+
+
 def _from_infotext(draft: Draft, given: Mapping[str, Any]) -> None:
     """Take from an infotext what the body does not state."""
     if not isinstance(given["infotext"], str):
@@ -111,7 +137,7 @@ def _from_infotext(draft: Draft, given: Mapping[str, Any]) -> None:
 
 
 def _sampler(draft: Draft, given: Mapping[str, Any]) -> None:
-    """Set the solver. `eta` is of DDIM, and 1 of the others that draw noise, as in AUTOMATIC1111."""
+    """Set the solver and `eta`, which is DDIM's; of the other solvers that draw noise it is always 1 here."""
     name = given.get("sampler_name") or given.get("sampler_index")
     schedule, eta = given.get("scheduler") or None, given.get("eta")
     if isinstance(name, int):
@@ -129,7 +155,9 @@ def _sampler(draft: Draft, given: Mapping[str, Any]) -> None:
     options = solver if isinstance(solver, dict) else {"solver": solver}
     if eta is None:
         return
-    eta = number("guidance_scale", eta)
+    eta = _number("eta", eta)
+    if solver is None and eta:
+        raise InputError(f"eta: {eta:g}: needs sampler_name, say DDIM")
     if options.get("solver") == "ddim" and eta:
         draft.fields["scheduler"] = {**options, "eta": eta}
     elif eta != 1 and (options.get("solver") in ANCESTRAL or str(options.get("solver")).startswith("sde-")):
@@ -206,7 +234,7 @@ def _picture(found: Asked, given: Mapping[str, Any]) -> None:
 
     start = start if start.size == size else start.resize(size, Image.Resampling.LANCZOS)
     strength = given.get("denoising_strength")
-    strength = 0.75 if strength is None else number("strength", strength)
+    strength = 0.75 if strength is None else _number("denoising_strength", strength)
     if not 0 < strength <= 1:
         raise InputError(f"denoising_strength: {shown(strength)} is not above 0 and at most 1")
     fields |= {"image": start, "strength": strength}
@@ -226,10 +254,11 @@ def _mask(found: Asked, given: Mapping[str, Any], start: Any) -> None:
     mask = mask.getchannel("A") if painted else mask.convert("L")
     mask = ImageOps.invert(mask) if given.get("inpainting_mask_invert") else mask
     mask = mask.resize(start.size, Image.Resampling.LANCZOS)
-    blur = [number("guidance_scale", 4 if (v := given.get(name, given.get("mask_blur"))) is None else v)
+    blur = [_number("mask_blur", 4 if (v := given.get(name, given.get("mask_blur"))) is None else v)
             for name in ("mask_blur_x", "mask_blur_y")]  # fmt: skip
-    if not all(0 <= b <= MOST_BLUR for b in blur):
-        raise InputError(f"mask_blur: {max(blur):g} is not from 0 to {MOST_BLUR} pixels")
+    wrong = next((b for b in blur if not 0 <= b <= MOST_BLUR), None)
+    if wrong is not None:
+        raise InputError(f"mask_blur: {wrong:g} is not from 0 to {MOST_BLUR} pixels")
     soft = mask.filter(ImageFilter.GaussianBlur((blur[0], blur[1])))
     if not soft.getbbox():
         raise InputError("mask: is black: nothing would be drawn anew")

@@ -29,8 +29,8 @@ from genkit.serve.rows import Intake, Most, Planned
 class Serving:
     """What the interfaces share. name: of the model, as clients name it. runs: the folder of served runs.
 
-    others: of several models, what there is for each by its name, this one first; one that is served alone has none.
-    replica: its name where it is one of several that answer; what one process keeps in memory is not served then.
+    others: where several models are served, the Serving of each by name, the first model's first; else empty. replica:
+    the name of this process where it is one of several workers; what a process keeps in its memory is not served then.
     hosts: names of the server behind a proxy. framed_by: origins whose pages may have the server's page in a frame.
     """
 
@@ -52,11 +52,11 @@ class Serving:
 
     @property
     def models(self) -> dict[str, Serving]:
-        """What there is for each model by its name, the first one's first."""
+        """The Serving of each model by its name, the first model's first."""
         return self.others or {self.name: self}
 
     def of(self, name: Any) -> Serving:
-        """Return what there is for a model of a name, which is this one for any other name."""
+        """Return the Serving of the model of that name, or this one if no model has that name."""
         return self.models.get(name, self) if isinstance(name, str) else self
 
     async def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
@@ -67,9 +67,9 @@ class Serving:
             raise bad(str(error)) from None
 
     def origin(self) -> Awaitable[Origin]:
-        """Return what to await for what pictures' metadata says of what drew them; it is found once.
+        """Return an awaitable of what pictures' metadata says of model, weights and versions; it is computed once.
 
-        The weights are hashed for it, beside the event loop: who calls this when a picture is asked for waits less.
+        It hashes the weights in a thread: called when pictures are asked for, it is ready once they are drawn.
         """
         failed = self._origin is not None and self._origin.done() and self._origin.exception() is not None
         if self._origin is None or failed:
@@ -103,9 +103,9 @@ class Serving:
     async def events(
         self, call: Call, rows: Sequence[Request], previews: int = 0, steps: bool = False, seed: int | None = None
     ) -> AsyncIterator[Event]:
-        """Queue planned rows and return their events; the rows are given up when the caller leaves.
+        """Queue planned rows and return their events; the rows are cancelled when the caller leaves.
 
-        The first event is waited for, so that a refusal comes before a streamed answer begins.
+        Raises Refused as `submit` does, before a streamed answer begins.
         """
         queue: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -115,7 +115,9 @@ class Serving:
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
         ticket = self.submit(rows, client_of(call), on, previews, steps, seed)
-        return _followed(call, ticket, queue)
+        gone = asyncio.create_task(_left(call))
+        gone.add_done_callback(lambda _: ticket.cancel())  # also where nobody ever asks for the first event
+        return _followed(gone, queue)
 
 
 def _origin(engine: ServingEngine) -> Origin:
@@ -123,8 +125,8 @@ def _origin(engine: ServingEngine) -> Origin:
     return origin_of(job, config_of(job, engine)["binding"], engine.generator)
 
 
-async def _followed(call: Call, ticket: Ticket, queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-    gone = asyncio.create_task(_left(call))
+async def _followed(gone: asyncio.Task[None], queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+    """Yield events up to the last, or until `gone`, which is cancelled in the end, says that the caller left."""
     try:
         while True:
             event = asyncio.create_task(queue.get())
@@ -137,7 +139,6 @@ async def _followed(call: Call, ticket: Ticket, queue: asyncio.Queue[Event]) -> 
                 return
     finally:
         gone.cancel()
-        ticket.cancel()
 
 
 async def _left(call: Call) -> None:

@@ -11,7 +11,7 @@ from genkit.errors import InputError, nearest
 from genkit.files import place
 from genkit.options import Options
 
-# Options that are of one model, whose kind they have to fit
+# Options that fit one model only
 OF_ONE = ("vae", "text_encoder", "prediction", "embeddings", "embedding_dir", "refiner", "refiner_start")
 
 
@@ -23,10 +23,10 @@ class Choice:
     loaded: int = 1
 
     def of(self, options: Options) -> dict[str | None, tuple[Options, dict[str, str]]]:
-        """Return the options and LoRAs of each model by its name, the one that is loaded first before the others.
+        """Return the options and LoRAs of each model by its name; the first is loaded when the server starts.
 
-        That is `options.model` if it is the name of one, else the first of the alphabet. What in the folder cannot be
-        taken is said on stderr. Raises InputError where there is no model, and for options that are of one model.
+        The first is `options.model` if that was given, else the first in alphabetical order. Files that cannot be used
+        are named on stderr. Raises InputError where there is no model, and for options that fit one model only.
         """
         for name in OF_ONE:
             if getattr(options, name) != getattr(Options, name):

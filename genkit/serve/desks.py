@@ -1,4 +1,4 @@
-"""What pages in browsers asked for: desks with their jobs, kept in memory, so that a reload loses nothing."""
+"""Sessions of pages in browsers, called desks: each page's jobs are kept in memory, so that a reload loses nothing."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from genkit.serve.line import Event, Ticket
 from genkit.serve.openaifields import not_served
 from genkit.serve.rows import PICTURES
 
-BYTES = 2**28  # of all pictures that are held; then the oldest finished job is forgotten, jobs with kept pictures last
+# Bytes of all pictures in memory; above it the oldest finished jobs are forgotten, those with kept pictures last
+BYTES = 2**28
 DESKS, JOBS = 64, 200  # desks of a server, and jobs of a desk
-GRACE, HOURS = 30.0, 3600.0  # seconds without a page after which its jobs are given up, and it is forgotten
+GRACE, HOURS = 30.0, 3600.0  # seconds without a page until a desk's jobs are cancelled, and until it is forgotten
 BACKLOG = 500  # events that wait for a slow page, above which steps and previews are left out
 LIVE = ("queued", "drawing")
 
@@ -55,10 +56,11 @@ class Work:
     state: str = "queued"
     reason: str | None = None
     ticket: Ticket | None = None
-    notes: tuple[str, ...] = ()  # what was assumed, or has no say
+    notes: tuple[str, ...] = ()  # what was assumed or ignored
     pictures: dict[int, Picture] = dataclasses.field(default_factory=dict)
     encoding: int = 0
     over: bool = False
+    made: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def bytes(self) -> int:
@@ -140,7 +142,7 @@ class Desks:
         return desk, desk.jobs[number]
 
     def listen(self, desk: Desk) -> asyncio.Queue[dict[str, Any]]:
-        """Return a queue of the desk's events, of which the first has all its jobs."""
+        """Return a queue of the desk's events; the first event has all its jobs."""
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         queue.put_nowait({"type": "hello", "desk": desk.id, "jobs": [job.told() for job in desk.jobs.values()]})
         desk.listeners.add(queue)
@@ -148,7 +150,7 @@ class Desks:
         return queue
 
     def leave(self, desk: Desk, queue: asyncio.Queue[dict[str, Any]]) -> None:
-        """End a stream; a desk that nobody looks at gives up its jobs after GRACE seconds."""
+        """End a stream; the jobs of a desk without a stream are cancelled after GRACE seconds."""
         desk.listeners.discard(queue)
         if not desk.listeners:
             desk.left = time.monotonic()
@@ -156,7 +158,7 @@ class Desks:
                 asyncio.get_running_loop().call_later(GRACE, self.sweep)
 
     def sweep(self) -> None:
-        """Give up the jobs of desks that were left, and forget those that were left long ago."""
+        """Cancel the jobs of desks that have no stream, and forget desks that have had none for long."""
         now = time.monotonic()
         for desk in list(self.desks.values()):
             gone = 0.0 if desk.left is None else now - desk.left
@@ -171,7 +173,7 @@ class Desks:
             raise Refused(429, f"{JOBS} jobs wait; cancel some", "too_many_jobs", None, {"Retry-After": "10"})
         stated = {"seed": secrets.randbits(32)} | {k: v for k, v in fields.items() if v is not None}
         name = stated.get("model")
-        if name is not None and name not in self.serving.models:
+        if name is not None and not (isinstance(name, str) and name in self.serving.models):
             raise bad(not_served("model", name, self.serving.models))
         serving = self.serving.of(name)
         rows = await serving.rows([{k: v for k, v in stated.items() if k != "model"}])
@@ -194,12 +196,12 @@ class Desks:
         return job
 
     def cancel(self, job: Work) -> None:
-        """Give up what of a job is not drawn."""
+        """Cancel what is not drawn yet of a job."""
         if job.state in LIVE and job.ticket is not None:
             job.ticket.cancel()
 
     def forget(self, desk: Desk, job: Work) -> None:
-        """Give a job up and forget its pictures."""
+        """Cancel a job and forget its pictures."""
         self.cancel(job)
         desk.jobs.pop(job.id, None)
         desk.tell("forgotten", job=job.id)
@@ -258,7 +260,7 @@ class Desks:
         held = [(desk, job) for desk in self.desks.values() for job in desk.jobs.values()]
         total = sum(job.bytes for _, job in held)
         over = [(desk, job) for desk, job in held if job.state not in LIVE]
-        over.sort(key=lambda pair: any(p.kept for p in pair[1].pictures.values()))
+        over.sort(key=lambda pair: (any(p.kept for p in pair[1].pictures.values()), pair[1].made))
         for desk, job in over[:-1]:
             if total <= BYTES:
                 return

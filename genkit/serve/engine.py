@@ -59,7 +59,7 @@ class ServingEngine:
         self.models: Models = inspect_models(options)
         self.ready, self.why, self.broken = False, "the model is loading", False
         self.started = time.monotonic()
-        self.generator: Generator | None = None  # stays when it leaves memory, as what is known of it does
+        self.generator: Generator | None = None  # stays when its networks leave memory
         self.loaded = False
         self.counts: Counter[str] = Counter()  # done, and failures by reason
         self.line: Line = Line(self.cost_of, lambda latent: self._preview(latent), self._count)
@@ -141,7 +141,7 @@ class ServingEngine:
         return plan_job(rows, self.options, self.defaults, self.models)
 
     def cut(self, rows: Sequence[Request]) -> list[str]:
-        """Return what to say of drawn rows whose prompts are longer than the model reads."""
+        """Return notes on drawn rows whose prompts the text encoders truncated."""
         long = self._long  # the thread that draws may add to them
         named = [(name, getattr(row, name)) for row in rows for name in ("prompt", "negative_prompt")]
         fields = dict.fromkeys(name for name, text in named if any(text in found for found in long))
@@ -162,7 +162,7 @@ class ServingEngine:
         self, rows: Sequence[Request], client: str = "local", on: Callable[[Event], None] | None = None,
         previews: int = 0, steps: bool = False, seed: int | None = None,
     ) -> Ticket:  # fmt: skip
-        """Queue planned rows; return their Ticket. previews: a small picture every so many steps; steps: tell of each.
+        """Queue planned rows; return their Ticket. previews: steps between two, or 0 for none; steps: report each step.
 
         on: called with each event in the thread that draws, instead of `Ticket.results`; it must return at once. seed:
         what rows without one derive theirs from; None is any. Raises Full, and HostError once the engine is closed.
@@ -174,16 +174,12 @@ class ServingEngine:
 
     def _check_room(self, ticket: Ticket) -> None:
         parts = (self.line.cost(), self.most_cost), (self.line.cost(ticket.client), self.most_cost / 2)
-        # What is too much by itself may be drawn when nothing waits
+        # A request that is larger than the limit is accepted when nothing else waits
         over = max((held + ticket.cost - most for held, most in parts if held), default=0.0)
         if over > 0:
             raise Full(max(1.0, over / rate if (rate := self.rate) else 10.0))
 
     # Facts
-
-    def queue_cost(self) -> float:
-        """Return what is not drawn yet, in pictures of the model's own size and steps."""
-        return self.line.cost()
 
     @property
     def rate(self) -> float | None:
@@ -193,7 +189,7 @@ class ServingEngine:
         return sum(cost for _, cost in list(self._ends)[1:]) / (self._ends[-1][0] - self._ends[0][0])
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what there is to know of it now, for /health, /metrics and progress."""
+        """Return the state of engine and queue, for /health, /metrics and progress."""
         waiting, flying = self.line.waiting()
         engine = self.line.engine
         budget = None if self.generator is None else self.generator.budget
@@ -203,7 +199,7 @@ class ServingEngine:
             "model": self.models.info.name,
             "rows_waiting": waiting,
             "images_in_flight": flying,
-            "queue_cost": round(self.queue_cost(), 4),
+            "queue_cost": round(self.line.cost(), 4),
             "queue_most": self.most_cost,
             "rate": self.rate,
             "slots": 0.0 if budget is None else (budget.slots if engine is None else engine.slots),
@@ -263,13 +259,13 @@ class ServingEngine:
         return not self.line.tickets
 
     def give_up(self) -> None:
-        """Draw no more, and say so to everyone who waits."""
+        """Draw no more, and fail all tickets with that reason."""
         self.ready, self.why = False, STOPPING
         self.line.halt()
         self.line.fail(STOPPING)
 
     def close(self) -> None:
-        """Give up what is left and end the thread."""
+        """Cancel what is left and end the thread."""
         self.ready, self.why = False, STOPPING
         self.turns.close()
         self.line.close()

@@ -28,11 +28,11 @@ from genkit.serve.store import Served, Store, unavailable
 log = logging.getLogger("genkit")
 ACTIVE = 8  # runs that are drawn at once
 AGAIN = 30.0  # seconds after which a run that could not go on is tried again
-AHEAD = 2  # images in the line for each slot, of one run
+AHEAD = 2  # images that one run has in the engine's line, for each slot
 
 
 class Active:
-    """A run that is drawn now. Its folder is locked."""
+    """A run that is being drawn, with its folder locked. left: rows to submit; flying: rows in the engine's line."""
 
     def __init__(self, served: Served, engine: ServingEngine, events: queue.SimpleQueue[Any]) -> None:
         """Open it. Raises InputError if the server cannot draw it as it was begun, HostError if its folder is held."""
@@ -77,20 +77,20 @@ class Active:
     def _set_up(self, row: Request, ticket: Ticket) -> None:
         ticket.scored = True
         ticket.judge = functools.partial(self._judge, row)
-        # A row may draw until many are drawn: calls are not refused for the whole of that
+        # A row with max_images counts its first images only: other clients' calls are not refused for all it may draw
         ticket.cost = min(ticket.cost, self.engine.cost_of(row) * row.num_images)
 
     def _tell(self, row: Request, event: Event) -> None:
         self._events.put((self, row, event))
 
     def _judge(self, row: Request, result: Result) -> None:
-        """Give a picture the scores that compare it with the other prompts of its run."""
+        """Recompute a picture's CLIP scores, which compare it with the other prompts of its run."""
         if result.embedding is not None:
             others = {name: value for name, value in result.scores.items() if name not in CLIP_SCORES}
             result.scores = others | self._panel().of_embedding(result.embedding, row.plain_prompt, row.labels)
 
     def _panel(self) -> Any:
-        """Return the engine's scorers, with the prompts of the run; the engine may have loaded anew."""
+        """Return the engine's scorers with the prompts of the run, made again where the engine has loaded again."""
         from genkit.scoring.panel import Panel
 
         own = self.engine.panel
@@ -99,7 +99,7 @@ class Active:
         return self._panels[1]
 
     def take(self, row: Request, event: Event) -> None:
-        """Take over an event of one of its rows. Raises HostError for the disk, and when the engine stopped."""
+        """Handle an event of one of its rows. Raises HostError for the disk, and when the engine has stopped."""
         if event["type"] in ("image", "failed") and event["result"] is not None:
             self.drawing.writers.put(event["result"])
         elif event["type"] == "failed":
@@ -124,13 +124,13 @@ class Active:
             self.served.done = sum(r.status == "done" for r in results)
 
     def settle(self) -> None:
-        """Begin nothing more of it; what is in flight is finished."""
+        """Begin no more images of the run; those in flight are finished."""
         self.stopped, self.cut = True, bool(self.left or self.flying)
         for ticket, _ in list(self.flying.values()):
             self.engine.line.wind_up(ticket)
 
     def cancel(self) -> None:
-        """Give up what is in flight."""
+        """Cancel what is in flight."""
         self.stopped = True
         for ticket, _ in list(self.flying.values()):
             ticket.cancel()
@@ -141,7 +141,7 @@ class Active:
         return not self.flying and (self.stopped or not self.left)
 
     def release(self, finish: bool) -> None:
-        """Write what is left to write, and close the folder. finish: decide what is kept, and write the gallery."""
+        """Finish writing, and close the folder. finish: also decide what is kept, and write the gallery."""
         try:
             self.drawing.writers.close()
             if finish:
@@ -241,7 +241,7 @@ class Feeder:
                     self._postpone(run, error)
 
     def _guard(self, active: Active, work: Any) -> None:
-        """Do something for a run; an error of its disk lets it wait."""
+        """Call `work` for a run; if it fails, the run is closed and tried again later."""
         try:
             work()
         except Exception as error:
@@ -272,8 +272,9 @@ class Feeder:
             active.release(finish=True)
         except Exception as error:
             self._postpone(run, error)
-            self.active.pop(run.id, None)
-            return
+            if not run.over:
+                self.active.pop(run.id, None)
+                return
         self.active.pop(run.id, None)
         try:
             run.end("done")

@@ -60,7 +60,7 @@ def alone(what: str, field: str | None = None) -> Refused:
 
 
 def read_keys(path: Path) -> list[str]:
-    """Return the keys in a file, one a line; empty lines and those that begin with # are none.
+    """Return the keys in a file, one a line, without empty lines and comments, which begin with #.
 
     Raises InputError for a file without keys, one that others may read, and a key that is easy to guess. Of a file that
     another user owns, as of a Secret in Kubernetes, the group may: that is how this process reads it.
@@ -69,10 +69,10 @@ def read_keys(path: Path) -> list[str]:
         text = path.read_text("utf-8")
         about = path.stat()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--api-key-file: {place(path)}: {error}") from None
+        raise InputError(f"--api-key-file: {place(path)}: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_IMODE(about.st_mode) & (stat.S_IROTH | (stat.S_IRGRP if about.st_uid == os.geteuid() else 0)):
         raise InputError(f"--api-key-file: {place(path)} can be read by others: chmod 600")
-    keys = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    keys = [key for line in text.splitlines() if (key := line.strip()) and not key.startswith("#")]
     if not keys:
         raise InputError(f"--api-key-file: {place(path)} holds no key")
     return _hard_to_guess(keys, f"--api-key-file: {place(path)}")

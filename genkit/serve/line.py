@@ -24,12 +24,12 @@ Event = dict[str, Any]
 
 
 class Ticket:
-    """Rows that were handed in together.
+    """Rows that were submitted together.
 
     results: its events, in order, as `on` gets them: {"type": …, "row": id, "index": k, …} with the types queued, step
     ("step", "steps"), preview (the same and "image", (h, w, 3) uint8), image ("result", a Result with pixels), failed
-    ("reason", "result") and done, the last one ("cancelled": whether it was). rows: as they were handed in. cost: what
-    is not drawn of it, as `Line` counts.
+    ("reason", "result") and done, the last one ("cancelled": whether it was). rows: as they were submitted. cost: of
+    its images that are not drawn yet, see `Line`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Ticket:
         self._close: Callable[[Ticket], None] = lambda _: None
 
     def cancel(self) -> None:
-        """Give it up: what is in flight leaves its slots at the next step of the network."""
+        """Draw no more of it: images in flight leave their slots at the next step of the network."""
         self._close(self)
 
     def tell(self, kind: str, **about: Any) -> None:
@@ -72,7 +72,7 @@ class Ticket:
 
 @dataclasses.dataclass
 class _Entry:
-    """A row of a ticket. request: under an id that no other ticket has, and with a seed for each image."""
+    """A row of a ticket. request: the row under an id that is unique in the line, and with a seed for each image."""
 
     ticket: Ticket
     row: Request
@@ -85,17 +85,19 @@ class _Entry:
 
 
 class Line(Draws):
-    """Draws of a server: clients take turns, then the rows of each; thread-safe.
+    """Draws of a server: clients take turns, and within a client its rows; thread-safe.
 
-    stepped: of each row, its events. cost(request): of an image. finished: called with each result, its ticket and
-    cost, in the thread that draws. A row that is given up ends with results that failed as "cancelled".
+    A row that is cancelled ends with results that failed as "cancelled".
     """
 
     def __init__(
         self, cost: Callable[[Request], float], picture: Callable[[Any], Any],
         finished: Callable[[Result, Ticket, float], None] = lambda *_: None,
     ) -> None:  # fmt: skip
-        """picture: makes a small picture, (h, w, 3) uint8, of a predicted latent (C, h, w)."""
+        """cost: of an image of a row. picture: makes a preview, (h, w, 3) uint8, of a predicted latent (C, h, w).
+
+        finished: called in the thread that draws with each result, its ticket, and its cost.
+        """
         super().__init__(())
         self._cost, self._picture, self._told = cost, picture, finished
         self._lock = threading.RLock()
@@ -107,8 +109,8 @@ class Line(Draws):
         self.halted = self.closed = False
         self.idle = 0.0  # seconds in which there was nothing to draw
         self.watch = self
-        # Whether the stream is to end, for another one's turn, with what is in flight finished; called with whether
-        # there is something to draw
+        # Whether the stream has to end, once what is in flight is finished, because it is another engine's turn; called
+        # with whether there is something to draw
         self.gives_way: Callable[[bool], bool] = lambda busy: False
 
     # What clients do
@@ -157,7 +159,7 @@ class Line(Draws):
             self._close_if_over(ticket)
 
     def wind_up(self, ticket: Ticket) -> None:
-        """Begin no more of a ticket; what is in flight is finished."""
+        """Begin no more images of a ticket; those in flight are finished."""
         with self._lock:
             for entry in ticket._entries:
                 self._unready(entry)
@@ -165,7 +167,7 @@ class Line(Draws):
             self._close_if_over(ticket)
 
     def cost(self, client: str | None = None) -> float:
-        """Return the cost of what is not drawn yet, of all or of one client."""
+        """Return the cost of the images that are not drawn yet, of all clients or of one."""
         with self._lock:
             return sum(t.cost for t in self.tickets.values() if client is None or t.client == client)
 
@@ -181,7 +183,7 @@ class Line(Draws):
             self._came.notify()
 
     def close(self) -> None:
-        """Begin nothing more, give up what is there, and let the stream end."""
+        """Begin nothing more, cancel all tickets, and let the stream end."""
         with self._came:
             self.halted = self.closed = True
             for ticket in list(self.tickets.values()):
@@ -250,7 +252,7 @@ class Line(Draws):
     def report(self, result: Result) -> None:
         with self._lock:
             entry = self._of.get(result.id)
-            if entry is None:  # of before an error that ended everything
+            if entry is None:  # its row ended with `fail`
                 return
             entry.flying -= 1
             ticket = entry.ticket
@@ -324,7 +326,7 @@ class Line(Draws):
         entry.ready = False
 
     def _end(self, entry: _Entry) -> None:
-        """Forget a row of which nothing is in flight and nothing left to draw."""
+        """Mark a row as over if no image of it is in flight or left to draw."""
         if not entry.ready and not entry.flying:
             entry.over = True
             self._close_if_over(entry.ticket)

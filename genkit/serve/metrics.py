@@ -98,6 +98,6 @@ def _memory() -> dict[str, tuple[str, float]]:
 
 
 def _short(reason: str | None) -> str:
-    """Return a reason as a label: there are few of them, whatever clients send."""
+    """Return one of a few labels for a reason, so that clients cannot create new time series."""
     known = ("cancelled", "nan", "out of memory")
     return next((one for one in known if (reason or "").startswith(one)), "other")

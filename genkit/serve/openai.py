@@ -212,7 +212,7 @@ async def _answered(
 
 
 def _notes(serving: Serving, rows: Planned) -> dict[str, Any]:
-    """Return what was assumed, or had no say, beside OpenAI's fields; nothing if there is none."""
+    """Return the field `notes`, which OpenAI's API lacks: what was assumed or ignored; {} if there is nothing."""
     found = [*rows.notes, *serving.engine.cut(rows)]
     return {"notes": found} if found else {}
 
@@ -227,7 +227,7 @@ async def _datum(asked: Wanted, shelf: Shelf, call: Request, result: Result) -> 
 
 
 def _about(result: Result) -> dict[str, Any]:
-    """Return what is said of a picture beside OpenAI's fields: what draws it again, and its scores."""
+    """Return the fields of a picture that OpenAI's API lacks: seed and steps, which draw it again, and scores."""
     scores = {name: value for name, value in result.scores.items() if name not in ("nan", "flat")}
     return {"seed": result.seed, "steps": result.steps, **({"scores": scores} if scores else {})}
 

@@ -19,7 +19,7 @@ from genkit.serve.rows import picture
 STOOD_FOR = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "dall-e-3", "dall-e-2")
 WITH_URL = ("dall-e-3", "dall-e-2")
 MOST_PARTIAL = 3
-# Values that ask for nothing that this server lacks; others would change the picture.
+# Parameters without an equivalent here, each with the values that are accepted as they change nothing.
 TAKEN: dict[str, tuple[str, ...]] = {
     "quality": ("auto", "standard"),
     "background": ("auto", "opaque"),
@@ -49,9 +49,9 @@ class Wanted:
 
 
 def wanted(given: Mapping[str, Any], served: Collection[str]) -> Wanted:
-    """Return what a body asks for; what is left of it are fields of a row. Raises InputError and LookupError.
+    """Return what a body asks for; parameters that are not OpenAI's are fields of a row. Raises InputError.
 
-    served: the names of the models. LookupError: for a model of another name.
+    served: the names of the models. Raises LookupError for a model of another name.
     """
     left = {key: value for key, value in given.items() if value is not None and key not in NO_SAY}
     model = left.pop("model", None)
@@ -83,7 +83,7 @@ def wanted(given: Mapping[str, Any], served: Collection[str]) -> Wanted:
 
 
 def not_served(field: str, name: Any, served: Collection[str]) -> str:
-    """Return what to say of a model of another name."""
+    """Return the error message for the name of a model that is not served."""
     there = f"{', '.join(served)[:300]} {'are' if len(served) > 1 else 'is'}"
     return f"{field}: {shown(name)} is not served here{nearest(name, served)}; {there}"
 
@@ -110,15 +110,15 @@ def _check_size(left: dict[str, Any]) -> None:
         raise InputError(f"n: {shown(n)} is not a number from 1")
 
 
-OWN = {"n": int, "partial_images": int, "output_compression": int}  # of OpenAI's parameters, those that are numbers
+NUMBERS = ("n", "partial_images", "output_compression")  # parameters of OpenAI's that are whole numbers
 
 
 def of_form(parts: Mapping[str, str]) -> dict[str, Any]:
     """Return the text parts of a form with the types that the same parameters have in JSON. Raises InputError."""
     found: dict[str, Any] = {}
     for key, text in parts.items():
-        if key in OWN:
-            found[key] = typed("num_images", text) if text.strip() else None
+        if key in NUMBERS:
+            found[key] = _whole_number(key, text) if text.strip() else None
         elif key == "stream":
             found[key] = {"true": True, "false": False}.get(text.strip().lower(), text)
         elif text.lstrip()[:1] == "[" and field_name(key) == "loras":
@@ -126,6 +126,12 @@ def of_form(parts: Mapping[str, str]) -> dict[str, Any]:
         else:
             found[key] = typed(field_name(key), text)
     return found
+
+
+def _whole_number(name: str, text: str) -> int:
+    if not re.fullmatch(r"\s*-?[0-9]{1,9}\s*", text):
+        raise InputError(f"{name}: {shown(text)} is not a whole number")
+    return int(text)
 
 
 def pictures_of(image: bytes, mask: bytes | None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from genkit.version import __version__
 BEAT = 15.0  # seconds after which a stream says that it is there
 LOOK = 0.9  # seconds between two looks at the runs
 RUNS = 50  # runs that the page lists
-LAST = 5.0  # seconds for what is left to tell when nothing is drawn any more: then the server cuts what is open
+LAST = 5.0  # seconds for the last events of a server that stops, before it closes open streams
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "

@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from genkit.cluster.crew import Share, check_device, share_here, share_there
+from genkit.cluster.crew import Share, share_here, share_there
 from genkit.cluster.generate import check_workers
 from genkit.cluster.raypool import connect, disconnect, has_ended, import_ray
 from genkit.errors import HostError, InputError, reason
 from genkit.options import Options
 from genkit.serve.app import create_app
 from genkit.serve.rows import Most
-from genkit.serve.server import ANSWERED, Listen, bound, keys_of, prepare
+from genkit.serve.server import ANSWERED, Listen, bound, keys_of, prepare, url_of
 from genkit.signals import Signals
 
 APP, REPLICA = "genkit", "pictures"  # names within Ray Serve
@@ -75,7 +75,7 @@ class Replica:
         return len(self.serving.engine.line.tickets)
 
     def give_up(self) -> None:
-        """Draw no more, and say so to everyone who waits."""
+        """Draw no more, and fail all tickets with that reason."""
         self.serving.stopped = True
         self.serving.engine.give_up()
 
@@ -89,14 +89,13 @@ def run(
     workers: str | None, address: str | None,
 ) -> int:  # fmt: skip
     """Serve with many workers until a signal; return the exit code. Raises InputError and HostError."""
-    bounds = check_workers(workers, address)
+    bounds = check_workers(workers, address, options.device)
     if listen.runs is not None:
         raise InputError("--runs: one process draws the runs of a folder; leave --workers and --ray away, or --runs")
-    check_device(options.device, bounds, address)
     if address is not None and not listen.port:
         raise InputError("--port: 0: the nodes of a cluster listen at one that is stated")
     keys = keys_of(listen)
-    prepare(options, defaults, listen, most, max_queue, keys)  # what is wrong is said here, once
+    prepare(options, defaults, listen, most, max_queue, keys)  # raises errors here, once, and not in each replica
     serve = _import_serve()
     if address is None:
         with contextlib.closing(bound(listen)) as free:
@@ -153,8 +152,7 @@ def _serve(ray: Any, serve: Any, what: What, share: Share, address: str | None, 
         handle = _deployed(serve, application(what, share), signals)
         if handle is None:
             return
-        host = "127.0.0.1" if what.listen.host in ("0.0.0.0", "::") else what.listen.host
-        print(f"http://{f'[{host}]' if ':' in host else host}:{what.listen.port}", flush=True)
+        print(url_of(what.listen.host, what.listen.port), flush=True)
         looked = time.monotonic()
         while not signals.exit_code:
             time.sleep(BEAT)
@@ -229,7 +227,7 @@ def _deployed(serve: Any, app: Any, signals: Signals) -> Any:
 
 
 def _client() -> Any:
-    """Return Ray Serve's own client, once it was started; what it knows has no public way."""
+    """Return Ray Serve's internal client, once it was started: what is read from it has no public interface."""
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
@@ -238,7 +236,7 @@ def _client() -> Any:
 
 
 def _check_place(listen: Listen) -> None:
-    """Raise InputError where Ray Serve runs on the cluster already, and listens elsewhere: it keeps its place."""
+    """Raise InputError where Ray Serve already runs on the cluster at another host or port, which it keeps."""
     found = _client().http_config
     if (found.host, found.port) != (listen.host, listen.port):
         there = f"--host {found.host} --port {found.port}"
@@ -263,7 +261,7 @@ def application(what: What, share: Share) -> Any:
 
 
 def _drain(handle: Any, seconds: float) -> None:
-    """Let replicas take no new work, and wait until what they have is drawn, for at most so long.
+    """Let replicas take no new work, and wait up to `seconds` until their requests are drawn.
 
     Ray Serve's own end, which follows, would answer new calls with 404 meanwhile, and cut off what is in flight.
     """

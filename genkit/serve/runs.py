@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from genkit.errors import HostError, InputError, shown
+from genkit.pages.large import DATA
 from genkit.rows.request import SEED_LIMIT
 from genkit.runs.records import PICTURE, RESULTS
 from genkit.serve.calls import Serving, bad, client_of
@@ -28,8 +29,10 @@ from genkit.serve.uploads import SUFFIXES
 
 POLL = 0.2  # seconds between looks at the records of a run that is followed
 QUIET = 15.0  # seconds after which a line says that the connection is alive
+BLOCK = 2**20  # bytes of records read at a time
 KINDS = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg", ".jxl": "image/jxl"}
 GALLERY_POLICY = "frame-ancestors 'self'"
+GALLERY_FILE = re.compile(r"[0-9a-f-]{1,80}(?:/[a-z0-9]{1,20}){1,3}\.js")  # of a large run, see genkit/pages/large.py
 BODY = {
     "requestBody": {
         "required": True,
@@ -161,9 +164,17 @@ def _add_reading(routes: APIRouter, serving: Serving, runs: Any, owner: Any, fou
     @routes.get("/{run_id}/gallery", response_class=FileResponse)
     async def gallery(call: Request, run_id: str) -> Response:
         """Return the gallery page of a run."""
-        path: Path = await run_in_threadpool(runs().page, found(call, run_id))
+        path: Path = await _changed(runs().page, found(call, run_id))
         headers = {"Content-Security-Policy": GALLERY_POLICY, "Cache-Control": "private, no-cache"}
         return FileResponse(path, media_type="text/html", headers=headers)
+
+    @routes.get("/{run_id}/gallery/{name:path}", response_class=FileResponse, include_in_schema=False)
+    async def gallery_file(call: Request, run_id: str, name: str) -> Response:
+        """Return a file that the gallery page of a large run loads."""
+        file = found(call, run_id).folder / DATA / name
+        if not GALLERY_FILE.fullmatch(name) or not file.is_file():
+            raise Refused(404, f"there is no file {shown(name)}", "not_found")
+        return FileResponse(file, media_type="text/javascript", headers={"Cache-Control": "private, no-cache"})
 
 
 def _add_changes(routes: APIRouter, runs: Any, found: Any) -> None:
@@ -233,12 +244,9 @@ async def _form(call: Request, asked: dict[str, Any]) -> tuple[str, bytes]:
             if isinstance(part, UploadFile):
                 sent = part.filename or "", await part.read()
             elif name in ("seed", "quality"):
-                if (
-                    not part.isascii()
-                    or not part.isdigit()
-                    or not int(part[:12]) < (SEED_LIMIT if name == "seed" else 101)
-                ):
-                    raise bad(f"{name}: {shown(part)} is no number within its range")
+                most = SEED_LIMIT - 1 if name == "seed" else 100
+                if not re.fullmatch(r"[0-9]{1,10}", part) or int(part) > most:
+                    raise bad(f"{name}: {shown(part)} is not a whole number up to {most}")
                 asked[name] = int(part)
             elif name in asked:
                 asked[name] = part
@@ -270,12 +278,12 @@ async def followed(run: Served, after: int, stopped: Any) -> AsyncIterator[str]:
     number, at, told, last = 0, 0, None, time.monotonic()
     while True:
         over = run.over and run.finished is not None
-        lines, at = await run_in_threadpool(_new_lines, run.folder / RESULTS, at)
-        for line in lines:
-            number += 1
-            if number > after:
-                yield f"id: {number}\nevent: image\ndata: {line}\n\n"
-                last = time.monotonic()
+        while lines := await run_in_threadpool(_new_lines, run.folder / RESULTS, at):
+            for line in lines:
+                number, at = number + 1, at + len(line)
+                if number > after:
+                    yield f"id: {number}\nevent: image\ndata: {line.decode('utf-8', 'replace')}\n"
+                    last = time.monotonic()
         now = described(run)
         if (now["state"], now["images"]) != told and not over:
             told, last = (now["state"], now["images"]), time.monotonic()
@@ -292,15 +300,14 @@ async def followed(run: Served, after: int, stopped: Any) -> AsyncIterator[str]:
         await asyncio.sleep(POLL)
 
 
-def _new_lines(path: Path, at: int) -> tuple[list[str], int]:
-    """Return the whole lines of a journal from a position on, and the position behind them."""
+def _new_lines(path: Path, at: int) -> list[bytes]:
+    """Return complete lines of a journal from byte `at` on, with their newlines, about BLOCK bytes of them."""
     try:
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size <= at:
-                return [], at
             file.seek(at)
-            data = file.read(2**22)
+            lines = file.readlines(BLOCK)
     except OSError:
-        return [], at
-    end = data.rfind(b"\n") + 1
-    return data[:end].decode("utf-8", "replace").splitlines(), at + end
+        return []
+    if lines and not lines[-1].endswith(b"\n"):  # is being written
+        lines.pop()
+    return lines

@@ -25,12 +25,13 @@ from genkit.serve.uploads import Upload
 from genkit.studies.filter import refilter
 
 MOST_WAITING = 256  # runs of an owner of which something is to be drawn
-EVERY = 3.0  # seconds between two galleries of a run that is drawn
+EVERY = 3.0  # seconds between two galleries of a run that is drawn, or
+REST = 3  # times as long as writing one took: records wait for it
 WAIT = 10.0  # seconds after which a client may try again to begin one
 
 
 class Conflict(Exception):
-    """What was asked for does not go with the state of a run."""
+    """The state of a run does not allow what was asked for."""
 
 
 class Runs:
@@ -124,21 +125,23 @@ class Runs:
     def delete(self, run: Served) -> None:
         """Delete a run that is over, with its pictures. Raises Conflict for one that is drawn, HostError."""
         with run.lock:
-            if run.finished is None or run.id in self.feeder.active:
+            if not run.over or run.id in self.feeder.active:
                 raise Conflict("the run is being drawn: cancel it first")
             self.store.delete(run)
 
     def page(self, run: Served) -> Path:
-        """Return the gallery of a run; of one that is drawn as it was at most EVERY seconds ago."""
+        """Return the gallery of a run; of one that is being drawn it may lack the newest images, see EVERY and REST."""
         path = run.folder / GALLERY
         with run.lock:
             if path.is_file() and (run.over or not self._is_old(run)):
                 return path
-            run.page = _records(run), time.monotonic()
+            records, began = _records(run), time.monotonic()
             config = read_config(run.folder)
             assert config is not None
             rows, results = read_rows(run.folder), read_results(run.folder)
             write_gallery(run.folder, rows, results, decide(rows, results), config)
+            now = time.monotonic()
+            run.page = records, now + REST * (now - began)
         return path
 
     def _is_old(self, run: Served) -> bool:
@@ -162,7 +165,7 @@ class Runs:
 
 
 def _records(run: Served) -> tuple[int, int] | None:
-    """Return what changes with the records of a run."""
+    """Return size and time of the records of a run, which change with each record."""
     try:
         found = (run.folder / RESULTS).stat()
     except OSError:

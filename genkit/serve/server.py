@@ -153,6 +153,12 @@ def bound(listen: Listen) -> socket.socket:
     return found
 
 
+def url_of(host: str, port: int) -> str:
+    """Return the URL at which this machine reaches a server that listens there."""
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which loads while it listens and leaves with genkit's exit codes."""
 
@@ -170,9 +176,7 @@ class Server(uvicorn.Server):
     @property
     def address(self) -> str:
         """Where it is reached."""
-        host, port = self.listener.getsockname()[:2]
-        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        return f"http://{shown}:{port}"
+        return url_of(*self.listener.getsockname()[:2])
 
     def load(self) -> None:
         """Load the networks and draw a picture; end the server if that fails."""

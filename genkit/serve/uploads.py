@@ -101,7 +101,7 @@ class Upload:
         return found
 
     def _untagged(self, found: dict[str, Any], named: Mapping[str, Any]) -> None:
-        """Take the tags of LoRAs out of a prompt; in a template they stay, as names of LoRAs of this server."""
+        """Move the LoRA tags of a prompt into the field `loras`; in a template they stay, and have been checked."""
         prompt = found[named["prompt"]]
         text, tags = lora_tags(prompt)
         loras = [{"file": self.intake.file_of(n), "weight": w, "text_weight": t} for n, w, t in tags]

@@ -18,14 +18,14 @@ from genkit.durable import disk, json_line, json_pieces, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.files import local, there
 from genkit.pages import look
-from genkit.pages.gallery import LOCAL, policy, within_html
+from genkit.pages.gallery import within_html
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import GALLERY, read_config, read_results, read_rows
 from genkit.scoring.boxes import counts
 from genkit.scoring.said import NOTHING, Said, said_of
+from genkit.selection.decide import image_name
 from genkit.selection.intervals import mean_interval, share_interval
-from genkit.selection.votes import name_of
 from genkit.storage import StoragePath
 
 PAGE, FIGURES = "compare.html", "comparison.json"
@@ -92,7 +92,7 @@ def _side(folder: Path) -> Side:
     rows = {str(row.id): row for row in read_rows(folder)}
     places = {row: place for place, row in enumerate(rows)}
     found = sorted((r for r in read_results(folder) if r.id in rows), key=lambda r: (places[r.id], r.index))
-    results = {name_of(r): r for r in found}
+    results = {image_name(r): r for r in found}
     files = {*there(folder, [folder / str(r.file) for r in found if r.status == "done"])}
     for name, r in results.items():
         if r.status == "done" and folder / str(r.file) not in files:
@@ -218,9 +218,8 @@ def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pai
                         "b": {**_half(pair.b, said), "file": links[1](pair.b)}} for pair in pairs)  # fmt: skip
         template = look.template("compare")
         names = [side.folder.resolve().name for side in (one, two)]
-        parts = {"policy": policy(template, LOCAL), "title": html.escape(f"{names[0]} and {names[1]}")}
-        halves = (re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], half) for half in template.split("{{data}}"))
-        before, after = halves
+        parts = {"policy": look.policy(template, look.LOCAL), "title": html.escape(f"{names[0]} and {names[1]}")}
+        before, after = (look.filled(half, parts) for half in template.split("{{data}}"))
         data: Iterable[str] = map(within_html, json_pieces({"names": names, **figures}, {}, {"images": shown_pairs}))
         if out is not None:
             data = [*data]  # copies the pictures, before the page is written

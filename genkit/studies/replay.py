@@ -21,8 +21,7 @@ from genkit.rows.infotext import read_picture_settings
 from genkit.rows.pictures import Pictured, check_apart, find_pictures, other_inputs, read_pictures
 from genkit.rows.request import canonical, prepared
 from genkit.runs.destination import check_folder, run_seed
-from genkit.runs.records import read_results
-from genkit.runs.run import read_config
+from genkit.runs.records import read_config, read_results
 from genkit.schedulers import Scheduler
 from genkit.studies.modelfound import SAME, check_weights, model_of, vae_note
 from genkit.version import __version__

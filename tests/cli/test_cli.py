@@ -24,6 +24,7 @@ from genkit.progress import Steps
 from tests.check_run import check_run
 from tests.children import start
 from tests.grids import thinned
+from tests.judged_run import judged_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,6 +110,13 @@ BAD_USAGE: list[tuple[str, list[str], str]] = [
     ("classify no picture", ["classify", "{f}", "--labels", "a,b"], "no PNG"),
     ("classify a broken picture", ["classify", "{b}", "--labels", "a,b"], "broken.png"),
     ("inspect", ["inspect", "{d}/nothing"], "nothing"),
+    ("workers", ["generate", "{p}", "-o", "{o}", "--workers", "2", "--device", "cuda:1", "--dry-run"], "--device"),
+    ("interval", ["generate", "{p}", "-o", "{o}", "--guidance-interval", "x"], "--guidance-interval: 'x'"),
+    ("LoRA", ["generate", "{p}", "-o", "{o}", "--lora", "x:y"], "--lora: 'y'"),
+    ("folder of LoRAs", ["generate", "{p}", "-o", "{o}", "--lora-dir", "{d}/none"], "--lora-dir: "),
+    ("idle --loaded", ["serve", "--loaded", "2"], "--loaded: has no effect without --models"),
+    ("idle --model", ["interrogate", "{i}", "--model", "emoji"], "--model: has no effect without --generate"),
+    ("idle --images", ["study", "{d}", "--images", "8"], "--images: has no effect without --prune"),
 ]
 
 
@@ -418,6 +426,22 @@ def test_help_lists_every_command_in_a_section_with_its_whole_summary() -> None:
     options = genkit("generate", "--help").stdout
     for title in ("Arguments:", "What is drawn:", "Which pictures are kept:", "How it runs:"):
         assert f"\n{title}\n" in options
+
+
+def test_names_that_are_not_utf_8_are_printed_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, odd = tmp_path / "pictures", tmp_path / os.fsdecode(b"odd\xff")
+    folder.mkdir()
+    Image.new("RGB", (16, 16), "red").save(folder / os.fsdecode(b"a\xff.png"))
+    (folder / os.fsdecode(b"b\xff.safetensors")).write_bytes(b"none")
+    assert cli.run(["doctor", str(folder), "--json"]) == 2
+    assert r"a\udcff.png" in capsys.readouterr().out
+    assert cli.run(["doctor", str(odd)]) == 2
+    assert capsys.readouterr().err.startswith("genkit: DATA: ")
+    assert cli.run(["models", str(folder)]) == 0
+    assert r"b\udcff: refused" in capsys.readouterr().out
+    run = judged_run(tmp_path / "run", lambda n, k: {"clip": (n + k) / 100}, rows=3).rename(odd)
+    assert cli.run(["study", str(run), "--json"]) == 0
+    assert os.fsencode(json.loads(capsys.readouterr().out)["run"]) == os.fsencode(run)
 
 
 def test_home_and_variables_in_options(

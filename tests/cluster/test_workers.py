@@ -15,8 +15,9 @@ import pytest
 
 from genkit import HostError, InputError, Request, generate
 from genkit.cluster import raypool
-from genkit.cluster.crew import Workers, check_address, parse_workers, ray_crew
+from genkit.cluster.crew import Workers, check_address, parse_workers
 from genkit.cluster.feed import Feed
+from genkit.cluster.generate import check_workers
 from genkit.cluster.units import Drawn, Unit
 from genkit.job.plan import plan_job
 from genkit.job.run import Summary, run_job
@@ -241,10 +242,9 @@ def test_bounds_and_addresses() -> None:
         (2, "mps", "mps is one device"),
     ],
 )
-def test_more_workers_than_devices_are_refused(workers: int, device: str, text: str, tmp_path: Path) -> None:
-    job = plan_job([Request(prompt="a")], Options(device=device), {})
+def test_more_workers_than_devices_are_refused(workers: int, device: str, text: str) -> None:
     with pytest.raises(InputError, match=text):
-        ray_crew(job, tmp_path, (workers, workers), None)
+        check_workers(workers, None, device)
 
 
 def test_a_ray_has_its_token_where_the_home_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

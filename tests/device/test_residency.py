@@ -15,7 +15,7 @@ from genkit.components import inspect_model, load_components
 from genkit.components.int8 import is_8_bit, store_in_8_bits
 from genkit.device.memory import LAYERS, LEVELS, PARTS, RESIDENT, TURNS, Budget
 from genkit.device.residency import Residency
-from genkit.runs.run import read_config
+from genkit.runs.records import read_config
 from genkit.sampling.codec import Codec
 from genkit.sampling.strips import can_strip, decode_in_strips, encode_in_strips
 from genkit.scoring.panel import Panel

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from genkit.pages.label import Ballots
 from genkit.selection.votes import read_votes
 from tests.children import start
 from tests.judged_run import judged_run
@@ -111,6 +112,21 @@ def test_votes_that_an_editor_wrote_again_are_gone_on_with(folder: Path) -> None
     process.communicate()
     assert path.read_text("utf-8").split(note)[1].splitlines()[1] == f",images/{state['image']['name']}.png,no"
     assert [vote.good for vote in read_votes(path)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("image,vote,sha256\nr0-00,yes,\nr0-01,no,0123", "image,vote,sha256\nr0-00,yes,\n"),  # torn
+        ("image,vote,sha256\nr0-00,yes," + "0" * 64, "image,vote,sha256\nr0-00,yes," + "0" * 64 + "\n"),
+        ('image,vote,note\nr0-00,yes,"nice, I say"', 'image,vote,note\nr0-00,yes,"nice, I say"\n'),
+        ("image,vote\nr0-00,yes", "image,vote\nr0-00,yes\n"),
+    ],
+)
+def test_of_a_last_line_without_an_end_only_a_torn_one_goes(tmp_path: Path, text: str, left: str) -> None:
+    (tmp_path / "votes.csv").write_text(text)
+    Ballots(tmp_path).close()
+    assert (tmp_path / "votes.csv").read_text() == left
 
 
 def test_one_labels_at_a_time(page: Page, folder: Path) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from genkit.durable import disk, json_line, write_whole
 from genkit.errors import HostError, InputError
 from genkit.rows.request import Request
 from genkit.runs import outdated as stock
 from genkit.runs import recorder
-from genkit.runs.records import read_results, read_rows
-from genkit.runs.run import Run, check_folder, free_name, read_config
+from genkit.runs.destination import check_folder, free_name
+from genkit.runs.records import read_config, read_results, read_rows
+from genkit.runs.run import Run
 from tests.check_run import check, grown, lines_of, newest, outcome
 from tests.null_run import CONFIG, draw, png, result_of, rows_of
 
@@ -47,6 +49,13 @@ def test_a_finished_run_is_whole_and_is_not_done_again(folder: Path) -> None:
     assert run.done["r1", 1].file == "images/r1-01.png"
     assert run.done["r1", 1].seed == 1001
     assert (folder / "results.jsonl").read_bytes() == before
+
+
+def test_a_model_may_lie_in_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    config: dict[str, Any] = json.loads(json.dumps(CONFIG))
+    config["binding"]["model"] = {"name": "m", "folder": os.fsdecode(b"/models/m\xff"), "weights": {}}
+    opened(tmp_path / "run", rows_of(1, 1), config)
+    assert read_config(tmp_path / "run") == config
 
 
 def test_the_files_can_be_read_back(folder: Path) -> None:
@@ -276,6 +285,17 @@ def test_past_a_thousand_rows_images_go_to_subfolders_by_row(tmp_path: Path, mon
     assert draw(tmp_path / "flat", rows_of(7)) == [(f"r{n}", 0) for n in range(3, 7)]
     assert check(tmp_path / "flat") == []
     assert draw(tmp_path / "flat", rows_of(7)) == []
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "selection.json").mkdir()
+    with pytest.raises(HostError, match=r"/selection\.json: Is a directory"), disk(tmp_path):
+        write_whole(tmp_path / "selection.json", b"{}")
+
+
+def test_lone_surrogates_are_written_as_escapes() -> None:
+    value = {os.fsdecode(b"a\xff.png"): ["\ud800", math.nan]}
+    assert json.loads(json_line(value).encode()) == {os.fsdecode(b"a\xff.png"): ["\ud800", None]}
 
 
 def test_any_prompt_is_one_line(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from genkit import InputError, Request, TextToImage, generate
 from genkit.rows.result import Result
-from genkit.runs.run import read_results
+from genkit.runs.records import read_results
 from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Engine, Trajectory
 from genkit.sampling.pruning import EARLY, survivors

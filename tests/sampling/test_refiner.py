@@ -23,7 +23,7 @@ from genkit.options import Options
 from genkit.rows.infotext import read_picture_settings
 from genkit.rows.refining import check_refiner, handover
 from genkit.rows.sdxl import time_ids
-from genkit.runs.run import read_config
+from genkit.runs.records import read_config
 from genkit.sampling.engine import Engine, _Group
 from genkit.sampling.tuning import tune_model
 from tests.components.checkpoints import folder_of

@@ -113,6 +113,12 @@ def test_bad_votes_are_named(folder: Path, text: str, message: str) -> None:
     assert not (folder / "gates.json").exists()
 
 
+def test_votes_that_are_a_byte_order_mark_alone_are_refused(folder: Path) -> None:
+    (folder / "votes.csv").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(InputError, match=r"votes\.csv:1: needs one column 'image'"):
+        calibrate(folder, folder / "votes.csv", 0.9)
+
+
 def test_hostile_labels_are_text_and_the_gate_still_means_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,11 @@ REFUSED = [
     ({"init_images": ["x"]}, "init_images"),
     ({"stepz": 3}, "did you mean 'steps'"),
     ({"steps": "many"}, "steps"),
+    ({"steps": 0}, "steps: 0"),
+    ({"n_iter": -2, "batch_size": -2}, "batch_size: -2"),
+    ({"override_settings": {"CLIP_stop_at_last_layers": "x"}}, "CLIP_stop_at_last_layers: 'x'"),
+    ({"sampler_name": "DDIM", "eta": "x"}, "eta: 'x'"),
+    ({"eta": 0.5}, "eta: 0.5: needs sampler_name"),
 ]
 
 
@@ -113,6 +118,12 @@ def test_what_is_off_is_taken(plain: httpx.Client) -> None:
     info = json.loads(answer.json()["info"])
     assert answer.json()["images"] == [] and len(info["all_seeds"]) == 2 and info["all_seeds"][1] - info["seed"] == 1
     assert "saves none" in info["notes"][0] and "Schedule type: Karras" in info["infotexts"][0]
+
+
+def test_numbers_that_json_lacks_are_echoed_as_null(plain: httpx.Client) -> None:
+    body = '{"prompt": "x", "steps": 1, "width": 32, "height": 32, "hr_scale": 1e400, "force_task_id": "\\ud800"}'
+    answer = plain.post("/txt2img", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200 and answer.json()["parameters"]["hr_scale"] is None
 
 
 def test_progress_and_interrupt(api: Any, served: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -166,6 +167,8 @@ def test_hostile_forms_are_refused_in_a_line(served: Served) -> None:
     with httpx.Client(base_url=served.url, timeout=30) as client:
         for data, files in forms:
             one_line(client.post("/v1/images/edits", data=data, files=files))
+        said = client.post("/v1/images/edits", data={"prompt": "a", "n": "x"}, files={"image": image}).json()
+        assert said["error"]["param"] == "n"
         one_line(client.post("/v1/images/edits", content=b"--x", headers={"content-type": "multipart/form-data"}))
         one_line(
             client.post("/v1/images/edits", content=b"--x", headers={"content-type": "multipart/form-data; boundary=x"})
@@ -216,7 +219,7 @@ def test_keys(served: Served, tmp_path: Path) -> None:
         assert client.get("/v1/models", headers={"authorization": given}).status_code == status, given
 
     file = tmp_path / "keys"
-    file.write_text(f"# of us\n{key}\n")
+    file.write_text(f"# of us\n{key}\n  # an indented comment, which is no key\n")
     file.chmod(0o644)
     with pytest.raises(InputError, match="chmod 600"):
         read_keys(file)
@@ -225,6 +228,23 @@ def test_keys(served: Served, tmp_path: Path) -> None:
     file.write_text("short")
     with pytest.raises(InputError, match="16 or more"):
         read_keys(file)
+
+
+def test_rows_are_cancelled_where_the_caller_left_before_the_first_event(served: Served) -> None:
+    class Gone:
+        scope = {"client_name": "gone"}  # noqa: RUF012
+
+        async def receive(self) -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+    async def begun() -> list[bool]:
+        rows = await served.serving.rows([{"prompt": "x", "steps": 60, "num_images": 8}])
+        await served.serving.events(Gone(), rows)
+        tickets = [t for t in served.engine.line.tickets.values() if t.client == "gone"]
+        await asyncio.sleep(0.1)
+        return [ticket.cancelled for ticket in tickets]
+
+    assert asyncio.run(begun()) == [True]
 
 
 def test_bad_usage_is_found_before_anything_is_loaded(tmp_path: Path, served: Served) -> None:

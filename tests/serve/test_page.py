@@ -163,6 +163,7 @@ def test_cancelled_and_left_jobs_free_their_slots(served: Served, desk: Desk, mo
         ("draw", {"fields": {"prompt": "x", "colour": "red"}}, 400, None),
         ("draw", {"fields": {"prompt": "x", "loras": [{"file": "/x.safetensors"}]}}, 400, "loras"),
         ("draw", {"fields": "x"}, 400, "fields"),
+        ("draw", {"fields": {"prompt": "x", "model": ["emoji"]}}, 400, "model"),
         ("keep", {"job": "99"}, 404, "job"),
         ("cancel", {"job": "99", "more": 1}, 400, "more"),
     ],
@@ -197,7 +198,9 @@ def test_memory_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> N
                                       (other, "2", None, "drawing")):  # fmt: skip
         pictures = {0: desks.Picture({"index": 0}, b"x" * 100, kept)}
         desk.jobs[number] = desks.Work(number, {}, Request(num_images=2), served.serving, state, pictures=pictures)
-    for most, left in ((400, "12 12"), (399, "1 12"), (250, "1 2"), (1, "1 2")):  # one that is over stays
+    jobs = own.jobs["2"], other.jobs["1"]
+    jobs[0].made, jobs[1].made = jobs[1].made, jobs[0].made  # of all pages the oldest goes first
+    for most, left in ((400, "12 12"), (399, "12 2"), (250, "1 2"), (1, "1 2")):  # one that is over stays
         monkeypatch.setattr(desks, "BYTES", most)
         tray._make_room()
         assert " ".join("".join(desk.jobs) for desk in (own, other)) == left, most

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from genkit.errors import HostError
 from genkit.job.plan import plan_job
 from genkit.job.run import run_job
 from genkit.options import Options
 from genkit.rows.prompts import read_prompts
 from genkit.runs.records import read_results
 from genkit.serve import served, store
+from genkit.serve.runs import followed
+from genkit.serve.store import Served
 from genkit.studies.filter import refilter
 
 ROWS = """{"prompt": "a red apple", "num_images": 2, "keep": 1, "num_inference_steps": 2}
@@ -128,6 +134,51 @@ def test_events_go_on_behind_the_last_that_was_seen(client: httpx.Client, run: d
     assert [line for line in rest.splitlines() if line.startswith("id: ")] == ["id: 5", "id: 6"]
 
 
+def test_all_events_of_a_long_run_are_told(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": f"{n}", "prompt": "x" * 1000}) for n in range(1, 2001)]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + '\n{"id": "torn')
+    run = Served("r", tmp_path, "", 0.0, "p.txt", "png", None, "", 1, 2000, 2000, state="done", finished=1.0)
+
+    async def told() -> list[str]:
+        return [event async for event in followed(run, 0, lambda: False)]
+
+    events = asyncio.run(told())
+    assert [event.splitlines()[2] for event in events[:-1]] == [f"data: {line}" for line in lines]
+    assert events[-1].startswith("event: done")
+
+
+def test_a_large_run_has_its_gallery(
+    server: Any, client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genkit.job.run.LARGE", 1)
+    monkeypatch.setattr("genkit.pages.outcome.LARGE", 1)
+    answer = client.post("/v1/runs?name=p.txt", content="a dog\na cat\n", headers={"content-type": "text/plain"})
+    at = f"/v1/runs/{ended(client, answer.json()['id'])['id']}"
+    folder = re.search(r'"folder": "(gallery/[^"]+)"', client.get(f"{at}/gallery").text)
+    assert folder is not None
+    states = client.get(f"{at}/{folder[1]}/states.js")
+    assert states.text.startswith("genkit('states'") and states.headers["content-type"].startswith("text/javascript")
+    for name in ("gallery/nothing.js", f"{folder[1]}/..%2f..%2f..%2frun.json", f"{folder[1]}/%2e%2e/x.js"):
+        assert client.get(f"{at}/{name}").status_code == 404
+
+
+def test_a_cancelled_run_whose_gallery_cannot_be_written_ends(
+    server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise HostError("index.html: No space left on device")
+
+    monkeypatch.setattr("genkit.serve.feeder.conclude", full)
+    row = '{"prompt": "a dog", "num_images": 200, "steps": 50}'
+    run_id = client.post("/v1/runs", content=row, headers=JSONL).json()["id"]
+    while client.get(f"/v1/runs/{run_id}").json()["state"] == "waiting":
+        time.sleep(0.02)
+    client.post(f"/v1/runs/{run_id}/cancel")
+    run = ended(client, run_id)
+    assert run["state"] == "cancelled" and "No space left" in run["reason"]
+    assert client.delete(f"/v1/runs/{run_id}").status_code == 204
+
+
 def test_filter_chooses_again(client: httpx.Client, server: Any, run: dict[str, Any]) -> None:
     at = f"/v1/runs/{run['id']}/filter"
     found = client.post(at, json={"where": "clip > -1", "keep": 1}).json()
@@ -153,6 +204,7 @@ def test_the_gallery_of_a_drawn_run_is_written_when_records_came(
     runs, written = server.serving.runs, []
     drawn = dataclasses.replace(runs.store.runs[run["id"]], state="drawing")
     monkeypatch.setattr(served, "write_gallery", lambda *given: written.append(given))
+    monkeypatch.setattr(served, "REST", 0)
     runs.page(drawn)
     runs.page(drawn)
     assert len(written) == 1
@@ -163,6 +215,26 @@ def test_the_gallery_of_a_drawn_run_is_written_when_records_came(
     runs.page(drawn)
     runs.page(drawn)
     assert len(written) == 2
+
+
+def test_a_gallery_that_takes_long_is_written_less_often(
+    server: Any, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def write(*given: Any) -> None:
+        clock[0] += 10
+
+    runs = server.serving.runs
+    drawn = dataclasses.replace(runs.store.runs[run["id"]], state="drawing")
+    monkeypatch.setattr(served, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(served, "write_gallery", write)
+    runs.page(drawn)
+    os.utime(drawn.folder / "results.jsonl")
+    for now, after in ((20.0, 20.0), (43.5, 53.5)):
+        clock[0] = now
+        runs.page(drawn)
+        assert clock[0] == after
 
 
 REFUSED = [
@@ -216,6 +288,8 @@ def test_forms_keys_cancel_and_delete(client: httpx.Client, server: Any) -> None
     assert client.delete(at).status_code == 204 and client.get(at).status_code == 404 and not folder.exists()
     assert client.post("/v1/runs", files={"file": ("x.exe", "a")}).status_code == 400
     assert client.post("/v1/runs", data={"seed": "1"}).status_code == 400
+    for seed in ("0" * 5000, "0" * 12 + "9" * 12, "-1", "²"):
+        assert client.post("/v1/runs", files={"file": ("x.txt", "a")}, data={"seed": seed}).status_code == 400
     assert client.post("/v1/runs", content="a dog", headers={"content-type": "image/png"}).status_code == 400
 
 
