@@ -27,7 +27,7 @@ _CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune
 _INPUTS = ("image", "mask_image")
 _ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,90}")
 _HASH = re.compile("[0-9a-fA-F]{8,64}")
-# Fields that another field requires; the picture may provide them.
+# What each of these fields requires; the rows may provide it.
 _PARTNERS: dict[str, dict[str, Any]] = {
     "strength": {"image": "-"}, "mask_image": {"image": "-"}, "mask": {"image": "-"},
     **{name: {"image": "-", "mask": "-"} for name in NUMBERS}, "keep": {"num_images": 100_000},
@@ -95,9 +95,17 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
             raise InputError("seed: -1 is any; give the seed, or leave it to the pictures")
     found = prepared(found, Path())
     for name, value in found.items():
-        if name not in ("gate", "rank_by"):
-            Request(**{**_PARTNERS.get(name, {}), name: value})
+        check_alone(name, value)
     return found
+
+
+def check_alone(name: str, value: Any) -> None:
+    """Raise InputError for a value that no row can have, given before the rows are read.
+
+    Fields that it requires are assumed; `gate` and `rank_by`, which may use labels of rows, are not checked.
+    """
+    if name not in ("gate", "rank_by"):
+        Request(**{**_PARTNERS.get(name, {}), name: value})
 
 
 def is_override(word: str) -> bool:
@@ -310,7 +318,8 @@ def _place_pictures(
                 raise InputError(f"{name}: it was drawn with a mask that its settings do not hold; give {name}=FILE")
             lacking += [name] if name in found.lacking else []
             continue
-        inputs.append(_input(found.about, str(_beside(path, name, fields[name])), name))
+        fields[name] = str(_beside(path, name, fields[name]))  # not its own path, which leads anywhere
+        inputs.append(_input(found.about, fields[name], name))
     if fields.get("image") is None and "strength" in fields:
         raise InputError("strength: needs `image`, the picture to start from; give image=FILE")
     return inputs

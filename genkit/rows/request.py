@@ -297,7 +297,7 @@ def _plain(value: Any, read: bool = False) -> Any:
     if hasattr(value, "getbands"):
         return "sha256:" + hashlib.sha256(value.tobytes() + repr((value.size, value.mode)).encode()).hexdigest()
     if read and isinstance(value, str | Path) and Path(value).is_file():
-        return "sha256:" + hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        return f"sha256:{hash_once(value)}"
     return str(value) if isinstance(value, Path) else value
 
 
@@ -328,6 +328,8 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
         if empty and (name in Request.model_fields or name in (*SCHEDULES, "size")):
             continue
         if name in SCHEDULES or (name == "scheduler" and _is_schedule(value)):
+            if schedule is not None:
+                raise InputError(f"{shown(key)}: the schedule of noise is given twice, also as {shown(schedule)}")
             schedule = value
             continue
         if name == "size":

@@ -46,8 +46,9 @@ def open_rows(path: Path, form: str = AUTO, more: Collection[str] = ()) -> RowFi
     """
     name = place(path)
     if form not in (AUTO, OWN, *FORMS):
+        known = (AUTO, OWN, *FORMS)
         raise InputError(
-            f"--format-in: {shown(form)}: {nearest(form, FORMS)}; there are {', '.join((AUTO, OWN, *FORMS))}"
+            f"--format-in: {shown(form)}: no such form{nearest(form, known)}; there are {', '.join(known)}"
         )
     suffix = path.suffix.lower()
     reader = _FORMATS.get(suffix)

@@ -158,7 +158,8 @@ def _drawn_at(request: Request, g: Geometry) -> tuple[int, int] | tuple[None, No
 
 def _image_size(request: Request) -> tuple[int, int]:
     """Return the size of the initial picture. Opens every picture that the row names."""
-    return next(iter([_size_of(request, f) for f in ("image", "mask_image") if getattr(request, f) is not None]))
+    sizes = [_size_of(request, field) for field in ("image", "mask_image") if getattr(request, field) is not None]
+    return sizes[0]
 
 
 def _size_of(request: Request, field: str) -> tuple[int, int]:
