@@ -65,7 +65,7 @@ class EmbeddingFile:
     @property
     def family(self) -> str | None:
         """The models that such widths belong to."""
-        return FAMILIES.get(self.widths) if len(self.tensors) == len(self.widths) else None
+        return FAMILIES.get(self.widths)
 
     @functools.cached_property
     def sha256(self) -> str:

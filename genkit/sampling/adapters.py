@@ -195,14 +195,14 @@ def _loaded(found: LoraFile, networks: Mapping[str, Any]) -> dict[tuple[str, str
             module = networks[component].get_submodule(name)
             roles = {role: values[tensor.key].float() for role, tensor in adapter.tensors.items()}
             dtype = networks[component].dtype
-            made[component, name] = (*_matrices(adapter, roles, module, f"{place(found.path)}: {name}"), dtype)
+            made[component, name] = (*_matrices(adapter, roles, module), dtype)
     return made
 
 
 def _matrices(
-    adapter: Adapter, roles: dict[str, torch.Tensor], module: Any, where: str
+    adapter: Adapter, roles: dict[str, torch.Tensor], module: Any
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return (down, up), scaled by alpha / rank, or (None, the whole difference)."""
+    """Return (down, up), scaled by alpha / rank, or (None, the whole difference). `read_lora` has checked the shapes."""
     shape = tuple(module.weight.shape)
     alpha = float(roles["alpha"]) if "alpha" in roles else adapter.alpha
     scale = 1.0 if alpha is None or not adapter.rank else alpha / adapter.rank
@@ -215,7 +215,7 @@ def _matrices(
         one, two = (roles[f"hada_{w}_a"] @ roles[f"hada_{w}_b"] for w in ("w1", "w2"))
         return None, (one * two * scale).reshape(shape)
     if any(role.startswith("lokr") for role in roles):
-        return None, _kronecker(roles, alpha, shape, where)
+        return None, _kronecker(roles, alpha, shape)
     if "mid" in roles:  # LoCon's third matrix: k x k in the middle, 1 x 1 around it (LyCORIS, CP decomposition)
         inner = torch.einsum("nmkl,mi->nikl", roles["mid"], roles["down"].flatten(1))
         delta = torch.einsum("on,nikl->oikl", roles["up"].flatten(1), inner) * scale
@@ -225,30 +225,22 @@ def _matrices(
         base = module.weight.detach().float().cpu()
         whole = base + delta
         norm = whole.flatten(1).norm(dim=1)
-        magnitude = roles["dora"].flatten()
-        if len(magnitude) != len(norm):
-            raise InputError(f"{where}: its dora_scale has {len(magnitude)} numbers, not {len(norm)}")
-        delta = whole * (magnitude / norm).view(-1, *[1] * (len(shape) - 1)) - base
+        delta = whole * (roles["dora"].flatten() / norm).view(-1, *[1] * (len(shape) - 1)) - base
     return None, delta
 
 
-def _kronecker(roles: dict[str, torch.Tensor], alpha: float | None, shape: tuple[int, ...], where: str) -> torch.Tensor:
+def _kronecker(roles: dict[str, torch.Tensor], alpha: float | None, shape: tuple[int, ...]) -> torch.Tensor:
     """Return LoKr's difference: the Kronecker product of two matrices, each whole or a product of two."""
     rank = None
     found = []
     for name in ("w1", "w2"):
         if f"lokr_{name}" in roles:
             found.append(roles[f"lokr_{name}"])
-        elif f"lokr_{name}_a" in roles and f"lokr_{name}_b" in roles:
+        else:
             a, b = roles[f"lokr_{name}_a"], roles[f"lokr_{name}_b"]
             rank = len(b)
             found.append((a @ b.flatten(1)).reshape(len(a), *b.shape[1:]))
-        else:
-            raise InputError(f"{where}: its LoKr has no {name}")
     scale = 1.0 if alpha is None or rank is None else alpha / rank
     one, two = found
     one = one.view(*one.shape, *[1] * (two.dim() - one.dim()))
-    whole = torch.kron(one, two.contiguous())
-    if whole.numel() != torch.Size(shape).numel():
-        raise InputError(f"{where}: its LoKr of {whole.numel()} numbers does not fit the weight of {shape}")
-    return whole.reshape(shape) * scale
+    return torch.kron(one, two.contiguous()).reshape(shape) * scale

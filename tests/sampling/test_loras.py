@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,11 @@ def first(weights: Weights, suffix: str = "lora_A.weight") -> str:
     return next(key for key in weights if key.endswith(suffix))
 
 
+def loha(key: str, shapes: Sequence[tuple[int, ...]]) -> Weights:
+    roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    return {key.replace("lora_A.weight", role): torch.ones(shape) for role, shape in zip(roles, shapes, strict=True)}
+
+
 BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "no lora": (broken(lambda w: {"x.weight": torch.zeros(2)}), "is no LoRA: of its 1 keys"),
     "of nothing here": (
@@ -283,6 +288,16 @@ BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         broken(lambda w: {**w, first(w): torch.zeros(RANK, 999)}), r"does not fit the weight of .*; it was made for"
     ),
     "no other half": (broken(lambda w: {k: v for k, v in w.items() if k != first(w)}), "but no down"),
+    "a scalar": (broken(lambda w: {**w, first(w): torch.tensor(1.0)}), "down: has shape scalar, which it cannot have"),
+    "two alphas": (
+        broken(lambda w: {**w, first(w).replace("lora_A.weight", "alpha"): torch.ones(2)}), "alpha: has shape 2"
+    ),
+    "LoHa of two ranks": (
+        broken(lambda w: loha(first(w), ((16, 2), (3, 16), (16, 2), (2, 16)))), "its LoHa does not fit"
+    ),
+    "LoHa that would be broadcast": (
+        broken(lambda w: loha(first(w), ((16, 2), (2, 16), (1, 2), (2, 16)))), "its LoHa does not fit"
+    ),
     "rank 0": (
         broken(lambda w: {**w, first(w): torch.zeros(0, 8), first(w, "lora_B.weight"): torch.zeros(8, 0)}), "of rank 0"
     ),

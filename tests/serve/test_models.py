@@ -42,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({f"{LAYER}.lora_up.weight": up, f"{LAYER}.lora_down.weight": down}, root / "style.safetensors")
     (root / "broken.safetensors").write_bytes(b"no model")
     (root / "notes.txt").write_text("mine")
+    (root / "loop").symlink_to(root)
     return root
 
 
