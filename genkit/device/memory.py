@@ -5,13 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
 
 from genkit.device.devices import CPU_SLOTS, CUDA_SLOTS
 from genkit.errors import HostError, InputError, nearest, shown
-
-if TYPE_CHECKING:
-    pass
 
 MEMORY = ("auto", "high", "low")
 PICTURES = 8  # most pictures a decode; more gain nothing

@@ -7,6 +7,7 @@ input, where torch's operators take three and two. Biases are added to what thes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from typing import Any
@@ -277,9 +278,4 @@ def _is_plain_block(module: Any) -> bool:
     )
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
-_nothing = _Nothing()
+_nothing = contextlib.nullcontext()

@@ -131,7 +131,7 @@ def _machine(device: torch.device, dtype: torch.dtype) -> str:
 def _answers(machine: str) -> dict[str, Probe]:
     """Return the kept answers, {"flash self 40": Probe}; anything that is not one is left out."""
     found: dict[str, Probe] = {}
-    with contextlib.suppress(InputError):
+    with contextlib.suppress(InputError, AttributeError):  # AttributeError: the entry is no object
         for kind, answer in read_json(cache_folder() / KEPT).get(machine, {}).items():
             with contextlib.suppress(TypeError):
                 found[kind] = Probe(**answer)

@@ -198,7 +198,6 @@ class Stream:
                     trajectory,
                     cond=None,
                     uncond=None,
-                    more=(),
                     changes={},
                     keep_mask=None,
                     known=None,

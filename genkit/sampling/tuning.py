@@ -15,7 +15,7 @@ from genkit.errors import HostError, InputError
 from genkit.files import place, read_json
 from genkit.progress import Steps
 from genkit.rows.prompts import read_prompts
-from genkit.rows.request import Request
+from genkit.rows.request import SEED_LIMIT, Request
 from genkit.rows.settings import GUIDANCE
 from genkit.schedulers import Scheduler
 from genkit.schedulers.tuned import FILE
@@ -57,6 +57,8 @@ def tune_model(
     for name, value, (low, high) in (("--steps", steps, STEPS), ("--noises", noises, NOISES)):
         if not low <= value <= high:
             raise InputError(f"{name}: {value} is not within {low} to {high}")
+    if not 0 <= seed < SEED_LIMIT:
+        raise InputError(f"--seed: {seed} is not within 0 to {SEED_LIMIT - 1}")
     info = inspect_model(model, variant=variant)
     if info.kind == "clip":
         raise InputError(f"{model}: is a CLIP model: it draws nothing that could be tuned")

@@ -96,6 +96,9 @@ def test_only_the_best_at_the_mark_are_drawn_to_the_end(gen: TextToImage) -> Non
             assert r.reason == "not among the best 2 of 4 after call 3 of 6"
             assert r.scores["clip"] == early[k]
     assert EARLY not in found["q", 0].scores
+    composed = {**ROW, "prompt": "a fox AND a cat", "syntax": "a1111", "num_inference_steps": 2}
+    both = drawn(gen, [Request(id="c", num_images=2, prune={"after": 0.5, "keep": 0.5}, **composed)])
+    assert sorted((r.status, r.nfe) for r in both.values()) == [("done", 6), ("pruned", 3)]
     assert drawn(gen, rows, slots=1).keys() == found.keys()
 
 

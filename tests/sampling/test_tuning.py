@@ -106,6 +106,7 @@ def test_bad_input_is_found_before_anything_loads(folder: Path, tmp_path: Path) 
         ({"model": str(folder), "steps": 8, "noises": 4}, "--noises: 4 is not within 8"),
         ({"model": str(folder), "steps": 8, "guidance": 0.5}, "--guidance-scale: 0.5"),
         ({"model": str(folder), "steps": 8, "prompts": missing}, "none.txt"),
+        ({"model": str(folder), "steps": 8, "seed": 2**64}, "--seed: 18446744073709551616 is not within 0 to 42949"),
         ({"model": str(clip), "steps": 8}, "is a CLIP model"),
         ({"model": str(plain), "steps": 8, "guidance": 3.0}, "this model is unconditional"),
         ({"model": "emojo", "steps": 8}, "emojo"),
