@@ -280,7 +280,7 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
     def fingerprint(self) -> str:
         """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
-        # what older rows do not have is not hashed
+        # Fields that were added later are hashed only where they are set: fingerprints of older rows stay valid
         for later in ("guidance_interval", "loras", *sdxl.FIELDS, *prompting.FIELDS, *inputs.FIELDS):
             if fields[later] in (None, "none"):
                 del fields[later]

@@ -20,8 +20,8 @@ NUMBERS = (*COUNTS, *_FLOATS, "seed")
 def typed(field: str, text: str) -> Any:
     """Return the text of a CSV cell or command-line option as the value of `field` (genkit's name for it).
 
-    Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels` and `detect` are separated by commas, several seeds
-    likewise, `ask` by those behind a question mark; they may be JSON lists too. `meta`, `prune`, and a `scheduler` that
+    Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels`, `detect` and several seeds are separated by commas,
+    `ask` by commas that follow a question mark; they may be JSON lists too. `meta`, `prune`, and a `scheduler` that
     starts with a brace, are JSON objects. Raises InputError.
     """
     convert = _TYPED.get(field)

@@ -202,7 +202,7 @@ def _loaded(found: LoraFile, networks: Mapping[str, Any]) -> dict[tuple[str, str
 def _matrices(
     adapter: Adapter, roles: dict[str, torch.Tensor], module: Any
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return (down, up), scaled by alpha / rank, or (None, the whole difference). `read_lora` has checked the shapes."""
+    """Return (down, up), scaled by alpha / rank, or (None, the whole difference); `read_lora` checked the shapes."""
     shape = tuple(module.weight.shape)
     alpha = float(roles["alpha"]) if "alpha" in roles else adapter.alpha
     scale = 1.0 if alpha is None or not adapter.rank else alpha / adapter.rank
