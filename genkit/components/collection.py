@@ -20,7 +20,7 @@ MARKS = ("model_index.json", "config.json")  # of a folder that is a model
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """Something in the folder. kind: as ModelInfo has it, or lora, or embedding; None if it is not taken, and `why`."""
+    """An entry of the folder. kind: that of ModelInfo, "lora" or "embedding"; None if it is refused, and `why`."""
 
     name: str
     path: Path
@@ -46,7 +46,7 @@ def collection(folder: str | Path, variant: str | None = None) -> list[Item]:
     """Return what is in a folder and those below it, by name; no weights are read.
 
     A model is a folder as diffusers saves it, or a .safetensors file, which is called by its name without the suffix.
-    What cannot be taken is there with the reason. Raises InputError for a folder that is none, and for two of one name.
+    What is refused is listed with the reason. Raises InputError for a folder that is none, and for two of one name.
     """
     root = user_path(str(folder))
     if not root.is_dir():

@@ -182,7 +182,7 @@ def _read(
     """Return the weights of one file, converted one after another, so that a GPU never holds all of them twice.
 
     Into RAM they are read by several threads, which share the time of page faults, and never mapped: mapped pages count
-    as memory of the process too, and what is a view of a file changes, or crashes, with it.
+    as memory of the process too, and a mapped weight changes, or crashes the process, if the file changes.
     """
     from safetensors import safe_open
 

@@ -48,10 +48,13 @@ UNSUPPORTED = ("hada_t1", "hada_t2", "lokr_t2", "diff_b")
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What a file holds for one module: its tensors by role, and scale, alpha / rank."""
+    """The tensors that a file holds for one module, by role.
+
+    alpha: of the file's metadata; if None, that of a tensor "alpha", else the rank. The scale is alpha / rank.
+    """
 
     tensors: Mapping[str, Tensor]
-    alpha: float | None = None  # None: a tensor of that role, or the rank
+    alpha: float | None = None
 
     @property
     def low_rank(self) -> bool:
@@ -60,7 +63,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """Of the product, 0 for a whole difference."""
+        """The rank of its matrices; 0 for a full difference of weights."""
         found = self.tensors.get("down") or self.tensors.get("hada_w1_b") or self.tensors.get("lokr_w2_b")
         return 0 if found is None else found.shape[0]
 
@@ -76,11 +79,11 @@ class LoraFile:
 
     @property
     def rank(self) -> int:
-        """The highest of its modules."""
+        """The highest rank among its modules."""
         return max(adapter.rank for found in self.adapters.values() for adapter in found.values())
 
     def line(self) -> str:
-        """Return what is said of it when a run begins."""
+        """Return the message for the user when a run begins."""
         count = {name: len(found) for name, found in self.adapters.items() if found}
         placed = " and ".join(f"{n} modules of {name}" for name, n in count.items())
         left = ", ".join(map(shown, self.unmatched[:3]))
@@ -158,7 +161,7 @@ def _split(key: str) -> tuple[str, str, str] | None:
 
 
 def _flat(name: str) -> str:
-    """Return a module's name without dots, as kohya's scripts write it, and without what versions differ in."""
+    """Return a module's name without dots, as kohya's scripts write it, without parts that differ among versions."""
     return name.replace(".", "_").removeprefix("text_model_").replace("to_out_lora", "to_out_0").removesuffix("_lora")
 
 

@@ -148,7 +148,6 @@ def describe(
         if device.split(":")[0] in ("auto", kind):
             stored = usual if dtype == "auto" else DTYPES[dtype]
             n = model_need(info, clip, stored, kind, largest, refiner, looks(stored, kind))
-
             found[kind] = {
                 **({"masks": gib(n.first)} if n.first else {}),
                 "weights": gib(sum(n.weights.values())),
