@@ -34,7 +34,7 @@ def check_memory(memory: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """Bytes that a model which looks at pictures takes: its weights, and its work on one of them."""
+    """Bytes that a vision model takes: its weights, and the activations for one picture."""
 
     weights: float
     picture: float
@@ -49,7 +49,8 @@ class Need:
     with guidance. area: latent positions (rows times columns) of that size. decode, strips: decoding one such image,
     whole and in strips. text: a batch of prompts; score: one picture in CLIP; looks: one picture in each vision model.
     cost: pixels of the job's largest picture relative to the model's own size. beside: whether decoding overlaps
-    denoising. first: a model with its work that is alone on the device before any other is loaded ("segmenter").
+    denoising. first: a model that runs alone on the device before any other is loaded ("segmenter"), with
+    its activations.
     """
 
     weights: Mapping[str, float]
@@ -93,7 +94,7 @@ def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = Fals
 
 
 def _at_work(n: Need, slots: int) -> dict[str, float]:
-    """Return the bytes of the work of each model that looks at pictures."""
+    """Return the bytes of activations of CLIP and of each vision model, for a batch of pictures."""
     looks = {name: size * min(slots, PICTURES) for name, size in n.looks.items()}
     return {"clip": n.score * min(slots, CLIP_BATCH), **looks}
 

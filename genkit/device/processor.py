@@ -11,7 +11,7 @@ from genkit.device.attention import BACKENDS, NARROW_TRAINED, Attend
 from genkit.device.devices import check_attention
 from genkit.device.probes import choose, first_line
 
-EVERY_DTYPE = ("sdpa", "sliced", "math")  # backends that work in every dtype if they work in one
+ANY_DTYPE = ("sdpa", "sliced", "math")  # backends whose support does not depend on the dtype
 
 
 class Processor:
@@ -25,7 +25,7 @@ class Processor:
     def __init__(self, name: str, dtype: torch.dtype, notes: list[str], share: bool = False) -> None:
         self.name, self.dtype, self.notes, self.share = name, dtype, notes, share
         self.attend = BACKENDS[name]
-        self.otherwise: Attend = BACKENDS[name if name in EVERY_DTYPE else "sdpa"]  # for other dtypes
+        self.otherwise: Attend = BACKENDS[name if name in ANY_DTYPE else "sdpa"]  # for other dtypes
 
     def __call__(
         self,
