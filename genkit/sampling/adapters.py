@@ -1,9 +1,9 @@
-"""LoRAs beside the weights: each row of a batch has its own, and the weights stay bit for bit as they are.
+"""LoRAs applied beside the weights, which do not change: each row of a batch has its own LoRAs.
 
 For a module with weight W, y = W x + sum over adapters k of w[row, k] * B_k A_k x. The A of all adapters are one
 matrix, and so are the B, so that rows with different LoRAs cost two products more and no switching (as S-LoRA, Sheng et
-al. 2023, but without gathering: a weight of 0 takes an adapter out of a row). What is no product of small matrices
-(LoHa, LoKr, DoRA) is applied as a whole difference.
+al. 2023, but without gathering: a weight of 0 takes an adapter out of a row). LoHa, LoKr and DoRA, which are not
+products of two small matrices, are applied as full differences of weights.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Adapters:
             return
         found = read_lora(Path(file), self._shapes, self.networks["unet"].config)
         deltas = _loaded(found, self.networks)
-        for module in self.networks["unet"].modules():  # the halves of a guided batch may differ from here on
+        for module in self.networks["unet"].modules():  # with LoRAs the two halves of a guided batch may differ
             if hasattr(getattr(module, "processor", None), "share"):
                 module.processor.share = False
         number = self.files[file] = len(self.files)

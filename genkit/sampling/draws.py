@@ -90,7 +90,7 @@ class Draws:
             self._admit(request, earlier[str(request.id)])
 
     def _admit(self, request: Request, earlier: int) -> _Row:
-        """Add a row of which there are so many images from earlier starts."""
+        """Add a row. earlier: how many images of it earlier starts recorded."""
         gate = None if request.gate is None else Expression(request.gate, request.labels, names=None)
         least = max(request.num_images, earlier)
         row = self._rows[str(request.id)] = _Row(request, gate, least, least)
@@ -112,7 +112,7 @@ class Draws:
         return Draws((row.request for row in self._rows.values()), done, self._most, self._until)
 
     def settle(self, results: Mapping[tuple[str, int], Result], short: str | None) -> None:
-        """Count what others drew, until the limit `short` if that ended it: `lacking` is right then."""
+        """Take over the results of other processes, so that `lacking` is right. short: the limit that ended the run."""
         ended = Draws((row.request for row in self._rows.values()), results)
         for row_id, row in ended._rows.items():
             while row.wants_more and (row_id, row.issued) in results:

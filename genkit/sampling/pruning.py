@@ -73,7 +73,7 @@ class Pruning:
             trajectory.pause = mark_of(trajectory.plan.nfe, request.prune["after"])
 
     def lose(self, request: Request) -> None:
-        """Count an image that failed before the mark."""
+        """Count an image that failed before it could be ranked."""
         if request.prune is not None:
             self._row(request).missing -= 1
 
