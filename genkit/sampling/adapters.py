@@ -22,6 +22,7 @@ from genkit.errors import InputError
 from genkit.files import place
 
 Loras = Sequence[Mapping[str, Any]]
+_State = tuple[torch.Tensor | None, torch.Tensor | None, list[int], list[tuple[int, torch.Tensor]]]
 
 
 class Adapters:
@@ -58,15 +59,22 @@ class Adapters:
         for module in self.networks["unet"].modules():  # with LoRAs the two halves of a guided batch may differ
             if hasattr(getattr(module, "processor", None), "share"):
                 module.processor.share = False
-        number = self.files[file] = len(self.files)
+        changed: list[tuple[_Layer, _State]] = []
+        try:
+            for (component, module), parts in deltas.items():
+                key = component, module
+                if key not in self._layers:
+                    target = self.networks[component].get_submodule(module)
+                    self._layers[key] = _Layer(target, self)
+                    _attach(self.networks[component], module, self._layers[key])
+                changed.append((self._layers[key], self._layers[key].state))
+                self._layers[key].add(len(self.files), *parts)
+        except BaseException:  # out of memory: a second attempt must not find half of the file
+            for layer, before in changed:
+                layer.state = before
+            raise
+        self.files[file] = len(self.files)
         self.lines.append(found.line())
-        for (component, module), parts in deltas.items():
-            key = component, module
-            if key not in self._layers:
-                target = self.networks[component].get_submodule(module)
-                self._layers[key] = _Layer(target, self)
-                _attach(self.networks[component], module, self._layers[key])
-            self._layers[key].add(number, *parts)
 
     @functools.cached_property
     def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -109,6 +117,16 @@ class _Layer:
         self.index: list[int] = []  # for each rank, its adapter
         self._index: torch.Tensor | None = None  # the same, on the device
         self.whole: list[tuple[int, torch.Tensor]] = []
+
+    @property
+    def state(self) -> _State:
+        """What `add` changes."""
+        return self.down, self.up, list(self.index), list(self.whole)
+
+    @state.setter
+    def state(self, state: _State) -> None:
+        self.down, self.up, self.index, self.whole = state
+        self._index = None
 
     def add(self, number: int, down: torch.Tensor | None, up: torch.Tensor, stored: torch.dtype) -> None:
         """Add an adapter: its two matrices, or with down None the whole difference `up`."""

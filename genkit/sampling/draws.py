@@ -19,9 +19,9 @@ from genkit.scoring.gates import Expression, passes
 class _Row:
     request: Request
     gate: Expression | None
-    least: int  # images that it will have at the end, at least
-    expected: int  # … and probably, by the share that passed so far
-    cap: float = math.inf  # images that may be issued, for a row that a budget was given
+    least: int  # images that the row will have at least at the end
+    expected: int  # images that it will probably have, by the share that passed so far
+    cap: float = math.inf  # most images that may be issued, for a row with a budget
     issued: int = 0
     in_flight: int = 0
     passed: int = 0
@@ -51,7 +51,7 @@ class _Row:
 
 
 class Draws:
-    """Hands out (request, index) pairs, and is told the results.
+    """Hands out (request, index) pairs, and receives the results.
 
     done: the images of earlier starts of the run; they count as drawn. most: limit of images, those included; until: a
     time.monotonic(). Past either limit nothing new is handed out, and `short` names the limit.

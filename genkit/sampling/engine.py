@@ -161,9 +161,9 @@ class _Group:
         """Remove and return the trajectories at these places, each with its latent."""
         ended = [self.live[i] for i in over]
         for i, trajectory in zip(over, ended, strict=True):
-            trajectory.latent = self.x[i]
+            trajectory.latent = self.x[i].clone()  # a view would keep the tensors of the whole group
             if trajectory.step == trajectory.pause:
-                trajectory.history = self.history[:, i]
+                trajectory.history = self.history[:, i].clone()
         stay = [i for i in range(len(self.live)) if i not in set(over)]
         self.live = [self.live[i] for i in stay]
         index = torch.tensor(stay, dtype=torch.long, device=self.device)
@@ -379,7 +379,7 @@ class Engine:
         if any(shown):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output
             for i, trajectory in enumerate(live):
-                trajectory.x0 = predicted[i] if shown[i] else None
+                trajectory.x0 = predicted[i].clone() if shown[i] else None
         if isinstance(noise, torch.Tensor):
             noise = noise.to(self.device, non_blocking=True)
         x, new = step(group.x, output, rows, group.history, noise, any(t.plan.threshold for t in live))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 AHEAD = 256  # rows whose prompts are embedded together on a GPU
 PENDING = 2  # batches of finished latents that may wait for decoding before denoising waits for them
-FLAT = 2  # a picture whose channels each vary by at most so many of 255 levels is constant
+FLAT = 2  # of 255 levels: a picture whose channels each vary by no more is constant
 
 Draw = tuple[Request, int, int]  # request, index, seed
 

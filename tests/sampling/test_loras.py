@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from genkit import Request, TextToImage, generate
 from genkit.components.lora import kohya_names, sgm_name
 from genkit.errors import InputError
+from genkit.sampling.adapters import _Layer
 from tests.components.checkpoints import folder_of
 from tests.tiny import tiny_sdxl, tiny_stable_diffusion
 
@@ -237,6 +238,28 @@ def test_every_kind_equals_the_fused_weight(sd: Path, tmp_path: Path, name: str,
         found = beside.denoiser(x, t, cond, None, torch.ones(2), adapters=adapters)
         plain = beside.denoiser(x, t, cond, None, torch.ones(2))
     assert float((found - expected).abs().max()) < min(1e-4, 0.1 * float((plain - expected).abs().max()))
+
+
+def test_a_lora_that_did_not_fit_into_memory_is_loaded_whole_the_next_time(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [{"file": str(peft(sd, pairs(sd), tmp_path / f"{n}.safetensors"))} for n in "ab"]
+    plain, full = TextToImage.from_pretrained(sd), TextToImage.from_pretrained(sd)
+    for generator in (plain, full):
+        generator.adapters.add(files[0]["file"])
+    add, calls = _Layer.add, iter(range(1000))
+
+    def once_full(layer: _Layer, *parts: Any) -> None:
+        add(layer, *parts)
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Layer, "add", once_full)
+        with pytest.raises(torch.OutOfMemoryError):
+            full.adapters.add(files[1]["file"])
+    assert len(full.adapters) == len(full.adapters.lines) == 1
+    assert np.array_equal(drawn(full, files), drawn(plain, files))
 
 
 def test_networks_of_8_bits_take_loras(tmp_path: Path) -> None:

@@ -59,6 +59,17 @@ def test_a_paused_image_goes_on_to_be_what_it_would_have_been(gen: TextToImage, 
     torch.testing.assert_close(ended.latent, whole.latent, rtol=0, atol=0)
 
 
+def test_a_paused_image_keeps_no_tensor_of_its_batch_mates(gen: TextToImage) -> None:
+    pair = [gen.begin(Request(**ROW), k, k) for k in (0, 1)]
+    for trajectory in pair:
+        trajectory.pause = 2
+    engine = Engine(gen.denoiser, gen.device, slots=2)
+    (paused,) = [ended for ended in engine.run(lambda free, alone: [pair.pop() for _ in range(len(pair))]) if ended]
+    assert len(paused) == 2
+    for kept in (tensor for t in paused for tensor in (t.latent, t.x0, t.history)):
+        assert kept is not None and kept.untyped_storage().nbytes() == kept.nbytes
+
+
 def _run(gen: TextToImage, trajectory: Trajectory) -> list[Trajectory]:
     waiting = [trajectory]
     engine = Engine(gen.denoiser, gen.device, slots=1)
