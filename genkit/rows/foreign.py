@@ -43,17 +43,13 @@ def sniff(text: str) -> str | None:
     return None
 
 
-def read_rows(text: str, form: str, where: str, notes: list[str] | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a text in a `form` of `sniff`, as fields for `canonical`. where: the file's name in errors.
-
-    notes: takes a line for each thing that was assumed or left out. Raises InputError, naming line and option, for an
-    option that is unknown, names a file or folder to write, or asks for what genkit lacks.
-    """
-    return [fields for _, fields in numbered_rows(text, form, where, notes)]
-
-
 def numbered_rows(text: str, form: str, where: str, notes: list[str] | None = None) -> list[Row]:
-    """Return the rows of `read_rows`, each with the number of its first line."""
+    """Return (number of the first line, fields for `canonical`) of each row of a text in a `form` of `sniff`.
+
+    where: the file's name in errors. notes: receives a line for each thing that was assumed or left out. Raises
+    InputError, naming line and option, for an option that is unknown, names a file or folder to write, or asks for what
+    genkit lacks.
+    """
     if form not in _READERS:
         raise InputError(f"{shown(form)}: no form of rows{nearest(form, _READERS)}; there are {', '.join(_READERS)}")
     rows = _READERS[form](text, where, [] if notes is None else notes)

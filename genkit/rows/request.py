@@ -44,7 +44,6 @@ Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 Side = Annotated[int, Field(ge=8, le=8192)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Scores = dict[str, Any]
 
 _ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,100}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for d in range(1, 10))}  # Windows devices

@@ -18,7 +18,7 @@ from genkit.schedulers.planning import least_strength
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
 REFINED = 0.3  # strength of SDXL's refiner, as in diffusers
-# An initial picture keeps its size up to so many times the pixels of the model's own size, or up to so many pixels
+# An initial picture keeps its size up to LARGE times the pixels of the model's own size, or LEAST_LARGE pixels
 LARGE, LEAST_LARGE = 4.0, 1024 * 1024
 
 

@@ -398,7 +398,7 @@ def _countable(size: _Size) -> _Size:
 
 @dataclasses.dataclass
 class _Drawn:
-    """One text of a template, as it is drawn."""
+    """Writes one random text of a template."""
 
     rng: random.Random
     folder: _Folder
