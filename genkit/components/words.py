@@ -1,4 +1,4 @@
-"""Words of prompts that stand for vectors of textual inversion files: found whole, in any case, and made tokens."""
+"""Words of prompts that stand for textual inversions: found as whole words in any case, and replaced by tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genkit.files import place, user_path
 Configs = Mapping[str, Mapping[str, Any]]
 FILES = (".safetensors", *PICKLES, ".png")
 MOST_FILES = 100_000  # names in a folder
-PREFIX = "embedding:"  # before a word, as ComfyUI has it
+PREFIX = "embedding:"  # before a word, the syntax of ComfyUI
 _NAMED = re.compile(rf"(?<!\w){PREFIX}([^\s,:()\[\]{{}}|]+)", re.IGNORECASE)
 
 

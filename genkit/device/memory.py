@@ -14,7 +14,7 @@ PICTURES = 8  # most pictures a decode; more gain nothing
 CLIP_BATCH = 32  # texts or pictures a call of CLIP
 # Bytes of linear weights of which a CPU keeps a packed copy: Stable Diffusion 1.5 has fewer, SDXL more
 MOST_PACKED = 2**31
-FEW = 4  # a level that allows so many images at once is preferred to a faster level that allows fewer
+FEW = 4  # images in flight: a level that allows this many is preferred to a faster level that allows fewer
 MODEST = 256 * 2**20  # bytes of images in flight that --memory low allows
 RESERVE = {"cuda": 0.4 * 2**30, "cpu": 0.3 * 2**30}  # workspaces and kernels of the libraries, other processes
 SPARE = 0.05  # share of the free memory lost to fragmentation

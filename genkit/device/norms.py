@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn.functional import conv2d, gelu, group_norm, layer_norm, linear, silu
 
+from genkit.errors import reason
+
 try:
     import triton
 
@@ -89,7 +91,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
             if wrong or _differ(total, x.double() + other.double(), dtype):
                 return "wrong numbers"
     except Exception as error:  # no compiler on this machine, a driver that Triton does not know, …
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{type(error).__name__}: {reason(error)}"
     return None
 
 

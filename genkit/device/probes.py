@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from genkit.device.attention import BACKENDS, NARROW, Attend
 from genkit.device.devices import cache_folder
 from genkit.durable import json_line, write_whole
-from genkit.errors import HostError, InputError
+from genkit.errors import HostError, InputError, reason
 from genkit.files import read_json
 from genkit.version import __version__
 
@@ -71,7 +71,7 @@ def probe(attend: Attend, device: torch.device, dtype: torch.dtype, width: int, 
                 return Probe(f"wrong numbers (off by {error:.2g})")
             return Probe(ms=_milliseconds(attend, device, dtype, width, cross) if device.type == "cuda" else None)
     except Exception as error:  # any error of a library means that the backend does not work
-        return Probe(next((text for kind, text in _REASONS.items() if isinstance(error, kind)), first_line(error)))
+        return Probe(next((text for kind, text in _REASONS.items() if isinstance(error, kind)), reason(error)))
 
 
 def known(name: str, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> Probe:
@@ -218,12 +218,6 @@ def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, widt
             attend(q, k, v)
         torch.cuda.current_stream().synchronize()
         return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, at most 100 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:100]
 
 
 _REASONS: dict[type[Exception], str] = {

@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 from genkit.device.attention import BACKENDS, NARROW_TRAINED, Attend
 from genkit.device.devices import check_attention
-from genkit.device.probes import choose, first_line
+from genkit.device.probes import choose
+from genkit.errors import reason
 
 ANY_DTYPE = ("sdpa", "sliced", "math")  # backends whose support does not depend on the dtype
 
@@ -77,7 +78,7 @@ class Processor:
                 raise
             failed = f"attention: {self.name} failed"
             if not any(note.startswith(failed) for note in self.notes):
-                self.notes.append(f"{failed} ({first_line(error)}); torch's own goes on in its place")
+                self.notes.append(f"{failed} ({reason(error)}); torch's own goes on in its place")
             self.attend = self.otherwise
             return self.attend(q, k, v)
 
