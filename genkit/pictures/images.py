@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import re
 import struct
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +177,8 @@ def _plugin(data: bytes) -> Callable[[io.BytesIO], Any]:
 
 
 def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    picture: Image.Image = _plugin(data)(io.BytesIO(data))
+    with silent():
+        picture: Image.Image = _plugin(data)(io.BytesIO(data))
     _check_size(*picture.size)
     if getattr(picture, "n_frames", 1) > 1:
         raise InputError("is animated; give one frame")
@@ -183,10 +186,19 @@ def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Imag
     return _converted(picture, convert)
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Suppress Pillow's warnings of damaged EXIF, which it then leaves out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _converted(picture: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     from PIL import Image
 
-    turn = _TURNS.get(picture.getexif().get(0x0112, 1))
+    with silent():
+        turn = _TURNS.get(picture.getexif().get(0x0112, 1))
     if turn is None:
         return convert(picture)
     turned = convert(picture).transpose(Image.Transpose[turn])
