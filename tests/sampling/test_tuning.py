@@ -17,6 +17,7 @@ import pytest
 
 from genkit import HostError, InputError, Request, TextToImage
 from genkit.rows.plans import plan_for
+from genkit.sampling import tuning
 from genkit.sampling.tuning import TIMESTEPS, tune_model
 from genkit.schedulers import Scheduler, tune
 from genkit.schedulers.tuned import FILE
@@ -97,6 +98,15 @@ def test_generate_takes_it_and_a_changed_file_is_noticed(folder: Path, quick: No
 def test_unconditional_models_are_tuned_too(tmp_path: Path, quick: None) -> None:
     found = tune_model(str(tiny_ddpm(tmp_path / "ddpm")), 4, noises=8)
     assert found["guidance_scale"] == 1.0 and np.isfinite([found["stock_error"], found["tuned_error"]]).all()
+
+
+def test_fields_that_are_not_used_to_tune_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_tune", lambda *_: {})  # the fit itself
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a (fox)", "seed": 3, "syntax": "a1111"}\n{"prompt": "a cat"}\n')
+    assert tune_model(str(folder), 4, rows) == {"notes": [f"{rows}: not used to tune: seed, syntax"]}
 
 
 def test_bad_input_is_found_before_anything_loads(folder: Path, tmp_path: Path) -> None:
