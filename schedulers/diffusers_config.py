@@ -63,7 +63,7 @@ for _solver in (name for name in SOLVERS if "dpm" in name and name[-2:] in ("2m"
 
 
 def read_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (the Options' values by name, the config without diffusers' defaults); config: see Scheduler.from_config.
+    """Return (values of Options by name, the config without diffusers' defaults); config: see Scheduler.from_config.
 
     Raises InputError, naming file and key.
     """

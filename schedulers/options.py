@@ -96,9 +96,13 @@ class Options:
         given = getattr(self, name)
         if (given is None) != (self.spacing != name):
             raise InputError(f"{name}: go with spacing {name!r}; spacing is {self.spacing!r}")
-        for value in given or ():
+        if given is None:
+            return
+        if not isinstance(given, list | tuple):
+            raise InputError(f"{name}: {shown(given)} is not a list of numbers")
+        for value in given:
             check_number(name, value, float, least, 1e5 if name == "sigmas" else self.num_train_timesteps - 1)
-        if given is not None and (not given or any(b >= a for a, b in itertools.pairwise(given))):
+        if not given or any(b >= a for a, b in itertools.pairwise(given)):
             raise InputError(f"{name}: {shown(list(given))} is not a falling list")
 
     def _check_order(self) -> None:
@@ -107,6 +111,8 @@ class Options:
             for value in self.order if isinstance(self.order, tuple) and self.order else (self.order,):
                 check_number("order", value, int, 1, most)
         if self.threshold is not None:
+            if not isinstance(self.threshold, list | tuple) or len(self.threshold) != 2:
+                raise InputError(f"threshold: {shown(self.threshold)} is not a quantile and a bound, as in [0.995, 1]")
             check_number("threshold", self.threshold[0], float, 1e-6, 1)
             check_number("threshold", self.threshold[1], float, 1, 1e6)
 

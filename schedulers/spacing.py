@@ -20,7 +20,7 @@ BOUNDED = (0.0525, 12.2, 0.173)  # offsets and exponent of `bounded`, fitted to 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What a spacing needs to place `steps` noise levels among `train_steps` training timesteps.
+    """The parameters by which a spacing places `steps` noise levels among `train_steps` training timesteps.
 
     flow: whether the noise schedule is rectified flow. offset: added to `leading`. low, high: added to the ends of
     `linspace`. sigma_range: the spacing in t whose first and last sigma the spacings in sigma go between; None: those

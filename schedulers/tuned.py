@@ -60,10 +60,7 @@ class Tuned:
 def plan_of(rows: list[list[float]], scheduler: Scheduler) -> Plan:
     """Return the plan whose rows have the columns NAMES; it starts from noise and ends at sigma 0."""
     made = [Row(Level(*row[:3]), cx=row[3], c0=row[4], c=tuple(row[5:])) for row in rows]
-    start = (
-        0.0,
-        math.hypot(made[0].level.alpha, made[0].level.sigma),
-    )  # std of x there, for data of unit variance
+    start = 0.0, math.hypot(made[0].level.alpha, made[0].level.sigma)  # std of x there, for data of unit variance
     return plan_from_rows(made, Level(0.0, 1.0, 0.0), scheduler.prediction, start, scheduler.clip)
 
 

@@ -14,7 +14,7 @@ from genkit.cli.app import MAKE, Command, app, print_found
 from genkit.cli.options import AsJson, Device, Out, Variant, given_model, spread
 from genkit.errors import EXIT_OK, InputError, shown
 from genkit.options import Options
-from genkit.rows.inputs import NUMBERS, is_picture
+from genkit.rows.inputs import is_picture
 
 if TYPE_CHECKING:
     from genkit.job.plan import Job
@@ -196,26 +196,13 @@ def _rows_of(source: Path, given: dict[str, Any], folder: Path, lora_dir: str | 
     return read_pictures(pictures, given, lora_dir, skip=source.is_dir())
 
 
-# Fields that another field requires; a row of the file may provide them.
-_PARTNERS: dict[str, dict[str, Any]] = {
-    "strength": {"image": "-"},
-    "mask_image": {"image": "-"},
-    "mask": {"image": "-"},
-    **{name: {"image": "-", "mask": "-"} for name in NUMBERS},
-    "keep": {"num_images": 100_000},
-    "max_images": {"keep": 1, "gate": "not nan"},
-}
-
-
 def _check(fields: dict[str, Any]) -> None:
     """Check the command line's defaults before any row is read, so that errors name the option, not a row."""
-    from genkit.rows.request import Request
+    from genkit.rows.pictures import check_alone
 
     for name, value in fields.items():
-        if name in ("gate", "rank_by"):  # may use labels that only rows have
-            continue
         try:
-            Request(**{**_PARTNERS.get(name, {}), name: value})
+            check_alone(name, value)
         except InputError as error:
             raise _of_option(error) from None
 

@@ -33,7 +33,7 @@ def check_network(
 
 
 def check_together(kind: str, parts: Mapping[str, Part]) -> None:
-    """Raise InputError for networks of which one does not read what the other writes."""
+    """Raise InputError unless the UNet reads the latents of the VAE and the embeddings of the text encoders."""
     unet = parts["unet"]
     if (unet.kind == "UNet2DConditionModel") != (kind == "text-to-image"):
         raise InputError(f"{unet.where}: _class_name: {unet.kind} does not belong in a model that is {kind}")

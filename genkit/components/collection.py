@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ MARKS = ("model_index.json", "config.json")  # of a folder that is a model
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """Something in the folder. kind: as ModelInfo has it, or lora, or embedding; None if it is not taken, and `why`."""
+    """An entry of the folder. kind: that of ModelInfo, "lora" or "embedding"; None if it is refused, and `why`."""
 
     name: str
     path: Path
@@ -45,13 +46,13 @@ def collection(folder: str | Path, variant: str | None = None) -> list[Item]:
     """Return what is in a folder and those below it, by name; no weights are read.
 
     A model is a folder as diffusers saves it, or a .safetensors file, which is called by its name without the suffix.
-    What cannot be taken is there with the reason. Raises InputError for a folder that is none, and for two of one name.
+    What is refused is listed with the reason. Raises InputError for a folder that is none, and for two of one name.
     """
     root = user_path(str(folder))
     if not root.is_dir():
         raise InputError(f"{place(root)}: is no folder")
     found: dict[str, Item] = {}
-    for path in _candidates(root):
+    for path in _candidates(root, set()):
         item = _item(path, variant)
         other = found.setdefault(item.name, item)
         if other is not item:
@@ -59,15 +60,24 @@ def collection(folder: str | Path, variant: str | None = None) -> list[Item]:
     return [found[name] for name in sorted(found, key=str.casefold)]
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
+def _candidates(folder: Path, entered: set[str]) -> Iterator[Path]:
+    """Yield the paths of possible models. entered: real paths of the folders listed so far; a link may repeat one."""
+    real = os.path.realpath(folder)
+    if real in entered:
+        return
+    entered.add(real)
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{place(folder)}: cannot be listed: {error.strerror}") from None
+    for path in inside:
         if path.name.startswith("."):
             continue
         if path.is_dir():
             if any((path / mark).is_file() for mark in MARKS):
                 yield path
             else:
-                yield from _candidates(path)
+                yield from _candidates(path, entered)
         elif path.suffix == ".safetensors":
             yield path
 

@@ -1,4 +1,4 @@
-"""A model from one layout to the other: a single file to a folder of diffusers, and back, every weight as it is."""
+"""Conversion between a single file and a folder in diffusers' layout, in both directions; weights keep their values."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ ORIGINAL = "string_to_param."
 LEFT_OUT = re.compile(r"string_to_token\..*|step|sd_checkpoint.*|name|requires_grad_params")  # beside string_to_param
 _MODULE = re.compile(r"weight|bias|\w+(\.\w+)*\.[A-Za-z_]\w*")  # a weight of a network, and no word
 FAMILIES = {(768,): "SD 1", (1024,): "SD 2", (768, 1280): "SDXL"}  # by the widths of their vectors
-MOST_VECTORS = 1024  # that are read at all; a prompt has room for far fewer
+MOST_VECTORS = 1024  # of a file; a prompt has room for far fewer
 UNPICKLE = (
     "is refused: a pickle can run code: save its vectors as .safetensors where you trust it (docs/other-tools.md)"
 )
@@ -59,17 +59,17 @@ class EmbeddingFile:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of the vectors, for each text encoder."""
+        """The width of the vectors for each text encoder."""
         return tuple(tensor.shape[-1] for tensor in self.tensors.values())
 
     @property
     def family(self) -> str | None:
-        """The models that such widths belong to."""
-        return FAMILIES.get(self.widths) if len(self.tensors) == len(self.widths) else None
+        """The family of models whose text encoders have these widths; None for others."""
+        return FAMILIES.get(self.widths)
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the whole file, in hex."""
+        """The SHA-256 of the whole file, in hex."""
         return sha256(self.path)
 
     @functools.cached_property
@@ -91,7 +91,7 @@ class EmbeddingFile:
     def facts(self) -> dict[str, Any]:
         """Return what `genkit inspect` prints, as JSON values."""
         told = {key: shown(value, 200).strip("'") for key, value in self.metadata.items()}
-        _ = self.values  # are they finite?
+        _ = self.values  # raises if they are not finite
         return {
             "file": str(self.path),
             "kind": "textual inversion",

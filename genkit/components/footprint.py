@@ -2,8 +2,8 @@
 
 Each function walks the network as diffusers runs it and adds up what is held: the skip connections, the arguments of
 the callers, and within a layer its inputs and outputs. Everything is per row (one picture, one prompt) and in numbers,
-not bytes: times the item size it is memory. `workspace` counts what a convolution takes to lay its input and output out
-in its own order, as cuDNN and oneDNN do (the latter's was seen in a process's peak).
+not bytes: times the item size it is memory. `workspace` counts the copies of a convolution's input and output in the
+library's own memory layout, as cuDNN and oneDNN make them (measured for the latter).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# What SDXL's UNet reads of sizes, in order, and what its refiner reads
+# The numbers in the size conditioning (time_ids) of SDXL's UNet, in order, and in that of its refiner
 TIME_IDS = ("original height", "original width", "crop top", "crop left", "target height", "target width")
 REFINER_IDS = (*TIME_IDS[:4], "aesthetic score")
 

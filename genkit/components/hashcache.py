@@ -20,16 +20,16 @@ from typing import Any
 
 from genkit.device.devices import cache_folder
 
-LARGE = 2**26  # bytes; what is smaller is hashed sooner than looked up
+LARGE = 2**26  # bytes; smaller files are hashed faster than looked up
 FRESH = 3600.0  # seconds
 SETTLED = 2.0  # seconds since a file's last change: a second change within the same tick of its clock would be hidden
 
 
 def shared(path: Path, kind: str, find: Callable[[], str]) -> str:
-    """Return `find()`, or what another process of this machine has found of the same file within the last hour.
+    """Return the hash that `find()` computes, or that a process of this machine computed in the last hour.
 
-    kind: tells apart what is found of one file. Processes that ask at once wait for the first. Where the cache folder
-    does not take a file, or locks, each finds it for itself.
+    kind: which hash of the file it is. Processes that ask at once wait for the first. Where the cache folder
+    cannot be written or locked, each computes the hash itself.
     """
     if os.stat(path).st_size < LARGE:
         return find()
@@ -59,13 +59,13 @@ def _name(path: Path, kind: str) -> str:
 
 
 def _identity(path: Path) -> list[int]:
-    """Return what is another when a file is another, or was changed: nobody can set the time of the last change."""
+    """Return values that differ once a file was replaced or changed; ctime, unlike mtime, cannot be set by users."""
     s = os.stat(path)
     return [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns]
 
 
 def _known(file: Any, identity: list[int]) -> str | None:
-    """Return what an open entry says of a file; None if it is of another, too old, or torn."""
+    """Return the hash in an open entry; None if it is of another file, too old, or incomplete."""
     file.seek(0)
     try:
         found = json.loads(file.read())

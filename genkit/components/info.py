@@ -22,7 +22,7 @@ class Part:
 
     name: component, such as "unet". kind: class. folder: where config.json lies. config: with all defaults filled in.
     files, tensors: weight files, and what their headers list under the names that the class uses; empty for a network
-    that is to get fresh weights. left_out: what else its config.json holds.
+    that is to get fresh weights. left_out: the other keys of its config.json.
     """
 
     name: str
@@ -56,11 +56,11 @@ class ModelInfo:
 
     name: as the user gave it. tokenizer: its folder, or None; tokenizer_2: SDXL's second. zero_empty: use zeros, not
     the embedding of "", where no negative prompt is given. scheduler_config: for Scheduler.from_config; empty for
-    "clip". preprocessor: from preprocessor_config.json of a CLIP model, else empty. defaults:
-    num_inference_steps and guidance_scale for this model, if known; tuned_steps: of the tuned plan that is used when a
-    row sets neither scheduler nor steps. revision: commit on the hub, or None. notes: what of its files was left out,
-    corrected or assumed, a line each. padding: the token that each tokenizer pads with, if not its own. family: of a
-    single file, whose path `folder` is then: "SD 1", "SDXL", …; metadata: of that file.
+    "clip". preprocessor: from preprocessor_config.json of a CLIP model, else empty. defaults: num_inference_steps and
+    guidance_scale for this model, if known; tuned_steps: the steps of the tuned plan that rows take which set neither
+    scheduler nor steps. revision: commit on the hub, or None. notes: what of its files was left out, corrected or
+    assumed, a line each. padding: the token that each tokenizer pads with, if not its own. family: of a single file,
+    whose path `folder` is then: "SD 1", "SDXL", …; metadata: of that file.
     """
 
     name: str

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-LEAST = 4096  # numbers in a weight that is worth it
+LEAST = 4096  # smaller weights stay as they are
 
 
 class _Codes:
-    """What the layers below share: `weight` is int8 codes times a scale for each output channel, made when asked for.
+    """Base of the layers below: `weight` is computed on access from int8 codes and a scale for each output channel.
 
     Rounding to 254 levels between a channel's extremes is three to four times closer than float8_e4m3fn, whose levels
     are spread over magnitudes that weights do not have (embedded model, 12 steps: 0.5 of 255 a picture against 2.2).
@@ -55,7 +55,7 @@ def store_in_8_bits(network: Any) -> int:
 
 
 def is_8_bit(network: Any) -> bool:
-    """Whether `store_in_8_bits` was here."""
+    """Whether `store_in_8_bits` has converted layers of the network."""
     return any(isinstance(module, _Codes) for module in network.modules())
 
 

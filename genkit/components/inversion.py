@@ -15,13 +15,13 @@ from genkit.files import place
 if TYPE_CHECKING:
     from genkit.components.loading import Components
 
-LEGACY_END = 2  # in configs of CLIP as it was first published, in place of the end token's id
+LEGACY_END = 2  # eos_token_id in the configs of the first CLIP models, which is not the id of the end token
 
 
 def add_embeddings(
     parts: Components, embeddings: Sequence[Embedding], refused: Mapping[str, str] | None = None
 ) -> None:
-    """Give the tokenizers a token and the text encoders a row for each vector; other prompts give what they gave.
+    """Add a token to each tokenizer and a row to each token embedding for every vector; other prompts are unaffected.
 
     For components that nobody else uses: to be called before a generator is made of them. refused: of Words. Raises
     InputError for a vector that is not finite in the text encoder's precision.
@@ -61,5 +61,5 @@ def _add(network: Any, tokenizer: Any, encoder: str, embeddings: Sequence[Embedd
     network.config.vocab_size = len(longer)
     inner = getattr(network, "text_model", network)
     if getattr(inner, "eos_token_id", None) == LEGACY_END:
-        # transformers then takes the token of the highest id for the end, which the new ones now are
+        # With it transformers takes the highest id of a prompt as the end token, and new tokens have higher ids
         inner.eos_token_id = tokenizer.eos_token_id

@@ -105,9 +105,18 @@ def _build(part: Part) -> Any:
 
     with init_empty_weights(include_buffers=False):
         network = construct(part)
-    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-    check_shapes(part.tensors, expected, part.where, complete=True)
+    check_stored(network.state_dict(), part.tensors, part.where)
     return network
+
+
+def check_stored(state: Mapping[str, torch.Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise InputError unless files hold the weights of a network's state dict, in name, shape and kind of number."""
+    check_shapes(tensors, {name: tuple(weight.shape) for name, weight in state.items()}, where, complete=True)
+    for name, weight in state.items():
+        tensor = tensors[name]
+        if weight.is_floating_point() and "float" not in DTYPE_NAMES[tensor.dtype]:
+            kind = DTYPE_NAMES[tensor.dtype]
+            raise InputError(f"{place(tensor.file)}: {shown(tensor.key)}: is of {kind}, not of floating-point numbers")
 
 
 def construct(part: Part) -> Any:
@@ -173,7 +182,7 @@ def _read(
     """Return the weights of one file, converted one after another, so that a GPU never holds all of them twice.
 
     Into RAM they are read by several threads, which share the time of page faults, and never mapped: mapped pages count
-    as memory of the process too, and what is a view of a file changes, or crashes, with it.
+    as memory of the process too, and a mapped weight changes, or crashes the process, if the file changes.
     """
     from safetensors import safe_open
 

@@ -17,9 +17,9 @@ KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def merged_weights(network: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a network's weights with its adapters, if any, worked into what they adapt, in float32.
+    """Return a network's weights with its adapters, if any, merged into them, in float32.
 
-    stored: weights as their files have them, which the network may hold in less precision; these are what is adapted.
+    stored: the weights as in their files, to which the adapters are added: the network may hold them in less precision.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -42,7 +42,7 @@ def write_lora(folder: Path, networks: Mapping[str, Any], alpha: float, told: Ma
     from safetensors.torch import save_file
 
     found: dict[str, torch.Tensor] = {}
-    scaled: dict[str, torch.Tensor] = {}  # by alpha / rank, and so for readers that know nothing of alpha
+    scaled: dict[str, torch.Tensor] = {}  # by alpha / rank, for readers that ignore alpha
     configs: dict[str, Any] = {}
     for name, network in networks.items():
         plain = network.peft_config["default"].to_dict()

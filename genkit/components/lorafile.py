@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,13 @@ UNSUPPORTED = ("hada_t1", "hada_t2", "lokr_t2", "diff_b")
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What a file holds for one module: its tensors by role, and scale, alpha / rank."""
+    """The tensors that a file holds for one module, by role.
+
+    alpha: of the file's metadata; if None, that of a tensor "alpha", else the rank. The scale is alpha / rank.
+    """
 
     tensors: Mapping[str, Tensor]
-    alpha: float | None = None  # None: a tensor of that role, or the rank
+    alpha: float | None = None
 
     @property
     def low_rank(self) -> bool:
@@ -60,7 +63,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """Of the product, 0 for a whole difference."""
+        """The rank of its matrices; 0 for a full difference of weights."""
         found = self.tensors.get("down") or self.tensors.get("hada_w1_b") or self.tensors.get("lokr_w2_b")
         return 0 if found is None else found.shape[0]
 
@@ -76,11 +79,11 @@ class LoraFile:
 
     @property
     def rank(self) -> int:
-        """The highest of its modules."""
+        """The highest rank among its modules."""
         return max(adapter.rank for found in self.adapters.values() for adapter in found.values())
 
     def line(self) -> str:
-        """Return what is said of it when a run begins."""
+        """Return the message for the user when a run begins."""
         count = {name: len(found) for name, found in self.adapters.items() if found}
         placed = " and ".join(f"{n} modules of {name}" for name, n in count.items())
         left = ", ".join(map(shown, self.unmatched[:3]))
@@ -158,7 +161,7 @@ def _split(key: str) -> tuple[str, str, str] | None:
 
 
 def _flat(name: str) -> str:
-    """Return a module's name without dots, as kohya's scripts write it, and without what versions differ in."""
+    """Return a module's name without dots, as kohya's scripts write it, without parts that differ among versions."""
     return name.replace(".", "_").removeprefix("text_model_").replace("to_out_lora", "to_out_0").removesuffix("_lora")
 
 
@@ -206,24 +209,75 @@ def _check(adapter: Adapter, weight: Shape, where: str, base: str) -> None:
     unsupported = next((role for role in roles if role in UNSUPPORTED), None)
     if unsupported is not None:
         raise InputError(f"{where}: {unsupported}: is of a kind that genkit does not have")
-    pair = ("down", "up") if "down" in roles or "up" in roles or "dora" in roles else ()
-    hada = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b") if any(r.startswith("hada") for r in roles) else ()
-    for role in (*pair, *hada):
-        if role not in roles:
-            raise InputError(f"{where}: has {', '.join(roles)}, but no {role}")
+    for role, shape in roles.items():
+        if (math.prod(shape) != 1) if role == "alpha" else (len(shape) not in _RANKS.get(role, (2, 4))):
+            raise InputError(f"{where}: {role}: has shape {shape_text(shape)}, which it cannot have")
     if not set(roles) - {"alpha"}:
         raise InputError(f"{where}: has an alpha and nothing that it scales")
-    if any(0 in shape for role, shape in roles.items()) or adapter.rank > MOST_RANK:
+    if any(0 in shape for shape in roles.values()) or adapter.rank > MOST_RANK:
         raise InputError(f"{where}: is of rank {adapter.rank}, not 1 to {MOST_RANK}")
-    if pair:
-        down, up = roles["down"], roles["up"]
-        inner = down[0] == up[1] or "mid" in roles
-        if not inner or down[1] != weight[1] or up[0] != weight[0] or ("mid" not in roles and down[2:] != weight[2:]):
-            if len(down) == len(up) == 4 and down[2:] == (1, 1) and len(weight) == 2 and inner and down[1] == weight[1]:
-                return  # a linear layer's, written as convolutions
-            product = f"{shape_text(up)} times {shape_text(down)}"
-            raise InputError(f"{where}: its {product} does not fit the weight of {shape_text(weight)}{base}")
-    if hada and (roles["hada_w1_a"][0], roles["hada_w1_b"][1]) != (weight[0], math.prod(weight[1:])):
-        raise InputError(f"{where}: its LoHa does not fit the weight of {shape_text(weight)}{base}")
-    if "diff" in roles and roles["diff"] != weight:
-        raise InputError(f"{where}: its difference does not fit the weight of {shape_text(weight)}{base}")
+    for begins, needed, misfit in _KINDS:
+        if not any(role.startswith(begins) for role in roles):
+            continue
+        absent = next((role for role in needed if role not in roles), None)
+        if absent is not None:
+            raise InputError(f"{where}: has {', '.join(roles)}, but no {absent}")
+        wrong = misfit(roles, weight)
+        if wrong is not None:
+            raise InputError(f"{where}: its {wrong} does not fit the weight of {shape_text(weight)}{base}")
+    if "dora" in roles and (roles["dora"][0], math.prod(roles["dora"])) != (weight[0], weight[0]):
+        raise InputError(f"{where}: its dora_scale has shape {shape_text(roles['dora'])}, not {weight[0]} numbers")
+
+
+def _misfit_pair(roles: Mapping[str, Shape], weight: Shape) -> str | None:
+    """Return None if up times down, or up times mid times down, has the shape of the weight; else the product."""
+    down, up, mid = roles["down"], roles["up"], roles.get("mid")
+    if mid is None:
+        # The two matrices of a linear layer may be written as 1 x 1 convolutions
+        kernel = down[2:] == weight[2:] or (len(weight) == 2 and math.prod(down[2:]) == 1)
+        inner = down[0] == up[1]
+    else:
+        kernel = mid[2:] == weight[2:] and math.prod(down[2:]) == 1
+        inner = mid[:2] == (up[1], down[0])
+    if inner and kernel and (up[0], down[1]) == weight[:2] and math.prod(up[2:]) == 1:
+        return None
+    return " times ".join(shape_text(shape) for shape in (up, mid, down) if shape is not None)
+
+
+def _misfit_loha(roles: Mapping[str, Shape], weight: Shape) -> str | None:
+    """Return None if both of LoHa's products have the shape of the weight, flattened to a matrix; else its name."""
+    pairs = [(roles[f"hada_{name}_a"], roles[f"hada_{name}_b"]) for name in ("w1", "w2")]
+    flat = weight[0], math.prod(weight[1:])
+    return None if all(len(a) == len(b) == 2 and a[1] == b[0] and (a[0], b[1]) == flat for a, b in pairs) else "LoHa"
+
+
+def _misfit_lokr(roles: Mapping[str, Shape], weight: Shape) -> str | None:
+    """Return None if the Kronecker product of LoKr's two matrices has the shape of the weight; else what is wrong.
+
+    Each is whole, or a product of two.
+    """
+    found = []
+    for name in ("w1", "w2"):
+        a, b = (roles.get(f"lokr_{name}_{letter}") for letter in "ab")
+        whole = roles.get(f"lokr_{name}") or (a and b and len(a) == 2 and a[1] == b[0] and (a[0], *b[1:]))
+        if not whole:
+            return f"LoKr, without a {name} whose parts fit each other,"
+        found.append(whole)
+    one, two = found
+    fits = len(one) == 2 and one[0] * two[0] == weight[0] and math.prod(one) * math.prod(two) == math.prod(weight)
+    return None if fits else f"LoKr of {shape_text(one)} and {shape_text(two)}"
+
+
+def _misfit_difference(roles: Mapping[str, Shape], weight: Shape) -> str | None:
+    return None if roles["diff"] == weight else "difference"
+
+
+_RANKS = {"dora": (1, 2, 4), "diff": (1, 2, 4)}  # numbers of dimensions; all others are matrices or kernels
+Misfit = Callable[[Mapping[str, Shape], Shape], str | None]
+# Of each kind how its roles begin, the roles that it must have, and what checks their shapes
+_KINDS: tuple[tuple[tuple[str, ...], tuple[str, ...], Misfit], ...] = (
+    (("down", "up", "mid", "dora"), ("down", "up"), _misfit_pair),
+    (("hada",), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), _misfit_loha),
+    (("lokr",), (), _misfit_lokr),
+    (("diff",), (), _misfit_difference),
+)

@@ -136,19 +136,18 @@ def describe(
     refiner: ModelInfo | None = None,
     looks: Callable[[str, str], Mapping[str, Look]] = lambda stored, kind: NO_LOOKS,
 ) -> dict[str, Any]:
-    """Return what `--dry-run` says of memory, in GiB, for each kind of device that the job may run on.
+    """Return what `--dry-run` prints about memory, in GiB, for each kind of device that the job may run on.
 
-    weights, and what an image in flight and a decode take; the peak of one image with everything on the device (high),
-    with one network at a time (low), and at the very least: layer by layer and in strips; masks: finding those in words
-    before anything else.
-    looks: what vision models take in a dtype on a kind of device.
+    In the result: weights; an_image and a_decode, what one image in flight and one decode take; the peak of one image
+    with all networks on the device (high), with one network at a time (low), and layer by layer with decoding in strips
+    (least); masks, what the segmenter takes before all else. looks: returns what vision models take in a dtype on a
+    kind of device.
     """
     found: dict[str, Any] = {}
     for kind, usual in (("cpu", "float32"), ("cuda", "float16")):
         if device.split(":")[0] in ("auto", kind):
             stored = usual if dtype == "auto" else DTYPES[dtype]
             n = model_need(info, clip, stored, kind, largest, refiner, looks(stored, kind))
-
             found[kind] = {
                 **({"masks": gib(n.first)} if n.first else {}),
                 "weights": gib(sum(n.weights.values())),

@@ -25,8 +25,8 @@ QKV = ("q_proj", "k_proj", "v_proj")  # the thirds of open_clip's attn.in_proj, 
 def unet_modules(levels: int, layers: int, attention: Iterable[bool] = ()) -> dict[str, str]:
     """Return the modules of a UNet with `levels` resolutions and `layers` residual blocks in each.
 
-    attention: whether each level, from the full resolution down, has it; only the way back to original names needs it,
-    where what doubles the size follows the attention, if any.
+    attention: whether each level, from the full resolution down, has attention. Only a conversion back to original
+    names needs it: an upsampler is numbered after the attention of its block, if there is any.
     """
     attends = list(attention) or [True] * levels
     found = {
@@ -78,7 +78,7 @@ def vae_modules(levels: int, layers: int) -> dict[str, str]:
 
 
 def openclip_modules(layers: int) -> dict[str, str]:
-    """Return the modules of open_clip's text model with `layers` layers, but for attn.in_proj, which is three."""
+    """Return the modules of open_clip's text model with `layers` layers, but for attn.in_proj, which is split."""
     found = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
     for i in range(layers):
         found |= _inside(f"transformer.resblocks.{i}", f"encoder.layers.{i}", CLIP_LAYER)

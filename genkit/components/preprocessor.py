@@ -39,7 +39,7 @@ KEYS = {
     "size": Key(either(_SIDE, _sides("shortest_edge"), _EXACT), {"shortest_edge": 224}),
     "crop_size": Key(either(_SIDE, _EXACT), {"height": 224, "width": 224}),
     "do_center_crop": Key(FLAG, True),
-    "resample": Key(choice(2, 3), 3),  # of PIL: bilinear, as SigLIP 2 has it, and bicubic
+    "resample": Key(choice(2, 3), 3),  # PIL's bilinear (SigLIP 2) and bicubic
     "use_square_size": Key(FLAG, False),
     "image_mean": Key(many(real(-10, 10), 3, 3), [0.48145466, 0.4578275, 0.40821073]),
     "image_std": Key(many(real(0, 10, above=True), 3, 3), [0.26862954, 0.26130258, 0.27577711]),

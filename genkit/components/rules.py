@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def real(low: float, high: float, *, above: bool = False) -> Rule:
 
 def choice(*words: Any) -> Rule:
     """One of the given strings, numbers, None or booleans; 1 does not pass for True."""
-    text = " or ".join({None: "null", True: "true", False: "false"}.get(w, repr(w)) for w in words)
+    text = " or ".join(json.dumps(w) if w is None or isinstance(w, bool) else repr(w) for w in words)
     return Rule(text, lambda v: any(v == w and type(v) is type(w) for w in words))
 
 

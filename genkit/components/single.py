@@ -32,7 +32,7 @@ TEXT_PREFIXES = {
     "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
     "conditioner.embedders.0.model.": ("text_encoder_2", "openclip"),
 }
-# What training left in the file, and marks that are no weights: averages of weights, noise schedules, losses
+# Keys that are no weights of a network: EMA weights, noise schedules and losses of training, and markers
 LEFTOVER = re.compile(
     r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*|(sqrt_|log_)?(one_minus_)?(recip_?m?1?_)?alphas_cumprod.*"
     r"|betas|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|global_step|epoch|optimizer.*|denoiser\.sigmas"

@@ -66,7 +66,7 @@ class TextEncoder:
     def __call__(self, texts: Iterable[str | Prompt], adapters: Weights = ()) -> list[torch.Tensor]:
         """Return an embedding (tokens, width) for each prompt; in RAM if the model does not stay on the device.
 
-        adapters: the weight of each LoRA; zeros at the end say nothing.
+        adapters: the weight of each LoRA; trailing zeros may be left out.
         """
         while adapters and not adapters[-1]:
             adapters = adapters[:-1]
@@ -78,7 +78,9 @@ class TextEncoder:
                 parts, self.batch = in_parts(
                     len(new), self.batch, lambda part: self._encode([p for p, _ in new[part]]), "prompts"
                 )
-            guest = self.hold is not contextlib.nullcontext  # not resident: its output makes room, too
+            guest = (
+                self.hold is not contextlib.nullcontext
+            )  # a model that leaves the device: its embeddings leave it too
             rows = (row.cpu() if guest else row for part in parts for row in part)
             found |= dict(zip(new, rows, strict=True))
         for prompt in found:
@@ -130,7 +132,7 @@ class TextEncoder:
         return [(ids, mask, [1.0] * length) for ids, mask in pairs]
 
     def _layer(self, ids: torch.Tensor, mask: torch.Tensor, skip: int) -> torch.Tensor:
-        """Return what the model says of tokens (B, tokens); skip: as in `Prompt`."""
+        """Return the hidden states, (B, tokens, width), for token ids (B, tokens); skip: the layer, as in `Prompt`."""
         # Without a mask, as Stable Diffusion was trained, unless the text encoder's config asks for one.
         masked = mask if getattr(self.model.config, "use_attention_mask", False) else None
         if not skip:

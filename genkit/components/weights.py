@@ -35,7 +35,7 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A weight of `file`: key (its name there), dtype ("F16"), and the shape that the network takes it in.
+    """A weight of `file`: key (its name there), dtype ("F16"), and the shape in which the network uses it.
 
     start: its first byte in the file. stored: how the file has it where that differs: "turned" (transposed), "flat" (a
     linear layer as a 1x1 convolution), or "0/3" (the first third of its rows).

@@ -1,4 +1,4 @@
-"""Words of prompts that stand for vectors of textual inversion files: found whole, in any case, and made tokens."""
+"""Words of prompts that stand for textual inversions: found as whole words in any case, and replaced by tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genkit.files import place, user_path
 Configs = Mapping[str, Mapping[str, Any]]
 FILES = (".safetensors", *PICKLES, ".png")
 MOST_FILES = 100_000  # names in a folder
-PREFIX = "embedding:"  # before a word, as ComfyUI has it
+PREFIX = "embedding:"  # before a word, the syntax of ComfyUI
 _NAMED = re.compile(rf"(?<!\w){PREFIX}([^\s,:()\[\]{{}}|]+)", re.IGNORECASE)
 
 
@@ -31,14 +31,14 @@ class Embedding:
     file: EmbeddingFile
 
     def line(self) -> str:
-        """Return what is said of it when a run begins."""
+        """Return the message for the user when a run begins."""
         width = " and ".join(map(str, self.file.widths))
         several = "s" if self.file.vectors > 1 else ""
         return f"{place(self.file.path)}: {shown(self.word)} is {self.file.vectors} vector{several} of width {width}"
 
 
 def as_word(word: str) -> str:
-    """Return a regular expression for a learned word that stands alone: not the sks of "asks"."""
+    """Return a regular expression that matches a learned word as a whole word: not the sks in "asks"."""
     before, after = (r"\b" if re.match(r"\w", character) else "" for character in (word[0], word[-1]))
     return f"{before}{re.escape(word)}{after}"
 
@@ -188,7 +188,7 @@ def _read(path: Path, word: str | None, configs: Configs) -> Embedding:
     if re.fullmatch(r"<\|.*\|>", word):
         raise InputError(f"{where}: is a token with which the tokenizer marks start and end: give another, FILE:WORD")
     check_fit(file, configs)
-    _ = file.values  # are they finite?
+    _ = file.values  # raises if they are not finite
     return Embedding(word, file)
 
 
@@ -225,9 +225,9 @@ def names_in(folder: str | Path) -> dict[str, list[Path]]:
 
 
 def _one_of(files: list[Path]) -> Path | None:
-    """Return the file that a word of a folder stands for; pictures without an embedding, as previews are, are none.
+    """Return the embedding file among the files of one name, or None; preview pictures are not embeddings.
 
-    Raises InputError for two.
+    Raises InputError for two .safetensors files.
     """
     safe = [path for path in files if path.suffix.lower() == ".safetensors"]
     if len(safe) > 1:

@@ -143,7 +143,7 @@ def trim_memory() -> None:
 
 
 def give_back(device: Any) -> None:
-    """Return memory that nothing holds any more to the device and the system, after a network was given up."""
+    """Return unused memory to the device and the system, after a network was released."""
     gc.collect()
     if device.type == "cuda":
         import torch
@@ -153,7 +153,7 @@ def give_back(device: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what may be found out again: $XDG_CACHE_HOME/genkit, by default ~/.cache/genkit."""
+    """Return the cache folder: $XDG_CACHE_HOME/genkit, by default ~/.cache/genkit."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genkit"
 
 

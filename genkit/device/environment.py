@@ -1,4 +1,4 @@
-"""What a bug report needs to know of this machine."""
+"""The environment for bug reports."""
 
 from __future__ import annotations
 

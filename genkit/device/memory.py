@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
 
 from genkit.device.devices import CPU_SLOTS, CUDA_SLOTS
 from genkit.errors import HostError, InputError, nearest, shown
-
-if TYPE_CHECKING:
-    pass
 
 MEMORY = ("auto", "high", "low")
 PICTURES = 8  # most pictures a decode; more gain nothing
 CLIP_BATCH = 32  # texts or pictures a call of CLIP
 # Bytes of linear weights of which a CPU keeps a packed copy: Stable Diffusion 1.5 has fewer, SDXL more
 MOST_PACKED = 2**31
-FEW = 4  # a level that allows so many images at once is preferred to a faster level that allows fewer
+FEW = 4  # images in flight: a level that allows this many is preferred to a faster level that allows fewer
 MODEST = 256 * 2**20  # bytes of images in flight that --memory low allows
 RESERVE = {"cuda": 0.4 * 2**30, "cpu": 0.3 * 2**30}  # workspaces and kernels of the libraries, other processes
 SPARE = 0.05  # share of the free memory lost to fragmentation
@@ -38,7 +34,7 @@ def check_memory(memory: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """Bytes that a model which looks at pictures takes: its weights, and its work on one of them."""
+    """Bytes that a vision model takes: its weights, and the activations for one picture."""
 
     weights: float
     picture: float
@@ -53,7 +49,8 @@ class Need:
     with guidance. area: latent positions (rows times columns) of that size. decode, strips: decoding one such image,
     whole and in strips. text: a batch of prompts; score: one picture in CLIP; looks: one picture in each vision model.
     cost: pixels of the job's largest picture relative to the model's own size. beside: whether decoding overlaps
-    denoising. first: a model with its work that is alone on the device before any other is loaded ("segmenter").
+    denoising. first: a model that runs alone on the device before any other is loaded ("segmenter"), with
+    its activations.
     """
 
     weights: Mapping[str, float]
@@ -97,7 +94,7 @@ def peak(n: Need, level: str, slots: int, pictures: int = 1, strips: bool = Fals
 
 
 def _at_work(n: Need, slots: int) -> dict[str, float]:
-    """Return the bytes of the work of each model that looks at pictures."""
+    """Return the bytes of activations of CLIP and of each vision model, for a batch of pictures."""
     looks = {name: size * min(slots, PICTURES) for name, size in n.looks.items()}
     return {"clip": n.score * min(slots, CLIP_BATCH), **looks}
 

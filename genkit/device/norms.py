@@ -7,12 +7,15 @@ input, where torch's operators take three and two. Biases are added to what thes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from typing import Any
 
 import torch
 from torch.nn.functional import conv2d, gelu, group_norm, layer_norm, linear, silu
+
+from genkit.errors import reason
 
 try:
     import triton
@@ -88,7 +91,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
             if wrong or _differ(total, x.double() + other.double(), dtype):
                 return "wrong numbers"
     except Exception as error:  # no compiler on this machine, a driver that Triton does not know, …
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{type(error).__name__}: {reason(error)}"
     return None
 
 
@@ -277,9 +280,4 @@ def _is_plain_block(module: Any) -> bool:
     )
 
 
-class _Nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
-_nothing = _Nothing()
+_nothing = contextlib.nullcontext()

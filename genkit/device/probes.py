@@ -1,7 +1,7 @@
-"""Which attention backends work on this machine, how fast each is, and so which one a network takes.
+"""Probes of attention backends: which work on this machine, how fast they are, and which one a network takes.
 
-Answers on a GPU, and those about xformers, whose kernels may bring a process down and are tried in one of their own,
-are kept in the cache folder for each machine, dtype and set of versions: the next start probes nothing.
+Results are cached in the cache folder by machine, dtype and versions: those on a GPU, and those of xformers, whose
+kernels can crash a process and are therefore probed in a child process. The next start probes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from genkit.device.attention import BACKENDS, NARROW, Attend
 from genkit.device.devices import cache_folder
 from genkit.durable import json_line, write_whole
-from genkit.errors import HostError, InputError
+from genkit.errors import HostError, InputError, reason
 from genkit.files import read_json
 from genkit.version import __version__
 
@@ -71,20 +71,20 @@ def probe(attend: Attend, device: torch.device, dtype: torch.dtype, width: int, 
                 return Probe(f"wrong numbers (off by {error:.2g})")
             return Probe(ms=_milliseconds(attend, device, dtype, width, cross) if device.type == "cuda" else None)
     except Exception as error:  # any error of a library means that the backend does not work
-        return Probe(next((text for kind, text in _REASONS.items() if isinstance(error, kind)), first_line(error)))
+        return Probe(next((text for kind, text in _REASONS.items() if isinstance(error, kind)), reason(error)))
 
 
 def known(name: str, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> Probe:
-    """Return what is known of a backend for heads of `width` channels; what is not is found out first."""
+    """Return the probe of a backend for heads of `width` channels, from the cache if it is there."""
     if name in ISOLATED and importlib.util.find_spec(name) is None:
         return Probe("not installed")
     if device.type != "cuda" and name not in ISOLATED:
         return probe(BACKENDS[name], device, dtype, width, cross)  # takes milliseconds
     with _PROBING:  # a thread may probe ahead (device/warm.py)
-        return _found_out(name, device, dtype, width, cross)
+        return _probe_cached(name, device, dtype, width, cross)
 
 
-def _found_out(name: str, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> Probe:
+def _probe_cached(name: str, device: torch.device, dtype: torch.dtype, width: int, cross: bool) -> Probe:
     answers, kind = _answers(_machine(device, dtype)), f"{name} {_kind(width, cross)}"
     if kind not in answers:
         if name in ISOLATED:
@@ -119,7 +119,7 @@ def _kind(width: int, cross: bool) -> str:
 
 
 def _machine(device: torch.device, dtype: torch.dtype) -> str:
-    """Return what the answers depend on."""
+    """Return the key of the cache: everything that a probe depends on."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     with contextlib.suppress(PackageNotFoundError):
         card += f", xformers {version('xformers')}"
@@ -129,9 +129,9 @@ def _machine(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _answers(machine: str) -> dict[str, Probe]:
-    """Return the kept answers, {"flash self 40": Probe}; anything that is not one is left out."""
+    """Return the cached probes, {"flash self 40": Probe}, without malformed entries."""
     found: dict[str, Probe] = {}
-    with contextlib.suppress(InputError):
+    with contextlib.suppress(InputError, AttributeError):  # AttributeError: the entry is no object
         for kind, answer in read_json(cache_folder() / KEPT).get(machine, {}).items():
             with contextlib.suppress(TypeError):
                 found[kind] = Probe(**answer)
@@ -139,7 +139,7 @@ def _answers(machine: str) -> dict[str, Probe]:
 
 
 def _keep(machine: str, answers: dict[str, Probe]) -> None:
-    """Write the answers beside those of other machines and versions; without them the next start probes again."""
+    """Write the probes to the cache, beside those of other machines; a failure only means that they are made again."""
     others: dict[str, Any] = {}
     with contextlib.suppress(InputError):
         others = read_json(cache_folder() / KEPT)
@@ -218,12 +218,6 @@ def _milliseconds(attend: Attend, device: torch.device, dtype: torch.dtype, widt
             attend(q, k, v)
         torch.cuda.current_stream().synchronize()
         return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, at most 100 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:100]
 
 
 _REASONS: dict[type[Exception], str] = {

@@ -9,9 +9,10 @@ from torch.nn.functional import linear
 
 from genkit.device.attention import BACKENDS, NARROW_TRAINED, Attend
 from genkit.device.devices import check_attention
-from genkit.device.probes import choose, first_line
+from genkit.device.probes import choose
+from genkit.errors import reason
 
-EVERY_DTYPE = ("sdpa", "sliced", "math")  # backends that work in every dtype if they work in one
+ANY_DTYPE = ("sdpa", "sliced", "math")  # backends whose support does not depend on the dtype
 
 
 class Processor:
@@ -25,7 +26,7 @@ class Processor:
     def __init__(self, name: str, dtype: torch.dtype, notes: list[str], share: bool = False) -> None:
         self.name, self.dtype, self.notes, self.share = name, dtype, notes, share
         self.attend = BACKENDS[name]
-        self.otherwise: Attend = BACKENDS[name if name in EVERY_DTYPE else "sdpa"]  # for other dtypes
+        self.otherwise: Attend = BACKENDS[name if name in ANY_DTYPE else "sdpa"]  # for other dtypes
 
     def __call__(
         self,
@@ -77,7 +78,7 @@ class Processor:
                 raise
             failed = f"attention: {self.name} failed"
             if not any(note.startswith(failed) for note in self.notes):
-                self.notes.append(f"{failed} ({first_line(error)}); torch's own goes on in its place")
+                self.notes.append(f"{failed} ({reason(error)}); torch's own goes on in its place")
             self.attend = self.otherwise
             return self.attend(q, k, v)
 

@@ -1,4 +1,4 @@
-"""What a GPU needs before its first picture, in a thread, while the networks' code is imported and weights are read."""
+"""Prepare a GPU in a thread (libraries, kernels, attention probes) while networks are imported and weights are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def warm_up(device: torch.device, dtype: torch.dtype, widths: Iterable[int] = ()
 
 
 def _warm_up(device: torch.device, dtype: torch.dtype, widths: list[int]) -> None:
-    with contextlib.suppress(Exception), torch.inference_mode(), torch.cuda.device(device):  # the job will say it
+    with (
+        contextlib.suppress(Exception),
+        torch.inference_mode(),
+        torch.cuda.device(device),
+    ):  # the job itself reports the error
         x = torch.zeros(1, 64, 64, 64, device=device, dtype=dtype).to(memory_format=torch.channels_last)
         conv2d(x, x.new_zeros(64, 64, 3, 3).to(memory_format=torch.channels_last), padding=1).flatten(2) @ x.flatten(
             2

@@ -14,7 +14,7 @@ from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import InputError, shown
 from genkit.options import Options
 from genkit.pictures.images import read_image
-from genkit.rows.inputs import NUMBERS
+from genkit.rows.inputs import MASK_DEFAULTS
 from genkit.rows.request import Request
 from genkit.vision.models import VisionInfo, inspect_vision
 from genkit.vision.words import check_lengths
@@ -36,7 +36,9 @@ def find_segmenter(
     It is None where no row has such a mask. Raises InputError, naming the row, where one has and there is no segmenter.
     """
     masked = [row for row in rows if row.mask is not None]
-    idle = [f"{name}: is not used: no row has a mask in words" for name in NUMBERS if name in defaults and not masked]
+    idle = [
+        f"{name}: is not used: no row has a mask in words" for name in MASK_DEFAULTS if name in defaults and not masked
+    ]
     if options.segmenter is None:
         if masked:
             where = masked[0].source or f"row {masked[0].id}"
@@ -119,7 +121,7 @@ def _mask(row: Request, levels: torch.Tensor, size: tuple[int, int]) -> None:
 
     from genkit.vision.segmenter import binary, enlarged
 
-    n: dict[str, Any] = {k: usual if (v := getattr(row, k)) is None else v for k, usual in NUMBERS.items()}
+    n: dict[str, Any] = {k: usual if (v := getattr(row, k)) is None else v for k, usual in MASK_DEFAULTS.items()}
     whole = enlarged(levels[None, None], (row.height or size[0], row.width or size[1]))
     mask = binary(whole, n["mask_threshold"], n["mask_grow"], n["mask_invert"])[0, 0]
     data = io.BytesIO()

@@ -27,7 +27,7 @@ def sampled(total: int, count: int) -> list[int]:
 def read_frames(clip: Any, count: int) -> tuple[list[Image.Image], int]:
     """Return `count` evenly sampled frames of a clip as RGB, and how many it has.
 
-    clip: an animated GIF or WebP, a folder, whose pictures are taken as people count (2.png before 10.png), or a list
+    clip: an animated GIF or WebP, a folder, whose pictures are taken in natural order (2.png before 10.png), or a list
     of pictures as `read_image` takes them. Only the frames that are sampled are kept. Raises InputError for other
     files, damaged ones, and clips of fewer frames.
     """

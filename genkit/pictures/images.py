@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import re
 import struct
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +62,15 @@ def read_image(source: Any) -> Image.Image:
 
 
 def read_mask(source: Any) -> Image.Image:
-    """Return a mask as grey, as `read_image` takes it: what is transparent is not painted, and so black.
+    """Return a mask in greyscale from any source that `read_image` takes; transparent pixels become black.
 
-    Raises InputError for one that is painted in black on transparency: nothing of it would be drawn anew.
+    Raises InputError, as `read_image` does, and for a mask in black on transparency, which would select nothing.
     """
     return _read(source, _painted)
 
 
 def as_pil(source: Any) -> Image.Image:
-    """Return the bytes of a file, or an array, as a PIL image with what it has of transparency."""
+    """Return the bytes of a file, or an array, as a PIL image: RGBA if it has transparency, else RGB."""
     return _read(source, lambda picture: picture.convert("RGBA") if picture.has_transparency_data else _rgb(picture))
 
 
@@ -105,7 +107,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def list_files(folder: str | Path) -> list[Path]:
-    """Return the files in `folder` and below, sorted as people count: 2.png before 10.png.
+    """Return the files in `folder` and below, in natural order: 2.png before 10.png.
 
     Without hidden files and folders; linked folders are not entered, since they may form loops. Raises InputError if
     the folder, or one below, cannot be read.
@@ -124,7 +126,7 @@ def list_files(folder: str | Path) -> list[Path]:
 
 
 def natural(path: Path) -> list[Any]:
-    """Return a key that sorts paths as people count: numbers in names by their value."""
+    """Return a key that sorts paths in natural order: numbers in names by their value."""
     parts = [re.split(r"(\d+)", part) for part in path.parts]
     return [[(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in part] for part in parts]
 
@@ -157,7 +159,7 @@ def picture_bytes(path: str | Path) -> bytes:
 
 
 def _plugin(data: bytes) -> Callable[[io.BytesIO], Any]:
-    """Return what opens a file of this format, after the checks that Pillow lacks."""
+    """Return Pillow's opener for the format of a file, after integrity checks that Pillow does not make."""
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     # Not Image.open: it prints warnings, and identifies a phone's two-picture JPEG as another format.
@@ -175,7 +177,8 @@ def _plugin(data: bytes) -> Callable[[io.BytesIO], Any]:
 
 
 def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    picture: Image.Image = _plugin(data)(io.BytesIO(data))
+    with silent():
+        picture: Image.Image = _plugin(data)(io.BytesIO(data))
     _check_size(*picture.size)
     if getattr(picture, "n_frames", 1) > 1:
         raise InputError("is animated; give one frame")
@@ -183,10 +186,19 @@ def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Imag
     return _converted(picture, convert)
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Suppress Pillow's warnings of damaged EXIF, which it then leaves out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _converted(picture: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     from PIL import Image
 
-    turn = _TURNS.get(picture.getexif().get(0x0112, 1))
+    with silent():
+        turn = _TURNS.get(picture.getexif().get(0x0112, 1))
     if turn is None:
         return convert(picture)
     turned = convert(picture).transpose(Image.Transpose[turn])
@@ -236,7 +248,7 @@ def _rgb(picture: Image.Image, transparent: bool = False) -> Image.Image:
 
 
 def _painted(picture: Image.Image) -> Image.Image:
-    """Return the lightness of what is painted; a brush leaves the rest transparent."""
+    """Return lightness times opacity: a brush leaves the pixels that it does not paint transparent."""
     from PIL import ImageChops
 
     if not picture.has_transparency_data:

@@ -18,18 +18,19 @@ from genkit.pictures.samplers import SAMPLERS, SCHEDULE_TYPES
 METADATA_BYTES = 48_000  # of both texts; in UTF-16 and ASCII they still fit a JPEG's segment of 65,533
 RECORDED = ("id", "index", "seed", "steps", "nfe", "width", "height", "scores", "fingerprint")
 _SUFFIX = ".safetensors"
-# Fields that the infotext has words for, and those that no picture depends on; it holds all others as JSON.
+# Fields of a row that AUTOMATIC1111's infotext has keys for; other fields that affect pixels are added as JSON.
 _WRITTEN = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "width", "height", "scheduler",
     "strength", "image", "mask_image", "loras", "clip_skip",
 )  # fmt: skip
-_LEFT_OUT = ("boxes", "detected", "classes", "answers")  # of scores: what vision models saw, which is long
-_CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect", "ask", "meta")
+_LEFT_OUT = ("boxes", "detected", "classes", "answers")  # long outputs of vision models among the scores
+# Fields of a row that select or score its images and do not affect pixels
+CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect", "ask")
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What drew a picture, as far as its metadata tells.
+    """The model and the environment that produced a picture.
 
     model: its name, without folders. solver: the model's own. weights: SHA-256 of each weight file, as of
     `weight_hashes`. config: `config_hash` of the model's scheduler. tuned: SHA-256 of files of tuned plans. vae: the
@@ -53,18 +54,10 @@ class Origin:
     format: str | None = None
 
 
+# Fields of Origin in genkit's record
 _TOLD = (
-    "weights",
-    "config",
-    "tuned",
-    "refiner",
-    "segmenter",
-    "device",
-    "dtype",
-    "attention",
-    "torch",
-    "format",
-)  # in genkit's record
+    "weights", "config", "tuned", "refiner", "segmenter", "device", "dtype", "attention", "torch", "format",
+)  # fmt: skip
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -83,7 +76,7 @@ def texts(
     """Return the two texts of a picture: `parameters`, which other tools read, and `genkit`, all of it as JSON.
 
     request: Request.to_json() of a row whose defaults are filled in; record: Result.to_json(). solver: the options of
-    the row's scheduler, if they are known better than as the row has them. learned: hashes of the row's textual
+    the row's scheduler once they are resolved, in place of those in `request`. learned: hashes of the row's textual
     inversions by their words. `parameters` is AUTOMATIC1111's infotext; the JSON is ASCII. Together they take
     METADATA_BYTES at most. Of paths only the file's name is written: pictures travel, folders are private.
     """
@@ -180,7 +173,11 @@ def _infotext(
 
 def _rest(request: dict[str, Any]) -> str | None:
     """Return as JSON the fields that AUTOMATIC1111 has no words for; "cut" if they are too long for a line."""
-    rest = {name: value for name, value in request.items() if name not in (*_WRITTEN, *_CHOOSING) and value is not None}
+    rest = {
+        name: value
+        for name, value in request.items()
+        if name not in (*_WRITTEN, *CHOOSING, "meta") and value is not None
+    }
     text = _json(rest) if rest else None
     return text if text is None or len(text) <= 2000 else "cut"
 

@@ -9,7 +9,7 @@ SAMPLERS = {
     "sde-dpmpp_2m": "DPM++ 2M SDE", "sde-dpmpp_3m": "DPM++ 3M SDE", "unipc": "UniPC", "sa": "SA Solver",
     "lcm": "LCM", "tcd": "TCD",
 }  # fmt: skip
-# Trailing timesteps are what Simple and SGM Uniform are there, leading ones DDIM.
+# AUTOMATIC1111 calls trailing timesteps Simple or SGM Uniform, and leading ones DDIM.
 SCHEDULE_TYPES = {
     "karras": "Karras", "exponential": "Exponential", "beta": "Beta", "trailing": "SGM Uniform", "leading": "DDIM",
     "align_your_steps": "Align Your Steps", "gits": "Align Your Steps GITS",

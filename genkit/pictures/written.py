@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from genkit.errors import InputError, reason, shown
 from genkit.files import place
-from genkit.pictures.images import picture_bytes
+from genkit.pictures.images import picture_bytes, silent
 
 TEXT_BYTES = 2_000_000  # of all texts of a picture; a large graph of ComfyUI has a tenth of it
 _TAGS = {0x010E: "ImageDescription", 0x010F: "Make", 0x0110: "Model", 0x0131: "Software"}
@@ -119,8 +118,7 @@ def _exif(block: bytes) -> Iterator[tuple[str, str]]:
     if len(block) > TEXT_BYTES:
         raise InputError(f"has more than {TEXT_BYTES} bytes of metadata")
     exif = Image.Exif()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of fields that are damaged, and leaves them out
+    with silent():
         exif.load(block)
         fields = {name: exif.get(tag) for tag, name in _TAGS.items()}
         comment = exif.get_ifd(_INNER).get(_COMMENT)

@@ -43,17 +43,13 @@ def sniff(text: str) -> str | None:
     return None
 
 
-def read_rows(text: str, form: str, where: str, notes: list[str] | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a text in a `form` of `sniff`, as fields for `canonical`. where: the file's name in errors.
-
-    notes: takes a line for each thing that was assumed or left out. Raises InputError, naming line and option, for an
-    option that is unknown, names a file or folder to write, or asks for what genkit lacks.
-    """
-    return [fields for _, fields in numbered_rows(text, form, where, notes)]
-
-
 def numbered_rows(text: str, form: str, where: str, notes: list[str] | None = None) -> list[Row]:
-    """Return the rows of `read_rows`, each with the number of its first line."""
+    """Return (number of the first line, fields for `canonical`) of each row of a text in a `form` of `sniff`.
+
+    where: the file's name in errors. notes: receives a line for each thing that was assumed or left out. Raises
+    InputError, naming line and option, for an option that is unknown, names a file or folder to write, or asks for what
+    genkit lacks.
+    """
     if form not in _READERS:
         raise InputError(f"{shown(form)}: no form of rows{nearest(form, _READERS)}; there are {', '.join(_READERS)}")
     rows = _READERS[form](text, where, [] if notes is None else notes)
@@ -63,7 +59,7 @@ def numbered_rows(text: str, form: str, where: str, notes: list[str] | None = No
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """Return the lines that say something, numbered; those that begin with # do not, as in every .txt here."""
+    """Return the numbered lines that are neither blank nor comments, which begin with # as in genkit's own .txt."""
     numbered = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
     return [(number, line) for number, line in numbered if line and not line.startswith("#")]
 
@@ -141,7 +137,7 @@ def _fields(options: dict[str, str], where: str, notes: list[str]) -> dict[str, 
 
 
 def _row(found: Found, where: str, notes: list[str], tolerant: bool = False) -> dict[str, Any]:
-    """Return the fields; what the settings ask for and genkit lacks is refused, or told if `tolerant`."""
+    """Return the fields. Raises InputError for settings that genkit lacks; if `tolerant`, most become notes."""
     if "sampler" in found.about:
         scheduler_options(found.about["sampler"])  # raises, with the nearest name
     for name in found.lacking:
@@ -254,7 +250,7 @@ _FIELDS = {
     "scheduler": "scheduler", "batch_size": "num_images", "n_iter": "num_images",
 }  # fmt: skip
 _OFF = ("false", "0", "0.0", "", "none")
-# Options of which nothing follows for a row, with these values.
+# Options that have no effect on a row at these values
 _IDLE: dict[str, tuple[str, ...]] = {
     "do_not_save_grid": ("true", "false"), "do_not_save_samples": _OFF, "restore_faces": _OFF, "tiling": _OFF,
     "subseed": ("-1",), "subseed_strength": _OFF, "seed_resize_from_h": ("0", "-1"), "seed_resize_from_w": ("0", "-1"),

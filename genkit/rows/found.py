@@ -11,7 +11,7 @@ from genkit.rows.plans import NAMED, is_schedule, is_tuned, scheduler_options, w
 from genkit.rows.request import SEED_LIMIT
 from genkit.rows.typed import COUNTS, typed, whole
 
-_OPTIONS = {"refiner": "--refiner"}  # what settings ask for that a row cannot have, but a run
+_OPTIONS = {"refiner": "--refiner"}  # settings that are options of a run, not fields of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Found:
 
 
 class Draft:
-    """A Found while it is filled."""
+    """A `Found` under construction."""
 
     def __init__(self, form: str) -> None:
         self.fields: dict[str, Any] = {}
@@ -62,7 +62,7 @@ class Draft:
             self.fields[field] = value
 
     def tell(self, name: str, value: Any) -> None:
-        """Set a part of `about`, unless it says nothing."""
+        """Set an entry of `about`, unless the value is empty."""
         if value not in (None, "", {}):
             self.about[name] = value
 

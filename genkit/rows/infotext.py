@@ -217,7 +217,7 @@ def _named(texts: dict[str, str]) -> dict[str, str]:
 
 
 def _kind(name: str, text: str) -> str:
-    """Return what a text is: in EXIF the field does not tell, and one name may hold two kinds."""
+    """Return the kind of a text by its content, where the field's name does not determine it, as in EXIF."""
     braced = text.lstrip().startswith("{")
     if name == "ImageDescription" and braced and '"request"' in text:
         return "genkit"
@@ -228,7 +228,7 @@ def _kind(name: str, text: str) -> str:
 
 
 def _completed(found: Found, texts: dict[str, str]) -> Found:
-    """Return a cut record with the prompts of the infotext beside it, if that is whole."""
+    """Return a record, if it was cut, with the missing prompts taken from the infotext, unless that was cut too."""
     if not found.about.pop("cut", False):
         return found
     beside = texts.get("parameters", "")
@@ -249,8 +249,10 @@ _READERS: dict[str, Callable[[str], Found]] = {
     "genkit": read_record, "parameters": read_infotext, "invokeai_metadata": read_invokeai,
     "sd-metadata": read_sd_metadata, "Dream": read_dream, "prompt": _read_prompt, "json": read_fields,
 }  # fmt: skip
-_COMMENTS = ("parameters", "UserComment", "ImageDescription", "Comment", "settings")  # names of more than one tool
-_TOLD = re.compile(r"(?i)(prompt|workflow):(?=\s*\{)")  # as ComfyUI begins what it writes into Make and Model
+_COMMENTS = ("parameters", "UserComment", "ImageDescription", "Comment", "settings")  # used by several tools
+_TOLD = re.compile(
+    r"(?i)(prompt|workflow):(?=\s*\{)"
+)  # how ComfyUI begins the values that it writes into Make and Model
 _NUMBER = r"(-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e-?[0-9]{1,2})?)"
 _TAG = re.compile(rf" ?<lora:([^<>:]+):{_NUMBER}(?::{_NUMBER})?>$")
 _ABOUT = {"model": "model", "model hash": "model_hash", "vae": "vae", "vae hash": "vae_hash", "version": "version"}
@@ -258,12 +260,12 @@ _READ = {
     "steps", "sampler", "schedule type", "cfg scale", "seed", "size", "denoising strength", "clip skip",
     "sampler options", "row", *_ABOUT,
 }  # fmt: skip
-# Of these nothing follows for the row.
+# Keys without an effect on the row
 _SILENT = {
     "hashes", "rng", "user", "init image hash", "downcast alphas_cumprod", "pad conds", "pad conds v0",
     "civitai resources", "civitai metadata", "variation seed strength", "created date", "script",
 }  # fmt: skip
-# How keys begin, and what they ask for.
+# Beginnings of keys, and the feature that each of them asks for
 _LACKING = (
     ("hires ", "hires fix"), ("first pass", "hires fix"), ("controlnet", "ControlNet"),
     ("variation seed", "variation seed"),

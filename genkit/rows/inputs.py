@@ -16,8 +16,8 @@ from genkit.errors import InputError, shown
 from genkit.files import user_path
 from genkit.pictures.images import SUFFIXES, check_image
 
-NUMBERS = {"mask_threshold": 0.5, "mask_grow": 0, "mask_invert": False}  # and what is assumed
-FIELDS = ("mask", *NUMBERS)
+MASK_DEFAULTS = {"mask_threshold": 0.5, "mask_grow": 0, "mask_invert": False}
+FIELDS = ("mask", *MASK_DEFAULTS)
 MOST_GROWN = 512  # pixels
 _FILES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 
@@ -25,8 +25,8 @@ _FILES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 class TextMask(BaseModel):
     """The fields of a row whose mask is given in words.
 
-    mask_threshold: of the probability; mask_grow: pixels of the picture as it is drawn, to each side; mask_invert:
-    after that. None is as in NUMBERS.
+    mask_threshold: the mask is where the segmenter's probability is above it. mask_grow: by how many pixels of the
+    drawn picture the mask is dilated. mask_invert: whether it is then inverted. None is the default in MASK_DEFAULTS.
     """
 
     mask: Annotated[str, Field(max_length=1000)] | None = None
@@ -88,13 +88,13 @@ def is_picture(value: Any) -> bool:
 
 
 def with_masks(filled: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """Return defaults for the fields of a row without those of masks that have no say beside what the row states."""
+    """Return the defaults for a row without those mask fields that its own mask, or the lack of one, makes useless."""
     if stated.get("mask_image") is not None:
         return {name: value for name, value in filled.items() if name not in FIELDS}
     if stated.get("mask") is not None:
         return {name: value for name, value in filled.items() if name != "mask_image"}
     if filled.get("mask") is None:
-        return {name: value for name, value in filled.items() if name not in NUMBERS}
+        return {name: value for name, value in filled.items() if name not in MASK_DEFAULTS}
     return filled
 
 

@@ -25,7 +25,7 @@ _SAMPLERS = {
 }  # fmt: skip
 # Options of a command in `Dream`, and the fields they mean.
 _OPTIONS = {"s": "num_inference_steps", "S": "seed", "W": "width", "H": "height", "C": "guidance_scale"}
-_OPTION = re.compile(r"\s+-([A-Za-z]) ?(-?[0-9][^\s-]*|k_\w+|ddim|plms|\S+\.\w+)?(?=\s|$)")
+_OPTION = re.compile(r"(?<=\s)-([A-Za-z]) ?(-?[0-9][^\s-]*|k_\w+|ddim|plms|\S+\.\w+)?(?=\s|$)")
 
 
 def read_invokeai(text: str) -> Found:
@@ -99,7 +99,7 @@ def read_dream(text: str) -> Found:
         elif letter == "I":
             draft.lack("image", "image: the settings start from a picture, which they do not hold")
         else:
-            draft.notes.append(f"not used: {shown(option[0].strip())}")
+            draft.notes.append(f"not used: {shown(option[0])}")
     return draft.done()
 
 

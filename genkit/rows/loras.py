@@ -67,9 +67,17 @@ def find_lora(folder: Path | None, name: str) -> Path:
 
 @functools.lru_cache(16)
 def _files(folder: str) -> list[Path]:
-    """Return the .safetensors files below a folder, listed once for all tags of a run."""
-    found = [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
-    return sorted(file for file in found if file.suffix == ".safetensors")
+    """Return the .safetensors files below a folder and in what it links to, listed once for all tags of a run."""
+    found: list[Path] = []
+    entered: set[str] = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in entered:  # a link back to a folder that was listed: its files would be found again
+            folders.clear()
+            continue
+        entered.add(real)
+        found += [Path(at, name) for name in names if name.endswith(".safetensors")]
+    return sorted(found)
 
 
 @functools.lru_cache(10_000)

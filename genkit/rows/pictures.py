@@ -12,9 +12,10 @@ from genkit.components.weights import hash_once
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, user_path
 from genkit.pictures.images import list_images
+from genkit.pictures.metadata import CHOOSING
 from genkit.rows.found import Found, base_name
 from genkit.rows.infotext import read_picture_settings
-from genkit.rows.inputs import NUMBERS
+from genkit.rows.inputs import MASK_DEFAULTS
 from genkit.rows.plans import TUNED, is_tuned
 from genkit.rows.prompting import scripted
 from genkit.rows.prompts import Rows
@@ -22,15 +23,13 @@ from genkit.rows.request import ALIASES, Request, canonical, field_name, prepare
 from genkit.rows.syntax import lora_tags, weighted
 from genkit.rows.typed import typed
 
-# What of a row does not make a picture: which of several are kept, and their scores. A picture is a row of its own.
-_CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect", "ask")
 _INPUTS = ("image", "mask_image")
 _ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,90}")
 _HASH = re.compile("[0-9a-fA-F]{8,64}")
-# Fields that another field requires; the picture may provide them.
+# What each of these fields requires; the rows may provide it.
 _PARTNERS: dict[str, dict[str, Any]] = {
     "strength": {"image": "-"}, "mask_image": {"image": "-"}, "mask": {"image": "-"},
-    **{name: {"image": "-", "mask": "-"} for name in NUMBERS}, "keep": {"num_images": 100_000},
+    **{name: {"image": "-", "mask": "-"} for name in MASK_DEFAULTS}, "keep": {"num_images": 100_000},
     "max_images": {"keep": 1, "gate": "not nan"}, "prune": {"num_images": 100_000},
 }  # fmt: skip
 _COMPEL = re.compile(r"\)[-+0-9.]|\w\+\+|\w--(?=[\s,]|$)")  # weights in prompts of InvokeAI
@@ -38,10 +37,10 @@ _COMPEL = re.compile(r"\)[-+0-9.]|\w\+\+|\w--(?=[\s,]|$)")  # weights in prompts
 
 @dataclasses.dataclass(frozen=True)
 class Pictured:
-    """A picture and its row. found: what its metadata says. lacking: what its settings ask for and the row has not.
+    """A picture and its row. found: its metadata. lacking: what its settings ask for and the row cannot express.
 
-    changed: fields that were overridden, as "steps: 20 -> 30". inputs: SHA-256 at hand of the files that the row names,
-    where the picture says what it was, as (name, recorded, path).
+    changed: fields that were overridden, as "steps: 20 -> 30". inputs: (name, recorded SHA-256, path) of each input
+    file whose hash the metadata records.
     """
 
     path: Path
@@ -59,7 +58,7 @@ class Pictured:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was assumed or left out of its settings, without what asks for an input picture that the row has."""
+        """What was assumed or left out of its settings, without requests for input pictures that the row has."""
         settled = tuple(f"{field}: " for field in _INPUTS if getattr(self.row, field) is not None)
         return tuple(note for note in self.found.notes if not note.startswith(settled))
 
@@ -95,9 +94,17 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
             raise InputError("seed: -1 is any; give the seed, or leave it to the pictures")
     found = prepared(found, Path())
     for name, value in found.items():
-        if name not in ("gate", "rank_by"):
-            Request(**{**_PARTNERS.get(name, {}), name: value})
+        check_alone(name, value)
     return found
+
+
+def check_alone(name: str, value: Any) -> None:
+    """Raise InputError for a value that no row can have, given before the rows are read.
+
+    Fields that it requires are assumed; `gate` and `rank_by`, which may use labels of rows, are not checked.
+    """
+    if name not in ("gate", "rank_by"):
+        Request(**{**_PARTNERS.get(name, {}), name: value})
 
 
 def is_override(word: str) -> bool:
@@ -108,8 +115,8 @@ def is_override(word: str) -> bool:
 def find_pictures(places: Sequence[str | Path]) -> list[Path]:
     """Return the pictures that are named, and those of named folders; of a run folder those in its images/.
 
-    In the order in which they are named, once each; within a folder sorted as people count. Raises InputError for what
-    is not there, and for a folder without pictures.
+    In the order in which they are named, once each; within a folder in natural order (2.png before 10.png). Raises
+    InputError for what is not there, and for a folder without pictures.
     """
     found: list[Path] = []
     for name in places:
@@ -233,18 +240,18 @@ def _pictured(
 
 
 def drawing(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a row that make a picture, without those that choose among several."""
-    return {k: v for k, v in fields.items() if k not in _CHOOSING}
+    """Return the fields of a row that affect pixels, without those that select among several images."""
+    return {k: v for k, v in fields.items() if k not in CHOOSING}
 
 
 def _given(lacked: str, overrides: Mapping[str, Any]) -> bool:
-    """Whether what the settings lack is overridden: a prompt and its syntax, or a sampler."""
+    """Whether an entry of `lacking` no longer matters, because its field (a prompt, the scheduler) is overridden."""
     field = lacked.removeprefix("syntax of ").split(":")[0]
     return field in overrides or ("scheduler" in overrides and field.startswith(("sampler ", "schedule ")))
 
 
 def _is_whole(row: Request, found: Found) -> bool:
-    """Whether the row is the recorded one, as far as its fingerprint tells, files included."""
+    """Whether the row's fingerprint, which covers its input files, is the recorded one; True if none is recorded."""
     recorded = found.about.get("fingerprint")
     if not isinstance(recorded, str) or (is_tuned(row.scheduler) and row.scheduler != TUNED):
         return True
@@ -259,9 +266,10 @@ def _brief(value: Any) -> str:
 
 
 def plain_prompts(fields: dict[str, Any], form: str) -> list[str]:
-    """Take LoRAs' tags out of prompts of another tool, and say how they are read; return what of its syntax rows lack.
+    """Convert prompts of another tool in `fields`; return a line for each whose syntax is not supported.
 
-    Those of AUTOMATIC1111 keep its syntax; ComfyUI and InvokeAI weigh words in other ways.
+    Prompts of AUTOMATIC1111 keep its syntax, and their LoRA tags become `loras`. The weights of ComfyUI and InvokeAI
+    are not supported: their prompts become plain text.
     """
     lacking = []
     for name in ("prompt", "negative_prompt"):
@@ -310,7 +318,8 @@ def _place_pictures(
                 raise InputError(f"{name}: it was drawn with a mask that its settings do not hold; give {name}=FILE")
             lacking += [name] if name in found.lacking else []
             continue
-        inputs.append(_input(found.about, str(_beside(path, name, fields[name])), name))
+        fields[name] = str(_beside(path, name, fields[name]))  # not its own path, which leads anywhere
+        inputs.append(_input(found.about, fields[name], name))
     if fields.get("image") is None and "strength" in fields:
         raise InputError("strength: needs `image`, the picture to start from; give image=FILE")
     return inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ _SCHEDULED = {
 # Spacings that may be appended to a solver's name, as in dpmpp_2m_karras
 NAMED = tuple(s for s in SPACINGS if s not in ("timesteps", "sigmas"))
 # Options of a row; the others describe how the network was trained.
+_SOLVER_OPTIONS = {option for solver in SOLVERS.values() for option in solver.options}
 CHOICES = (
-    "solver", "spacing", "final", "timesteps", "sigmas", "original_inference_steps",
-    *sorted({o for s in SOLVERS.values() for o in s.options}),
+    "solver", "spacing", "final", "timesteps", "sigmas", "original_inference_steps", *sorted(_SOLVER_OPTIONS),
 )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def plan_for(
     """
     if not is_tuned(value):
         options = {} if value is None else scheduler_options(value)
-        return scheduler.with_options(**options).plan(steps, strength=strength)
+        return with_read_options(scheduler, options).plan(steps, strength=strength)
     path = tuned_file(str(value), folder)
     if not path.exists():
         raise InputError(f"scheduler: {place(path)} is not there; make it with: genkit tune MODEL --steps {steps}")
@@ -85,6 +86,21 @@ def plan_for(
         known = " and ".join(map(str, plans))
         raise InputError(f"num_inference_steps: no plan for {steps} in {place(path)}, but for {known}")
     return plans[steps]
+
+
+def with_read_options(scheduler: Scheduler, options: Mapping[str, Any]) -> Scheduler:
+    """Return the scheduler with other options. Raises InputError for one that its solver or spacing does not read."""
+    scheduler = scheduler.with_options(**options)
+    read = SOLVERS[scheduler.solver].options
+    for name, value in options.items():
+        if value == getattr(Scheduler, name):  # the default of every solver
+            continue
+        if name in _SOLVER_OPTIONS and name not in read and name not in ("clip", "threshold"):  # those act on any x0
+            known = f"; it reads {', '.join(read)}" if read else ""
+            raise InputError(f"scheduler: {name}: {shown(value)}: {scheduler.solver} does not read it{known}")
+        if name == "original_inference_steps" and scheduler.spacing != "lcm":
+            raise InputError(f"scheduler: {name}: {shown(value)}: is read with spacing 'lcm' only")
+    return scheduler
 
 
 def scheduler_options(value: str | dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +120,7 @@ def scheduler_options(value: str | dict[str, Any]) -> dict[str, Any]:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
     if "solver" in options:
         named = _named(options.pop("solver"))
-        if "spacing" in options and named.get("spacing", options["spacing"]) != options["spacing"]:
+        if "spacing" in options and "spacing" in named and named["spacing"] != options["spacing"]:
             raise InputError(f"spacing: {shown(options['spacing'])} and the solver's name says {named['spacing']}")
         options = named | options
     Scheduler().with_options(**options)

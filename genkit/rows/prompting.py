@@ -103,7 +103,7 @@ def plain(prompt: str) -> str:
 
 
 def check_prompting(row: Any, layers: int | None) -> None:
-    """Raise InputError for prompts that cannot be read, or a layer that the text encoder lacks. layers: it has."""
+    """Raise InputError for prompts that cannot be read, or a clip_skip beyond the text encoder's number of `layers`."""
     if row.syntax == "a1111":
         scripted(row.prompt, row.negative_prompt, row.num_inference_steps or 1, row.num_inference_steps or 1)
     if row.clip_skip is not None and (layers is None or row.clip_skip > layers):

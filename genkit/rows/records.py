@@ -18,9 +18,9 @@ _DRAWN = ("config", "device", "dtype", "attention", "torch", "format")
 def read_record(text: str) -> Found:
     """Return the row of genkit's record of a picture; `about` has the id, index and seed of the picture.
 
-    What drew it is there too, as of `Origin`, as far as it is told: weights, config, tuned, inputs, device, dtype,
-    attention, torch, format. A record that was cut has `cut`. Raises InputError for damaged JSON, for a record without
-    a row, and for hashes that are none.
+    `about` also has those fields of `Origin` that were recorded: weights, config, tuned, device, dtype, attention,
+    torch, format; the hashes of `inputs`; and `cut` if fields were left out for size. Raises InputError for damaged
+    JSON, for a record without a row, and for malformed hashes.
     """
     record = parse_json(text, "record")
     request = record.get("request")
@@ -87,8 +87,8 @@ def read_fields(text: str) -> Found:
 
 
 def _picture(draft: Draft, field: str, value: Any) -> None:
-    """Set the name of a picture that the settings start from: they hold no more of it."""
+    """Set the file name of an input picture, and record that the settings do not hold the picture itself."""
     draft.fields.pop(field, None)
-    if not str(value).startswith("sha256:"):  # of one that was no file
+    if not str(value).startswith("sha256:"):  # given as pixels, not as a file
         draft.fields[field] = base_name(field, value)
     draft.lack(field, f"{field}: the settings have no more of it than {shown(value)}; give the picture")

@@ -1,4 +1,4 @@
-"""How SDXL's refiner takes over: what fits beside which model, and the plan of both.
+"""SDXL's refiner: which refiner fits a model, and the sampling plan of the two together.
 
 The first steps of a plan are the model's, those below a noise level the refiner's, as with diffusers' denoising_end and
 denoising_start (Podell et al. 2023, section 2.5).
@@ -18,8 +18,8 @@ from genkit.schedulers import Plan, Scheduler
 if TYPE_CHECKING:
     from genkit.components import ModelInfo
 
-START = 0.8  # of the timesteps, from the first on, that are the model's own
-# What the two must have been trained with alike, since a plan's timesteps mean the same noise to both
+START = 0.8  # the fraction of the timesteps that the base model denoises
+# Options of the noise schedule that both must share: a timestep then is the same noise level for both
 SCHEDULE = ("noise", "num_train_timesteps", "beta_start", "beta_end", "trained_betas", "zero_snr")
 
 
@@ -56,17 +56,18 @@ def check_refiner(model: ModelInfo, refiner: ModelInfo, start: float) -> ModelIn
 
 
 def handover(plan: Plan, start: float, timesteps: int) -> int:
-    """Return how many calls of a plan are the model's own, where the refiner takes over at the fraction `start`."""
+    """Return how many calls of a plan the base model makes if the refiner takes over at the fraction `start`."""
     return int((plan.timesteps >= round(timesteps - start * timesteps)).sum())
 
 
 def refined_plan(
     plan: Plan, scheduler: Scheduler, value: str | dict[str, Any] | None, steps: int, start: float, prediction: str
 ) -> Plan:
-    """Return a row's plan with the refiner's calls in place of the last ones: its solver begins anew there.
+    """Return a row's plan whose last calls are the refiner's; the solver restarts there, without history.
 
-    plan: of the row alone; scheduler: of the model; value: the row's. prediction: of the refiner's network. Raises
-    InputError where one of the two is left without a step, and for solvers of several calls a step.
+    plan: without the refiner. scheduler: of the base model. value: the row's `scheduler`. prediction: what the
+    refiner's network predicts. Raises InputError if either network gets no step, and for solvers of several calls a
+    step.
     """
     if is_tuned(value):
         raise InputError("scheduler: a tuned plan is made for one network, and the refiner is another")

@@ -44,7 +44,6 @@ Seed = Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
 Side = Annotated[int, Field(ge=8, le=8192)]
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Scores = dict[str, Any]
 
 _ID = re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,100}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for d in range(1, 10))}  # Windows devices
@@ -280,7 +279,7 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
     def fingerprint(self) -> str:
         """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
-        # what older rows do not have is not hashed
+        # Fields that were added later are hashed only where they are set: fingerprints of older rows stay valid
         for later in ("guidance_interval", "loras", *sdxl.FIELDS, *prompting.FIELDS, *inputs.FIELDS):
             if fields[later] in (None, "none"):
                 del fields[later]
@@ -297,7 +296,7 @@ def _plain(value: Any, read: bool = False) -> Any:
     if hasattr(value, "getbands"):
         return "sha256:" + hashlib.sha256(value.tobytes() + repr((value.size, value.mode)).encode()).hexdigest()
     if read and isinstance(value, str | Path) and Path(value).is_file():
-        return "sha256:" + hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        return f"sha256:{hash_once(value)}"
     return str(value) if isinstance(value, Path) else value
 
 
@@ -328,6 +327,8 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
         if empty and (name in Request.model_fields or name in (*SCHEDULES, "size")):
             continue
         if name in SCHEDULES or (name == "scheduler" and _is_schedule(value)):
+            if schedule is not None:
+                raise InputError(f"{shown(key)}: the schedule of noise is given twice, also as {shown(schedule)}")
             schedule = value
             continue
         if name == "size":

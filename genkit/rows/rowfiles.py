@@ -17,7 +17,7 @@ from genkit.rows.request import ALIASES, SCHEDULES, Request, canonical, field_na
 from genkit.rows.typed import COUNTS, NUMBERS, typed
 
 MAX_BYTES = 2**27  # of a prompt file
-AUTO, OWN = "auto", "genkit"  # what a file of another tool is recognised as; or never
+AUTO, OWN = "auto", "genkit"  # forms: recognise files of other tools, or never
 FORMS = {
     "a1111-lines": "lines of options of AUTOMATIC1111",
     "infotext": "infotext of AUTOMATIC1111",
@@ -35,7 +35,7 @@ class RowFile:
     rows: Numbered
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults_line: int = 1
-    notes: list[str] = dataclasses.field(default_factory=list)  # what was assumed; whole once the rows are read
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was assumed; complete once all rows are read
 
 
 def open_rows(path: Path, form: str = AUTO, more: Collection[str] = ()) -> RowFile:
@@ -46,8 +46,9 @@ def open_rows(path: Path, form: str = AUTO, more: Collection[str] = ()) -> RowFi
     """
     name = place(path)
     if form not in (AUTO, OWN, *FORMS):
+        known = (AUTO, OWN, *FORMS)
         raise InputError(
-            f"--format-in: {shown(form)}: {nearest(form, FORMS)}; there are {', '.join((AUTO, OWN, *FORMS))}"
+            f"--format-in: {shown(form)}: no such form{nearest(form, known)}; there are {', '.join(known)}"
         )
     suffix = path.suffix.lower()
     reader = _FORMATS.get(suffix)
@@ -77,7 +78,7 @@ def _read_foreign(text: str, name: str, form: str) -> RowFile | None:
     rows = numbered_rows(text, found, name, notes)
     if found in ("a1111-lines", "infotext"):
         rows = [(at, {"syntax": "a1111", **fields}) for at, fields in rows]
-    if found == "infotext":  # its templates are expanded already: what is left of their signs is text
+    if found == "infotext":  # its prompts are expanded already: escape what would be a template again
         for _, fields in rows:
             fields |= {key: re.sub("[{}]|_(?=_)", r"\\\g<0>", fields[key]) for key in PROMPTS if key in fields}
     return RowFile(rows, notes=notes)
@@ -239,7 +240,8 @@ def _read_yaml(text: str, name: str) -> RowFile:
     return RowFile(((row.line, dict(row)) for row in requests), dict(defaults), defaults.line or 1)
 
 
-_SOME = {"scheduler": "ddim", **dict.fromkeys(SCHEDULES, "karras")}  # values that pass where any text does not
+# Valid values for a check of the header alone, in columns where any text would be an error
+_SOME = {"scheduler": "ddim", **dict.fromkeys(SCHEDULES, "karras")}
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _CSV_ERRORS = {
     "unexpected end of data": "a quote is opened and never closed",

@@ -111,12 +111,12 @@ def texts_of(row: Any) -> tuple[list[str], list[str]]:
 
 
 def time_ids(row: Any, width: int, height: int, refines: bool = False) -> tuple[list[float], list[float]]:
-    """Return SDXL's time_ids of a row drawn at width x height, and those without the prompt, in pixels.
+    """Return SDXL's time_ids of a row drawn at width x height, for the prompt and for the negative prompt, in pixels.
 
-    Each is original height and width, crop top and left, target height and width; of the refiner the aesthetic score in
-    place of the target. What is not stated is that of the picture, uncropped. The negative ones are the positive ones
-    where they are not stated, but for the crop: beside negative sizes it is 0, as in diffusers' text-to-image pipeline,
-    and with the refiner.
+    Each is original height and width, crop top and left, target height and width; for the refiner the aesthetic score
+    replaces the target. Sizes that are not stated are the picture's own, crops are 0. Negative values that are not
+    stated equal the positive ones, except the crop: with the refiner, and beside negative sizes without an initial
+    picture (as in diffusers' text-to-image pipeline), it is 0.
     """
     size = [width, height]
     original, crop, target = row.original_size or size, row.crop or [0, 0], row.target_size or size

@@ -18,7 +18,7 @@ from genkit.schedulers.planning import least_strength
 
 STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its own
 REFINED = 0.3  # strength of SDXL's refiner, as in diffusers
-# Pixels of an initial picture that are drawn as they are: so many times the model's own, or so many
+# An initial picture keeps its size up to LARGE times the pixels of the model's own size, or LEAST_LARGE pixels
 LARGE, LEAST_LARGE = 4.0, 1024 * 1024
 
 
@@ -40,7 +40,7 @@ class Settings:
 
     @property
     def guided(self) -> float:
-        """The scale of classifier-free guidance, by which two predictions become one; 1 or less: there is one."""
+        """The scale of classifier-free guidance; with 1 or less there is no unconditional prediction."""
         return 1.0 if self.embedded else self.guidance
 
 
@@ -104,7 +104,7 @@ def cost(
 
 
 def assumed(stated: Request, filled: Request) -> list[str]:
-    """Return what was assumed for a row with an initial picture, a line each, that a user may not expect."""
+    """Return a line for each assumption about a row with an initial picture that a user may not expect."""
     if stated.image is None:
         return []
     found = []
@@ -120,13 +120,13 @@ def assumed(stated: Request, filled: Request) -> list[str]:
 
 
 def _usual(steps: int, g: Geometry) -> float:
-    return (
-        1.0 if g.inpaints else usual_strength(steps, REFINED if g.refines else STRENGTH)
-    )  # what is masked is drawn from noise, as in diffusers' pipeline
+    if g.inpaints:  # the masked part is drawn from noise, as in diffusers' pipeline
+        return 1.0
+    return usual_strength(steps, REFINED if g.refines else STRENGTH)
 
 
 def usual_strength(steps: int, usual: float = STRENGTH) -> float:
-    """Return the strength of a row that states none: of so few steps that it leaves none, what leaves one."""
+    """Return the default strength; if that leaves none of the steps, the least strength that leaves one."""
     return usual if int(steps * usual) else least_strength(steps)
 
 
@@ -158,7 +158,8 @@ def _drawn_at(request: Request, g: Geometry) -> tuple[int, int] | tuple[None, No
 
 def _image_size(request: Request) -> tuple[int, int]:
     """Return the size of the initial picture. Opens every picture that the row names."""
-    return next(iter([_size_of(request, f) for f in ("image", "mask_image") if getattr(request, f) is not None]))
+    sizes = [_size_of(request, field) for field in ("image", "mask_image") if getattr(request, field) is not None]
+    return sizes[0]
 
 
 def _size_of(request: Request, field: str) -> tuple[int, int]:

@@ -155,7 +155,7 @@ def scheduled(text: str, steps: int) -> list[tuple[int, str]]:
 
 
 def _closed(brackets: str, nodes: list[_Node], steps: int) -> _Node | None:
-    """Return the node of a pair of brackets around `nodes`, or None if the pair is none of the syntax."""
+    """Return the node of a pair of brackets around `nodes`, or None if the pair has no meaning in the syntax."""
     marks = [i for i, node in enumerate(nodes) if isinstance(node, _Separator)]
     colons = [i for i in marks if nodes[i] == ":"]
     if brackets == "()" and len(colons) <= 1:

@@ -20,8 +20,8 @@ NUMBERS = (*COUNTS, *_FLOATS, "seed")
 def typed(field: str, text: str) -> Any:
     """Return the text of a CSV cell or command-line option as the value of `field` (genkit's name for it).
 
-    Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels` and `detect` are separated by commas, several seeds
-    likewise, `ask` by those behind a question mark; they may be JSON lists too. `meta`, `prune`, and a `scheduler` that
+    Numbers must be written plainly (7, -1, 0.5, 1e-3). `labels`, `detect` and several seeds are separated by commas,
+    `ask` by commas that follow a question mark; they may be JSON lists too. `meta`, `prune`, and a `scheduler` that
     starts with a brace, are JSON objects. Raises InputError.
     """
     convert = _TYPED.get(field)
@@ -59,19 +59,22 @@ def _seeds(field: str, text: str) -> int | list[int]:
     return [_integer(field, part) for part in text.strip(" []").split(",")]
 
 
+def _list(field: str, text: str) -> list[Any]:
+    """Return the list that JSON text holds."""
+    found = _json(field, f'{{"{field}": {text}}}')
+    if len(found) == 1 and isinstance(found[field], list):
+        return found[field]
+    raise InputError(f"{field}: {shown(text)} is not a list")
+
+
 def _labels(field: str, text: str) -> list[str]:
-    if text.lstrip().startswith("["):
-        found = _json(field, f'{{"{field}": {text}}}')
-        if len(found) == 1 and isinstance(found[field], list):
-            return found[field]
-        raise InputError(f"{field}: {shown(text)} is not a list")
-    return [part.strip() for part in text.split(",")]
+    return _list(field, text) if text.lstrip().startswith("[") else [part.strip() for part in text.split(",")]
 
 
 def _questions(field: str, text: str) -> list[str]:
     """Return questions, separated by the commas that follow question marks: others belong to a question."""
     if text.lstrip().startswith("["):
-        return _labels(field, text)
+        return _list(field, text)
     return [part.strip() for part in re.split(r"(?<=\?)\s*,", text)]
 
 
@@ -92,7 +95,7 @@ def _scheduler(field: str, text: str) -> str | dict[str, Any]:
 def _loras(field: str, text: str) -> list[dict[str, Any]]:
     """Return LoRAs written as FILE or FILE:WEIGHT, separated by commas, or as a JSON list."""
     if text.lstrip().startswith("["):
-        return _json(field, f'{{"{field}": {text}}}')[field]
+        return _list(field, text)
     return [lora(field, part.strip()) for part in text.split(",")]
 
 

@@ -221,12 +221,12 @@ def _last(choice: _Choice, possible: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Lines:
-    """What a wildcard file or a template holds: its texts, and of these the levels and the names that they use."""
+    """The parsed texts of a wildcard file or template: how deep they nest, and which wildcards they use."""
 
     texts: tuple[_Nodes, ...]
     levels: int
     names: dict[str, int]  # the deepest level at which each is used
-    picks: tuple[_Choice, ...]  # those of lines of a wildcard
+    picks: tuple[_Choice, ...]  # choices among the lines of a wildcard, {2$$__name__}
 
 
 def _survey(texts: tuple[_Nodes, ...]) -> _Lines:
@@ -327,7 +327,7 @@ class _Folder:
         return path.resolve()
 
     def options(self, choice: _Choice) -> tuple[tuple[_Nodes, ...], tuple[float, ...] | None, int]:
-        """Return what a choice may take, the weights, None if all are equal, and the most that it takes."""
+        """Return the options of a choice, their weights (None if all are equal), and how many it takes at most."""
         if not _of_lines(choice):
             possible = sum(w > 0 for w in choice.weights or (1,) * len(choice.options))
             return choice.options, choice.weights, _last(choice, possible)
@@ -337,7 +337,7 @@ class _Folder:
         return texts, None, _last(choice, len(texts))
 
     def size(self, nodes: _Nodes) -> _Size:
-        """Return how many texts `every` gives, and their characters together."""
+        """Return how many texts `every` yields, and how many characters they have in total."""
         return _times(self._size(node) for node in nodes)
 
     def _size(self, node: _Node) -> _Size:
@@ -383,7 +383,7 @@ class _Folder:
 
 
 def _times(sizes: Iterator[_Size]) -> _Size:
-    """Return the size of all ways to write one text of each behind each other."""
+    """Return the size of a product: of all concatenations of one text from each."""
     count, together = 1, 0
     for c, t in sizes:
         count, together = _countable((count * c, together * c + count * t))
@@ -398,7 +398,7 @@ def _countable(size: _Size) -> _Size:
 
 @dataclasses.dataclass
 class _Drawn:
-    """One text of a template, as it is drawn."""
+    """Writes one random text of a template."""
 
     rng: random.Random
     folder: _Folder

@@ -26,7 +26,7 @@ _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Cut(str):
-    """A text without quotes, after which a comment stands on the same line: maybe a part of it."""
+    """An unquoted text that is followed by a comment on its line, which may have been meant as a part of the text."""
 
 
 class Block(dict[Any, Any]):

@@ -1,9 +1,9 @@
-"""LoRAs beside the weights: each row of a batch has its own, and the weights stay bit for bit as they are.
+"""LoRAs applied beside the weights, which do not change: each row of a batch has its own LoRAs.
 
 For a module with weight W, y = W x + sum over adapters k of w[row, k] * B_k A_k x. The A of all adapters are one
 matrix, and so are the B, so that rows with different LoRAs cost two products more and no switching (as S-LoRA, Sheng et
-al. 2023, but without gathering: a weight of 0 takes an adapter out of a row). What is no product of small matrices
-(LoHa, LoKr, DoRA) is applied as a whole difference.
+al. 2023, but without gathering: a weight of 0 takes an adapter out of a row). LoHa, LoKr and DoRA, which are not
+products of two small matrices, are applied as full differences of weights.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from genkit.errors import InputError
 from genkit.files import place
 
 Loras = Sequence[Mapping[str, Any]]
+_State = tuple[torch.Tensor | None, torch.Tensor | None, list[int], list[tuple[int, torch.Tensor]]]
 
 
 class Adapters:
@@ -55,18 +56,25 @@ class Adapters:
             return
         found = read_lora(Path(file), self._shapes, self.networks["unet"].config)
         deltas = _loaded(found, self.networks)
-        for module in self.networks["unet"].modules():  # the halves of a guided batch may differ from here on
+        for module in self.networks["unet"].modules():  # with LoRAs the two halves of a guided batch may differ
             if hasattr(getattr(module, "processor", None), "share"):
                 module.processor.share = False
-        number = self.files[file] = len(self.files)
+        changed: list[tuple[_Layer, _State]] = []
+        try:
+            for (component, module), parts in deltas.items():
+                key = component, module
+                if key not in self._layers:
+                    target = self.networks[component].get_submodule(module)
+                    self._layers[key] = _Layer(target, self)
+                    _attach(self.networks[component], module, self._layers[key])
+                changed.append((self._layers[key], self._layers[key].state))
+                self._layers[key].add(len(self.files), *parts)
+        except BaseException:  # out of memory: a second attempt must not find half of the file
+            for layer, before in changed:
+                layer.state = before
+            raise
+        self.files[file] = len(self.files)
         self.lines.append(found.line())
-        for (component, module), parts in deltas.items():
-            key = component, module
-            if key not in self._layers:
-                target = self.networks[component].get_submodule(module)
-                self._layers[key] = _Layer(target, self)
-                _attach(self.networks[component], module, self._layers[key])
-            self._layers[key].add(number, *parts)
 
     @functools.cached_property
     def _shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -109,6 +117,16 @@ class _Layer:
         self.index: list[int] = []  # for each rank, its adapter
         self._index: torch.Tensor | None = None  # the same, on the device
         self.whole: list[tuple[int, torch.Tensor]] = []
+
+    @property
+    def state(self) -> _State:
+        """What `add` changes."""
+        return self.down, self.up, list(self.index), list(self.whole)
+
+    @state.setter
+    def state(self, state: _State) -> None:
+        self.down, self.up, self.index, self.whole = state
+        self._index = None
 
     def add(self, number: int, down: torch.Tensor | None, up: torch.Tensor, stored: torch.dtype) -> None:
         """Add an adapter: its two matrices, or with down None the whole difference `up`."""
@@ -195,14 +213,14 @@ def _loaded(found: LoraFile, networks: Mapping[str, Any]) -> dict[tuple[str, str
             module = networks[component].get_submodule(name)
             roles = {role: values[tensor.key].float() for role, tensor in adapter.tensors.items()}
             dtype = networks[component].dtype
-            made[component, name] = (*_matrices(adapter, roles, module, f"{place(found.path)}: {name}"), dtype)
+            made[component, name] = (*_matrices(adapter, roles, module), dtype)
     return made
 
 
 def _matrices(
-    adapter: Adapter, roles: dict[str, torch.Tensor], module: Any, where: str
+    adapter: Adapter, roles: dict[str, torch.Tensor], module: Any
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return (down, up), scaled by alpha / rank, or (None, the whole difference)."""
+    """Return (down, up), scaled by alpha / rank, or (None, the whole difference); `read_lora` checked the shapes."""
     shape = tuple(module.weight.shape)
     alpha = float(roles["alpha"]) if "alpha" in roles else adapter.alpha
     scale = 1.0 if alpha is None or not adapter.rank else alpha / adapter.rank
@@ -215,7 +233,7 @@ def _matrices(
         one, two = (roles[f"hada_{w}_a"] @ roles[f"hada_{w}_b"] for w in ("w1", "w2"))
         return None, (one * two * scale).reshape(shape)
     if any(role.startswith("lokr") for role in roles):
-        return None, _kronecker(roles, alpha, shape, where)
+        return None, _kronecker(roles, alpha, shape)
     if "mid" in roles:  # LoCon's third matrix: k x k in the middle, 1 x 1 around it (LyCORIS, CP decomposition)
         inner = torch.einsum("nmkl,mi->nikl", roles["mid"], roles["down"].flatten(1))
         delta = torch.einsum("on,nikl->oikl", roles["up"].flatten(1), inner) * scale
@@ -225,30 +243,22 @@ def _matrices(
         base = module.weight.detach().float().cpu()
         whole = base + delta
         norm = whole.flatten(1).norm(dim=1)
-        magnitude = roles["dora"].flatten()
-        if len(magnitude) != len(norm):
-            raise InputError(f"{where}: its dora_scale has {len(magnitude)} numbers, not {len(norm)}")
-        delta = whole * (magnitude / norm).view(-1, *[1] * (len(shape) - 1)) - base
+        delta = whole * (roles["dora"].flatten() / norm).view(-1, *[1] * (len(shape) - 1)) - base
     return None, delta
 
 
-def _kronecker(roles: dict[str, torch.Tensor], alpha: float | None, shape: tuple[int, ...], where: str) -> torch.Tensor:
+def _kronecker(roles: dict[str, torch.Tensor], alpha: float | None, shape: tuple[int, ...]) -> torch.Tensor:
     """Return LoKr's difference: the Kronecker product of two matrices, each whole or a product of two."""
     rank = None
     found = []
     for name in ("w1", "w2"):
         if f"lokr_{name}" in roles:
             found.append(roles[f"lokr_{name}"])
-        elif f"lokr_{name}_a" in roles and f"lokr_{name}_b" in roles:
+        else:
             a, b = roles[f"lokr_{name}_a"], roles[f"lokr_{name}_b"]
             rank = len(b)
             found.append((a @ b.flatten(1)).reshape(len(a), *b.shape[1:]))
-        else:
-            raise InputError(f"{where}: its LoKr has no {name}")
     scale = 1.0 if alpha is None or rank is None else alpha / rank
     one, two = found
     one = one.view(*one.shape, *[1] * (two.dim() - one.dim()))
-    whole = torch.kron(one, two.contiguous())
-    if whole.numel() != torch.Size(shape).numel():
-        raise InputError(f"{where}: its LoKr of {whole.numel()} numbers does not fit the weight of {shape}")
-    return whole.reshape(shape) * scale
+    return torch.kron(one, two.contiguous()).reshape(shape) * scale

@@ -1,4 +1,4 @@
-"""What the prompts of a row tell the network at each call: embeddings that fit beside each other, their weights."""
+"""The conditioning of a row at each network call: embeddings of one length for all of its prompts, and weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from genkit.rows.request import Request
 from genkit.rows.sdxl import texts_of
 
 Pair = tuple[Prompt, Prompt]  # of the first and of the second text encoder; models with one read either
-Texts = tuple[tuple[int, Pair], ...]  # (first call, what is read from then on)
+Texts = tuple[tuple[int, Pair], ...]  # (first call, text from that call on)
 Embedded = tuple[torch.Tensor, torch.Tensor | None]  # (tokens, width), and SDXL's added conditioning
-MOST = 64  # times the tokens that a text encoder reads: embeddings of many lengths have a long common multiple
+MOST = 64  # times the shortest embedding: the least common multiple of many lengths is large
 
 
 def read_prompts(request: Request, steps: int, calls: int, skip: int) -> tuple[list[tuple[float, Texts]], Texts]:
@@ -66,10 +66,11 @@ def conditioned(
     prompts: Sequence[tuple[float, Texts]], negative: Texts, with_prompt: Callable[[Pair], Embedded],
     without: Callable[[Pair], Embedded],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the fields of a Trajectory that say what the network reads: cond, uncond, …, weight, more, changes.
+    """Return the conditioning fields of a Trajectory: cond, uncond, added_cond, added_uncond, weight, more, changes.
 
-    with_prompt, without: the embeddings of a text as a prompt, and as a negative prompt. All of a row get one length: a
-    shorter one is repeated, which attention takes for the same. Raises InputError for lengths that fit no common one.
+    with_prompt, without: return the embedding of a text as a prompt, and as a negative prompt. Shorter embeddings are
+    repeated to the length common to all of the row, which does not change the output of attention. Raises InputError
+    where the common length would be more than MOST times the shortest.
     """
     sides = [(with_prompt, texts) for _, texts in prompts] + [(without, negative)]
     embedded = [{pair: embed(pair) for _, pair in texts} for embed, texts in sides]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Composed(NamedTuple):
-    """Further prompts of rows (composable diffusion): of which row each is, what it says, the weights of all.
+    """Further prompts of rows (composable diffusion): the row of each, embeddings, and the weights of all prompts.
 
     cond: (E, tokens, width); added: SDXL's added conditioning, (E, projection + 6), or None; weights: of the rows' own
     prompts, then of these, (B + E). Without further prompts cond and added are None.
@@ -91,8 +91,8 @@ class Denoiser:
 
         x: (B, C, H, W); t: (B,); cond, uncond: (B, tokens, width), None for an unconditional network; scale: (B,) on
         the CPU; added_cond, added_uncond: SDXL's added conditioning, (B, projection + 6), or None; adapters: the weight
-        of each LoRA in each row, (B, adapters), or None; beside: what an inpainting UNet reads beside x, (B, 1 + C, H,
-        W), or None; embedded: the guidance scale as a network reads it, (B, width), or None. composed: further
+        of each LoRA in each row, (B, adapters), or None; beside: additional input channels of an inpainting UNet,
+        (B, 1 + C, H, W), or None; embedded: embedding of the guidance scale, (B, width), or None. composed: further
         prompts of the rows, and the weights of all. Only rows with scale > 1, and those whose weights do not sum to 1,
         are computed a second time, with uncond. Raises torch.OutOfMemoryError if not even one row fits.
         """

@@ -19,9 +19,9 @@ from genkit.scoring.gates import Expression, passes
 class _Row:
     request: Request
     gate: Expression | None
-    least: int  # images that it will have at the end, at least
-    expected: int  # … and probably, by the share that passed so far
-    cap: float = math.inf  # images that may be issued, for a row that a budget was given
+    least: int  # images that the row will have at least at the end
+    expected: int  # images that it will probably have, by the share that passed so far
+    cap: float = math.inf  # most images that may be issued, for a row with a budget
     issued: int = 0
     in_flight: int = 0
     passed: int = 0
@@ -51,7 +51,7 @@ class _Row:
 
 
 class Draws:
-    """Hands out (request, index) pairs, and is told the results.
+    """Hands out (request, index) pairs, and receives the results.
 
     done: the images of earlier starts of the run; they count as drawn. most: limit of images, those included; until: a
     time.monotonic(). Past either limit nothing new is handed out, and `short` names the limit.
@@ -90,7 +90,7 @@ class Draws:
             self._admit(request, earlier[str(request.id)])
 
     def _admit(self, request: Request, earlier: int) -> _Row:
-        """Add a row of which there are so many images from earlier starts."""
+        """Add a row. earlier: how many images of it earlier starts recorded."""
         gate = None if request.gate is None else Expression(request.gate, request.labels, names=None)
         least = max(request.num_images, earlier)
         row = self._rows[str(request.id)] = _Row(request, gate, least, least)
@@ -112,7 +112,7 @@ class Draws:
         return Draws((row.request for row in self._rows.values()), done, self._most, self._until)
 
     def settle(self, results: Mapping[tuple[str, int], Result], short: str | None) -> None:
-        """Count what others drew, until the limit `short` if that ended it: `lacking` is right then."""
+        """Take over the results of other processes, so that `lacking` is right. short: the limit that ended the run."""
         ended = Draws((row.request for row in self._rows.values()), results)
         for row_id, row in ended._rows.items():
             while row.wants_more and (row_id, row.issued) in results:

@@ -18,9 +18,9 @@ from genkit.sampling.refiner import Refined
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 
 Take = Callable[[float, bool], list["Trajectory"]]
-PATIENCE = 50  # calls after which a network that is not on the device has its turn, where new trajectories keep coming
+PATIENCE = 50  # calls until a network that is off the device gets its turn, if new trajectories arrive without end
 AHEAD = 2  # network calls that are queued on a GPU
-# Of the network, a row for each trajectory
+# Inputs of the network with one row for each trajectory
 INPUTS = ("cond", "uncond", "added_cond", "added_uncond", "beside", "embedded")
 CANCELLED = "cancelled"
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
@@ -28,20 +28,19 @@ COLUMN = {name: i for i, name in enumerate(COLUMNS)}
 
 @dataclasses.dataclass
 class Trajectory:
-    """One image on its way from noise: what it is, where it starts, and the plan it follows.
+    """One image on its way from noise: its starting latent, its conditioning, and the plan that it follows.
 
     latent: (C, H, W) float32 at the plan's first noise level, on any device. cond, uncond: embeddings of the prompt and
     of the negative prompt, (tokens, width), or None. added_cond, added_uncond: SDXL's added conditioning for each,
     (projection + 6,), or None. scales: guidance scale of each call of the plan, (nfe,), 1 where the call needs no
-    `uncond`; None is 1 throughout. embedded: the guidance scale as latent consistency models read it, (width,), or
-    None. beside: what an inpainting UNet reads beside the latent, (1 + C, H, W), or None. weight, more: of `cond`, and
-    (weight, cond, added_cond) of each prompt composed with it. changes: by call, the fields of these that are others
-    from then on, embeddings of as many tokens. adapters: weight of each LoRA, zeros at the end left out. keep_mask,
+    `uncond`; None is 1 throughout. embedded: embedding of the guidance scale for latent consistency models, (width,),
+    or None. beside: additional input channels of an inpainting UNet, (1 + C, H, W), or None. weight: of `cond`; more:
+    (weight, cond, added_cond) of each prompt composed with it. changes: {call: new values of these fields from that
+    call on}; embeddings keep their length. adapters: weight of each LoRA, zeros at the end left out. keep_mask,
     known: where keep_mask (1, H, W) is 0 the latent is replaced after each step by `known` = (x0, noise), each (C, H,
     W), at the level reached. cost: slots that it takes (1 at the model's own picture size, 4 at twice the sides).
     began: time.monotonic(). pause: after this many calls it leaves its slot unfinished, with the x0 predicted there and
-    its solver history, and may be added again; 0 is never. refined: what SDXL's
-    refiner reads in its place once it takes over, or None.
+    its solver history, and may be added again; 0 is never. refined: the conditioning for SDXL's refiner, or None.
     """
 
     tag: Any
@@ -82,7 +81,7 @@ class Trajectory:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What it has in common with those that it shares calls with: the network, the latent's shape, the tokens."""
+        """What trajectories that share a network call have in common: network, latent shape, number of tokens."""
         cond = self.read("cond")
         return (self.refines, *self.latent.shape, 0 if cond is None else len(cond))
 
@@ -139,7 +138,7 @@ class _Group:
         return added if old is None else torch.cat([old, added])
 
     def change(self, place: int) -> None:
-        """Let the trajectory at a place go on with what its prompt says from its next call on."""
+        """Apply the changes of conditioning that the trajectory at a place has at its next call."""
         trajectory = self.live[place]
         if trajectory.refines != self.refines:  # it goes to the refiner
             return
@@ -162,9 +161,9 @@ class _Group:
         """Remove and return the trajectories at these places, each with its latent."""
         ended = [self.live[i] for i in over]
         for i, trajectory in zip(over, ended, strict=True):
-            trajectory.latent = self.x[i]
+            trajectory.latent = self.x[i].clone()  # a view would keep the tensors of the whole group
             if trajectory.step == trajectory.pause:
-                trajectory.history = self.history[:, i]
+                trajectory.history = self.history[:, i].clone()
         stay = [i for i in range(len(self.live)) if i not in set(over)]
         self.live = [self.live[i] for i in stay]
         index = torch.tensor(stay, dtype=torch.long, device=self.device)
@@ -380,7 +379,7 @@ class Engine:
         if any(shown):
             predicted = rows[COLUMN["px"]] * group.x + rows[COLUMN["pm"]] * output
             for i, trajectory in enumerate(live):
-                trajectory.x0 = predicted[i] if shown[i] else None
+                trajectory.x0 = predicted[i].clone() if shown[i] else None
         if isinstance(noise, torch.Tensor):
             noise = noise.to(self.device, non_blocking=True)
         x, new = step(group.x, output, rows, group.history, noise, any(t.plan.threshold for t in live))

@@ -19,7 +19,7 @@ from genkit.device.norms import fuse_norms
 from genkit.device.processor import AttentionChoice, fuse_projections
 from genkit.device.residency import Residency
 from genkit.phases import phase
-from genkit.rows.plans import scheduler_options
+from genkit.rows.plans import scheduler_options, with_read_options
 from genkit.rows.refining import START, check_refiner
 from genkit.rows.request import Request
 from genkit.rows.result import Result
@@ -139,7 +139,7 @@ class Generator(Pipeline):
     def with_scheduler(self, solver: str, **options: Any) -> Self:
         """Return a generator that shares every component but samples with another solver, spacing or option."""
         twin = self.from_generator(self)
-        twin.scheduler = self.scheduler.with_options(**{**scheduler_options(solver), **options})
+        twin.scheduler = with_read_options(self.scheduler, {**scheduler_options(solver), **options})
         twin.defaults = {name: value for name, value in self.defaults.items() if name != "tuned_steps"}
         return twin
 

@@ -110,7 +110,7 @@ class Pipeline:
         return self.residency.device
 
     def unload(self) -> None:
-        """Give the weights up. What they were is still known; nothing can be drawn any more."""
+        """Free the weights of all networks. Configs stay readable, but nothing can be drawn any more."""
         self.residency.release()
         networks = [self.unet, self.vae, self.text_encoder, self.text_encoder_2]
         if (r := self.refiner) is not None:
@@ -204,6 +204,7 @@ class Pipeline:
         return tuple([pair[encoder] for pair in pairs] for encoder in range(1 + isinstance(self.text, TextEncoderPair)))
 
     def _read(self, row: Request) -> tuple[list[tuple[float, Texts]], Texts]:
+        """Return `read_prompts` of a row with this model's settings and plan."""
         s = self.settings(row)
         steps = s.steps if row.image is None else max(1, int(s.steps * s.strength))
         own = 2 if self.geometry.sized else 1  # the layer that the model reads
@@ -211,7 +212,7 @@ class Pipeline:
         return read_prompts(row, steps, self.plan(row).nfe, skip)
 
     def embed(self, request: Request, width: int, height: int, adapters: Weights = ()) -> dict[str, Any]:
-        """Return what the prompts of a row add to a Trajectory. adapters: the weight of each LoRA.
+        """Return the conditioning fields of a row's Trajectory. adapters: the weight of each LoRA.
 
         SDXL's unconditional embeddings are zeros when there is no negative prompt, as in training, unless its
         model_index.json turns this off (force_zeros_for_empty_prompt).

@@ -8,12 +8,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of
 from genkit.sampling.engine import Trajectory
+from genkit.sampling.guidance import rows_of
 from genkit.scoring.gates import Expression
 
 EARLY = "early"  # name of the predicted picture's score in the records of finished and of pruned images
@@ -74,7 +73,7 @@ class Pruning:
             trajectory.pause = mark_of(trajectory.plan.nfe, request.prune["after"])
 
     def lose(self, request: Request) -> None:
-        """Count an image that failed before the mark."""
+        """Count an image that failed before it could be ranked."""
         if request.prune is not None:
             self._row(request).missing -= 1
 
@@ -163,9 +162,9 @@ def _recorded(result: Result) -> float:
 
 def _pruned(trajectory: Trajectory, result: Result, early: float, keep: int, of: int) -> Result:
     calls, plan = trajectory.step, trajectory.plan
-    guided = 0 if trajectory.scales is None else int((np.asarray(trajectory.scales[:calls]) > 1).sum())
+    scales = None if trajectory.scales is None else trajectory.scales[:calls]
     scores: dict[str, Any] = {**result.scores, EARLY: early}
     return dataclasses.replace(
         result, status="pruned", reason=f"not among the best {keep} of {of} after call {calls} of {plan.nfe}",
-        scores=scores, nfe=calls + guided, pixels=None,
+        scores=scores, nfe=rows_of(calls, scales, trajectory.weights), pixels=None,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""SDXL's refiner beside a model: its networks, and what it reads of a row."""
+"""SDXL's refiner beside a base model: its networks, and the conditioning of a row for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Refined:
-    """What the refiner reads of a trajectory, and after how many calls it takes over; as in Trajectory."""
+    """The refiner's conditioning of a trajectory, in the fields of Trajectory; at: the call at which it takes over."""
 
     at: int
     cond: torch.Tensor
@@ -58,7 +58,7 @@ class Refiner:
         self, request: Request, prompts: list[tuple[float, Texts]], negative: Texts, ids: Sequence[Sequence[float]],
         plan: Plan,
     ) -> Refined:  # fmt: skip
-        """Return what it reads of a row along `plan`. prompts, negative: of `read_prompts`; ids: its time_ids."""
+        """Return the refiner's conditioning of a row. prompts, negative: of `read_prompts`; ids: its time_ids."""
         pairs = distinct(prompts, negative)
         found = dict(zip(pairs, self.text([first for first, _ in pairs]), strict=True))
         told = sized(prompts, negative, found, ids, self.zero_empty and not request.negative_prompt)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 AHEAD = 256  # rows whose prompts are embedded together on a GPU
 PENDING = 2  # batches of finished latents that may wait for decoding before denoising waits for them
-FLAT = 2  # a picture whose channels each vary by at most so many of 255 levels is constant
+FLAT = 2  # of 255 levels: a picture whose channels each vary by no more is constant
 
 Draw = tuple[Request, int, int]  # request, index, seed
 
@@ -48,9 +48,9 @@ class Stream:
         self.results: deque[Result] = deque()  # not yet reported and yielded
         # Identical images (same settings and seed) are denoised once and share the latent.
         self.repeated = draws.repeated()  # how many of each are still to come
-        self.duplicates: dict[tuple[str, int], list[Draw]] = {}  # … wait for the first one, which is in flight
-        self.finished: dict[tuple[str, int], Trajectory] = {}  # … the first one, finished
-        self.shared: list[Trajectory] = []  # … copies of it for the others
+        self.duplicates: dict[tuple[str, int], list[Draw]] = {}  # draws that wait for an identical one in flight
+        self.finished: dict[tuple[str, int], Trajectory] = {}  # finished ones, of which identical draws are to come
+        self.shared: list[Trajectory] = []  # copies of finished ones, for their duplicates
         self.to_decode: list[Trajectory] = []
         self.starved = False  # slots are free and there is nothing left to draw
         self.decode_stream: Any = None  # the CUDA stream of decoding and scoring
@@ -198,7 +198,6 @@ class Stream:
                     trajectory,
                     cond=None,
                     uncond=None,
-                    more=(),
                     changes={},
                     keep_mask=None,
                     known=None,
@@ -209,7 +208,7 @@ class Stream:
         return shared
 
     def _embed_ahead(self, request: Request) -> None:
-        """Embed the prompts of many rows at once: a GPU has as much work with 32 as with one, and what to move once."""
+        """Embed the prompts of many rows at once: 32 take a GPU as long as one, and the encoder is moved once."""
         text = self.generator.text
         if text is None or self.generator.device.type == "cpu":
             return
@@ -282,7 +281,7 @@ class Stream:
     def _finish(self, ended: list[Trajectory], look: bool = True) -> list[Result]:
         """Decode, check and score trajectories of one shape; those to be redone in float32 are not in the results.
 
-        look: whether vision models beside CLIP look at them, too: not where unfinished pictures are ranked.
+        look: whether vision models other than CLIP score them too; not for predicted pictures, which are only ranked.
         """
         results = [_result(t.tag, "failed", t.error, since=t.began) for t in ended if t.error]
         whole = []

@@ -15,7 +15,7 @@ from genkit.errors import HostError, InputError
 from genkit.files import place, read_json
 from genkit.progress import Steps
 from genkit.rows.prompts import read_prompts
-from genkit.rows.request import Request
+from genkit.rows.request import SEED_LIMIT, Request
 from genkit.rows.settings import GUIDANCE
 from genkit.schedulers import Scheduler
 from genkit.schedulers.tuned import FILE
@@ -57,6 +57,8 @@ def tune_model(
     for name, value, (low, high) in (("--steps", steps, STEPS), ("--noises", noises, NOISES)):
         if not low <= value <= high:
             raise InputError(f"{name}: {value} is not within {low} to {high}")
+    if not 0 <= seed < SEED_LIMIT:
+        raise InputError(f"--seed: {seed} is not within 0 to {SEED_LIMIT - 1}")
     info = inspect_model(model, variant=variant)
     if info.kind == "clip":
         raise InputError(f"{model}: is a CLIP model: it draws nothing that could be tuned")
@@ -69,13 +71,16 @@ def tune_model(
         raise InputError(f"{model}: is distilled for few steps and reads the guidance scale itself: nothing to tune")
     if not geometry.text and (prompts is not None or guidance is not None):
         raise InputError("--prompts, --guidance-scale: this model is unconditional and reads none")
-    texts = [r.prompt for r in read_prompts(prompts)] if prompts is not None else list(PROMPTS)
+    rows = [] if prompts is None else read_prompts(prompts)
+    texts = [row.prompt for row in rows] or list(PROMPTS)
+    unread = sorted({name for row in rows for name in row.model_fields_set} - {"id", "prompt"})
     scale = float(info.defaults.get("guidance_scale", GUIDANCE) if guidance is None else guidance)
     if not 1 <= scale <= 100:
         raise InputError(f"--guidance-scale: {scale} is not within 1 to 100")
     folder = _writable(info.folder / "scheduler" if out is None else out)
-    return _tune(info, steps, texts if geometry.text else [], scale if geometry.text else 1.0, noises, seed, device,
-                 folder, quiet)  # fmt: skip
+    found = _tune(info, steps, texts if geometry.text else [], scale if geometry.text else 1.0, noises, seed, device,
+                  folder, quiet)  # fmt: skip
+    return found | ({"notes": [f"{prompts}: not used to tune: {', '.join(unread)}"]} if unread else {})
 
 
 def _writable(folder: Path) -> Path:

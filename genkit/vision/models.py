@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from genkit.components.folder import locate
 from genkit.components.hub import fetch_weights
 from genkit.components.info import Part
-from genkit.components.loading import load_tokenizer, read_network
+from genkit.components.loading import check_stored, load_tokenizer, read_network
 from genkit.components.rules import refuse_code
 from genkit.components.tokenizer import check_tokenizer
-from genkit.components.weights import Tensor, check_shapes, hash_once, read_weights, wanted_weights
+from genkit.components.weights import Tensor, hash_once, read_weights, wanted_weights
 from genkit.errors import HostError, InputError, nearest, shown
 from genkit.files import place, read_json
 from genkit.vision.classes import CLASSES, Kind
@@ -255,8 +255,8 @@ def load_model(
     shared = {key: source for key, source in tied.items() if key not in have and source in have}
     shared |= {source: key for key, source in tied.items() if source not in have and key in have}
     fresh = _unneeded(model, have.keys() | shared.keys())
-    expected = {key: tuple(w.shape) for key, w in model.state_dict().items() if key not in (*shared, *fresh)}
-    check_shapes(have, expected, part.where, complete=True)
+    stored = {key: weight for key, weight in model.state_dict().items() if key not in (*shared, *fresh)}
+    check_stored(stored, have, part.where)
     weights = read_network(part, target, compute_dtype(target, dtype))
     weights |= {key: weights[source] for key, source in shared.items()}
     weights |= {

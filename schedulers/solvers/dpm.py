@@ -45,7 +45,7 @@ def singlestep(trajectory: Trajectory, options: SolverOptions, rule: Rule) -> li
             steps.append(exact.step(start, rest[2], [rest[1], rest[0], start] if heun else [rest[1], start]))
             steps[2] = steps[2] if heun else steps[2]._replace(w=(steps[2].w[0], 0.0, steps[2].w[1]))
         if rule.tau and size > 1:
-            # noise hides the start from the second call: the history carries the start's part of the second step
+            # The first step adds noise, so the start cannot be recovered from its result: the history carries its term
             rows.append(dataclasses.replace(row(start, steps[0]), history=(steps[1].cx, steps[1].w[1])))
             rows.append(Row(rest[0], cx=0.0, c0=steps[1].w[0], cn=steps[1].cn, c=(1.0,)))
         else:

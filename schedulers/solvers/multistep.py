@@ -113,7 +113,7 @@ def _predict_correct(
     rows: list[Row] = []
     before = Step(0.0, ())
     for i, (here, to) in enumerate(trajectory.steps):
-        if rules[i].eps and not here.alpha:  # eps says nothing about x0 there
+        if rules[i].eps and not here.alpha:  # at pure noise eps does not determine x0
             rows.append(first_eps_row(here, to))
             continue
         nodes = trajectory.levels[i::-1]

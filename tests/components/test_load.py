@@ -279,6 +279,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "all NaN": (lambda w: {k: v * float("nan") for k, v in w.items()}, UNET, "NaN"),
     "one NaN": (put(DEEP, lambda v: v.index_fill(0, torch.tensor([3]), float("nan"))), DEEP, "NaN"),
     "infinite": (put(DEEP, lambda v: v / 0), DEEP, "infinity"),
+    "one integer": (put(DEEP, lambda v: v.to(torch.int32)), DEEP, "is of int32, not of floating-point numbers"),
+    "all integers": (lambda w: {k: v.to(torch.int8) for k, v in w.items()}, UNET, "is of int8, not of floating-point"),
     "all zero": (lambda w: {k: v * 0 for k, v in w.items()}, UNET, "every weight is zero"),
 }
 

@@ -285,6 +285,7 @@ CASES = [
     case("heads of text", "sd", change(TEXT, num_attention_heads=3), TEXT, "num_attention_heads", "divide"),
     case("groups", "sd", change(VAE, norm_num_groups=3), VAE, "norm_num_groups", "divide"),
     case("rows of blocks", "sd", change(CONFIG, up_block_types=["UpBlock2D"]), CONFIG, "up_block_types"),
+    case("even kernel", "sd", change(CONFIG, conv_in_kernel=2), CONFIG, "conv_in_kernel: 2 is not 1 or 3 or 5 or 7"),
     case("extra inputs", "sd", change(CONFIG, in_channels=8), CONFIG, "in_channels is 8"),
     case("classes", "ddpm", change(CONFIG, num_class_embeds=1000), CONFIG, "num_class_embeds", "1000"),
     # The scheduler's own checks surface under its file's name.

@@ -90,9 +90,11 @@ def test_answers_are_kept_for_the_next_process(
     assert known("flash", gpu, torch.float16, 40, False) == Probe(ms=1.5) and len(probed) == 4
     kept = tmp_path / "genkit" / probes.KEPT
     assert len(json.loads(kept.read_text())) == 3
-    kept.write_text('{"torn')  # is as good as none
-    probes._answers.cache_clear()
-    assert known("flash", gpu, torch.float16, 40, False) == Probe(ms=1.5) and len(probed) == 5
+    machine = probes._machine(gpu, torch.float16)
+    for count, text in enumerate(('{"torn', json.dumps({machine: []})), 5):  # is as good as none
+        kept.write_text(text)
+        probes._answers.cache_clear()
+        assert known("flash", gpu, torch.float16, 40, False) == Probe(ms=1.5) and len(probed) == count
 
 
 def test_without_a_cache_folder_it_goes_on(gpu: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

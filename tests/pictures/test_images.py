@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 
 from genkit.errors import InputError
 from genkit.pictures import images
+from genkit.pictures.encoders import encoding
 from genkit.pictures.images import check_image, list_images, read_image
 
 RNG = np.random.default_rng(0)
@@ -237,6 +238,13 @@ def test_64_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
     assert corners == [i == white for i in range(4)]
     assert found.shape == ((32, 16) if 5 <= orientation <= 8 else (16, 32))
     assert check_image(tmp_path / "a") == found.shape[::-1]
+
+
+def test_damaged_exif_is_left_out_in_silence(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    data = encoding("jpeg").encode(np.zeros((8, 8, 3), np.uint8), {"genkit": "{}", "parameters": "a"})
+    start = b"Exif\0\0MM\0*\0\0\0\x08\0"
+    (tmp_path / "a.jpg").write_bytes(data.replace(start + b"\x02", start + b"\xff"))  # entries of the directory
+    assert read_image(tmp_path / "a.jpg").size == (8, 8) and not len(recwarn)
 
 
 def test_good_pictures_read_exactly(tmp_path: Path) -> None:

@@ -189,6 +189,10 @@ def test_a_schedule_beside_a_sampler(fields: dict[str, str], expected: dict[str,
     ("fields", "words"),
     [
         ({"sampler_name": "DPM adaptive"}, "'DPM adaptive': no solver"),
+        (
+            {"sampler_name": "euler", "scheduler": "karras", "schedule_type": "beta"},
+            "the schedule of noise is given twice",
+        ),
         ({"sampler_name": "FlowMatchEulerDiscreteScheduler"}, "no solver"),
         ({"sampler": "DPM++ 2M Karras", "Schedule type": "Exponential"}, "name two schedules of noise"),
         ({"sampler": "Euler", "Schedule type": "Turbo"}, "'Turbo': no schedule of noise"),

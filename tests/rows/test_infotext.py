@@ -22,6 +22,7 @@ from genkit.pictures.metadata import Origin, texts
 from genkit.rows.comfyui import read_graph
 from genkit.rows.found import Found
 from genkit.rows.infotext import pairs, read_infotext, read_picture_settings
+from genkit.rows.invokeai import read_dream
 from genkit.rows.plans import NAMED, scheduler_options
 from genkit.rows.records import read_record
 from genkit.rows.request import canonical
@@ -286,6 +287,7 @@ def test_bad_values(text: str, message: str) -> None:
 def test_hostile_lines_are_split_in_time(line: str) -> None:
     pairs(line)
     read_infotext(f"x\nSteps: 1, Sampler: Euler, Seed: 1, {line}")
+    assert read_dream(f"a fox{' ' * 200_000}-S 3 {line}").fields["seed"] == 3
 
 
 # -- ComfyUI -----------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ BAD: list[tuple[str, str, str | bytes, str, str]] = [
     ("16-header-alias", "a.csv", "prompt,steps,num_inference_steps\na,,\n", ":1:", "num_inference_steps: given twice"),
     ("16-header-blank", "a.csv", "prompt,,seed\na,1,2\n", ":1:", "has no name"),
     ("16-header-unknown", "a.csv", "promt,seed\na,1\n", ":1:", "'promt': unknown field (did you mean 'prompt'?)"),
+    ("16-two-lists", "a.csv", 'prompt,loras\na,"[""x""], ""y"": 1"\n', ":2:", "loras: "),
     ("17-short", "a.csv", "prompt,seed\na,1\nb\n", ":3:", "1 cells under 2 columns"),
     ("17-long", "a.csv", "prompt,seed\na,1\nb, c,3\n", ":3:", "3 cells under 2 columns"),
     ("18-json", "a.jsonl", '{"seed": 1, "prompt": "a", "seed": 2}', ":1:", "'seed': key is given twice"),

@@ -55,6 +55,7 @@ def test_wildcards_and_loras_are_found(tmp_path: Path) -> None:
     (tmp_path / "l" / "deep").mkdir(parents=True)
     save_file({"a": torch.ones(1)}, tmp_path / "l" / "style.safetensors")
     save_file({"a": torch.ones(1)}, tmp_path / "l" / "deep" / "v2.safetensors", metadata={"ss_output_name": "given"})
+    (tmp_path / "l" / "deep" / "loop").symlink_to(tmp_path / "l")
     (found,) = expanded(
         row("a __colour__ fox <lora:style:0.5:0.8>, <lora:given>", loras=[{"file": "/x.safetensors"}]),
         0, tmp_path / "w", tmp_path / "l",

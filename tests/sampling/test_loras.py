@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from genkit import Request, TextToImage, generate
 from genkit.components.lora import kohya_names, sgm_name
 from genkit.errors import InputError
+from genkit.sampling.adapters import _Layer
 from tests.components.checkpoints import folder_of
 from tests.tiny import tiny_sdxl, tiny_stable_diffusion
 
@@ -239,6 +240,28 @@ def test_every_kind_equals_the_fused_weight(sd: Path, tmp_path: Path, name: str,
     assert float((found - expected).abs().max()) < min(1e-4, 0.1 * float((plain - expected).abs().max()))
 
 
+def test_a_lora_that_did_not_fit_into_memory_is_loaded_whole_the_next_time(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [{"file": str(peft(sd, pairs(sd), tmp_path / f"{n}.safetensors"))} for n in "ab"]
+    plain, full = TextToImage.from_pretrained(sd), TextToImage.from_pretrained(sd)
+    for generator in (plain, full):
+        generator.adapters.add(files[0]["file"])
+    add, calls = _Layer.add, iter(range(1000))
+
+    def once_full(layer: _Layer, *parts: Any) -> None:
+        add(layer, *parts)
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Layer, "add", once_full)
+        with pytest.raises(torch.OutOfMemoryError):
+            full.adapters.add(files[1]["file"])
+    assert len(full.adapters) == len(full.adapters.lines) == 1
+    assert np.array_equal(drawn(full, files), drawn(plain, files))
+
+
 def test_networks_of_8_bits_take_loras(tmp_path: Path) -> None:
     model = folder_of("SD 1", tmp_path / "model")
     file = peft(model, pairs(model), tmp_path / "x.safetensors")
@@ -273,6 +296,11 @@ def first(weights: Weights, suffix: str = "lora_A.weight") -> str:
     return next(key for key in weights if key.endswith(suffix))
 
 
+def loha(key: str, shapes: Sequence[tuple[int, ...]]) -> Weights:
+    roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    return {key.replace("lora_A.weight", role): torch.ones(shape) for role, shape in zip(roles, shapes, strict=True)}
+
+
 BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "no lora": (broken(lambda w: {"x.weight": torch.zeros(2)}), "is no LoRA: of its 1 keys"),
     "of nothing here": (
@@ -283,6 +311,16 @@ BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         broken(lambda w: {**w, first(w): torch.zeros(RANK, 999)}), r"does not fit the weight of .*; it was made for"
     ),
     "no other half": (broken(lambda w: {k: v for k, v in w.items() if k != first(w)}), "but no down"),
+    "a scalar": (broken(lambda w: {**w, first(w): torch.tensor(1.0)}), "down: has shape scalar, which it cannot have"),
+    "two alphas": (
+        broken(lambda w: {**w, first(w).replace("lora_A.weight", "alpha"): torch.ones(2)}), "alpha: has shape 2"
+    ),
+    "LoHa of two ranks": (
+        broken(lambda w: loha(first(w), ((16, 2), (3, 16), (16, 2), (2, 16)))), "its LoHa does not fit"
+    ),
+    "LoHa that would be broadcast": (
+        broken(lambda w: loha(first(w), ((16, 2), (2, 16), (1, 2), (2, 16)))), "its LoHa does not fit"
+    ),
     "rank 0": (
         broken(lambda w: {**w, first(w): torch.zeros(0, 8), first(w, "lora_B.weight"): torch.zeros(8, 0)}), "of rank 0"
     ),

@@ -175,6 +175,9 @@ def test_from_python(tmp_path: Path) -> None:
     generator = TextToImage.from_pretrained(model)
     drawn_rows = list(generator.stream([Request(prompt="{e$$a|b} (fox)", syntax="a1111", num_inference_steps=1)]))
     assert sorted(r.prompt for r in drawn_rows) == ["a fox", "b fox"]
+    composed = {"prompt": "a fox AND a cat", "syntax": "a1111", "seed": 1, "num_inference_steps": 2}
+    alike = list(generator.stream([Request(id=f"{k}", **composed) for k in range(3)], slots=1))
+    assert [r.nfe for r in alike] == [6, 6, 6], "two prompts and none, at two calls, however often it is asked for"
     for prompt, message in (("a (b:1.2.3)", "prompt: the weight of"), ("<lora:x>", "--lora-dir, and none")):
         with pytest.raises(InputError, match=message):
             list(generator.stream([Request(prompt=prompt, syntax="a1111")]))

@@ -59,6 +59,17 @@ def test_a_paused_image_goes_on_to_be_what_it_would_have_been(gen: TextToImage, 
     torch.testing.assert_close(ended.latent, whole.latent, rtol=0, atol=0)
 
 
+def test_a_paused_image_keeps_no_tensor_of_its_batch_mates(gen: TextToImage) -> None:
+    pair = [gen.begin(Request(**ROW), k, k) for k in (0, 1)]
+    for trajectory in pair:
+        trajectory.pause = 2
+    engine = Engine(gen.denoiser, gen.device, slots=2)
+    (paused,) = [ended for ended in engine.run(lambda free, alone: [pair.pop() for _ in range(len(pair))]) if ended]
+    assert len(paused) == 2
+    for kept in (tensor for t in paused for tensor in (t.latent, t.x0, t.history)):
+        assert kept is not None and kept.untyped_storage().nbytes() == kept.nbytes
+
+
 def _run(gen: TextToImage, trajectory: Trajectory) -> list[Trajectory]:
     waiting = [trajectory]
     engine = Engine(gen.denoiser, gen.device, slots=1)
@@ -96,6 +107,9 @@ def test_only_the_best_at_the_mark_are_drawn_to_the_end(gen: TextToImage) -> Non
             assert r.reason == "not among the best 2 of 4 after call 3 of 6"
             assert r.scores["clip"] == early[k]
     assert EARLY not in found["q", 0].scores
+    composed = {**ROW, "prompt": "a fox AND a cat", "syntax": "a1111", "num_inference_steps": 2}
+    both = drawn(gen, [Request(id="c", num_images=2, prune={"after": 0.5, "keep": 0.5}, **composed)])
+    assert sorted((r.status, r.nfe) for r in both.values()) == [("done", 6), ("pruned", 3)]
     assert drawn(gen, rows, slots=1).keys() == found.keys()
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from genkit import HostError, InputError, Request, TextToImage
 from genkit.rows.plans import plan_for
+from genkit.sampling import tuning
 from genkit.sampling.tuning import TIMESTEPS, tune_model
 from genkit.schedulers import Scheduler, tune
 from genkit.schedulers.tuned import FILE
@@ -99,6 +100,15 @@ def test_unconditional_models_are_tuned_too(tmp_path: Path, quick: None) -> None
     assert found["guidance_scale"] == 1.0 and np.isfinite([found["stock_error"], found["tuned_error"]]).all()
 
 
+def test_fields_that_are_not_used_to_tune_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_tune", lambda *_: {})  # the fit itself
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a (fox)", "seed": 3, "syntax": "a1111"}\n{"prompt": "a cat"}\n')
+    assert tune_model(str(folder), 4, rows) == {"notes": [f"{rows}: not used to tune: seed, syntax"]}
+
+
 def test_bad_input_is_found_before_anything_loads(folder: Path, tmp_path: Path) -> None:
     clip, plain, missing = tiny_clip(tmp_path / "clip"), tiny_ddpm(tmp_path / "ddpm"), tmp_path / "none.txt"
     cases: list[tuple[dict[str, Any], str]] = [
@@ -106,6 +116,7 @@ def test_bad_input_is_found_before_anything_loads(folder: Path, tmp_path: Path) 
         ({"model": str(folder), "steps": 8, "noises": 4}, "--noises: 4 is not within 8"),
         ({"model": str(folder), "steps": 8, "guidance": 0.5}, "--guidance-scale: 0.5"),
         ({"model": str(folder), "steps": 8, "prompts": missing}, "none.txt"),
+        ({"model": str(folder), "steps": 8, "seed": 2**64}, "--seed: 18446744073709551616 is not within 0 to 42949"),
         ({"model": str(clip), "steps": 8}, "is a CLIP model"),
         ({"model": str(plain), "steps": 8, "guidance": 3.0}, "this model is unconditional"),
         ({"model": "emojo", "steps": 8}, "emojo"),

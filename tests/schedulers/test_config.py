@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from genkit import InputError
-from genkit.rows.plans import scheduler_options
+from genkit.rows.plans import plan_for, scheduler_options
 from genkit.schedulers import SOLVERS, Scheduler
 from genkit.schedulers.diffusers_config import CLASSES
 
@@ -171,7 +171,22 @@ def test_names_that_users_type() -> None:
     ({"solver": "ddim", "etta": 1}, "did you mean 'eta'"), ({"eta": 2}, "eta: 2 is not"),
     ({"solver": "ddim_karras", "spacing": "leading"}, "spacing: 'leading' and the solver's name says karras"),
     ({"prediction": "epsilon"}, "'prediction': no option of a solver"), (7, "7: is neither"), ({3: 4}, "3: no option"),
+    ({"solver": "ddim", "threshold": 0.9}, "threshold: 0.9 is not a quantile and a bound"),
+    ({"solver": "ddim", "threshold": [0.9]}, "threshold: .0.9,. is not a quantile"),
+    ({"timesteps": 5}, "timesteps: 5 is not a list of numbers"), ({"sigmas": False}, "sigmas: False is not a list"),
+    ({"solver": "ddim", "spacing": float("nan")}, "spacing: nan is not one of"),
 ])  # fmt: skip
 def test_names_that_are_none(value: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         scheduler_options(value)
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    ({"solver": "dpmpp_2m", "eta": 1.0}, "scheduler: eta: 1.0: dpmpp_2m does not read it; it reads lower_order_final"),
+    ({"eta": 0.5}, "scheduler: eta: 0.5: pndm does not read it$"),
+    ({"solver": "euler", "original_inference_steps": 20}, "original_inference_steps: 20: is read with spacing 'lcm'"),
+])  # fmt: skip
+def test_an_option_that_changes_nothing_is_refused(value: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        plan_for(Scheduler(solver="pndm"), value, 10)
+    plan_for(Scheduler(solver="pndm"), {"eta": 0.0, "clip": 1.0}, 10)  # the default, and what acts with any solver

@@ -44,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({"<cat>": torch.zeros(1, 16)}, root / "cat.safetensors")
     (root / "broken.safetensors").write_bytes(b"no model")
     (root / "notes.txt").write_text("mine")
+    (root / "loop").symlink_to(root)
     return root
 
 

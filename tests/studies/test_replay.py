@@ -190,6 +190,17 @@ def test_hostile_metadata_is_one_line(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("field", ["image", "init_image"])
+def test_of_a_path_in_a_picture_only_the_name_is_used(field: str, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    for folder, colour in ((tmp_path / "private", "red"), (tmp_path, "blue")):
+        Image.new("RGB", (16, 16), colour).save(folder / "start.png")
+    path = tmp_path / "a.png"
+    path.write_bytes(hostile(request(strength=0.5, **{field: str(tmp_path / "private" / "start.png")})))
+    _, (row,) = read_pictures([path])
+    assert row.image == str(tmp_path / "start.png")
+
+
 def test_no_network_and_no_other_folder_for_a_name_in_a_picture(tmp_path: Path) -> None:
     for model in ("owner/model", "/etc", "..", 7, None):
         text = json.dumps({"model": model, "request": {"prompt": "a"}}).encode()
