@@ -28,7 +28,11 @@ def described(outcome: Any, folder: Path) -> str:
     figures = [f"{k} {v:.4g}" for k, v in outcome.scores.items() if isinstance(v, float)]
     lines += [f"best: step {outcome.scores['step']}: {', '.join(figures)}"] if figures else []
     lines += [f"overfit since step {outcome.overfit}"] if outcome.overfit is not None else []
-    lines += [f"the same command goes on from step {outcome.step}"] if outcome.exit_code else [f"model in {folder}"]
+    lines += (
+        [f"run the same command again to continue from step {outcome.step}"]
+        if outcome.exit_code
+        else [f"model in {folder}"]
+    )
     return "\n".join([*lines, f"losses and samples: {folder / 'index.html'}"])
 
 

@@ -83,7 +83,9 @@ class Diffusion:
             if dtype == torch.float32:
                 narrow_attention(parts.unet)
         self.text_learns = any(name in self.networks for name in self.encoders)
-        if len(self.encoders) == 2:  # what comes after the layer that is taken has no say, and would wait for gradients
+        if (
+            len(self.encoders) == 2
+        ):  # what comes after the layer that is taken has no effect, and would wait for gradients
             for unheard in (parts.text_encoder.encoder.layers[-1], parts.text_encoder.final_layer_norm):
                 unheard.requires_grad_(False)
         self.text: Any = None if self.text_learns or not self.encoders else self._frozen_text()

@@ -20,7 +20,7 @@ def _help(field: str) -> str:
     return typing.get_type_hints(Options, include_extras=True)[field].__metadata__[0]
 
 
-Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder: made, or gone on with.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder; an existing run is continued.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Clip = Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel or SiglipModel, or a hub id.")]
 Labels = Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot classification.")]

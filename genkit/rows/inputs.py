@@ -88,7 +88,7 @@ def is_picture(value: Any) -> bool:
 
 
 def with_masks(filled: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """Return defaults for the fields of a row without those of masks that have no say beside what the row states."""
+    """Return defaults for the fields of a row without those of masks that have no effect beside what the row states."""
     if stated.get("mask_image") is not None:
         return {name: value for name, value in filled.items() if name not in FIELDS}
     if stated.get("mask") is not None:

@@ -18,7 +18,7 @@ from genkit.serve.rows import from_base64, picture
 
 OFF: tuple[Any, ...] = (None, False, 0, "", "None", "none", [], {})
 ANCESTRAL = ("euler_ancestral", "dpm2_ancestral")
-# Of these nothing follows for a picture, whatever they say; those of `hr_` have no say without enable_hr.
+# Of these nothing follows for a picture, whatever they say; those of `hr_` have no effect without enable_hr.
 IDLE = (
     "do_not_save_samples", "do_not_save_grid", "save_images", "send_images", "override_settings_restore_afterwards",
     "force_task_id", "include_init_images", "comments", "image_cfg_scale", "s_tmin", "s_tmax", "disable_extra_networks",

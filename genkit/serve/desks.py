@@ -55,7 +55,7 @@ class Work:
     state: str = "queued"
     reason: str | None = None
     ticket: Ticket | None = None
-    notes: tuple[str, ...] = ()  # what was assumed, or has no say
+    notes: tuple[str, ...] = ()  # what was assumed, or has no effect
     pictures: dict[int, Picture] = dataclasses.field(default_factory=dict)
     encoding: int = 0
     over: bool = False

@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from genkit import cli
-from genkit.progress import Steps
+from genkit.progress import Progress, Steps
+from genkit.version import __version__
 from tests.check_run import check_run
 from tests.children import start
 from tests.grids import thinned
@@ -244,7 +245,7 @@ def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "the same command goes on" in err
+    assert "run the same command again" in err
     check_run(run)
     before = records(run)
     assert 0 < len(before) < 12
@@ -378,6 +379,28 @@ def test_inspect_and_env(tmp_path: Path) -> None:
     found = json.loads(here("inspect", "emoji", "--json").stdout)
     assert found["kind"] == "text-to-image" and found["components"]["unet"]["class"] == "UNet2DConditionModel"
     assert json.loads(here("env", "--json").stdout)["torch"].startswith("2.")
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0 and capsys.readouterr().out == f"genkit {__version__}\n"
+    assert cli.run(["-h"]) == 0 and "generate" in (whole := capsys.readouterr().out)
+    assert cli.run([]) == 2 and capsys.readouterr().out == whole
+    assert cli.run(["generate", "-h"]) == 0 and "<list" not in capsys.readouterr().out
+
+
+def test_the_time_to_go_is_not_guessed_from_the_first_image_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("genkit.progress.time.monotonic", lambda: now[0])
+    with Progress(32) as progress:
+        for n in range(17):
+            now[0] += 20 if n in (0, 16) else 0
+            progress.advance(0, 1, 32)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 32 images, 1 passed, 0 failed",
+        "17 of 32 images, 0.42 a second, 0:35 to go, 17 passed, 0 failed",
+    ]
 
 
 def test_plain_lines_of_progress_say_how_long_it_will_take(

@@ -58,7 +58,7 @@ def test_the_curve_has_at_most_some_hundred_points() -> None:
     assert curve([(1, 0.5)], []) == ""
 
 
-@pytest.mark.parametrize(("code", "words"), [(0, "model in"), (143, "goes on from step 7")])
+@pytest.mark.parametrize(("code", "words"), [(0, "model in"), (143, "continue from step 7")])
 def test_the_last_words(code: int, words: str) -> None:
     said = described(Outcome(code, "stopped", 7, {"step": 5, "loss": 0.25}, 3.0, 5), Path("runs/x"))
     assert words in said and "best: step 5: loss 0.25" in said and "overfit since step 5" in said
