@@ -169,8 +169,11 @@ def generate(
             job = dataclasses.replace(job, notes=(*job.notes, *other_models(shots, job.info, options.vae)))
     check_folder(folder, prompts)
     if dry_run:
+        from genkit.runs.outdated import kept_of
+
         drawn_by = {"workers": workers, "ray": ray} if bounds or ray else {}
-        print_found({**job.describe(), **{name: value for name, value in drawn_by.items() if value}}, as_json)
+        drawn_by = {name: value for name, value in drawn_by.items() if value}
+        print_found({**job.describe(), **kept_of(folder, job.rows), **drawn_by}, as_json)
         return EXIT_OK
     return _run_job(job, folder, as_json, workers, ray)
 

@@ -381,6 +381,17 @@ def test_inspect_and_env(tmp_path: Path) -> None:
     assert json.loads(here("env", "--json").stdout)["torch"].startswith("2.")
 
 
+def test_a_dry_run_says_what_is_finished_and_what_would_be_drawn_again(prompts: Path) -> None:
+    run = prompts.parent / "run"
+    asked = ["generate", str(prompts), "-o", str(run), *QUICK, "--json"]
+    assert "finished" not in json.loads(here(*asked, "--dry-run").stdout)
+    assert here(*asked).returncode == 0
+    plan = json.loads(here(*asked, "-n", "2", "--dry-run").stdout)
+    assert (plan["images"], plan["finished"], plan["drawn_again"]) == (6, 3, 0)
+    plan = json.loads(here(*asked, "--guidance-scale", "3", "--dry-run").stdout)
+    assert (plan["finished"], plan["drawn_again"]) == (3, 3)
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--version"]) == 0 and capsys.readouterr().out == f"genkit {__version__}\n"
     assert cli.run(["-h"]) == 0 and "generate" in (whole := capsys.readouterr().out)
