@@ -356,6 +356,7 @@ def label(folder: Path, where: str | None = None, seed: int | None = 0, port: in
         state = desk.state()
         votes = f"{len(desk.votes)} votes in {ballots.path} ({state['good']} good, {state['bad']} bad)"
         print(f"\n{votes}, {state['left']} pictures left; run the same command again to continue", file=sys.stderr)
+        print(f"to keep the good ones: genkit filter {folder} --votes {ballots.path}", file=sys.stderr)
         return EXIT_SIGINT
     finally:
         ballots.close()
