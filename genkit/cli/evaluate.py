@@ -11,7 +11,7 @@ import typer
 
 from genkit.cli.app import SCORE, Command, app, print_found
 from genkit.cli.generate import RowOptions
-from genkit.cli.options import AsJson, spread
+from genkit.cli.options import AsJson, DryRun, spread
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED
 from genkit.options import Options
 
@@ -40,9 +40,7 @@ def evaluate(
     features: Annotated[
         str, typer.Option(help="Features for --against: clip, inception, or an installed feature network.")
     ] = "clip",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; draw nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> int:
     """Draw a suite of prompts and report how many pictures are right; can be resumed."""

@@ -11,7 +11,7 @@ import typer
 
 from genkit import phases
 from genkit.cli.app import MAKE, Command, app, print_found
-from genkit.cli.options import AsJson, Device, Out, Variant, given_model, spread
+from genkit.cli.options import AsJson, Device, DryRun, NewRun, Out, Variant, Workers, given_model, spread
 from genkit.errors import EXIT_OK, InputError, shown
 from genkit.options import Options
 from genkit.rows.inputs import NUMBERS, is_picture
@@ -121,20 +121,12 @@ def generate(
         Path | None, typer.Option(help="Use the settings inside this picture, or folder of pictures, as rows.")
     ] = None,
     format_in: Annotated[
-        str,
-        typer.Option(help="Format of PROMPTS: auto, genkit, or another tool's: a1111-lines, infotext, kohya, comfyui."),
+        str, typer.Option(help="Format of PROMPTS: auto, genkit, a1111-lines, infotext, kohya or comfyui.")
     ] = "auto",
-    workers: Annotated[
-        str | None,
-        typer.Option(
-            help="Number of worker processes, each with its own GPU or share of the cores: 4, or 4:64 to scale."
-        ),
-    ] = None,
+    workers: Workers = None,
     ray: Annotated[str | None, typer.Option(help="Draw on a Ray cluster: auto, or HOST:PORT.")] = None,
-    new_run: Annotated[bool, typer.Option("--new-run", help="Start a new run beside RUN: RUN-2, RUN-3, …")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; draw nothing.")
-    ] = False,
+    new_run: NewRun = False,
+    dry_run: DryRun = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print where the time went at the end.")] = False,
     as_json: AsJson = False,
 ) -> int:

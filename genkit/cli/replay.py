@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from genkit.cli.app import MAKE, Command, app, print_found
-from genkit.cli.options import AsJson, Out, given_model, spread
+from genkit.cli.options import AsJson, DryRun, NewRun, Out, given_model, spread
 from genkit.errors import EXIT_OK, InputError
 from genkit.options import Options
 
@@ -29,10 +29,8 @@ def replay(
             "--other-weights", help="Draw even if weights, LoRAs or input pictures differ from the recorded ones."
         ),
     ] = False,
-    new_run: Annotated[bool, typer.Option("--new-run", help="Start a new run beside RUN: RUN-2, RUN-3, …")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; draw nothing.")
-    ] = False,
+    new_run: NewRun = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> int:
     """Redraw pictures from the settings inside them, and report which are identical and what changed.

@@ -9,7 +9,7 @@ import typer
 
 from genkit.cli.app import MAKE, Command, app
 from genkit.cli.generate import RowOptions
-from genkit.cli.options import spread
+from genkit.cli.options import Workers, spread
 from genkit.errors import HostError, InputError
 from genkit.options import Options
 
@@ -24,8 +24,7 @@ LEFT_OUT = (
 @app.command(cls=Command, rich_help_panel=MAKE)
 @spread(without=LEFT_OUT)
 def serve(
-    row: RowOptions,
-    options: Options,
+    *,
     models: Annotated[
         Path | None, typer.Option(help="Serve every model and LoRA of this folder by name; --model names the first.")
     ] = None,
@@ -45,12 +44,7 @@ def serve(
         list[str] | None, typer.Option(help="An origin whose pages may embed the page in a frame; repeatable.")
     ] = None,
     runs: Annotated[Path | None, typer.Option(help="Folder for the runs that clients start (/v1/runs).")] = None,
-    workers: Annotated[
-        str | None,
-        typer.Option(
-            help="Number of worker processes, each with its own GPU or share of the cores: 4, or 4:64 to scale."
-        ),
-    ] = None,
+    workers: Workers = None,
     ray: Annotated[str | None, typer.Option(help="Serve from a Ray cluster: auto, or HOST:PORT.")] = None,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds to finish what is being drawn when the server stops.")
@@ -64,6 +58,8 @@ def serve(
     max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Maximum steps of a picture.")] = 150,
     max_images: Annotated[int, typer.Option(min=1, help="Maximum pictures of a request.")] = 16,
     max_body: Annotated[int, typer.Option(min=1024, help="Maximum bytes of a request.")] = 2**25,
+    row: RowOptions,
+    options: Options,
 ) -> int:
     """Serve pictures over HTTP: the OpenAI images API, the AUTOMATIC1111 API and a web page."""
     try:

@@ -18,12 +18,8 @@ from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED, Host
 @app.command(cls=Command, rich_help_panel=TRAIN)
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml), see training/recipes.")],
-    changes: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as train.steps=100.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="The training run's folder; default runs/NAME-OF-THE-RECIPE.")
-    ] = None,
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=100.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default: runs/NAME-OF-THE-RECIPE.")] = None,
     device: Device = "auto",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the model to the Hugging Face hub when it is done.")

@@ -20,8 +20,6 @@ import pytest
 from PIL import Image
 
 from genkit import cli
-from genkit.progress import Progress, Steps
-from genkit.version import __version__
 from tests.check_run import check_run
 from tests.children import start
 from tests.grids import thinned
@@ -390,40 +388,6 @@ def test_a_dry_run_says_what_is_finished_and_what_would_be_drawn_again(prompts: 
     assert (plan["images"], plan["finished"], plan["drawn_again"]) == (6, 3, 0)
     plan = json.loads(here(*asked, "--guidance-scale", "3", "--dry-run").stdout)
     assert (plan["finished"], plan["drawn_again"]) == (3, 3)
-
-
-def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["--version"]) == 0 and capsys.readouterr().out == f"genkit {__version__}\n"
-    assert cli.run(["-h"]) == 0 and "generate" in (whole := capsys.readouterr().out)
-    assert cli.run([]) == 2 and capsys.readouterr().out == whole
-    assert cli.run(["generate", "-h"]) == 0 and "<list" not in capsys.readouterr().out
-
-
-def test_the_time_to_go_is_not_guessed_from_the_first_image_of_a_batch(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("genkit.progress.time.monotonic", lambda: now[0])
-    with Progress(32) as progress:
-        for n in range(17):
-            now[0] += 20 if n in (0, 16) else 0
-            progress.advance(0, 1, 32)
-    assert capsys.readouterr().err.splitlines() == [
-        "1 of 32 images, 1 passed, 0 failed",
-        "17 of 32 images, 0.42 a second, 0:35 to go, 17 passed, 0 failed",
-    ]
-
-
-def test_plain_lines_of_progress_say_how_long_it_will_take(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("genkit.progress.time.monotonic", lambda: now[0])
-    with Steps() as say:
-        for done, text in ((300, "begun"), (330, "on"), (331, "too soon"), (400, "done")):
-            say(done, 400, text)
-            now[0] += 60 if done == 300 else 1
-    assert capsys.readouterr().err.splitlines() == [" 75 %  begun", " 82 %  on, 2:20 to go", "100 %  done"]
 
 
 def test_a_run_of_another_default_is_refused_and_goes_on_with_its_settings_stated(tmp_path: Path) -> None:
