@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 LINE_SECONDS = 10.0  # between plain lines, where there is no terminal
+FIRST_SECONDS = 3.0  # after the first image, before which its batch makes an estimate of the time worthless
 
 
 def printable(text: str) -> str:
@@ -32,6 +33,7 @@ class Progress:
         self.quiet = quiet
         self.about = ""  # what else the bar says
         self.began = self.last_line = time.monotonic()
+        self._first: float | None = None  # when the first image of this start was finished
         self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
@@ -43,7 +45,7 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]} images/s  passed {task.fields[passed]}  failed {task.fields[failed]}"),
-                TextColumn("{task.fields[about]}ETA {task.fields[eta]}  after"),
+                TextColumn("{task.fields[about]}ETA {task.fields[eta]}  elapsed"),
                 TimeElapsedColumn(),
                 console=Console(stderr=True),
             )
@@ -63,13 +65,16 @@ class Progress:
         return (self.done - self.earlier) / max(1e-9, time.monotonic() - self.began)
 
     @property
-    def left(self) -> float:
-        """Seconds to go at the rate so far: batches end all at once, which rich's own estimate is not made for."""
-        return (self.total - self.done) / max(self.rate, 1e-9)
+    def left(self) -> str | None:
+        """Time to go at the rate so far; None at first, while one image of a batch that ends all at once is counted."""
+        if self._first is None or time.monotonic() - self._first < FIRST_SECONDS:
+            return None
+        return _clock((self.total - self.done) / max(self.rate, 1e-9))
 
     def advance(self, failed: int, passed: int, total: int, images: int = 1) -> None:
         """Count one more image, or several; `total` is what the run now expects."""
         self.total, self.done = total, self.done + images
+        self._first = self._first or time.monotonic()
         self.failed += failed
         self.passed += passed
         self.show()
@@ -82,16 +87,17 @@ class Progress:
                 total=self.total,
                 completed=self.done,
                 rate=f"{self.rate:.2f}",
-                eta=_clock(self.left),
+                eta=self.left or "-",
                 passed=self.passed,
                 failed=self.failed,
                 about=f"{self.about}  " if self.about else "",
             )
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
-            done = f"{self.done} of {self.total} images, {self.rate:.2f} a second"
+            done = f"{self.done} of {self.total} images"
+            rate = f", {self.rate:.2f} a second, {self.left} to go" if self.left else ""
             about = f", {self.about}" if self.about else ""
-            self.message(f"{done}, {_clock(self.left)} to go, {self.passed} passed, {self.failed} failed{about}")
+            self.message(f"{done}{rate}, {self.passed} passed, {self.failed} failed{about}")
 
     def message(self, text: str) -> None:
         """Print one line to standard error."""
@@ -122,7 +128,7 @@ class Steps:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-            columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %  {task.description}  left"))
+            columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %  {task.description}  ETA"))
             self._bar = Progress(*columns, TimeRemainingColumn(), TimeElapsedColumn(), console=Console(stderr=True))
             self._bar.start()
             self._bar.add_task("", total=None)

@@ -296,7 +296,7 @@ def _call(path: StoragePath, work: Callable[[Any], T], patience: float | None = 
             limit = INVALID if number == errno.EINVAL else PATIENCE if patience is None else patience
             if time.monotonic() + wait - began > limit:
                 spent = "" if number == errno.EINVAL else f"no answer for {time.monotonic() - began:.0f} s; last: "
-                raise HostError(f"{path}: {spent}{reason(error)}; the same command goes on") from None
+                raise HostError(f"{path}: {spent}{reason(error)}; run the same command again to continue") from None
         time.sleep(wait * (0.5 + random.random() / 2))
         wait = min(2 * wait, LONGEST_WAIT)
 

@@ -293,7 +293,10 @@ def _check_words(data: Data, known: Collection[str]) -> None:
             names = FIELD.findall(template)
             strange = next((name for name in names if name not in may), None)
             if strange is not None:
-                raise InputError(f"{field}: no picture has a field {shown(strange)}{nearest(strange, may)}")
+                there = ", ".join(sorted(may, key=lambda name: (name != "caption", name))[:20])
+                raise InputError(
+                    f"{field}: no picture has a field {shown(strange)}{nearest(strange, may)}; there are {there}"
+                )
             missing = next((name for name in must if name not in names), None)
             if missing is not None:
                 raise InputError(f"{field}: {shown(template)} says nothing of {{{missing}}}")

@@ -374,7 +374,8 @@ def _captions(case: Case) -> str:
         return "none"
     words = [len(c.split()) for c, n in counts.items() for _ in range(n)]
     common = ", ".join(f"{shown(c, 40)} ({n})" for c, n in counts.most_common(4))
-    spread = f"{min(words)} to {max(words)} words, {statistics.median(words):.0f} as a rule"
+    spread = f"{min(words)} to {max(words)} words (median {statistics.median(words):.0f})"
+    spread = f"{words[0]} words each" if min(words) == max(words) else spread
     return f"{sum(counts.values()):,}, {len(counts):,} distinct; {spread}; most common: {common}"
 
 

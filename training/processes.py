@@ -161,7 +161,7 @@ def as_one() -> Iterator[None]:
             raise Silent(code) from error
         known = _code_of_first()
         if known is None and LAUNCHED not in os.environ and _first(EXIT_HOST):
-            hint = "the same command goes on from the last checkpoint"
+            hint = "run the same command again to continue from the last checkpoint"
             raise HostError(f"process {rank()} of {world()}: another one has ended; {hint}") from error
         raise Silent(known or EXIT_HOST) from error
 

@@ -214,7 +214,7 @@ class Recipe(Section):
     def _check_together(self) -> Recipe:
         for section, tasks in READ_BY.items():
             if section in self.model_fields_set and getattr(self, section) is not None and self.task not in tasks:
-                raise ValueError(f"{section}: has no say in task {self.task}; it belongs to {', '.join(tasks)}")
+                raise ValueError(f"{section}: has no effect in task {self.task}; it belongs to {', '.join(tasks)}")
         if self.task == "lora" and self.lora is None:
             raise ValueError("lora: is missing; `lora: {rank: 8}` will do")
         if self.task == "textual-inversion" and self.token is None:
@@ -232,7 +232,7 @@ class Recipe(Section):
 
     def _check_unread(self) -> None:
         """Refuse settings that the task does not use."""
-        goal, told, full = self.objective, f"has no say in task {self.task}", self.train.sharding == "full"
+        goal, told, full = self.objective, f"has no effect in task {self.task}", self.train.sharding == "full"
         for key, tasks in UNREAD.items():
             section, name = key.split(".")
             if (value := getattr(getattr(self, section), name)) and self.task in tasks:

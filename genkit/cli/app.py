@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SIGINT, HostError, InputError
 from genkit.signals import leave_as_first_process
+from genkit.version import __version__
 
 MAKE, CHOOSE, SCORE, TRAIN, LOOK = (
     "Make pictures", "Look back at runs and choose", "Score pictures", "Train models", "Models and this machine",
@@ -47,7 +48,8 @@ class Command(TyperCommand):
         records.sort(key=lambda found: found[0].param_type_name != "argument")
         kinds = {"argument": "Arguments", "option": "Options"}
         titles = [getattr(p, "rich_help_panel", None) or kinds[p.param_type_name] for p, _ in records]
-        _write_sections(formatter, list(zip(titles, (record for _, record in records), strict=True)))
+        rows = [(name.replace("<list[str]>", "<str>"), text) for _, (name, text) in records]
+        _write_sections(formatter, list(zip(titles, rows, strict=True)))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, with ~ and $HOME resolved in every path, and URLs of storage taken as such."""
@@ -65,8 +67,25 @@ class Command(TyperCommand):
 
 app = typer.Typer(
     cls=Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Diffusion generation toolbox: a prompt file in; scored, filtered, reproducible images out.",
 )  # fmt: skip
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"genkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # click's; newer releases of typer bundle it under another name
 
@@ -89,6 +108,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
+    if not arguments:
+        print(command.get_help(command.make_context("genkit", ["--help"], resilient_parsing=True)))
+        return EXIT_INPUT
     try:
         _refuse_repeats(command, arguments)
         return command.main(arguments, prog_name="genkit", standalone_mode=False) or EXIT_OK

@@ -18,58 +18,71 @@ from genkit.selection.picking import Picking
 def filter_run(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     picking: Picking,
-    where: Annotated[str | None, typer.Option(help="What an image must pass; in place of the rows' gates.")] = None,
-    rank_by: Annotated[str | None, typer.Option(help="What 'best' means; default clip.")] = None,
-    keep: Annotated[int | None, typer.Option(help="Keep the best so many of each row.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Condition that an image must meet; replaces the rows' gates.")
+    ] = None,
+    rank_by: Annotated[str | None, typer.Option(help="Score that decides which images are best; default clip.")] = None,
+    keep: Annotated[int | None, typer.Option(help="How many images to keep per row, best first.")] = None,
+    votes: Annotated[
+        Path | None,
+        typer.Option(help="Keep what was voted good: a votes.csv of `genkit label`, or a text file of picture names."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Copy the kept pictures and their captions here.")
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="Of -o: folder, webdataset or parquet.")] = "folder",
-    shard_size: Annotated[str | None, typer.Option(help="Of webdataset and parquet: 500MB, 2GB, …")] = None,
+    form: Annotated[str, typer.Option("--format", help="Format of -o: folder, webdataset or parquet.")] = "folder",
+    shard_size: Annotated[str | None, typer.Option(help="Size of webdataset and parquet shards: 500MB, 2GB, …")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Decide again what is kept: no model, no torch; nothing is deleted."""
+    """Decide again what a run keeps, and export it; takes seconds, needs no model, deletes nothing."""
     from genkit.datasets.export import Target
     from genkit.selection.calibrate import named_gate
     from genkit.studies.filter import refilter
 
     target = Target.of(form, shard_size)
-    print_found(refilter(run, named_gate(run, where), rank_by, keep, out, picking, target), as_json)
+    print_found(refilter(run, named_gate(run, where), rank_by, keep, out, picking, target, votes), as_json)
     return EXIT_OK
 
 
 @app.command(cls=Command, rich_help_panel=CHOOSE)
 def label(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    where: Annotated[str | None, typer.Option(help="Show only the pictures that pass.")] = None,
-    shuffle: Annotated[int, typer.Option(metavar="SEED", help="Of the order, which is random.")] = 0,
-    port: Annotated[int, typer.Option(help="0: a free one.")] = 0,
+    where: Annotated[str | None, typer.Option(help="Show only pictures that meet this condition.")] = None,
+    shuffle: Annotated[int, typer.Option(metavar="SEED", help="Seed of the random order.")] = 0,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="Show the pictures row by row, not in random order.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 0,
 ) -> int:
-    """Serve a page on this machine that takes votes (y good, n bad) on a run's pictures into its votes.csv."""
+    """Vote on a run's pictures in the browser (y good, n bad); votes go into its votes.csv."""
     from genkit.pages.label import label as serve
     from genkit.selection.calibrate import named_gate
 
-    return serve(run, named_gate(run, where), shuffle, port)
+    return serve(run, named_gate(run, where), None if in_order else shuffle, port)
 
 
 @app.command(cls=Command, rich_help_panel=CHOOSE)
 def calibrate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     labels: Annotated[Path, typer.Option(help="votes.csv (image,vote), or a list of the good pictures.")],
-    precision: Annotated[float, typer.Option(help="The share of good ones among those that pass.")],
-    score: Annotated[str | None, typer.Option(help="What to compare; default clip_z, or clip.")] = None,
-    where: Annotated[str | None, typer.Option(help="What a picture must pass besides.")] = None,
-    bad: Annotated[Path | None, typer.Option(help="With a list of good pictures: that of the bad ones.")] = None,
+    precision: Annotated[float, typer.Option(help="Share of the passing pictures that should be good.")],
+    score: Annotated[str | None, typer.Option(help="Score to find a threshold for; default clip_z, or clip.")] = None,
+    where: Annotated[str | None, typer.Option(help="A further condition that pictures must meet.")] = None,
+    bad: Annotated[Path | None, typer.Option(help="With a list of good pictures: the list of bad ones.")] = None,
     others_bad: Annotated[
-        bool, typer.Option("--others-bad", help="With a list of good pictures: all were looked at.")
+        bool, typer.Option("--others-bad", help="With a list of good pictures: all others are bad.")
     ] = False,
-    confidence: Annotated[float, typer.Option(help="Of the interval.")] = 0.95,
-    sure: Annotated[bool, typer.Option("--sure", help="Leave no more than 1 - confidence to luck.")] = False,
-    name: Annotated[str, typer.Option(help="Of the gate in RUN/gates.json, for filter --where @NAME.")] = "calibrated",
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the expression alone.")] = False,
+    confidence: Annotated[float, typer.Option(help="Confidence of the interval.")] = 0.95,
+    sure: Annotated[
+        bool, typer.Option("--sure", help="Ask for the precision with that confidence, not on average.")
+    ] = False,
+    name: Annotated[
+        str, typer.Option(help="Name of the gate in RUN/gates.json, for filter --where @NAME.")
+    ] = "calibrated",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the expression.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Fit a gate to labelled pictures: the lowest threshold above which so many are good."""
+    """Find a score threshold from labelled pictures: the lowest that reaches --precision."""
     from genkit.progress import printable, printable_json
     from genkit.selection.calibrate import calibrate as fitted
     from genkit.selection.calibrate import named_gate, report
@@ -88,13 +101,13 @@ def study(
     ctx: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     prune: Annotated[
-        bool, typer.Option("--prune", help="Redraw some rows to see what early stopping would buy.")
+        bool, typer.Option("--prune", help="Redraw some rows to estimate what early stopping would save.")
     ] = False,
-    images: Annotated[int, typer.Option(help="With --prune: how many images to redraw, about.")] = 64,
+    images: Annotated[int, typer.Option(help="With --prune: about how many images to redraw.")] = 64,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Say what best-of-N, and early stopping, buy on the model and prompts of a run; written to its study.json."""
+    """Estimate what best-of-N and early stopping gain on a run's model and prompts; written to its study.json."""
     from genkit.progress import printable_json
     from genkit.studies.study import described, study_run
 
@@ -108,13 +121,13 @@ def study(
 @app.command(cls=Command, rich_help_panel=CHOOSE)
 def compare(
     a: Annotated[Path, typer.Argument(help="A run folder.")],
-    b: Annotated[Path, typer.Argument(help="A run of the same rows: another model, other settings.")],
+    b: Annotated[Path, typer.Argument(help="A run of the same rows with another model or settings.")],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the page here, with copies of the pictures.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Say which of two runs scores higher, pair by pair, and show them side by side."""
+    """Compare two runs of the same rows, pair by pair, and show them side by side."""
     from genkit.progress import printable, printable_json
     from genkit.studies.compare import compare_runs, report
 

@@ -11,7 +11,7 @@ import typer
 
 from genkit.cli.app import SCORE, Command, app, print_found
 from genkit.cli.generate import RowOptions
-from genkit.cli.options import AsJson, spread
+from genkit.cli.options import AsJson, DryRun, spread
 from genkit.errors import EXIT_OK, EXIT_SOME_FAILED
 from genkit.options import Options
 
@@ -25,21 +25,25 @@ DECIDED = (
 @app.command(cls=Command, rich_help_panel=SCORE)
 @spread(without=DECIDED)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="emoji (embedded), a diffusers-layout folder, a hub id, or one file.")],
+    model: Annotated[
+        str, typer.Argument(help="emoji (built in), a diffusers folder, a hub id, or one .safetensors file.")
+    ],
     suite: Annotated[str, typer.Option(help="geneval, emoji, or a file of rows with prompt, verify and task.")],
     row: RowOptions,
     options: Options,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="The run folder; default runs/MODEL-on-SUITE.")
     ] = None,
-    against: Annotated[Path | None, typer.Option(help="Pictures to measure FID, KID and CMMD to: a folder.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to measure FID, KID and CMMD against.")
+    ] = None,
     features: Annotated[
-        str, typer.Option(help="Of --against: clip, inception, or an installed feature network.")
+        str, typer.Option(help="Features for --against: clip, inception, or an installed feature network.")
     ] = "clip",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> int:
-    """Draw a suite of prompts, and say how many pictures are right; the same command again goes on."""
+    """Draw a suite of prompts and report how many pictures are right; can be resumed."""
     from genkit.device.devices import reuse_memory
     from genkit.progress import printable, printable_json
     from genkit.suites.evaluate import NUM_IMAGES, described, out_folder, plan_evaluation, run_evaluation
@@ -55,7 +59,10 @@ def evaluate(
     reuse_memory()
     found, summary = run_evaluation(plan, folder)
     if found is None:
-        print("genkit: not evaluated: there are pictures to draw; the same command goes on", file=sys.stderr)
+        print(
+            "genkit: not evaluated: pictures are still to be drawn; run the same command again to continue",
+            file=sys.stderr,
+        )
         return summary.exit_code or EXIT_SOME_FAILED
     report = {name: value for name, value in found.items() if name != "rows"}
     print(printable_json(report) if as_json else "\n".join(map(printable, described(found, folder).splitlines())))
@@ -65,10 +72,10 @@ def evaluate(
 @app.command(cls=Command, rich_help_panel=SCORE)
 def leaderboard(
     runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Run folders of evaluate, or evaluation.json.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="An .html file to write it to, too.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write it to this .html file.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Rank evaluations of one suite, and say how surely one model is better than another."""
+    """Rank evaluations of one suite, with how sure each difference is."""
     from genkit.progress import printable, printable_json
     from genkit.suites.leaderboard import described
     from genkit.suites.leaderboard import leaderboard as compared

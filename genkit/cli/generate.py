@@ -11,7 +11,7 @@ import typer
 
 from genkit import phases
 from genkit.cli.app import MAKE, Command, app, print_found
-from genkit.cli.options import AsJson, Device, Out, Variant, given_model, spread
+from genkit.cli.options import AsJson, Device, DryRun, NewRun, Out, Variant, Workers, given_model, spread
 from genkit.errors import EXIT_OK, InputError, shown
 from genkit.options import Options
 from genkit.rows.inputs import is_picture
@@ -20,55 +20,71 @@ if TYPE_CHECKING:
     from genkit.job.plan import Job
     from genkit.rows.pictures import Pictured
 
+QUIET = ("stopped", "hard_rows", "slots_full", "exit_code")  # of the summary, shown only if there is something to say
+
 
 @dataclasses.dataclass(frozen=True)
 class RowOptions:
     """Defaults for fields that a row does not set: see genkit.rows.request.Request."""
 
-    negative_prompt: Annotated[str | None, "What guidance leads away from."] = None
+    negative_prompt: Annotated[str | None, "What the picture should not show."] = None
     prompt_2: Annotated[str | None, "SDXL: the prompt of its second text encoder."] = None
     negative_prompt_2: Annotated[str | None, "SDXL: the negative prompt of its second text encoder."] = None
     syntax: Annotated[
-        str | None, "Of prompts: none, which is plain text, or a1111: (weights:1.2), BREAK, AND, [edits], {choices}."
+        str | None, "How prompts are read: none (plain text) or a1111: (weights:1.2), BREAK, AND, [edits], {choices}."
     ] = None
-    expansions: Annotated[int | None, "Texts to draw of each template, with --syntax a1111: each is a row."] = None
-    clip_skip: Annotated[int | None, "The layer of the text encoder to read, from the last, which is 1."] = None
-    scheduler: Annotated[str | None, "A solver, say unipc or dpmpp_2m_karras, or tuned."] = None
+    expansions: Annotated[
+        int | None, "With --syntax a1111: how many texts to make from each template; each becomes a row."
+    ] = None
+    clip_skip: Annotated[
+        int | None, "Text encoder layer to use, counted from the last, which is 1 (as in AUTOMATIC1111)."
+    ] = None
+    scheduler: Annotated[str | None, "A solver such as unipc or dpmpp_2m_karras, or tuned; default: the model's."] = (
+        None
+    )
     num_inference_steps: Annotated[
         int | None,
-        typer.Option("--steps", "--num-inference-steps", help="Steps an image; alone, of the model's scheduler."),
+        typer.Option("--steps", "--num-inference-steps", help="Steps per image; default: the model's."),
     ] = None
-    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", "--cfg-scale", help="1 is off.")] = None
-    guidance_interval: Annotated[str | None, "Guide only here: 0.1,0.8 of the steps, or '{\"sigma\": [0.3, 5]}'."] = (
-        None
-    )
-    width: Annotated[int | None, "Pixels."] = None
-    height: Annotated[int | None, "Pixels."] = None
-    original_size: Annotated[str | None, "SDXL: the size of the picture before it was made smaller, WIDTHxHEIGHT."] = (
-        None
-    )
-    crop: Annotated[str | None, "SDXL: what is cut off, LEFT,TOP; 0,0 is centred best."] = None
-    target_size: Annotated[str | None, "SDXL: the size to aim at, WIDTHxHEIGHT; default that of the picture."] = None
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "--cfg-scale", help="Classifier-free guidance; 1 turns it off.")
+    ] = None
+    guidance_interval: Annotated[
+        str | None, "Guide only in this part: 0.1,0.8 of the steps, or '{\"sigma\": [0.3, 5]}'."
+    ] = None
+    width: Annotated[int | None, "In pixels; default: the model's."] = None
+    height: Annotated[int | None, "In pixels; default: the model's."] = None
+    original_size: Annotated[str | None, "SDXL: the size before scaling that the model is told, WIDTHxHEIGHT."] = None
+    crop: Annotated[
+        str | None, "SDXL: the crop that the model is told, LEFT,TOP; 0,0 (the default) centres things."
+    ] = None
+    target_size: Annotated[
+        str | None, "SDXL: the target size that the model is told, WIDTHxHEIGHT; default: the picture's."
+    ] = None
     image: Annotated[str | None, "The picture to start from."] = None
-    strength: Annotated[float | None, "How much of --image to give up, 0 to 1."] = None
-    mask_image: Annotated[str | None, "Draw anew only where this is white."] = None
-    mask: Annotated[str | None, "Draw anew only what this text names in --image, as --segmenter finds it."] = None
-    mask_threshold: Annotated[float | None, "The probability from which on a pixel is in --mask; default 0.5."] = None
-    mask_grow: Annotated[int | None, "Grow --mask by so many pixels."] = None
-    mask_invert: Annotated[bool | None, typer.Option("--mask-invert", help="Draw anew all but what --mask names.")] = (
+    strength: Annotated[float | None, "How much --image may change, more than 0, up to 1; default 0.8."] = None
+    mask_image: Annotated[str | None, "Inpaint: repaint only where this picture is white."] = None
+    mask: Annotated[str | None, "Inpaint: repaint only what this text names in --image; needs --segmenter."] = None
+    mask_threshold: Annotated[float | None, "Lowest probability at which a pixel belongs to --mask; default 0.5."] = (
         None
     )
+    mask_grow: Annotated[int | None, "Grow --mask by this many pixels."] = None
+    mask_invert: Annotated[
+        bool | None, typer.Option("--mask-invert", help="Repaint everything except what --mask names.")
+    ] = None
     loras: Annotated[list[str] | None, typer.Option("--lora", help="A LoRA, as FILE or FILE:WEIGHT; repeatable.")] = (
         None
     )
-    num_images: Annotated[int | None, typer.Option("-n", "--num-images", help="Images a row.")] = None
-    keep: Annotated[int | None, "Keep the best so many of a row."] = None
-    gate: Annotated[str | None, "What an image must pass, say 'clip > 0.5'."] = None
-    rank_by: Annotated[str | None, "What 'best' means; default clip."] = None
-    max_images: Annotated[int | None, "Draw until --keep pass, or so many are drawn."] = None
-    labels: Annotated[str | None, "a,b,c: texts for zero-shot classification."] = None
-    detect: Annotated[str | None, "a,b,c: words to look for, with --detector; those of gates are, anyway."] = None
-    ask: Annotated[str | None, "Questions, a comma behind each question mark: with --captioner; as with detect."] = None
+    num_images: Annotated[int | None, typer.Option("-n", "--num-images", help="Images per row; default 1.")] = None
+    keep: Annotated[int | None, "How many images to keep per row, best first; default: all."] = None
+    gate: Annotated[str | None, "Condition that an image must meet to be kept, such as 'clip > 0.5'."] = None
+    rank_by: Annotated[str | None, "Score that decides which images are best; default clip."] = None
+    max_images: Annotated[
+        int | None, "With --keep and --gate: draw until --keep images pass, at most this many per row."
+    ] = None
+    labels: Annotated[str | None, "a,b,c: texts that CLIP chooses among; gates read p['a']."] = None
+    detect: Annotated[str | None, "a,b,c: things --detector looks for besides those that gates name."] = None
+    ask: Annotated[str | None, "Questions for --captioner besides those in gates: is it red?,is it big?"] = None
 
     def fields(self) -> dict[str, Any]:
         """Return what is given, as fields of a Request. Raises InputError, naming the option, for a bad value."""
@@ -100,24 +116,24 @@ def generate(
     out: Out,
     row: RowOptions,
     options: Options,
-    prompts: Annotated[Path | None, typer.Argument(help="A .txt, .jsonl, .csv or .yaml file of rows.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="One prompt, in place of a file.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Argument(metavar="PROMPTS", help="A .txt, .jsonl, .csv or .yaml file, one prompt per row.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="A single prompt instead of a file.")] = None,
     from_images: Annotated[
-        Path | None, typer.Option(help="A picture, or a folder of them: their settings are the rows.")
+        Path | None, typer.Option(help="Use the settings inside this picture, or folder of pictures, as rows.")
     ] = None,
     format_in: Annotated[
-        str, typer.Option(help="Of PROMPTS: auto, genkit, or of other tools a1111-lines, infotext, kohya, comfyui.")
+        str, typer.Option(help="Format of PROMPTS: auto, genkit, a1111-lines, infotext, kohya or comfyui.")
     ] = "auto",
-    workers: Annotated[
-        str | None, typer.Option(help="So many processes draw, each with a GPU, or cores, of its own: 4, or 4:64.")
-    ] = None,
-    ray: Annotated[str | None, typer.Option(help="Draw on a cluster of Ray: auto, or HOST:PORT.")] = None,
-    new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time went.")] = False,
+    workers: Workers = None,
+    ray: Annotated[str | None, typer.Option(help="Draw on a Ray cluster: auto, or HOST:PORT.")] = None,
+    new_run: NewRun = False,
+    dry_run: DryRun = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the time went at the end.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Make the images of a prompt file; the same command again goes on where it stopped."""
+    """Draw the images of a prompt file; run the same command again to continue an interrupted run."""
     from genkit.cluster.generate import check_workers
     from genkit.job.plan import plan_job
     from genkit.rows.prompts import read_prompts
@@ -148,8 +164,11 @@ def generate(
             job = dataclasses.replace(job, notes=(*job.notes, *other_models(shots, job.info, options.vae)))
     check_folder(folder, prompts)
     if dry_run:
+        from genkit.runs.outdated import kept_of
+
         drawn_by = {"workers": workers, "ray": ray} if bounds or ray else {}
-        print_found({**job.describe(), **{name: value for name, value in drawn_by.items() if value}}, as_json)
+        drawn_by = {name: value for name, value in drawn_by.items() if value}
+        print_found({**job.describe(), **kept_of(folder, job.rows), **drawn_by}, as_json)
         return EXIT_OK
     return _run_job(job, folder, as_json, workers, ray)
 
@@ -157,8 +176,12 @@ def generate(
 @app.command(cls=Command, rich_help_panel=MAKE)
 def tune(
     model: Annotated[str, typer.Argument(help="emoji (embedded), a diffusers-layout folder, or a hub id.")],
-    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", help="Network calls of the plan.")],
-    prompts: Annotated[Path | None, typer.Option(help="A prompt file to fit on; default: some plain prompts.")] = None,
+    steps: Annotated[
+        int, typer.Option("--steps", "--num-inference-steps", help="Number of network calls of the plan.")
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt file to fit on; default: built-in plain prompts.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="The folder to write to; default: the model's scheduler folder.")
     ] = None,
@@ -166,13 +189,13 @@ def tune(
         float | None,
         typer.Option("--guidance-scale", "--cfg-scale", help="Default: the model's own."),
     ] = None,
-    noises: Annotated[int, typer.Option(help="Pictures to fit on; a quarter of them only to compare.")] = 48,
+    noises: Annotated[int, typer.Option(help="Noises to fit on; a quarter of them is held out for comparison.")] = 48,
     variant: Variant = None,
-    seed: Annotated[int, typer.Option(help="Of the noises.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noises.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Fit step schedule and solver coefficients to a model, for `generate --scheduler tuned`; stopped, it goes on."""
+    """Fit step schedule and solver coefficients to a model, for `generate --scheduler tuned`; can be resumed."""
     from genkit.sampling.tuning import tune_model
 
     print_found(tune_model(model, steps, prompts, out, guidance_scale, noises, variant, seed, device, as_json), as_json)
@@ -219,7 +242,10 @@ def _run_job(job: Job, folder: Path, as_json: bool, workers: str | None, ray: st
 
     reuse_memory()
     summary = run_on(job, folder, workers, ray)
-    print_found({**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}, as_json)
+    found = {**summary.__dict__, "images_per_second": round(summary.images_per_second, 3)}
+    if not as_json:
+        found = {name: value for name, value in found.items() if value or name not in QUIET}
+    print_found(found, as_json)
     if not as_json:
         print(f"gallery: {folder / 'index.html'}", file=sys.stderr)
     for line in phases.report():

@@ -23,7 +23,7 @@ def inspect(
     prediction: Prediction = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Check a model without loading it, and say what it is; of a file also its hashes and metadata."""
+    """Check a model without loading it and print what it is; for a single file also hashes and metadata."""
     from genkit.components import inspect_model
     from genkit.components.info import file_facts
     from genkit.components.words import embedding_in
@@ -43,7 +43,7 @@ def models(
     variant: Variant = None,
     as_json: AsJson = False,
 ) -> int:
-    """List the models and LoRAs below a folder by the names under which `serve --models` has them."""
+    """List the models and LoRAs in a folder, by the names that `serve --models` gives them."""
     from genkit.components.collection import collection
     from genkit.progress import printable
 
@@ -61,14 +61,14 @@ def models(
 @app.command(cls=Command, rich_help_panel=LOOK)
 def convert(
     model: Annotated[str, typer.Argument(help="A .safetensors file, a model folder, or a hub id.")],
-    out: Annotated[Path, typer.Argument(help="A new folder, or a new file that ends in .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, or a new .safetensors file.")],
     variant: Variant = None,
     vae: Vae = None,
     text_encoder: TextEncoder = None,
     prediction: Prediction = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Write a model in the other layout: a single file as a diffusers folder, a folder as a single file."""
+    """Convert a single file to a diffusers folder, or a folder to a single file."""
     from genkit.components import inspect_model
     from genkit.components.convert import convert as write
 
@@ -81,7 +81,7 @@ def convert(
 
 @app.command(cls=Command, rich_help_panel=LOOK)
 def env(as_json: AsJson = False) -> int:
-    """Print versions, devices, which attention backends work here, and what else a bug report needs."""
+    """Print versions, devices and working attention backends, for a bug report."""
     from genkit.device.environment import environment
     from genkit.device.probes import table_lines
 

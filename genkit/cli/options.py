@@ -20,7 +20,13 @@ def _help(field: str) -> str:
     return typing.get_type_hints(Options, include_extras=True)[field].__metadata__[0]
 
 
-Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder: made, or gone on with.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The run folder; an existing run is continued.")]
+Workers = Annotated[
+    str | None,
+    typer.Option(help="Number of worker processes, each with its own GPU or share of the cores: 4, or 4:64 to scale."),
+]
+NewRun = Annotated[bool, typer.Option("--new-run", help="Start a new run beside RUN: RUN-2, RUN-3, …")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; draw nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Clip = Annotated[str, typer.Option(help="emoji-clip, a folder with a CLIPModel or SiglipModel, or a hub id.")]
 Labels = Annotated[str | None, typer.Option(help="a,b,c: texts for zero-shot classification.")]

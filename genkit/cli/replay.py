@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from genkit.cli.app import MAKE, Command, app, print_found
-from genkit.cli.options import AsJson, Out, given_model, spread
+from genkit.cli.options import AsJson, DryRun, NewRun, Out, given_model, spread
 from genkit.errors import EXIT_OK, InputError
 from genkit.options import Options
 
@@ -19,18 +19,21 @@ def replay(
     ctx: typer.Context,
     words: Annotated[
         list[str],
-        typer.Argument(metavar="PICTURE|KEY=VALUE", help="Pictures, or folders of them; fields to change."),
+        typer.Argument(metavar="PICTURE|KEY=VALUE", help="Pictures or folders of them, and fields to change."),
     ],
     out: Out,
     options: Options,
     other_weights: Annotated[
-        bool, typer.Option("--other-weights", help="Draw even if weights, LoRAs or input pictures are others.")
+        bool,
+        typer.Option(
+            "--other-weights", help="Draw even if weights, LoRAs or input pictures differ from the recorded ones."
+        ),
     ] = False,
-    new_run: Annotated[bool, typer.Option("--new-run", help="Leave RUN alone and write to RUN-2, RUN-3, …")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")] = False,
+    new_run: NewRun = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> int:
-    """Draw pictures again from the settings inside them, and say which are identical and what has changed.
+    """Redraw pictures from the settings inside them, and report which are identical and what changed.
 
     The model is the one that the pictures name, unless --model is given.
     """

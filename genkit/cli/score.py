@@ -15,11 +15,13 @@ from genkit.errors import InputError
 @app.command(cls=Command, rich_help_panel=SCORE)
 def score(
     images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
-    prompts: Annotated[Path | None, typer.Option(help="A prompt file: row k is for picture k by name.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt file; row k belongs to picture k in order of name.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
     labels: Labels = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines to this file instead of standard output.")
     ] = None,
     clip: Clip = "emoji-clip",
     device: Device = "auto",
@@ -27,7 +29,7 @@ def score(
     aesthetic: Aesthetic = None,
     scorer: Scorers = None,
 ) -> int:
-    """Score pictures against prompts, one JSON line a picture; what a run has embedded is not embedded again."""
+    """Score pictures against prompts; prints one JSON line per picture."""
     from genkit.studies.score import score_images
 
     return score_images(images, prompts, prompt, labels, out, clip, device, dtype, aesthetic, scorer or ())
@@ -41,19 +43,18 @@ def classify(
         str | None, typer.Option(help="a,b,c: the texts to choose from; default: the names of the subfolders.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A classifier with labels of its own, in place of CLIP: a folder or a hub id.")
+        str | None, typer.Option(help="An image classifier with its own labels instead of CLIP: a folder or a hub id.")
     ] = None,
-    top: Annotated[int, typer.Option(help="With --model: how many labels a picture.")] = 5,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of a table.")] = None,
+    top: Annotated[int, typer.Option(help="With --model: how many labels to print per picture.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines to this file instead of printing a table.")
+    ] = None,
     clip: Clip = "emoji-clip",
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Say which of some labels each picture shows; with a folder for each label, how often that is right.
-
-    With --model JSON lines, of the labels that a classifier has.
-    """
+    """Name the label that each picture shows; with one folder per label, print the accuracy too."""
     if model is None:
         if stated(ctx, "top"):
             raise InputError(f"--top: {top} needs --model; with --labels p of every label is given")
@@ -72,17 +73,19 @@ def classify(
 def detect(
     images: Annotated[Path, typer.Argument(help="A picture, a folder of pictures, or a run folder.")],
     detector: Annotated[str, typer.Option(help="OWL-ViT, OWLv2 or Grounding DINO: a folder or a hub id.")],
-    words: Annotated[str | None, typer.Option(help="a cat,a dog: what to look for.")] = None,
-    like: Annotated[Path | None, typer.Option(help="A picture of what to look for, in place of words; OWLs.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="The least score; default: the detector's.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+    words: Annotated[str | None, typer.Option(help="What to look for: a cat,a dog.")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="A picture of what to look for, instead of --words (OWL-ViT and OWLv2).")
     ] = None,
-    draw: Annotated[Path | None, typer.Option(help="A folder for the pictures with their boxes.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Lowest score of a box; default: the detector's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines to this file instead of standard output.")
+    ] = None,
+    draw: Annotated[Path | None, typer.Option(help="Folder for copies of the pictures with their boxes drawn.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
-    """Find what words, or a picture, name: boxes in pixels, scores and colours, one JSON line a picture."""
+    """Find things in pictures: boxes in pixels, scores and colours, one JSON line per picture."""
     from genkit.rows.typed import typed
     from genkit.studies.detect import detect_images
 

@@ -14,24 +14,26 @@ from genkit.errors import EXIT_OK, EXIT_SOME_FAILED, InputError
 
 SearchClip = Annotated[
     str,
-    typer.Option(help="auto: the run's own, else emoji-clip; or a folder with a CLIPModel or SiglipModel, a hub id."),
+    typer.Option(help="auto (the run's own, else emoji-clip), a folder with a CLIPModel or SiglipModel, or a hub id."),
 ]
 
 
 @app.command(cls=Command, rich_help_panel=SCORE)
 def search(
     images: Annotated[Path, typer.Argument(help="A run folder, or a folder of pictures.")],
-    text: Annotated[list[str] | None, typer.Option("--text", help="What to look for; repeated: the mean.")] = None,
-    image: Annotated[list[Path] | None, typer.Option("--image", help="A picture to look for; likewise.")] = None,
-    without: Annotated[list[str] | None, typer.Option("--not", help="What to look away from.")] = None,
-    k: Annotated[int, typer.Option("-k", help="How many pictures.")] = 20,
+    text: Annotated[list[str] | None, typer.Option("--text", help="What to look for; several are averaged.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="A picture to look for; several are averaged.")
+    ] = None,
+    without: Annotated[list[str] | None, typer.Option("--not", help="What found pictures should not show.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many pictures to list.")] = 20,
     clip: SearchClip = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    page: Annotated[Path | None, typer.Option(help="Write an HTML page with the pictures here.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Also write an HTML page with the pictures to this file.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """List the pictures of a run or folder that are nearest to texts or pictures; what is embedded is kept."""
+    """Find pictures of a run or folder by text or by example, nearest first."""
     from genkit.files import user_path
     from genkit.pages.search import check_page, write_page
     from genkit.progress import printable, printable_json
@@ -56,18 +58,16 @@ def interrogate(
     images: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or runs.")],
     clip: Clip = "emoji-clip",
     lists: Annotated[
-        Path | None, typer.Option(help="A folder of .txt files, a phrase a line; default: genkit's.")
+        Path | None, typer.Option(help="Folder of .txt files with one phrase per line; default: built-in lists.")
     ] = None,
-    count: Annotated[int | None, typer.Option("--generate", help="Draw so many pictures of each caption.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="The run of --generate: made, or gone on with.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="What --generate draws with.")] = "emoji",
+    count: Annotated[int | None, typer.Option("--generate", help="Draw this many pictures of each caption.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The run folder of --generate.")] = None,
+    model: Annotated[str, typer.Option(help="The model that --generate draws with.")] = "emoji",
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Say what CLIP would call pictures: the nearest phrases of some lists, and the caption that they make."""
+    """Describe pictures with CLIP: the nearest phrases of some lists, and a caption made of them."""
     from genkit.components import inspect_model
     from genkit.files import user_path
     from genkit.progress import printable, printable_json

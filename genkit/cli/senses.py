@@ -16,18 +16,20 @@ Pictures = Annotated[Path, typer.Argument(help="A picture, a folder of pictures,
 @app.command(cls=Command, rich_help_panel=SCORE)
 def segment(
     images: Pictures,
-    words: Annotated[str, typer.Option(help="a fox,the sky: what to look for; a mask each.")],
+    words: Annotated[str, typer.Option(help="What to look for, one mask each: a fox,the sky.")],
     model: Annotated[str, typer.Option(help="A folder or hub id of a CLIPSeg model.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for masks and segments.jsonl.")],
-    threshold: Annotated[float, typer.Option(help="The probability from which on a pixel is in the mask.")] = 0.5,
-    grow: Annotated[int, typer.Option(help="Grow the masks by so many pixels.")] = 0,
-    invert: Annotated[bool, typer.Option("--invert", help="White is all but what the words name.")] = False,
-    soft: Annotated[bool, typer.Option("--soft", help="Write probabilities, 0 to 255, in place of masks.")] = False,
-    draw: Annotated[bool, typer.Option("--draw", help="Write the pictures with their masks in colour, too.")] = False,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the masks and segments.jsonl.")],
+    threshold: Annotated[float, typer.Option(help="Lowest probability at which a pixel is in the mask.")] = 0.5,
+    grow: Annotated[int, typer.Option(help="Grow the masks by this many pixels.")] = 0,
+    invert: Annotated[bool, typer.Option("--invert", help="White is everything except what the words name.")] = False,
+    soft: Annotated[
+        bool, typer.Option("--soft", help="Write probabilities, 0 to 255, instead of black and white.")
+    ] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="Also write the pictures with their masks in colour.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
-    """Write a mask of what each text names in each picture: white is what `generate --mask-image` draws anew."""
+    """Write a mask for each text and picture, for `generate --mask-image`: white is what the text names."""
     from genkit.studies.segment import segment_images
 
     return segment_images(images, words, model, out, threshold, grow, invert, soft, draw, device, dtype)
@@ -37,17 +39,19 @@ def segment(
 def caption(
     images: Pictures,
     model: Annotated[str, typer.Option(help="A folder or hub id of a BLIP, Florence-2 or ViT-GPT2 model.")],
-    question: Annotated[str | None, typer.Option(help="What to ask a model that answers questions.")] = None,
-    begin: Annotated[str | None, typer.Option(help="How captions of BLIP begin, say 'a photo of'.")] = None,
+    question: Annotated[str | None, typer.Option(help="Question for a model that answers questions.")] = None,
+    begin: Annotated[str | None, typer.Option(help="How BLIP captions begin, such as 'a photo of'.")] = None,
     write: Annotated[
-        str | None, typer.Option(help="Write training data: txt beside each picture, or jsonl: one metadata.jsonl.")
+        str | None,
+        typer.Option(help="Write training captions: txt (beside each picture) or jsonl (one metadata.jsonl)."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where a caption is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace captions that exist.")] = False,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines to this file instead of standard output.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="The most tokens of a caption: 50; of Florence's details 200 and 1000.")
+        int | None,
+        typer.Option(help="Maximum tokens of a caption; default 50 (Florence-2 detailed 200, more-detailed 1000)."),
     ] = None,
     detail: Annotated[
         str | None, typer.Option(help="How much Florence-2 says: caption, detailed or more-detailed.")
@@ -55,7 +59,7 @@ def caption(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
-    """Caption pictures, or ask a question about each; one JSON line a picture, or captions to train on."""
+    """Caption pictures, or ask a question about each; one JSON line per picture, or captions to train on."""
     from genkit.studies.caption import caption_images
 
     return caption_images(images, model, question, begin, write, overwrite, out, tokens, device, dtype, detail)
@@ -64,17 +68,15 @@ def caption(
 @app.command(cls=Command, rich_help_panel=SCORE)
 def depth(
     images: Pictures,
-    model: Annotated[str, typer.Option(help="A folder or hub id of a DPT or Depth Anything model.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for depth and depth.jsonl.")],
-    npy: Annotated[
-        bool, typer.Option("--npy", help="Write the values as float32 .npy in place of 16-bit PNG.")
-    ] = False,
-    draw: Annotated[bool, typer.Option("--draw", help="Write the depth in colours, too.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where the depth is there already.")] = False,
+    model: Annotated[str, typer.Option(help="A folder or hub id of a DPT, Depth Anything, ZoeDepth or GLPN model.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the depth maps and depth.jsonl.")],
+    npy: Annotated[bool, typer.Option("--npy", help="Write the values as float32 .npy instead of 16-bit PNG.")] = False,
+    draw: Annotated[bool, typer.Option("--draw", help="Also write the depth in colours.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace depth maps that exist.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
-    """Write how near or far each pixel of each picture is, as 16-bit grey PNG."""
+    """Write a depth map of each picture, as 16-bit grey PNG."""
     from genkit.studies.depth import depth_images
 
     return depth_images(images, model, out, npy, draw, overwrite, device, dtype)
@@ -82,16 +84,16 @@ def depth(
 
 @app.command("classify-video", cls=Command, rich_help_panel=SCORE)
 def classify_video(
-    clips: Annotated[list[Path], typer.Argument(help="Animated GIF or WebP files, or a folder of frames each.")],
-    labels: Annotated[str, typer.Option(help="a dog runs,a dog sleeps: what it could be.")],
+    clips: Annotated[list[Path], typer.Argument(help="Clips: animated GIF or WebP files, or folders of frames.")],
+    labels: Annotated[str, typer.Option(help="What a clip may show: a dog runs,a dog sleeps.")],
     model: Annotated[str, typer.Option(help="A folder or hub id of an X-CLIP model.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write JSON lines here in place of standard output.")
+        Path | None, typer.Option("-o", "--out", help="Write JSON lines to this file instead of standard output.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> int:
-    """Say which label fits each clip best; one JSON line a clip."""
+    """Name the label that fits each clip best; one JSON line per clip."""
     from genkit.studies.video import classify_clips
 
     return classify_clips(clips, labels, model, out, device, dtype)

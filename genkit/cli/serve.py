@@ -9,7 +9,7 @@ import typer
 
 from genkit.cli.app import MAKE, Command, app
 from genkit.cli.generate import RowOptions
-from genkit.cli.options import spread
+from genkit.cli.options import Workers, spread
 from genkit.errors import HostError, InputError
 from genkit.options import Options
 
@@ -24,39 +24,46 @@ LEFT_OUT = (
 @app.command(cls=Command, rich_help_panel=MAKE)
 @spread(without=LEFT_OUT)
 def serve(
-    row: RowOptions,
-    options: Options,
+    *,
     models: Annotated[
-        Path | None, typer.Option(help="A folder of models and LoRAs, served by name; --model is the first.")
+        Path | None, typer.Option(help="Serve every model and LoRA of this folder by name; --model names the first.")
     ] = None,
     loaded: Annotated[
-        int | None, typer.Option(min=1, help="With --models: how many are in memory at once; default 1.")
+        int | None, typer.Option(min=1, help="With --models: how many to hold in memory; default 1.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 7860,
-    api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line, that calls need.")] = None,
-    no_key: Annotated[bool, typer.Option("--no-key", help="Listen beyond this machine without a key.")] = False,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than this machine needs a key or --no-key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 7860,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with one API key per line; calls need one of them.")
+    ] = None,
+    no_key: Annotated[bool, typer.Option("--no-key", help="Serve other machines without a key.")] = False,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="A name by which a proxy's clients call it. May be given several times.")
+        list[str] | None, typer.Option(help="A further host name to answer to, e.g. behind a proxy; repeatable.")
     ] = None,
     framed_by: Annotated[
-        list[str] | None, typer.Option(help="An origin whose pages may show the page in a frame.")
+        list[str] | None, typer.Option(help="An origin whose pages may embed the page in a frame; repeatable.")
     ] = None,
-    runs: Annotated[Path | None, typer.Option(help="A folder for runs that clients start.")] = None,
-    workers: Annotated[
-        str | None, typer.Option(help="So many processes draw, each with a GPU, or cores, of its own: 4, or 4:64.")
-    ] = None,
-    ray: Annotated[str | None, typer.Option(help="Serve from a cluster of Ray: auto, or HOST:PORT.")] = None,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds for what is in flight when the server stops.")] = 30.0,
+    runs: Annotated[Path | None, typer.Option(help="Folder for the runs that clients start (/v1/runs).")] = None,
+    workers: Workers = None,
+    ray: Annotated[str | None, typer.Option(help="Serve from a Ray cluster: auto, or HOST:PORT.")] = None,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds to finish what is being drawn when the server stops.")
+    ] = 30.0,
     max_queue: Annotated[
-        float, typer.Option(min=1, help="Pictures of the model's size and steps that may wait.")
+        float, typer.Option(min=1, help="How many pictures (of the model's own size and steps) may wait.")
     ] = 256,
-    max_pixels: Annotated[int | None, typer.Option(min=64, help="Pixels of a picture.")] = None,
-    max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps of a picture.")] = 150,
-    max_images: Annotated[int, typer.Option(min=1, help="Pictures of a request.")] = 16,
-    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 2**25,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=64, help="Maximum pixels of a picture; default 4194304.")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Maximum steps of a picture.")] = 150,
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum pictures of a request.")] = 16,
+    max_body: Annotated[int, typer.Option(min=1024, help="Maximum bytes of a request.")] = 2**25,
+    row: RowOptions,
+    options: Options,
 ) -> int:
-    """Draw for clients of the OpenAI images API and others, all in one batch, and for a page."""
+    """Serve pictures over HTTP: the OpenAI images API, the AUTOMATIC1111 API and a web page."""
     try:
         from genkit.serve.server import Listen, run
     except ImportError as error:

@@ -17,19 +17,19 @@ from genkit.errors import EXIT_HOST, EXIT_INPUT, EXIT_OK, EXIT_SOME_FAILED, Host
 
 @app.command(cls=Command, rich_help_panel=TRAIN)
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, see training/recipes.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As train.steps=100.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default runs/NAME-OF-THE-RECIPE.")] = None,
+    recipe: Annotated[Path, typer.Argument(help="A recipe (.yaml), see training/recipes.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=100.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default: runs/NAME-OF-THE-RECIPE.")] = None,
     device: Device = "auto",
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the model when it is done.")
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the model to the Hugging Face hub when it is done.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Start so many on this machine, which train together.")
+        int | None, typer.Option(min=1, max=64, help="Train with this many processes on this machine.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Train a model, or go on with it: the same command goes on exactly where the last one stopped."""
+    """Train a model from a recipe; run the same command again to continue exactly where it stopped."""
     from genkit.training.processes import check_launch
     from genkit.training.recipe import read_recipe
 
@@ -78,12 +78,18 @@ def train(
 
 @app.command(cls=Command, rich_help_panel=TRAIN)
 def doctor(
-    data: Annotated[str | None, typer.Argument(help="A folder, .tar or .parquet; default: the recipe's.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="What it is to train: checks sizes, tokens, memory too.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write a page with thumbnails here.")] = None,
+    data: Annotated[
+        str | None, typer.Argument(help="The data set: a folder, .tar or .parquet; default: the recipe's.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe: also check sizes, caption lengths and memory for it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write an HTML page with thumbnails to this file.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Say what is wrong with a data set: captions, bad, small and double pictures; exits 2 for what stops training."""
+    """Check a data set for broken, small and duplicate pictures and bad captions; exits with 2 on errors."""
     from genkit.progress import printable_json
     from genkit.training.doctor import diagnose, write_page
 

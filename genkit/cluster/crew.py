@@ -152,7 +152,7 @@ class Workers:
         draws.settle(run.results, dispatcher.short)
         if signals.exit_code:
             saved = f"{len(run.done)} of {progress.total} images saved"
-            progress.message(f"stopped with {saved}; the same command goes on from here")
+            progress.message(f"stopped with {saved}; run the same command again to continue")
         return signals.exit_code
 
     def close(self) -> None:

@@ -111,7 +111,7 @@ class RayPool:
         """Raise HostError when Ray itself has ended: its calls would then wait for ever."""
         self.lost = has_ended(self.ray, self.local)
         if self.lost:
-            raise HostError("Ray has ended: its processes are gone; the same command goes on from here")
+            raise HostError("Ray has ended: its processes are gone; run the same command again to continue")
 
     def close(self) -> None:
         for worker in () if self.lost else list(self.actors):

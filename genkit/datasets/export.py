@@ -116,7 +116,7 @@ def _exported(out: Path) -> dict[str, str]:
         found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         if (path.name, found[path.name]) not in known:
             raise InputError(
-                f"--out: {out} holds {shown(path.name)}, which is no picture of an earlier export as it was"
+                f"--out: {out} holds {shown(path.name)}, which no earlier export like this wrote: use another folder"
             )
     return found
 

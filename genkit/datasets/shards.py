@@ -105,7 +105,9 @@ def _earlier(out: Path) -> dict[str, Any]:
         if path.name == MANIFEST or is_temporary(path.name):
             continue
         if path.name not in known or path.stat().st_size != known[path.name].get("bytes", path.stat().st_size):
-            raise InputError(f"--out: {out} holds {shown(path.name)}, which is no shard of an earlier export as it was")
+            raise InputError(
+                f"--out: {out} holds {shown(path.name)}, which no earlier export like this wrote: use another folder"
+            )
     return known
 
 

@@ -75,7 +75,7 @@ class Alone:
         with Signals() as signals:
             for _ in look_again(run, self.parts[1], changed):
                 if signals.exit_code:
-                    progress.message("stopped while looking at images again; the same command goes on from here")
+                    progress.message("stopped while looking at images again; run the same command again to continue")
                     break
         for note in self.parts[1].news():
             progress.message(note)
@@ -107,7 +107,7 @@ class Alone:
                 self.slots_full = draws.slots_full
         if signals.exit_code:
             saved = f"{len(run.done)} of {progress.total} images saved"
-            progress.message(f"stopped with {saved}; the same command goes on from here")
+            progress.message(f"stopped with {saved}; run the same command again to continue")
         for note in drawing.last_notes():
             progress.message(note)
         return signals.exit_code

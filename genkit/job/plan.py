@@ -172,7 +172,7 @@ def plan_job(
             raise InputError(f"{where}: {error}") from None
         filled.append(row)
     options.picking.check_rows(any(row.keep is not None for row in filled))
-    notes += [f"negative_prompt: has no say without guidance, in {unsaid} rows"] if unsaid else []
+    notes += [f"negative_prompt: has no effect without guidance, in {unsaid} rows"] if unsaid else []
     inversions, said = find_inversions(filled, options, info)
     segmenter, seen = find_segmenter(filled, options, defaults)
     notes += [*_check_loras(filled, info), *said, *info.notes, *seen]

@@ -91,7 +91,9 @@ def _run_job(job: Job, out: Path, crew: Crew, began: float) -> Summary:
     lacking = 0 if stopped else draws.lacking
     if lacking and draws.short:
         limit = f"--{draws.short.replace('_', '-')}"
-        progress.message(f"{limit} is reached and {lacking} rows lack images; the same command, with more, goes on")
+        progress.message(
+            f"{limit} is reached and {lacking} rows lack images; run the same command with a higher limit to continue"
+        )
     failed = sum(r.status == "failed" for r in results)
     return Summary(
         folder=str(out),

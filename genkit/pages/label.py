@@ -26,6 +26,7 @@ from genkit.errors import EXIT_SIGINT, HostError, InputError, shown
 from genkit.pages import look
 from genkit.rows.result import Result
 from genkit.runs.lease import Lease
+from genkit.runs.records import read_rows
 from genkit.scoring.gates import passes
 from genkit.selection.calibrate import check_asked, checked_gate, read_pictures
 from genkit.selection.decide import image_name
@@ -33,7 +34,7 @@ from genkit.selection.votes import COLUMNS, MEANING, UNDO, VOTES, header, read_v
 from genkit.storage import StoragePath
 
 LONG = 2000  # characters of a prompt that are shown
-KEYS = "Open the address above; y good, n bad, u undo, space later; Ctrl-C ends."
+KEYS = "Open the address above: y good, n bad, u undo, space later. Ctrl-C ends."
 BODY, PICTURE = 4096, 2**28  # bytes: of a request, of a picture
 _HOST = re.compile(r"(?:127\.0\.0\.1|localhost)(?::[0-9]{1,5})?")  # any port: somebody may have forwarded one
 _WHOLE = re.compile(rb"[^,]*,[^,]*,(?:[0-9a-f]{64})?\s*")  # a line of genkit's own
@@ -124,14 +125,18 @@ class StoredBallots(Ballots):
 
 
 class Desk:
-    """The pictures in the order in which they are asked about, and the votes so far. Threads share it."""
+    """The pictures in the order in which they are asked about, and the votes so far. Threads share it.
 
-    def __init__(self, pictures: Mapping[str, Result], ballots: Ballots, seed: int) -> None:
+    seed: of a random order; None: that of `pictures`.
+    """
+
+    def __init__(self, pictures: Mapping[str, Result], ballots: Ballots, seed: int | None) -> None:
         def place(name: str) -> bytes:  # of its own, so that pictures drawn later go in between
             return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
-        self.pictures = [pictures[name] for name in sorted(pictures, key=place)]
-        numbers = {name: k for k, name in enumerate(sorted(pictures, key=place))}
+        names = list(pictures) if seed is None else sorted(pictures, key=place)
+        self.pictures = [pictures[name] for name in names]
+        numbers = {name: k for k, name in enumerate(names)}
         found, _ = standing(ballots.votes, pictures, str(ballots.path), strict=False)
         self.votes = {numbers[name]: votes[-1] for name, votes in found.items()}
         self._ballots, self._lock = ballots, threading.Lock()
@@ -324,11 +329,11 @@ def _picture(folder: Path, r: Result) -> tuple[str, bytes]:
     return kind, data
 
 
-def label(folder: Path, where: str | None = None, seed: int = 0, port: int = 0) -> int:
+def label(folder: Path, where: str | None = None, seed: int | None = 0, port: int = 0) -> int:
     """Serve the page until Ctrl-C; returns 130. The address is printed on standard output.
 
-    where: show only pictures that pass. seed: of the order, which is random so that the labels stand for the run.
-    port: 0 takes a free one. Raises InputError, HostError.
+    where: show only pictures that pass. seed: of the order, which is random so that the labels stand for the run; None:
+    row by row. port: 0 takes a free one. Raises InputError, HostError.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"--port: {port} is not within 0 to 65535")
@@ -339,6 +344,9 @@ def label(folder: Path, where: str | None = None, seed: int = 0, port: int = 0) 
         pictures = {name: r for name, r in pictures.items() if passes(gate, r.scores)}
         if not pictures:
             raise InputError(f"--where: {shown(where)}: no picture passes")
+    if seed is None:
+        rows = {str(row.id): n for n, row in enumerate(read_rows(folder))}
+        pictures = dict(sorted(pictures.items(), key=lambda item: (rows[item[1].id], item[1].index)))
     ballots = StoredBallots(folder) if isinstance(folder, StoragePath) else Ballots(folder)
     try:
         desk = Desk(pictures, ballots, seed)
@@ -349,7 +357,8 @@ def label(folder: Path, where: str | None = None, seed: int = 0, port: int = 0) 
                 server.serve_forever()
         state = desk.state()
         votes = f"{len(desk.votes)} votes in {ballots.path} ({state['good']} good, {state['bad']} bad)"
-        print(f"\n{votes}, {state['left']} pictures left; the same command goes on", file=sys.stderr)
+        print(f"\n{votes}, {state['left']} pictures left; run the same command again to continue", file=sys.stderr)
+        print(f"to keep the good ones: genkit filter {folder} --votes {ballots.path}", file=sys.stderr)
         return EXIT_SIGINT
     finally:
         ballots.close()

@@ -17,6 +17,7 @@ from genkit.rows.request import ALIASES, SCHEDULES, Request, canonical, field_na
 from genkit.rows.typed import COUNTS, NUMBERS, typed
 
 MAX_BYTES = 2**27  # of a prompt file
+META = "meta."  # prefix of the names of table columns whose cells go into the field `meta`
 AUTO, OWN = "auto", "genkit"  # forms: recognise files of other tools, or never
 FORMS = {
     "a1111-lines": "lines of options of AUTOMATIC1111",
@@ -142,10 +143,11 @@ def _read_csv(text: str, name: str, more: Collection[str] = ()) -> RowFile:
         if len(header) == 1 and re.search("[;\t|]", header[0]):
             raise InputError(f"header: {shown(header[0])}: columns are separated by commas here")
         canonical(
-            {column: _SOME.get(field_name(column), "8x8") for column in named if column not in more}
+            {c: _SOME.get(field_name(c), "8x8") for c in named if c not in more and not _is_meta(c)}
         )  # unknown names, fields given twice
     except InputError as error:
-        raise InputError(f"{name}:{line}: {error}") from None
+        hint = f"; names of your own columns must begin with {META!r}" if "unknown field" in str(error) else ""
+        raise InputError(f"{name}:{line}: {error}{hint}") from None
     if len(named) < len(header):
         notes.append(f"{name}:{line}: a column of row numbers is not used")
     return RowFile(_csv_rows(rows, header, name, delimiter == ";"), notes=notes)
@@ -166,6 +168,10 @@ def _is_index(column: str) -> bool:
     return not column or re.fullmatch(r"Unnamed: \d+", column) is not None
 
 
+def _is_meta(column: str) -> bool:
+    return column.lower().startswith(META) and len(column) > len(META)
+
+
 def _csv_rows(
     rows: Iterator[tuple[int, list[str]]], header: list[str], name: str, decimal_comma: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -181,14 +187,16 @@ def _csv_rows(
             numbers = [cell for column, cell in stated.items() if _is_index(column) and not cell.strip().isdigit()]
             if numbers:
                 raise InputError(f"header: the column of {shown(numbers[0])} has no name")
-            yield (
-                line,
-                {
-                    column: _cell(field_name(column), cell, decimal_comma)
-                    for column, cell in stated.items()
-                    if not _is_index(column)
-                },
-            )
+            own = {column[len(META) :]: cell for column, cell in stated.items() if _is_meta(column)}
+            fields = {
+                column: _cell(field_name(column), cell, decimal_comma)
+                for column, cell in stated.items()
+                if not _is_index(column) and not _is_meta(column)
+            }
+            if own:
+                meta = next((column for column in fields if field_name(column) == "meta"), "meta")
+                fields[meta] = {**(fields.get(meta) or {}), **own}
+            yield line, fields
         except InputError as error:
             raise InputError(f"{name}:{line}: {error}") from None
 

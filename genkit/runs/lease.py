@@ -75,7 +75,7 @@ class Lease:
     def check(self) -> None:
         """Raise HostError if another process has taken the folder over."""
         if self._lost is not None:
-            raise HostError(f"{self.folder}: {self._lost}; the same command goes on")
+            raise HostError(f"{self.folder}: {self._lost}; run the same command again to continue")
 
     def close(self) -> None:
         """Let others have the folder."""

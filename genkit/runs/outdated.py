@@ -12,7 +12,7 @@ from typing import Any
 from genkit.errors import shown
 from genkit.rows.request import Request
 from genkit.rows.result import Result
-from genkit.runs.records import Key
+from genkit.runs.records import Key, read_config, read_results
 from genkit.storage import StoragePath
 
 HASHED = 8 * 2**30  # bytes of images whose hash is checked, newest first; of the rest only the size
@@ -39,6 +39,19 @@ def outdated(results: Iterable[Result], rows: Mapping[str, Request], fingerprint
         elif r.status == "pruned" and rows[r.id].prune is None:
             found[r.id, r.index] = "prune taken away"
     return found
+
+
+def kept_of(folder: Path, rows: Sequence[Request]) -> dict[str, int]:
+    """Return how many images of a run are finished, and how many of these are drawn again as their rows have changed.
+
+    {} for a folder without a run. Files are not looked at. Raises InputError, HostError.
+    """
+    if read_config(folder) is None:
+        return {}
+    asked = {str(row.id): row for row in rows}
+    done = [r for r in read_results(folder) if r.status == "done" and r.id in asked]
+    old = outdated(done, asked, {row_id: row.fingerprint() for row_id, row in asked.items()})
+    return {"finished": len(done), "drawn_again": sum(why != NEW_LABELS for why in old.values())}
 
 
 def damaged(folder: Path, done: Sequence[Result]) -> tuple[dict[Key, str], int]:

@@ -20,6 +20,7 @@ from genkit.selection.choose import Known, choose
 from genkit.selection.judged import Judged, Weigher, reads_sim, with_sim
 from genkit.selection.picking import NONE, Picking
 
+_VOTES = {True: None, False: "voted bad", None: "no vote"}  # why an image is rejected by its vote
 HARD_LINES = 10  # hard rows listed at the end of a run; selection.json has all
 
 
@@ -74,16 +75,26 @@ def judge(
     order: Expression | None,
     keep: int | None,
     ahead: bool,
+    votes: Mapping[str, bool] | None = None,
 ) -> Judged:
-    """Judge the images of a row. ahead: images drawn beyond what the row needed count, too."""
+    """Judge the images of a row. ahead: images drawn beyond what the row needed count, too.
+
+    votes: whether an image is good, by name; those without a vote are rejected like bad ones.
+    """
     weigh = None
     if reads_sim(gate) or reads_sim(order):
         weigh = Weigher(found, gate, order, keep or row.keep)
         found, gate = [with_sim(r, ALONE) for r in found], None if reads_sim(gate) else gate
-    passed = [r.status == "done" and passes(gate, r.scores) for r in found]
+    voted = [None if votes is None else votes.get(image_name(r)) for r in found]
+    passed = [
+        r.status == "done" and passes(gate, r.scores) and (votes is None or bool(vote))
+        for r, vote in zip(found, voted, strict=True)
+    ]
     most = row.max_images or row.num_images
     count = most if ahead else _needed(row, found, passed)
     reasons = [_refusal(r, ok, gate, most, count) for r, ok in zip(found, passed, strict=True)]
+    if votes is not None:
+        reasons = [reason or _VOTES[vote] for reason, vote in zip(reasons, voted, strict=True)]
     values = [math.nan if reason else value_of(r, order) for r, reason in zip(found, reasons, strict=True)]
     ranked = sorted((k for k, value in enumerate(values) if value == value), key=lambda k: (-values[k], k))
     judged = Judged(row, found, reasons, values, ranked, keep or row.keep, weigh=weigh)
@@ -116,7 +127,7 @@ def _refusal(r: Result, passed: bool, gate: Expression | None, most: int, count:
         return f"not among the {most} that the row asks for now"
     if r.index >= count:
         return f"drawn ahead: the first {count} were enough"
-    if gate is None or passed:
+    if gate is None or passed or passes(gate, r.scores):
         return None
     return f"gate: {gate.text}" + "".join(f" (no {name})" for name in unknown_scores(gate, r.scores)[:1])
 

@@ -17,9 +17,15 @@ class Picking:
     pictures that kept images are compared with; with `dedupe`, near duplicates of them are rejected.
     """
 
-    diverse: Annotated[float | None, "With keep: 0 takes the best, up to 1 rather those unlike what is taken."] = None
-    dedupe: Annotated[float | None, "Of pictures this alike (cosine, say 0.95) keep one; 1: identical."] = None
-    reference: Annotated[Path | None, "Name the nearest in this folder; with --dedupe refuse copies."] = None
+    diverse: Annotated[
+        float | None, "With --keep: 0 keeps the best; towards 1, prefer images unlike those already kept."
+    ] = None
+    dedupe: Annotated[
+        float | None, "Keep one of images this similar (CLIP cosine, such as 0.95); 1: identical files only."
+    ] = None
+    reference: Annotated[
+        Path | None, "Name each image's nearest in this folder; with --dedupe, reject copies of them."
+    ] = None
 
     @property
     def needs_embeddings(self) -> str | None:

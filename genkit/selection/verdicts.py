@@ -29,12 +29,17 @@ _TRUTH = {False: "false", True: "true"}
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What to decide by: where, rank_by and keep stand in for those of every row; picking thins out what passes."""
+    """What to decide by: where, rank_by and keep stand in for those of every row; picking thins out what passes.
+
+    votes: whether an image is good, by name, in place of the gate and keep of every row; ballot: the file with them.
+    """
 
     where: str | None = None
     rank_by: str | None = None
     keep: int | None = None
     picking: Picking = NONE
+    votes: Mapping[str, bool] | None = None
+    ballot: str | None = None
 
     def expressions(self, rows: Rows) -> list[Expression]:
         """Return every expression that is read. Raises InputError, naming the option, for one that is none."""
@@ -114,6 +119,7 @@ class Selection:
         """What selection.json says before `images`."""
         q = self.question
         options = {"where": q.where, "rank_by": q.rank_by, "keep": q.keep, **q.picking.to_json()}
+        options |= {} if q.ballot is None else {"votes": q.ballot}
         return {"kept": self.count, "of": len(self.kept), **options, "hard": self.hard}
 
     def kept_images(self) -> list[int]:
@@ -151,7 +157,8 @@ def select(folder: Path, config: Mapping[str, Any], question: Question) -> Selec
     rows = read_row_table(folder)
     table = Table(folder, rows, question.wanted(rows))
     question.check(table, (config["binding"].get("classifier") or {}).get("labels"))
-    question.picking.check_rows(question.keep is not None or any(keep is not None for _, keep, *_ in rows.kinds))
+    kept = question.votes is None and any(keep is not None for _, keep, *_ in rows.kinds)
+    question.picking.check_rows(question.keep is not None or kept)
     selection = Selection(table, question)
     if question.picking == NONE and not table.wanted.hashes:
         for judged in _judged(table, question):
@@ -175,13 +182,15 @@ def _judged(table: Table, question: Question, found: list[Result] | None = None)
         None if text is None else Expression(text, labels, table.names) for text in (question.where, question.rank_by)
     )
     compiled = functools.cache(lambda text, labels: Expression(text, labels, names=None))
-    ahead = question.where is not None or question.keep is not None
+    ahead = question.where is not None or question.keep is not None or question.votes is not None
     for n in range(len(rows)):
         row, span = rows[n], table.span(n)
+        if question.votes is not None:
+            row = dataclasses.replace(row, gate=None, keep=None)
         gate = asked_gate or (None if row.gate is None else compiled(row.gate, row.labels))
         order = asked_order or (None if row.rank_by is None else compiled(row.rank_by, row.labels))
         results = table.results(span) if found is None else found[span.start : span.stop]
-        yield judge(row, results, gate, order, question.keep, ahead)
+        yield judge(row, results, gate, order, question.keep, ahead, question.votes)
 
 
 def write_selection_file(folder: Path, selection: Selection) -> None:

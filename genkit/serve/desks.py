@@ -56,7 +56,7 @@ class Work:
     state: str = "queued"
     reason: str | None = None
     ticket: Ticket | None = None
-    notes: tuple[str, ...] = ()  # what was assumed or ignored
+    notes: tuple[str, ...] = ()  # what was assumed, or has no effect
     pictures: dict[int, Picture] = dataclasses.field(default_factory=dict)
     encoding: int = 0
     over: bool = False

@@ -28,11 +28,11 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "input_fidelity": ("low",),
 }
 INSTEAD = {
-    "quality": "say with `steps` how much work a picture is",
+    "quality": "set `steps`",
     "background": "the model draws no transparency",
     "moderation": "nothing is moderated here",
-    "style": "say it in the prompt",
-    "input_fidelity": "say with `strength` how much of the picture to give up",
+    "style": "put it into the prompt",
+    "input_fidelity": "set `strength`",
 }
 NO_SAY = ("user", "safety_identifier")  # whom the picture is for
 
@@ -61,7 +61,7 @@ def wanted(given: Mapping[str, Any], served: Collection[str]) -> Wanted:
         value = left.pop(name, None)
         if value is not None and value not in known:
             also = f"; {' or '.join(known)} is taken" if known else ""
-            raise InputError(f"{name}: {shown(value)} has no say here: {INSTEAD[name]}{also}")
+            raise InputError(f"{name}: {shown(value)} is not supported: {INSTEAD[name]}{also}")
     stream, partial = left.pop("stream", False), left.pop("partial_images", 0)
     if type(stream) is not bool:
         raise InputError(f"stream: {shown(stream)} is not true or false")

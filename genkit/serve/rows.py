@@ -52,7 +52,7 @@ class Most:
 
 
 class Planned(list[Request]):
-    """Planned rows, and notes on what was assumed or ignored, as `genkit generate` prints them."""
+    """Planned rows, and notes of what was assumed or has no effect, as `genkit generate` prints them."""
 
     notes: tuple[str, ...] = ()
 

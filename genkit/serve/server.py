@@ -29,6 +29,7 @@ from genkit.serve.served import Runs
 from genkit.serve.turns import Turns
 from genkit.signals import Signals
 
+PATHS = "a page at /, OpenAI's API at /v1, AUTOMATIC1111's API at /sdapi/v1"
 ANSWERED = 10  # seconds in which clients are told that the server ends
 TRIM = 60.0  # seconds between two times that freed memory goes back to the system, which costs less than 1 % of drawing
 
@@ -180,7 +181,9 @@ class Server(uvicorn.Server):
 
     def load(self) -> None:
         """Load the networks and draw a picture; end the server if that fails."""
+        names = list(self.serving.models)
         try:
+            print(f"loading {names[0]}", file=sys.stderr, flush=True)
             self.serving.engine.start()
             self.serving.engine.warm()
             for other in list(self.serving.models.values())[1:]:
@@ -188,6 +191,7 @@ class Server(uvicorn.Server):
             if self.serving.runs is not None:
                 self.serving.runs.feeder.start()
             print(self.address, flush=True)
+            print(f"serving {', '.join(names)}: {PATHS}; Ctrl-C stops", file=sys.stderr, flush=True)
         except (InputError, HostError) as error:
             self.error = None if self.serving.draining else error  # a signal came first
             self._leave()

@@ -9,10 +9,11 @@ from typing import Any
 from genkit.datasets.export import Target, export
 from genkit.errors import InputError, shown
 from genkit.pages.outcome import write_outcome
-from genkit.runs.records import read_config
+from genkit.runs.records import read_config, read_results
 from genkit.runs.table import Kept
 from genkit.selection.picking import NONE, Picking
 from genkit.selection.verdicts import Question, select
+from genkit.selection.votes import name_of, read_labels
 
 
 def refilter(
@@ -23,11 +24,13 @@ def refilter(
     out: Path | None = None,
     picking: Picking = NONE,
     target: Target | None = None,
+    votes: Path | None = None,
 ) -> dict[str, Any]:
     """Decide again on a run's recorded scores: `genkit filter`. Rewrites selection.json and index.html; returns counts.
 
-    where, rank_by, keep override every row's gate, rank_by and keep. out, target: a folder for copies of the kept
-    pictures, and their form, see `export`. Needs no model (except for a reference folder) and no lock. Raises
+    where, rank_by, keep override every row's gate, rank_by and keep. votes: a votes.csv, or a list of names; only
+    pictures that are good there may be kept, whatever the rows' gates and keep say. out, target: a folder for copies of
+    the kept pictures, and their form, see `export`. Needs no model (except for a reference folder) and no lock. Raises
     InputError for a folder that is not a run and for an unknown score.
     """
     if keep is not None and not 1 <= keep <= 100_000:
@@ -41,7 +44,9 @@ def refilter(
     collecting = gc.isenabled()
     gc.disable()  # there are no reference cycles to free, and collecting takes half of the time
     try:
-        selection = select(folder, config, Question(where, rank_by, keep, picking))
+        good = None if votes is None else _good(folder, votes)
+        ballot = None if votes is None else str(votes)
+        selection = select(folder, config, Question(where, rank_by, keep, picking, good, ballot))
         table = selection.table
         summary = {"run": str(folder), "rows": len(table.rows), "images": len(table), "kept": selection.count}
         if out is not None:
@@ -52,3 +57,9 @@ def refilter(
         if collecting:
             gc.enable()
     return summary
+
+
+def _good(folder: Path, votes: Path) -> dict[str, bool]:
+    """Return which pictures of a run are good: by votes.csv, or by being in a list. Raises InputError."""
+    pictures = {name_of(r): r for r in read_results(folder)}
+    return read_labels(votes, None, votes.suffix.lower() != ".csv", pictures).good

@@ -72,7 +72,7 @@ def search(
     query = _query(scorer, texts, shows, negative)
     notes = [
         f"{shown(t, 60)}: is longer than the {scorer.texts.tokenizer.model_max_length} tokens that {name} reads: the "
-        "rest of it has no say"
+        "rest of it has no effect"
         for t in (*texts, *negative)
         if t in scorer.texts.truncated
     ]

@@ -178,7 +178,9 @@ def described(found: Mapping[str, Any], folder: Path) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines += ["  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=True)).rstrip() for row in table]
     if found["clip"] is not None:
-        lines.append(f"clip {found['clip']['mean']:.4f} ({_ends(found['clip']['interval'], '.4f')})")
+        ends = found["clip"]["interval"]
+        interval = "" if None in ends else f" ({_ends(ends, '.4f')})"  # a single prompt has none
+        lines.append(f"clip {found['clip']['mean']:.4f}{interval}")
     for name in ("fid", "kid", "cmmd"):
         if name in found.get("against", {}):
             value, low, high = found["against"][name]

@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 from genkit import cli
-from genkit.progress import Steps
 from tests.check_run import check_run
 from tests.children import start
 from tests.grids import thinned
@@ -252,7 +251,7 @@ def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "the same command goes on" in err
+    assert "run the same command again" in err
     check_run(run)
     before = records(run)
     assert 0 < len(before) < 12
@@ -388,16 +387,15 @@ def test_inspect_and_env(tmp_path: Path) -> None:
     assert json.loads(here("env", "--json").stdout)["torch"].startswith("2.")
 
 
-def test_plain_lines_of_progress_say_how_long_it_will_take(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr("genkit.progress.time.monotonic", lambda: now[0])
-    with Steps() as say:
-        for done, text in ((300, "begun"), (330, "on"), (331, "too soon"), (400, "done")):
-            say(done, 400, text)
-            now[0] += 60 if done == 300 else 1
-    assert capsys.readouterr().err.splitlines() == [" 75 %  begun", " 82 %  on, 2:20 to go", "100 %  done"]
+def test_a_dry_run_says_what_is_finished_and_what_would_be_drawn_again(prompts: Path) -> None:
+    run = prompts.parent / "run"
+    asked = ["generate", str(prompts), "-o", str(run), *QUICK, "--json"]
+    assert "finished" not in json.loads(here(*asked, "--dry-run").stdout)
+    assert here(*asked).returncode == 0
+    plan = json.loads(here(*asked, "-n", "2", "--dry-run").stdout)
+    assert (plan["images"], plan["finished"], plan["drawn_again"]) == (6, 3, 0)
+    plan = json.loads(here(*asked, "--guidance-scale", "3", "--dry-run").stdout)
+    assert (plan["finished"], plan["drawn_again"]) == (3, 3)
 
 
 def test_a_run_of_another_default_is_refused_and_goes_on_with_its_settings_stated(tmp_path: Path) -> None:

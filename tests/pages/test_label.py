@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from genkit.errors import InputError
 from genkit.pages.label import Ballots
 from genkit.selection.votes import read_votes
+from genkit.studies.filter import refilter
 from tests.children import start
 from tests.judged_run import judged_run
 
@@ -95,7 +97,35 @@ def test_going_on_after_a_kill_and_ctrl_c(page: Page, folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "1 votes in" in said and "the same command goes on" in said
+    assert "1 votes in" in said and "run the same command again" in said
+
+
+def test_in_order_shows_row_by_row_and_filter_keeps_what_was_voted_good(folder: Path, tmp_path: Path) -> None:
+    url, process = serve(folder, "--in-order")
+    page = Page(url, process)
+    seen = []
+    for n in range(9):  # the last one gets no vote
+        image = page.state()["image"]
+        seen.append(image["name"])
+        page.vote(image["number"], "yes" if n in (0, 1, 2, 7) else "no")
+    process.kill()
+    process.communicate()
+    assert seen == [f"r{n}-{k:02d}" for n in range(2) for k in range(5)][:9]
+    found = refilter(folder, votes=folder / "votes.csv", out=tmp_path / "best")
+    assert found["copied"] == 4 and sorted(path.stem for path in (tmp_path / "best").glob("*.png")) == [
+        *seen[:3],
+        seen[7],
+    ]
+    told = json.loads((folder / "selection.json").read_text())
+    assert told["votes"] == str(folder / "votes.csv")
+    why = {name: image["reason"] for name, image in told["images"].items()}
+    assert why["r0-00"] == "kept" and why["r0-03"] == "voted bad" and why["r1-04"] == "no vote"
+    assert refilter(folder, votes=folder / "votes.csv", keep=1, where="clip > 0.1")["kept"] == 2
+    (tmp_path / "good.txt").write_text("r1-01.png\n")
+    assert refilter(folder, votes=tmp_path / "good.txt")["kept"] == 1
+    (tmp_path / "good.txt").write_text("r9-01.png\n")
+    with pytest.raises(InputError, match=r"good\.txt:1: 'r9-01.png' is no picture of this run"):
+        refilter(folder, votes=tmp_path / "good.txt")
 
 
 def test_votes_that_an_editor_wrote_again_are_gone_on_with(folder: Path) -> None:

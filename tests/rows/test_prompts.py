@@ -148,6 +148,15 @@ requests:
     assert "keep: 2 of at most 1" in refusal(write(folder, "b.jsonl", row(prompt="a", keep=2)))
 
 
+def test_columns_of_ones_own_are_passed_through_as_meta(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text('prompt,meta.client,Meta.page,meta\na fox,Ann,3,"{""x"": 1}"\nan owl,,,\n')
+    assert [row.meta for row in read_prompts(table)] == [{"x": 1, "client": "Ann", "page": "3"}, None]
+    table.write_text("prompt,Client\na fox,Ann\n")
+    with pytest.raises(InputError, match=r"a\.csv:1: 'Client': unknown field.*; names of your own .* with 'meta\.'"):
+        read_prompts(table)
+
+
 def test_an_absent_prompt_is_left_to_the_job(tmp_path: Path) -> None:
     assert [r.prompt for r in read_prompts(write(tmp_path, "a.csv", "prompt,seed\n,1\n,2\n"))] == ["", ""]
     assert read_prompts(write(tmp_path, "a.jsonl", "{}"))[0] == Request(id="000000")

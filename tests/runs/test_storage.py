@@ -280,7 +280,9 @@ def test_storage_that_answers_503_for_a_while(s3: tuple[StoragePath, Proxy], mon
     monkeypatch.setattr(storage, "PATIENCE", 0.5)
     run = Run.open(folder, CONFIG, ROWS)
     proxy.answer = 503
-    with pytest.raises(HostError, match=r"r0-00.png: no answer for \d s; last: .*; the same command goes on"):
+    with pytest.raises(
+        HostError, match=r"r0-00.png: no answer for \d s; last: .*; run the same command again to continue"
+    ):
         run.save(result_of(ROWS[0], 0), png(ROWS[0], 0))
     proxy.answer = None
     run.close()

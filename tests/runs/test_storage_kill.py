@@ -69,7 +69,7 @@ def test_generate_on_storage_that_fails_killed_and_gone_on_with(
         wait_for(folder / "images", 3)
         proxy.answer = 503
         _, said = child.communicate(timeout=60)
-        assert child.returncode == 3 and said.splitlines()[-1].endswith("; the same command goes on")
+        assert child.returncode == 3 and said.splitlines()[-1].endswith("; run the same command again to continue")
         proxy.answer = None
         child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         wait_for(folder / "images", 8)

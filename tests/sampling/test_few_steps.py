@@ -259,7 +259,7 @@ def test_a_negative_prompt_without_guidance_is_noted(folders: dict[str, Path]) -
     for name, guidance in (("turbo", 0.0), ("lcm", 8.5)):
         rows = [Request(prompt="a", negative_prompt="b", guidance_scale=guidance), Request(prompt="a")]
         job = plan_job(rows, Options(model=str(folders[name])), {})
-        assert "negative_prompt: has no say without guidance, in 1 rows" in job.notes
+        assert "negative_prompt: has no effect without guidance, in 1 rows" in job.notes
     quiet = plan_job([Request(prompt="a", negative_prompt="b")], Options(model=str(folders["turbo"])), {})
     assert not any("negative_prompt" in note for note in quiet.notes)
 

@@ -216,7 +216,7 @@ def test_somebody_elses_folder_is_not_exported_to(foreign: str, run: Path, tmp_p
         (out / "mine.png").write_bytes(b"mine")
         (out / "metadata.jsonl").write_text('{"file_name": "mine.png", "text": "mine"}\n')
     before = {p: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(InputError, match="no picture of an earlier export"):
+    with pytest.raises(InputError, match="no earlier export like this"):
         refilter(run, where="clip > 0.4", out=out)
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 

@@ -124,7 +124,7 @@ def test_a_reload_finds_everything_again(served: Served, desk: Desk) -> None:
 
 def test_what_has_no_say_is_noted(desk: Desk) -> None:
     fields = {"prompt": "x", "negative_prompt": "blue", "guidance_scale": 1.0, "num_inference_steps": 1}
-    assert any("negative_prompt: has no say" in note for note in desk.post("draw", fields=fields).json()["notes"])
+    assert any("negative_prompt: has no effect" in note for note in desk.post("draw", fields=fields).json()["notes"])
 
 
 def test_a_picture_that_is_varied_is_held_with_its_mask(served: Served, desk: Desk) -> None:

@@ -66,7 +66,9 @@ def test_the_command_serves_until_a_signal_and_says_what_is_wrong(tmp_path: Path
         assert process.wait(30) == 143
         ask.join()
         assert process.stderr is not None
-        assert process.stderr.read() == "stopping: drawing what is in flight\n"
+        loading, serving, stopping = process.stderr.read().splitlines()
+        assert loading == "loading emoji" and serving.startswith("serving emoji: a page at /, OpenAI's API at /v1")
+        assert stopping == "stopping: drawing what is in flight"
     assert answer.status_code == 200 and late[0].status_code == 503
     assert late[0].json()["error"]["message"] == "the server is stopping"
     assert taken.returncode == 3 and "--port" in taken.stderr and taken.stderr.count("\n") == 1

@@ -246,12 +246,12 @@ def test_it_learns_where_things_are(places: Path, tmp_path: Path) -> None:
         ({"scenes": {"near": "subgroup"}}, "scenes.near: no picture has a field 'subgroup'"),
         ({"scenes": {"most": 0}}, "scenes.most: 0: input should be greater than or equal to 1"),
         ({"scenes": {"mots": 1}}, "scenes.mots: unknown key (did you mean 'most'?)"),
-        ({"data": {"flip": 0.5}}, "data.flip: 0.5: has no say in task detector"),
-        ({"data": {"zoom": 0.5}}, "data.zoom: 0.5: has no say in task detector"),
-        ({"data": {"cache": 2}}, "data.cache: 2: has no say in task detector"),
-        ({"data": {"background": {"share": 0.5}}}, "data.background: has no say in task detector"),
+        ({"data": {"flip": 0.5}}, "data.flip: 0.5: has no effect in task detector"),
+        ({"data": {"zoom": 0.5}}, "data.zoom: 0.5: has no effect in task detector"),
+        ({"data": {"cache": 2}}, "data.cache: 2: has no effect in task detector"),
+        ({"data": {"background": {"share": 0.5}}}, "data.background: has no effect in task detector"),
         ({"evaluate": {"metrics": ["fid"]}}, "evaluate.metrics: task detector draws no pictures to measure"),
-        ({"task": "clip", "scenes": {"most": 2}}, "scenes: has no say in task clip; it belongs to detector"),
+        ({"task": "clip", "scenes": {"most": 2}}, "scenes: has no effect in task clip; it belongs to detector"),
     ],
 )
 def test_what_a_detector_is_not_trained_on(places: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

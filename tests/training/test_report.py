@@ -25,7 +25,7 @@ def page_of(folder: Path, scores: dict[int, dict[str, object]], best: int = 0, p
 
 
 def test_the_page_shows_scores_intervals_levels_and_samples(tmp_path: Path) -> None:
-    tenths = [k / 10 for k in range(9)] + [None]
+    tenths = [k / 10 for k in range(8)] + [float("nan"), None]  # nan: no picture had such a level
     page = page_of(
         tmp_path,
         {
@@ -41,6 +41,7 @@ def test_the_page_shows_scores_intervals_levels_and_samples(tmp_path: Path) -> N
     assert "<tr class=best><td>10</td>" in page and "Overfit since step 10" in page
     levels = next(row for row in cells if "to" in row)
     assert " ".join(levels).startswith("step 0 to 10 % 10 to 20 %") and " ".join(levels).endswith("80 to 90 %")
+    assert cells[-2][-1] == "–" and ">nan<" not in page
     assert page.index("samples/000030.png") < page.index("samples/000000.png"), "the newest first"
 
 
@@ -58,7 +59,7 @@ def test_the_curve_has_at_most_some_hundred_points() -> None:
     assert curve([(1, 0.5)], []) == ""
 
 
-@pytest.mark.parametrize(("code", "words"), [(0, "model in"), (143, "goes on from step 7")])
+@pytest.mark.parametrize(("code", "words"), [(0, "model in"), (143, "continue from step 7")])
 def test_the_last_words(code: int, words: str) -> None:
     said = described(Outcome(code, "stopped", 7, {"step": 5, "loss": 0.25}, 3.0, 5), Path("runs/x"))
     assert words in said and "best: step 5: loss 0.25" in said and "overfit since step 5" in said

@@ -374,7 +374,7 @@ def test_sdxl_shapes_train_whole_and_by_adapters(places: Path, tmp_path: Path) -
             r"prior\.path: 'nowhere': there is no such",
         ),
         ({"task": "unconditional"}, "is a model of kind text-to-image, not unconditional"),
-        ({"task": "autoencoder", "data": {"cache": 2}}, r"data\.cache: 2: has no say in task autoenc"),
+        ({"task": "autoencoder", "data": {"cache": 2}}, r"data\.cache: 2: has no effect in task autoenc"),
         ({"task": "textual-inversion", "token": {"placeholder": "<a>", "initializer": "cat"}}, "none has the new word"),
         (
             {"task": "autoencoder", "networks": {"vae": {}}, "data": {"validation": 0.0}},
