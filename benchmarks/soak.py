@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import math
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,6 +31,8 @@ from typing import Any
 
 import httpx
 
+from genkit.training.launch import free_port
+
 LINES = {"content-type": "application/x-ndjson"}
 FLAT = 1.1  # of memory, the later by the earlier
 
@@ -38,12 +40,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Server:
-    """A `genkit serve` that is started again after each kill."""
+    """A `genkit serve` that is started again after each kill. command: of genkit; drain: seconds after SIGTERM."""
 
     def __init__(self, runs: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.command: Sequence[str] = (sys.executable, "-m", "genkit")
+        self.drain = 3
+        self.held = contextlib.ExitStack()  # for no other program while it is not there
+        self.port = self.held.enter_context(free_port())
         self.url, self.runs, self.log = f"http://127.0.0.1:{self.port}", runs, log
         self.codes: list[int] = []
         self.began = time.monotonic()
@@ -54,11 +57,9 @@ class Server:
 
     def start(self, seconds: float = 300.0) -> None:
         """Start, and wait until pictures are drawn."""
-        options = ["--model", "emoji", "--port", str(self.port), "--runs", str(self.runs), "--drain", "3"]
+        options = ["--model", "emoji", "--port", str(self.port), "--runs", str(self.runs), "--drain", str(self.drain)]
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "genkit", "serve", *options], stdout=log, stderr=log, cwd=ROOT
-            )
+            self.process = subprocess.Popen([*self.command, "serve", *options], stdout=log, stderr=log, cwd=ROOT)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             try:

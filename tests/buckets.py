@@ -22,6 +22,7 @@ import pytest
 
 from genkit import storage
 from genkit.storage import StoragePath
+from genkit.training.launch import free_port
 
 BUCKET = "pictures"
 ANSWERS = {503: "SlowDown", 403: "AccessDenied"}
@@ -30,11 +31,14 @@ ANSWERS = {503: "SlowDown", 403: "AccessDenied"}
 class Proxy(ThreadingHTTPServer):
     """Passes requests on; `answer`: 503 or 403 in place of that, 0 closes the connection; requests: how many so far.
 
+    after: pictures that it lets through before it answers something else, and that answer; None for any number.
+
     kept: what the server has acknowledged of the requests that change something, in its order; None keeps nothing.
     """
 
     answer: int | None = None
     requests = 0
+    after: tuple[int, int] | None = None
     kept: list[tuple[str, str, bytes, dict[str, str]]] | None = None
 
     def __init__(self, port: int) -> None:
@@ -71,6 +75,12 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.turn:
                 found = pass_on(self.server.behind, *asked)
                 self.server.kept.append(asked)
+        if self.server.after is not None and self.command == "PUT" and "/images/" in self.path:
+            with self.server.turn:
+                many, answer = self.server.after
+                self.server.after = many - 1, answer
+                if many == 1:
+                    self.server.answer, self.server.after = answer, None
         self._send(*found)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _any
@@ -159,16 +169,16 @@ class Server:
 
     def start(self) -> None:
         """Start it, with what it had acknowledged before it was killed."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = self.proxy.behind = free.getsockname()[1]
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            time.sleep(0.05)
+        with free_port() as port:
+            self.proxy.behind = port
+            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            until = time.monotonic() + 200
+            while time.monotonic() < until:
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                time.sleep(0.05)
         for asked in self.proxy.kept or ():
             pass_on(port, *asked)
         self.proxy.answer = None

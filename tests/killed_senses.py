@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from genkit import cli
+from tests import children
 from tests.classifiers import tiny_classifier
 from tests.detectors import tiny_owlvit
 from tests.senses import tiny_blip_vqa
@@ -42,8 +42,8 @@ def write_rows(folder: Path, images: int) -> None:
     (folder / "more.jsonl").write_text(json.dumps({**row, **MORE}))
 
 
-def start(folder: Path, table: str, run: str) -> int:
-    """Fork a child that makes a run, one picture at a time; return its pid."""
+def start(folder: Path, table: str, run: str, *most: int) -> int:
+    """Fork a child that makes a run, one picture at a time; return its pid. most: pictures until it waits to die."""
     pid = os.fork()
     if pid:
         return pid
@@ -55,7 +55,7 @@ def start(folder: Path, table: str, run: str) -> int:
         os.dup2(null, 2)
         small = ["--steps", "1", "--width", "64", "--height", "64", "--device", "cpu", "--batch-size", "1"]
         senses = ["--detector", "owl", "--classifier", "cls", "--captioner", "vqa"]
-        code = cli.run(["generate", table, "-o", run, *small, *senses])
+        code = children.main(most, ["generate", table, "-o", run, *small, *senses])
     finally:
         os._exit(code)
 
@@ -68,10 +68,11 @@ def killed(folder: Path, table: str, run: str, kills: int, most: int, moment: ra
     """Kill a run at `kills` random moments, each within `most` new records, then let it end; return how many fell."""
     journal, fell = folder / run / "results.jsonl", 0
     for _ in range(kills):
-        child, before = start(folder, table, run), lines(journal)
-        wanted, began = before + moment.randint(0, most), time.monotonic()
+        before, began = lines(journal), time.monotonic()
+        wanted = before + moment.randint(0, most)
+        child = start(folder, table, run, wanted - before + 1)
         extra = moment.uniform(0, 1.0 if wanted == before else 0.03)
-        while lines(journal) < wanted and time.monotonic() - began < 120:
+        while lines(journal) < wanted and time.monotonic() - began < 200:
             if os.waitpid(child, os.WNOHANG)[0]:
                 return fell
             time.sleep(0.001)

@@ -115,7 +115,7 @@ def pictures(run: Path) -> int:
     return sum(1 for _ in run.glob("images/*.png"))
 
 
-def outlived(pids: dict[int, str], seconds: float = 20.0) -> int:
+def outlived(pids: dict[int, str], seconds: float = 120.0) -> int:
     """Wait for workers to end; return how many did not."""
     until = time.monotonic() + seconds
     while (left := pids.keys() & dict(_processes()).keys()) and time.monotonic() < until:

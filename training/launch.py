@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from genkit.errors import EXIT_HOST, EXIT_OK, InputError
@@ -25,9 +26,20 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     """
     if "WORLD_SIZE" in os.environ:
         raise InputError("--processes: torchrun and accelerate launch start the processes already")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with free_port() as port:
+        return _launched(count, arguments, port)
+
+
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """Yield a port of this machine that no other program is given meanwhile; a server with SO_REUSEADDR may take it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def _launched(count: int, arguments: Sequence[str], port: int) -> int:
     command = [sys.executable, "-m", "genkit", *arguments]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     threads = max(1, (os.cpu_count() or 1) // count)

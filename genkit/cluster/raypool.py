@@ -67,20 +67,20 @@ class RayPool:
         self._when(actor.load.remote(self.recorded, masks), worker, "ready")
 
     def open(self, worker: str) -> None:
-        self._when(self.actors[worker].open.remote(), worker, "opened")
+        self._order(worker, "open", "opened")
 
     def send(self, worker: str, units: list[Unit]) -> None:
-        self._when(self.actors[worker].draw.remote(units), worker, "drawn")
+        self._order(worker, "draw", "drawn", units)
 
     def recall(self, worker: str) -> None:
-        self._when(self.actors[worker].give_back.remote(), worker, "given")
+        self._order(worker, "give_back", "given")
 
     def halt(self, worker: str) -> None:
-        self._when(self.actors[worker].halt.remote(), worker, "halted")
+        self._order(worker, "halt", "halted")
 
     def finish(self, worker: str) -> None:
         self.finishing.add(worker)
-        self._when(self.actors[worker].finish.remote(), worker, "ended")
+        self._order(worker, "finish", "ended")
 
     def kill(self, worker: str) -> None:
         actor = self.actors.pop(worker, None)
@@ -90,7 +90,7 @@ class RayPool:
 
     def look_back(self, worker: str, detect: bool) -> None:
         """Have images of earlier starts scored again, or looked at again: "looked", with the results."""
-        self._when(self.actors[worker].look_back.remote(detect), worker, "looked")
+        self._order(worker, "look_back", "looked", detect)
 
     def poll(self, seconds: float) -> list[Event]:
         came: list[Event] = []
@@ -118,6 +118,12 @@ class RayPool:
             self.kill(worker)
         disconnect(self.ray, self._temporary, self.lost)
         _LOGGER.setLevel(self._level)
+
+    def _order(self, worker: str, method: str, kind: str, *given: Any) -> None:
+        """Call a method of a worker; nothing where it died a moment ago, which is told already."""
+        actor = self.actors.get(worker)
+        if actor is not None:
+            self._when(getattr(actor, method).remote(*given), worker, kind)
 
     def _when(self, call: Any, worker: str, kind: str) -> None:
         """Report the outcome of a call to a worker as an event of that kind."""

@@ -122,8 +122,9 @@ class Worker:
 
     def news(self) -> list[str]:
         """Return the notes since the last call."""
-        new = self.notes[:]
-        del self.notes[: len(new)]
+        with self._lock:  # several calls may ask at once
+            new = self.notes[:]
+            del self.notes[: len(new)]
         return new
 
     @property
@@ -170,7 +171,8 @@ class Worker:
             left.discard(number)
             if drawn is not None:
                 found.append(drawn)
-        if not left:
+            over = not left  # outside the lock two threads could see that of the last two units
+        if over:
             done.set_result(found)
 
     def _fail(self, error: BaseException) -> None:

@@ -184,15 +184,17 @@ class ServingEngine:
     @property
     def rate(self) -> float | None:
         """Cost drawn a second of busy time, over the last images; None before there are any."""
-        if len(self._ends) < 2 or self._ends[-1][0] <= self._ends[0][0]:
+        ends = list(self._ends)  # the thread that draws adds to them, and drops them when it loads anew
+        if len(ends) < 2 or ends[-1][0] <= ends[0][0]:
             return None
-        return sum(cost for _, cost in list(self._ends)[1:]) / (self._ends[-1][0] - self._ends[0][0])
+        return sum(cost for _, cost in ends[1:]) / (ends[-1][0] - ends[0][0])
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state of engine and queue, for /health, /metrics and progress."""
         waiting, flying = self.line.waiting()
         engine = self.line.engine
         budget = None if self.generator is None else self.generator.budget
+        counts = dict(self.counts)  # at once: the thread that draws may add a reason
         return {
             "ready": self.ready,
             "why": self.why,
@@ -204,8 +206,8 @@ class ServingEngine:
             "rate": self.rate,
             "slots": 0.0 if budget is None else (budget.slots if engine is None else engine.slots),
             "slots_used": 0.0 if engine is None else engine.held,
-            "images": self.counts["done"],
-            "failures": {name: n for name, n in self.counts.items() if name != "done"},
+            "images": counts.get("done", 0),
+            "failures": {name: n for name, n in counts.items() if name != "done"},
             "seconds": round(time.monotonic() - self.started, 3),
         }
 

@@ -97,11 +97,11 @@ def run(
     keys = keys_of(listen)
     prepare(options, defaults, listen, most, max_queue, keys)  # raises errors here, once, and not in each replica
     serve = _import_serve()
-    if address is None:
-        with contextlib.closing(bound(listen)) as free:
-            listen = dataclasses.replace(listen, port=free.getsockname()[1])
+    # Held until the end: no other program is given the port before Ray Serve listens there, which it still may
+    held = contextlib.nullcontext() if address else contextlib.closing(bound(listen))
     gpu = None if options.device == "auto" else options.device != "cpu"
-    with Signals() as signals, _connected(bounds, gpu, address) as (ray, share):
+    with held as own, Signals() as signals, _connected(bounds, gpu, address) as (ray, share):
+        listen = listen if own is None else dataclasses.replace(listen, port=own.getsockname()[1])
         options = dataclasses.replace(options, device="cuda" if share.gpu else "cpu")
         what = What(options, defaults, listen, most, max_queue, keys, 0 if share.gpu else share.threads)
         try:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from genkit import cli
 from tests.check_run import check_run
-from tests.children import start
+from tests.children import holding, start
 from tests.grids import thinned
 from tests.judged_run import judged_run
 
@@ -243,13 +243,12 @@ def test_a_run_from_prompts_to_gallery_and_a_changed_row(prompts: Path) -> None:
 def test_ctrl_c_and_the_same_command_again(prompts: Path, number: signal.Signals, code: int) -> None:
     run = prompts.parent / "run"
     arguments: list[str | Path] = ["generate", prompts, "-o", run, "-n", "4", "--batch-size", "2", *QUICK]
-    command = [sys.executable, "-m", "genkit", *map(str, arguments)]
-    with start(command) as process:
-        journal, deadline = run / "results.jsonl", time.monotonic() + 120
+    with start([*holding(3), *map(str, arguments)]) as process:
+        journal, deadline = run / "results.jsonl", time.monotonic() + 200
         while time.monotonic() < deadline and not (journal.is_file() and journal.stat().st_size):
             time.sleep(0.01)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=200)
     assert process.returncode == code, err
     assert "run the same command again" in err
     check_run(run)
@@ -274,7 +273,7 @@ def test_a_signal_leaves_no_lock_held(prompts: Path, monkeypatch: pytest.MonkeyP
     class Pool(ThreadPoolExecutor):
         def submit(self, work: Any, *arguments: Any) -> Any:  # type: ignore[override]
             def locked() -> Any:
-                assert lock.acquire(timeout=20)
+                assert lock.acquire(timeout=120)
                 lock.release()
                 return work(*arguments)
 

@@ -51,7 +51,8 @@ class ThreadPool:
         self._call(worker, "ready", self.recorded, masks, method="load")
 
     def open(self, worker: str) -> None:
-        self.workers[worker].open()
+        if (one := self.workers.get(worker)) is not None:
+            one.open()
 
     def send(self, worker: str, units: list[Unit]) -> None:
         self._call(worker, "drawn", units, method="draw")

@@ -79,10 +79,8 @@ def test_a_row_that_kills_its_workers_is_set_aside(
 
 
 def test_an_address_without_a_cluster_is_one_line(tmp_path: Path) -> None:
-    begun = time.monotonic()
     command = [sys.executable, "-m", "genkit", "generate", "--prompt", "a", "-o", str(tmp_path / "x")]
-    found = subprocess.run([*command, "--ray", "127.0.0.1:1"], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    print(time.monotonic() - begun)
+    found = subprocess.run([*command, "--ray", "127.0.0.1:1"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert found.returncode == 3 and "no cluster answers at 127.0.0.1:1" in found.stderr.splitlines()[-1]
     assert "Traceback" not in found.stderr and not (tmp_path / "x").exists()
 

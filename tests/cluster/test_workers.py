@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from genkit.cluster.crew import Workers, check_address, parse_workers
 from genkit.cluster.feed import Feed
 from genkit.cluster.generate import check_workers
 from genkit.cluster.units import Drawn, Unit
+from genkit.cluster.worker import Worker
 from genkit.job.plan import plan_job
 from genkit.job.run import Summary, run_job
 from genkit.options import Options
@@ -283,3 +286,35 @@ def test_without_ray_the_command_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match=r"pip install 'genkit-diffusion\[ray\]'"):
         generate([Request(prompt="a")], tmp_path / "run", workers=2)
     assert not (tmp_path / "run").exists() and lines_of(tmp_path / "run" / "results.jsonl") == []
+
+
+def test_a_worker_that_died_takes_no_more_orders() -> None:
+    """Its death may come in one batch of news with what the driver answers by an order."""
+    pool = object.__new__(raypool.RayPool)
+    pool.actors, pool.finishing = {}, set()
+    pool.open("w0000")
+    pool.send("w0000", [])
+    pool.recall("w0000")
+    pool.halt("w0000")
+    pool.finish("w0000")
+
+
+def test_units_of_a_chunk_that_end_at_once_return_it_once(tmp_path: Path) -> None:
+    class Meeting:
+        """A lock after whose release both threads go on together."""
+
+        lock, both = threading.Lock(), threading.Barrier(2)
+
+        def __enter__(self) -> None:
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+            self.both.wait(60)
+
+    worker, done = Worker(plan_job([Request(prompt="a")], Options(**MODEL), {}), tmp_path, "w0000"), Future[Any]()
+    worker._chunks = dict.fromkeys((0, 1), ({0, 1}, [], done))
+    worker._lock = Meeting()  # type: ignore[assignment]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(worker._finished, (Drawn(0, []), Drawn(1, []))))
+    assert len(done.result(timeout=0)) == 2

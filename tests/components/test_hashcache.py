@@ -72,7 +72,7 @@ def test_what_is_not_kept(file: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     if why == "old":
         monkeypatch.setattr(hashcache, "FRESH", 0.0)
     elif why == "just changed":
-        monkeypatch.setattr(hashcache, "SETTLED", 2.0)
+        monkeypatch.setattr(hashcache, "SETTLED", 3600.0)
     elif why == "small":
         monkeypatch.setattr(hashcache, "LARGE", 6)
     else:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +147,19 @@ def test_one_shard_holds_what_fits_and_a_picture_larger_than_a_shard_has_its_own
 
 
 CHILD = """
-import sys, time
+import itertools, sys, time
 from pathlib import Path
 import genkit.datasets.export, genkit.datasets.shards
 from genkit.datasets.export import Target
 from genkit.studies.filter import refilter
 real = genkit.datasets.export.picture
-def slow(folder, r):
-    print("picture", flush=True)
-    time.sleep(0.05)
+seen = itertools.count(1)
+def until(folder, r):
+    if next(seen) == int(sys.argv[4]):
+        print("now", flush=True)
+        time.sleep(3600)  # until it is killed
     return real(folder, r)
-genkit.datasets.export.picture = genkit.datasets.shards.picture = slow
+genkit.datasets.export.picture = genkit.datasets.shards.picture = until
 size = None if sys.argv[3] == "folder" else 6000
 refilter(Path(sys.argv[1]), out=Path(sys.argv[2]), target=Target(sys.argv[3], size))
 """
@@ -173,13 +174,9 @@ def test_a_killed_export_leaves_whole_files_only_and_goes_on(
         pytest.importorskip("pyarrow")
     whole, out, target = tmp_path / "whole", tmp_path / "out", Target(form, None if form == "folder" else 6000)
     refilter(run, out=whole, target=target)
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(run), str(out), form], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    for _ in range(pictures):
-        assert child.stdout.readline() == "picture\n"
-    time.sleep(0.01)
+    command = [sys.executable, "-c", CHILD, str(run), str(out), form, str(pictures + 1)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "now\n"
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     left = shards(out)

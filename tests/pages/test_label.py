@@ -35,7 +35,7 @@ class Page:
         self.host, self.port, self.token, self.process = found[1], int(found[2]), found[3], process
 
     def ask(self, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, bytes, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request(method, path, body, {"Host": self.host, **headers})
         answer = connection.getresponse()
         return answer.status, answer.read(), answer.headers
@@ -95,7 +95,7 @@ def test_going_on_after_a_kill_and_ctrl_c(page: Page, folder: Path) -> None:
     assert again.token != page.token
     assert (again.state()["good"], again.state()["left"]) == (1, 9)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "1 votes in" in said and "run the same command again" in said
 

@@ -91,7 +91,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         found = Browser(tmp_path_factory.mktemp("profile"))
     except failures.WebDriverException as error:
         pytest.skip(f"Chromium does not start: {error}")
-    found.driver.set_script_timeout(20)
+    found.driver.set_script_timeout(120)
     yield found
     found.driver.quit()
 

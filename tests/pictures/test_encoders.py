@@ -137,23 +137,29 @@ def test_a_jpeg_keeps_the_colours_of_edges_from_quality_90_on() -> None:
 
 def test_pictures_are_encoded_in_parallel() -> None:
     """The interpreter is free while a picture is packed: another thread gets its turn many times."""
-    pixels, done, turns = smooth(1500, 1500), threading.Event(), 0
+    pixels = smooth(1500, 1500)
 
-    def work() -> None:
-        encoding().encode(pixels)
-        done.set()
+    def turns() -> int:
+        done, found = threading.Event(), 0
+
+        def work() -> None:
+            encoding().encode(pixels)
+            done.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        while not done.wait(0.0005):
+            found += 1
+        thread.join()
+        return found
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(10)  # nobody is asked to give way: a turn is had only where the encoder lets go
     try:
-        thread = threading.Thread(target=work)
-        thread.start()
-        while not done.wait(0.0005):
-            turns += 1
-        thread.join()
+        # About 20 of a picture, and fewer where other processes want the core; never more than one where it is held
+        assert any(turns() >= 3 for _ in range(50))
     finally:
         sys.setswitchinterval(before)
-    assert turns >= 3  # of about 20; fewer where other processes want the core
 
 
 # -- what a picture says of itself -------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_a_gate_on_count_is_killed_and_resumed_and_filtered_without_a_model(
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     journal = tmp_path / "killed" / "results.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 200
     while not (journal.exists() and journal.read_bytes().count(b"\n")) and time.monotonic() < until:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,18 +21,18 @@ from genkit.studies.filter import refilter
 from genkit.studies.search import search
 from tests.buckets import BUCKET, bucket, download, lasting_bucket
 from tests.check_run import check, outcome
+from tests.children import holding, start
 from tests.null_run import draw, rows_of
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "from genkit import storage; storage.PATIENCE = 1; from genkit.cli import main; main()"
 
 
-def wait_for(folder: StoragePath, count: int) -> None:
-    for _ in range(600):
-        if len(folder.sizes()) >= count:
-            return
+def wait_for(count: int, there: Callable[[], int]) -> None:
+    end = time.monotonic() + 200
+    while there() < count:
+        assert time.monotonic() < end, f"there were never {count}"
         time.sleep(0.1)
-    raise AssertionError(f"{folder} never had {count} objects")
 
 
 @pytest.mark.slow
@@ -43,8 +45,7 @@ def test_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             command = [sys.executable, "-m", "tests.null_run", str(folder), "24", "5", "4", "0.2"]
             child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             assert child.stdout is not None
-            while child.stdout.readline().strip() != "open":
-                pass
+            assert "open" in (line.strip() for line in child.stdout)
             time.sleep(moment.uniform(0, 1.5))
             child.kill()
             child.communicate()
@@ -65,18 +66,17 @@ def test_generate_on_storage_that_fails_killed_and_gone_on_with(
         folder = StoragePath(f"s3://{BUCKET}/run")
         words = ["generate", str(tmp_path / "prompts.txt"), "-o", str(folder), "--steps", "2", "-n", "4"]
         command = [sys.executable, "-c", COMMAND, *words, "--batch-size", "1"]
+        proxy.after = 3, 503
         child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        wait_for(folder / "images", 3)
-        proxy.answer = 503
-        _, said = child.communicate(timeout=60)
+        _, said = child.communicate(timeout=200)
         assert child.returncode == 3 and said.splitlines()[-1].endswith("; run the same command again to continue")
         proxy.answer = None
-        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        wait_for(folder / "images", 8)
+        child = start([*holding(8), *words, "--batch-size", "1"])
+        wait_for(6, lambda: len(read_results(folder)))
         child.kill()
         child.communicate()
         summary = generate(tmp_path / "prompts.txt", str(folder), defaults=settings, quiet=True, batch_size=1)
-        assert summary.exit_code == 0 and 0 < summary.new < 13
+        assert summary.exit_code == 0 and 0 < summary.new < 11
         assert outcome(download(folder, tmp_path / "copy")) == outcome(tmp_path / "local")
         assert check(tmp_path / "copy") == []
         refilter(folder, keep=1, out=tmp_path / "tars", target=Target("webdataset"))
@@ -93,22 +93,23 @@ def test_a_run_whose_server_is_killed_too(tmp_path: Path, monkeypatch: pytest.Mo
     generate(tmp_path / "prompts.txt", tmp_path / "local", defaults=settings, quiet=True, batch_size=1)
     with lasting_bucket(monkeypatch) as server:
         folder = StoragePath(f"s3://{BUCKET}/run")
-        command = [sys.executable, "-m", "genkit", "generate", str(tmp_path / "prompts.txt"), "-o", str(folder)]
+        command = ["generate", str(tmp_path / "prompts.txt"), "-o", str(folder)]
         command += ["--steps", "2", "-n", "4", "--width", "64", "--height", "64", "--batch-size", "1"]
-        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        wait_for(folder / "images", 3)
+        child = start([*holding(5), *command])
+        wait_for(3, lambda: len((folder / "images").sizes()))
         child.kill()
         child.communicate()
-        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        wait_for(folder / "images", 7)
+        child = start([*holding(10, 20), *command])
+        wait_for(7, lambda: len((folder / "images").sizes()))
         server.kill()
+        child.send_signal(signal.SIGUSR1)  # go on
         time.sleep(1.5)
         assert child.poll() is None
         known = {path for method, path, *_ in server.proxy.kept or () if method == "PUT" and "/images/" in path}
         server.start()
         there = len((folder / "images").sizes())
         assert there >= len(known) >= 7  # what was acknowledged
-        wait_for(folder / "images", there + 6)
+        wait_for(there + 6, lambda: len((folder / "images").sizes()))
         child.kill()
         assert child.communicate()[1].count("genkit:") == 0
         summary = generate(tmp_path / "prompts.txt", str(folder), defaults=settings, quiet=True, batch_size=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,11 +22,16 @@ class Served:
         self.server, self.thread = server, thread
         self.serving, self.engine, self.url = server.serving, server.serving.engine, server.address
 
-    def settled(self, seconds: float = 30.0) -> dict[str, Any]:
-        """Return the engine's facts once nothing is left in it."""
+    def wait(self, there: Callable[[], object], seconds: float = 240.0) -> None:
+        """Wait until something is the case."""
         end = time.monotonic() + seconds
-        while self.engine.line.tickets and time.monotonic() < end:
+        while not there():
+            assert time.monotonic() < end, f"not within {seconds:g} s"
             time.sleep(0.02)
+
+    def settled(self) -> dict[str, Any]:
+        """Return the engine's facts once nothing is left in it."""
+        self.wait(lambda: not self.engine.line.tickets)
         return self.engine.snapshot()
 
 

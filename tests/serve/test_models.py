@@ -169,6 +169,7 @@ def test_clients_of_automatic1111_choose_theirs(several: Served) -> None:
 @pytest.mark.slow
 def test_the_page_draws_with_the_model_that_is_chosen(several: Served, tmp_path: Path) -> None:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    api.expect.set_options(timeout=60_000)  # milliseconds
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no Chromium is installed")
@@ -186,9 +187,9 @@ def test_the_page_draws_with_the_model_that_is_chosen(several: Served, tmp_path:
         page.fill("#num_images", "1")
         page.click("#draw")
         card = page.locator(".card[data-drawn]")
-        api.expect(card).to_have_count(1, timeout=60_000)
+        api.expect(card).to_have_count(1)
         assert loaded(several) == ["alpha"]
-        data = httpx.get(several.url + str(card.locator("img").first.get_attribute("src")), timeout=30).content
+        data = httpx.get(several.url + str(card.locator("img").first.get_attribute("src")), timeout=60).content
         (tmp_path / "drawn.png").write_bytes(data)
         page.select_option("#choice", "beta")
         page.set_input_files("#settings-file", tmp_path / "drawn.png")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
+import json
 import re
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def test_requests_with_other_settings_share_the_batch(served: Served) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     for number, fields in enumerate(asked):
         row = {**fields, "num_inference_steps": fields["steps"], "prompt": PROMPT}
         del row["steps"]
@@ -118,9 +119,9 @@ def test_urls_models_and_formats(served: Served) -> None:
         prompt=PROMPT, model="dall-e-2", output_format="jpeg", output_compression=80, extra_body={"steps": 1}
     )
     assert got.data is not None and got.data[0].url is not None
-    answer = httpx.get(got.data[0].url)
+    answer = httpx.get(got.data[0].url, timeout=60)
     assert answer.headers["content-type"] == "image/jpeg" and answer.content[:2] == b"\xff\xd8"
-    assert httpx.get(got.data[0].url + "x").status_code == 404
+    assert httpx.get(got.data[0].url + "x", timeout=60).status_code == 404
     with pytest.raises(openai.NotFoundError) as caught:
         ours.images.generate(prompt=PROMPT, model="gpt-9")
     assert caught.value.code == "model_not_found"
@@ -154,19 +155,21 @@ def test_a_gate_says_which_pictures_are_returned(served: Served) -> None:
 
 
 def test_a_caller_who_leaves_frees_the_slots(served: Served) -> None:
-    before = served.settled()["images"]
-    body = {"prompt": PROMPT, "n": 8, "steps": 60, "size": "128x128"}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/images/generations", json=body, timeout=0.5)
-    began = time.monotonic()
+    before = served.settled()
+    body = json.dumps({"prompt": PROMPT, "n": 8, "steps": 60, "size": "128x128"})
+    caller = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=60)
+    caller.request("POST", "/v1/images/generations", body, {"content-type": "application/json"})
+    served.wait(lambda: served.engine.snapshot()["slots_used"] > 0)
+    caller.close()
     after = served.settled()
-    assert after["images"] == before and after["slots_used"] == 0 and time.monotonic() - began < 20
-    assert after["failures"]["cancelled"] >= 1
+    assert after["images"] < before["images"] + 8 and after["slots_used"] == 0
+    assert after["failures"]["cancelled"] > before["failures"].get("cancelled", 0)
 
 
 def test_a_full_queue_says_when_to_come_back(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served.engine, "most_cost", 0.01)
-    ticket = served.engine.submit(served.engine.plan([Request(prompt=PROMPT, num_inference_steps=60)]).rows, "other")
+    many = Request(prompt=PROMPT, num_inference_steps=60, num_images=1000)
+    ticket = served.engine.submit(served.engine.plan([many]).rows, "other")
     try:
         with pytest.raises(openai.RateLimitError) as caught:
             client(served).images.generate(prompt=PROMPT, extra_body={"steps": 1})

@@ -8,7 +8,6 @@ import io
 import json
 import re
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +34,7 @@ class Desk:
 
     def __init__(self, served: Served, desk: str = "") -> None:
         self.served, self.events, self.came = served, [], threading.Condition()
-        self.http = httpx.Client(base_url=served.url, timeout=30)
+        self.http = httpx.Client(base_url=served.url, timeout=120)
         self.thread = threading.Thread(target=self._read, args=(desk,), daemon=True)
         self.open = True
         self.thread.start()
@@ -56,7 +55,7 @@ class Desk:
                 if not self.open:
                     return
 
-    def wait(self, kind: str, seconds: float = 30.0, **about: Any) -> dict[str, Any]:
+    def wait(self, kind: str, seconds: float = 120.0, **about: Any) -> dict[str, Any]:
         """Return the first event of a kind; of "job", with the state that is asked for."""
 
         def found() -> dict[str, Any] | None:
@@ -142,16 +141,13 @@ def test_cancelled_and_left_jobs_free_their_slots(served: Served, desk: Desk, mo
     desk.wait("step")
     desk.post("cancel", job=job)
     assert desk.wait("job", state="cancelled")["job"]["count"] == 8
-    assert served.settled(10)["slots_used"] == 0
+    assert served.settled()["slots_used"] == 0
     monkeypatch.setattr(desks, "GRACE", 0.2)
     left = Desk(served)
     left.draw(num_inference_steps=60, num_images=8)
     left.wait("step")
     left.open = False  # the stream ends at its next event, as when a page is closed
-    end = time.monotonic() + 20
-    while served.engine.line.tickets and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not served.engine.line.tickets
+    served.settled()
 
 
 @pytest.mark.parametrize(
@@ -223,13 +219,13 @@ def test_settings_of_other_tools_and_of_none(desk: Desk) -> None:
 
 
 def test_the_page_loads_nothing_of_others(served: Served) -> None:
-    answer = httpx.get(served.url)
+    answer = httpx.get(served.url, timeout=60)
     policy = answer.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     names = re.findall(r'(?:href|src)="(/[^"]+)"', answer.text)
-    texts = [answer.text] + [httpx.get(served.url + name).raise_for_status().text for name in names]
+    texts = [answer.text] + [httpx.get(served.url + name, timeout=60).raise_for_status().text for name in names]
     parts = re.findall(r'from "\./(\w+\.js)"', texts[-1] + answer.text)
-    texts += [httpx.get(f"{served.url}/app/static/{name}").raise_for_status().text for name in parts]
+    texts += [httpx.get(f"{served.url}/app/static/{name}", timeout=60).raise_for_status().text for name in parts]
     whole = "\n".join(texts).replace("http://www.w3.org/2000/svg", "")
     assert len(texts) > 7 and not re.search(r"https?://|innerHTML|insertAdjacent|document\.write|eval\(", whole)
     assert not re.search(r"<[^>]+ (style|on\w+)=", answer.text)  # which the policy forbids

@@ -20,6 +20,7 @@ from genkit.options import Options
 from tests.serve.conftest import Served, serve
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+api.expect.set_options(timeout=60_000)  # milliseconds
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium is installed")
 HOSTILE = "<script>document.title='owned'</script>\"'`><img src=x onerror=document.title=1> \u202egnp.exe مرحبا"
@@ -76,7 +77,7 @@ def ask(page: Any, prompt: str = "a red apple", steps: int = 2, images: int = 2,
 def drawn(page: Any, count: int, where: str = "") -> Any:
     """Return the cards of pictures once there are so many, within an element."""
     cards = page.locator(f"{where} .card[data-drawn]")
-    api.expect(cards).to_have_count(count, timeout=60_000)
+    api.expect(cards).to_have_count(count)
     return cards
 
 
@@ -97,7 +98,7 @@ def fits(page: Any) -> None:
 
 def test_draw_keep_and_more_on_a_desk_and_on_a_phone(page: Any) -> None:
     ask(page, HOSTILE, steps=6)
-    api.expect(page.locator(".card.growing img[src^='data:image/png']").first).to_be_visible(timeout=30_000)
+    api.expect(page.locator(".card.growing img[src^='data:image/png']").first).to_be_visible()
     cards = drawn(page, 2)
     assert page.title() == "emoji · genkit" and page.locator(".job script, .job .prompt img").count() == 0
     assert page.locator(".job .prompt").text_content() == HOSTILE
@@ -140,10 +141,10 @@ def test_errors_are_said_at_their_field(page: Any) -> None:
 @pytest.mark.slow
 def test_cancel_reload_and_remove(page: Any, served: Served) -> None:
     ask(page, steps=60, images=8)
-    api.expect(page.locator(".card.growing").first).to_be_visible(timeout=30_000)
+    api.expect(page.locator(".card.growing").first).to_be_visible()
     page.locator(".job button", has_text="Cancel").click()
-    api.expect(page.locator(".job .state")).to_have_text("cancelled after 0 of 8")
-    assert served.settled(10)["slots_used"] == 0
+    api.expect(page.locator(".job .state")).to_have_text(re.compile(r"cancelled after \d of 8"))
+    assert served.settled()["slots_used"] == 0
     ask(page, images=1)
     drawn(page, 1)
     page.locator(".card .yes").click()
@@ -165,7 +166,7 @@ def test_cancel_reload_and_remove(page: Any, served: Served) -> None:
 def test_a_dropped_picture_gives_its_settings_back(page: Any, served: Served) -> None:
     ask(page, "a blue fish", steps=3, images=2, seed=7, guidance_scale="4.5", negative_prompt="red")
     drawn(page, 2)
-    data = httpx.get(served.url + page.locator(".card img").nth(1).get_attribute("src")).content
+    data = httpx.get(served.url + page.locator(".card img").nth(1).get_attribute("src"), timeout=60).content
     page.click("#usual")
     page.fill("#prompt", "something else")
     page.evaluate(DROP, {"data": base64.b64encode(data).decode()})
@@ -177,7 +178,7 @@ def test_a_dropped_picture_gives_its_settings_back(page: Any, served: Served) ->
     page.click("#draw")
     api.expect(page.locator(".job")).to_have_count(2)
     drawn(page, 1, ".job:first-child")
-    again = httpx.get(served.url + page.locator(".job:first-child img").get_attribute("src")).content
+    again = httpx.get(served.url + page.locator(".job:first-child img").get_attribute("src"), timeout=60).content
     assert np.abs(pixels(again) - pixels(data)).max() <= 1
     page.evaluate(DROP, {"data": base64.b64encode(b"nothing").decode()})
     api.expect(page.locator("#problem")).not_to_be_empty()
@@ -204,7 +205,7 @@ def test_what_is_painted_is_drawn_anew_and_the_rest_stays(page: Any, served: Ser
     api.expect(page.locator(".job")).to_have_count(2)
     drawn(page, 1, ".job:first-child")
     urls = [page.locator(f".job:{which}-child img").get_attribute("src") for which in ("last", "first")]
-    before, after = (pixels(httpx.get(served.url + url).content) for url in urls)
+    before, after = (pixels(httpx.get(served.url + url, timeout=60).content) for url in urls)
     change = np.abs(before - after).mean(axis=2)
     assert change[20:50, 10:50].mean() > 3 * max(1.0, change[80:, 80:].mean())
 
@@ -279,7 +280,7 @@ def test_with_a_key_the_browser_asks_once(chromium: Any, tmp_path: Path) -> None
         ask(page, images=1)
         drawn(page, 1)
         context.close()
-        assert httpx.get(running.url).status_code == 401
+        assert httpx.get(running.url, timeout=60).status_code == 401
     finally:
         running.server.should_exit = True
         running.thread.join(20)
@@ -304,22 +305,22 @@ def test_runs_are_listed_as_the_server_has_them(chromium: Any, tmp_path: Path) -
         api.expect(page.locator("#runs")).to_be_hidden()
         small = begin("<img src=x onerror=document.title=1>.jsonl", '{"prompt": "a dog", "num_images": 2, "steps": 1}')
         runs = page.locator(".run")
-        api.expect(runs).to_have_count(1, timeout=10_000)
-        api.expect(runs.locator(".about")).to_contain_text("done · 2 pictures · 2 kept", timeout=30_000)
+        api.expect(runs).to_have_count(1)
+        api.expect(runs.locator(".about")).to_contain_text("done · 2 pictures · 2 kept")
         assert runs.locator(".name").text_content() == "<img src=x onerror=document.title=1>.jsonl"
         assert page.title() == "emoji · genkit" and page.locator(".run img").count() == 0
         api.expect(runs.locator("button")).to_be_hidden()
         begin("large.jsonl", '{"prompt": "a cat", "num_images": 1000, "steps": 40}')
-        api.expect(runs).to_have_count(2, timeout=10_000)
+        api.expect(runs).to_have_count(2)
         api.expect(runs.first.locator(".about")).to_contain_text(" of 1000 pictures")
         api.expect(page.locator("#runs-live")).to_have_text("1 to draw")
         fits(page)
         assert page.evaluate(UNNAMED) == []
         other = chromium.new_page()  # which has seen nothing of it
         load(other, running.url)
-        api.expect(other.locator(".run")).to_have_count(2, timeout=10_000)
+        api.expect(other.locator(".run")).to_have_count(2)
         other.locator(".run button:visible").click()
-        api.expect(runs.first.locator(".about")).to_contain_text("cancelled", timeout=10_000)
+        api.expect(runs.first.locator(".about")).to_contain_text("cancelled")
         api.expect(page.locator("#runs-live")).to_have_text("")
         with page.context.expect_page() as opened:
             runs.last.locator("a").click()

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,7 @@ from genkit.options import Options
 from genkit.serve import replicas
 from genkit.serve.rows import Most
 from genkit.serve.server import Listen
+from genkit.training.launch import free_port
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 ROOT = Path(__file__).parents[2]
@@ -37,23 +37,20 @@ class Served:
     """`genkit serve --workers 2` in a process of its own."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "genkit", "serve", "--workers", "2", "--port", str(port), "--batch-size", "2"]
+        command = [sys.executable, "-m", "genkit", "serve", "--workers", "2", "--port", "0", "--batch-size", "2"]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=ROOT, **pipes)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
-        assert self.url == f"http://127.0.0.1:{port}", self.process.communicate()
+        assert self.url.startswith("http://127.0.0.1:"), self.process.communicate()
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=8)
-        self.seen: Counter[int] = Counter()  # answers by process
+        self.seen: set[int] = set()  # processes that answered
 
     def draw(self, steps: int = 1, count: int = 1) -> None:
         """Ask for pictures, as OpenAI's own package does; again where it fails."""
         raw = self.client.images.with_raw_response.generate(prompt="a dog", n=count, extra_body={"steps": steps})
         assert len(raw.parse().data or ()) == count
-        self.seen[int(raw.headers["x-genkit-replica"].rpartition(" ")[2])] += 1
+        self.seen.add(int(raw.headers["x-genkit-replica"].rpartition(" ")[2]))
 
 
 @pytest.fixture(scope="module")
@@ -62,39 +59,39 @@ def served() -> Iterator[Served]:
     yield running
     if running.process.poll() is None:
         running.process.send_signal(signal.SIGTERM)
-        running.process.communicate(timeout=60)
+        running.process.communicate(timeout=200)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_both_answer_and_a_killed_one_is_replaced(served: Served) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while len(served.seen) < 2 and time.monotonic() < end:
         together = [threading.Thread(target=served.draw) for _ in range(4)]
         for call in together:
             call.start()
         for call in together:
             call.join()
-    first = set(served.seen)
+    first = served.seen.copy()
     assert len(first) == 2
     failed: list[Exception] = []
 
     def caller() -> None:
         try:
-            while time.monotonic() < end and len(set(served.seen) - first) < 1:
+            while time.monotonic() < end and not served.seen - first:
                 served.draw(4)
         except Exception as error:
             failed.append(error)
 
-    end = time.monotonic() + 120
+    end = time.monotonic() + 400
     callers = [threading.Thread(target=caller) for _ in range(3)]
     for one in callers:
         one.start()
     time.sleep(0.5)
     os.kill(min(first), signal.SIGKILL)
     for one in callers:
-        one.join(150)
-    assert not failed and len(set(served.seen) - first) == 1
+        one.join()
+    assert not failed and len(served.seen - first) == 1
 
 
 @pytest.mark.slow
@@ -115,17 +112,24 @@ def test_what_one_process_keeps_is_refused_by_name(served: Served) -> None:
 
 @pytest.mark.slow
 def test_sigterm_lets_what_is_in_flight_be_drawn(served: Served) -> None:
-    calls = [threading.Thread(target=served.draw, args=(8,)) for _ in range(2)]
-    before = served.seen.total()
+    began, came = threading.Semaphore(0), list[str]()
+
+    def draw() -> None:
+        asked = {"steps": 20}
+        for event in served.client.images.generate(prompt="a dog", stream=True, partial_images=3, extra_body=asked):
+            came.append(event.type.rpartition(".")[2])
+            began.release()
+
+    calls = [threading.Thread(target=draw) for _ in range(2)]
     for call in calls:
         call.start()
-    time.sleep(0.5)
+        assert began.acquire(timeout=200)
     served.process.send_signal(signal.SIGTERM)
     for call in calls:
         call.join()
-    said = served.process.communicate(timeout=60)[1]
+    said = served.process.communicate(timeout=200)[1]
     assert served.process.returncode == 143 and "Traceback" not in said, said
-    assert served.seen.total() == before + 2
+    assert came.count("completed") == 2
 
 
 def listen(**given: Any) -> Listen:
@@ -151,13 +155,19 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture
+def port() -> Iterator[int]:
+    with free_port() as port:
+        yield port
+
+
+@pytest.fixture
 def cluster() -> Iterator[str]:
     """The address of a cluster of this machine, with two cores."""
-    ports = []
-    for _ in range(3):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    with contextlib.ExitStack() as held:
+        yield from _cluster([held.enter_context(free_port()) for _ in range(3)])
+
+
+def _cluster(ports: list[int]) -> Iterator[str]:
     folder = tempfile.mkdtemp(prefix="gk-", dir="/tmp")  # names of sockets are short
     command = f"ray start --head --block --num-cpus 2 --include-dashboard=false --temp-dir {folder} --port {ports[0]}"
     command += f" --ray-client-server-port {ports[1]} --dashboard-agent-listen-port {ports[2]}"
@@ -165,21 +175,20 @@ def cluster() -> Iterator[str]:
     silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     bare = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *command.split()[1:]]
     process = subprocess.Popen(bare, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, **silent)
-    yield f"127.0.0.1:{ports[0]}"
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # at SIGTERM it takes its time
-    process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield f"127.0.0.1:{ports[0]}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # at SIGTERM it takes its time
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_cluster_serves_for_one_command_and_for_the_next_of_a_killed_one(cluster: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@pytest.mark.timeout(900)
+def test_a_cluster_serves_for_one_command_and_for_the_next_of_a_killed_one(cluster: str, port: int) -> None:
     host, _, at = cluster.rpartition(":")
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         with contextlib.suppress(OSError):
             socket.create_connection((host, int(at)), 1).close()
@@ -196,12 +205,12 @@ def test_a_cluster_serves_for_one_command_and_for_the_next_of_a_killed_one(clust
     first.kill()
     second = start("2")
     assert second.stdout is not None and second.stdout.readline(), second.communicate()
-    assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
     third = start("1")
-    said = third.communicate(timeout=120)[1]
+    said = third.communicate(timeout=300)[1]
     assert third.returncode == 2 and f"process {second.pid} of" in said, said
     second.terminate()
-    said = second.communicate(timeout=120)[1]
+    said = second.communicate(timeout=300)[1]
     assert second.returncode == 143 and "replacing what a genkit serve that was killed left" in said, said
     first.communicate()
 

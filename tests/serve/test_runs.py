@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from genkit.job.run import run_job
 from genkit.options import Options
 from genkit.rows.prompts import read_prompts
 from genkit.runs.records import read_results
+from genkit.sampling.codec import Codec
 from genkit.serve import served, store
 from genkit.serve.runs import followed
 from genkit.serve.store import Served
@@ -54,12 +56,11 @@ def client(server: Any) -> Iterator[httpx.Client]:
 
 def ended(client: httpx.Client, run_id: str) -> dict[str, Any]:
     """Return a run once it is over."""
-    for _ in range(600):
-        run = client.get(f"/v1/runs/{run_id}").json()
-        if run["finished"]:
-            return run
+    end = time.monotonic() + 200
+    while not (run := client.get(f"/v1/runs/{run_id}").json())["finished"]:
+        assert time.monotonic() < end, run
         time.sleep(0.05)
-    raise AssertionError(run)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,7 @@ def test_the_gallery_of_a_drawn_run_is_written_when_records_came(
     drawn = dataclasses.replace(runs.store.runs[run["id"]], state="drawing")
     monkeypatch.setattr(served, "write_gallery", lambda *given: written.append(given))
     monkeypatch.setattr(served, "REST", 0)
+    monkeypatch.setattr(served, "EVERY", 3600.0)
     runs.page(drawn)
     runs.page(drawn)
     assert len(written) == 1
@@ -313,19 +315,30 @@ def test_pictures_are_sent_inline_and_kept_with_the_run(client: httpx.Client, se
 
 
 @pytest.mark.slow
-def test_a_run_that_another_process_left_goes_on(server: Any, client: httpx.Client) -> None:
+def test_a_run_that_another_process_left_goes_on(
+    server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is on the disk and not over is drawn, of runs in which something is drawn already, too."""
     from genkit.serve.served import Runs
 
-    answer = client.post("/v1/runs", content='{"prompt": "a dog", "num_images": 16, "steps": 1}', headers=JSONL)
+    runs, decode, calls = server.serving.runs, Codec.decode, itertools.count(1)
+
+    def hold(self: Codec, latents: Any) -> Any:
+        """Wait with the second pictures until no more are begun."""
+        if next(calls) == 2:
+            server.wait(lambda: server.engine.line.waiting()[0] == 0)
+        return decode(self, latents)
+
+    monkeypatch.setattr(Codec, "decode", hold)
+    answer = client.post("/v1/runs", content='{"prompt": "a dog", "num_images": 40, "steps": 1}', headers=JSONL)
     run_id = answer.json()["id"]
-    runs = server.serving.runs
     while not runs.store.runs[run_id].done:
         time.sleep(0.01)
-    assert runs.feeder.settle(60)
+    assert runs.feeder.settle(120)
     runs.close()
+    monkeypatch.undo()
     drawn = len(read_results(runs.store.folder / run_id))
-    assert 0 < drawn < 16 and not runs.store.runs[run_id].over
+    assert 0 < drawn < 40 and not runs.store.runs[run_id].over
     torn = runs.store.folder / ".new-torn"
     torn.mkdir()
     with open(runs.store.folder / run_id / "results.jsonl", "a") as journal:
@@ -334,9 +347,9 @@ def test_a_run_that_another_process_left_goes_on(server: Any, client: httpx.Clie
     assert not torn.exists() and client.get(f"/v1/runs/{run_id}").json()["images"]["done"] == drawn
     runs.feeder.start()
     run = ended(client, run_id)
-    assert run["state"] == "done" and run["images"]["done"] == 16
+    assert run["state"] == "done" and run["images"]["done"] == 40
     lines = client.get(f"/v1/runs/{run_id}/results").text.splitlines()
-    assert len({json.loads(line)["index"] for line in lines}) == len(lines) == 16
+    assert len({json.loads(line)["index"] for line in lines}) == len(lines) == 40
 
 
 def test_a_run_is_of_the_key_that_began_it(server: Any, run: dict[str, Any]) -> None:
@@ -395,11 +408,11 @@ def test_a_full_disk_takes_no_run_and_loses_none(
 
     full.remove("calls")
     run_id = client.post("/v1/runs", content=row, headers=JSONL).json()["id"]
-    for _ in range(300):
-        if (now := client.get(f"/v1/runs/{run_id}").json())["reason"] or now["finished"]:
-            break
+    end = time.monotonic() + 120
+    while (now := client.get(f"/v1/runs/{run_id}").json())["state"] != "waiting" or now["reason"] is None:
+        assert time.monotonic() < end and not now["finished"], now
         time.sleep(0.02)
-    assert now["state"] == "waiting" and "No space left" in now["reason"] and str(store.folder) not in now["reason"]
+    assert "No space left" in now["reason"] and str(store.folder) not in now["reason"]
     full.clear()
     run = ended(client, run_id)
     assert run["state"] == "done" and run["images"]["done"] == 3 and run["reason"] is None

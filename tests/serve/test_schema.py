@@ -43,7 +43,7 @@ def test_generated_requests_get_no_undocumented_answer(served: Served) -> None:
             case.validate_response(response, checks=[schemathesis.checks.not_a_server_error, status_code_conformance])
 
         tried()
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert httpx.get(f"{served.url}/health", timeout=60).status_code == 200
 
 
 @pytest.mark.slow
@@ -61,9 +61,10 @@ def test_the_command_serves_until_a_signal_and_says_what_is_wrong(tmp_path: Path
             target=lambda: late.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=60))
         )
         ask.start()
-        time.sleep(1)
+        while "genkit_slots_used 0.0" in httpx.get(f"{url}/metrics", timeout=60).text:
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 143
+        assert process.wait(200) == 143
         ask.join()
         assert process.stderr is not None
         loading, serving, stopping = process.stderr.read().splitlines()

@@ -22,7 +22,7 @@ def test_parts_come_in_order_and_the_next_one_is_read_meanwhile() -> None:
 
     parts = read_ahead(FILES, read, 4)
     first = next(parts)
-    assert ahead.wait(10), "the second part is read while the first one is looked at"
+    assert ahead.wait(120), "the second part is read while the first one is looked at"
     assert "8" not in seen
     assert [n for part in (first, *parts) for _, n in part] == list(range(11))
     assert [file for file, _ in first] == FILES[:4] and list(read_ahead([], read, 4)) == []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from html import escape
 from pathlib import Path
@@ -29,7 +27,7 @@ from genkit.suites import geneval
 from genkit.suites.leaderboard import leaderboard
 from genkit.suites.suite import read_suite
 from genkit.suites.verdicts import judge_rows, mean_of, overall, task_table
-from tests.children import ROOT
+from tests.children import holding, start
 from tests.detectors import tiny_owlvit
 
 LABELS = ["a fox", "a car", "a cup"]
@@ -159,14 +157,14 @@ def test_another_verify_is_judged_without_drawing(run: tuple[Path, Path], tmp_pa
 def test_a_killed_evaluation_goes_on(run: tuple[Path, Path], tmp_path: Path) -> None:
     suite, whole = run
     words = ["evaluate", "emoji", "--suite", str(suite), "-o", str(tmp_path / "k"), *QUICK, "--batch-size", "1"]
-    child = subprocess.Popen([sys.executable, "-m", "genkit", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    child = start([*holding(4), *words])
     journal = tmp_path / "k" / "results.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 200
     while (not journal.is_file() or journal.read_bytes().count(b"\n") < 2) and child.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.communicate()
     kept = states(tmp_path / "k")
     assert not (tmp_path / "k" / "evaluation.json").exists()
     assert command(words) == 0

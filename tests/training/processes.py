@@ -5,25 +5,27 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import HostError, InputError
+from genkit.training.launch import free_port
 from genkit.training.loop import train
 from genkit.training.state import State
 
 
-def pair(recipe: Any, out: Path, *, kill: tuple[int, int] | None = None, seconds: float = 60.0) -> list[int]:
+def pair(recipe: Any, out: Path, *, kill: tuple[int, int] | None = None, seconds: float = 250.0) -> list[int]:
     """Train in two processes and return how they ended: -9 for SIGKILL, 2 for an InputError, 3 for a HostError.
 
     kill: (rank, steps): that process kills itself once so many steps are done. seconds: after which both are killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with free_port() as port:
+        return _pair(recipe, out, port, kill, seconds)
+
+
+def _pair(recipe: Any, out: Path, port: int, kill: tuple[int, int] | None, seconds: float) -> list[int]:
     children = {}
     for rank in range(2):
         child = os.fork()
@@ -36,14 +38,19 @@ def pair(recipe: Any, out: Path, *, kill: tuple[int, int] | None = None, seconds
         children[child] = 0
     ended: dict[int, int] = {}
     until = time.monotonic() + seconds
-    while len(ended) < len(children):
-        for child in children.keys() - ended.keys():
-            if time.monotonic() > until:
-                os.kill(child, signal.SIGKILL)
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                ended[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+    try:
+        while len(ended) < len(children):
+            for child in children.keys() - ended.keys():
+                if time.monotonic() > until:
+                    os.kill(child, signal.SIGKILL)
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    ended[child] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+    finally:
+        for child in children.keys() - ended.keys():  # a test that is cut off leaves none
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     return [ended[child] for child in children]
 
 
