@@ -151,7 +151,7 @@ def read_lines(path: Path) -> tuple[list[Any], int]:
     """
     values: list[Any] = []
     length = 0
-    for block in _blocks(path):
+    for block in line_blocks(path):
         length += sum(map(len, block))
         values += _parsed(block)
     return values, length
@@ -159,13 +159,13 @@ def read_lines(path: Path) -> tuple[list[Any], int]:
 
 def each_line(path: Path) -> Iterator[Any]:
     """Yield the JSON values of a JSONL file (None for a damaged line), read in blocks."""
-    for block in _blocks(path):
+    for block in line_blocks(path):
         yield from _parsed(block)
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file with their newlines, without one at the end that was not finished."""
-    for block in _blocks(path):
+    for block in line_blocks(path):
         yield from block
 
 
@@ -175,7 +175,7 @@ def each_of(data: bytes) -> Iterator[Any]:
         yield from _parsed(block)
 
 
-def _blocks(path: Path) -> Iterator[list[bytes]]:
+def line_blocks(path: Path) -> Iterator[list[bytes]]:
     """Yield the whole lines of a file, about a megabyte at a time."""
     with path.open("rb") as file:
         yield from _blocks_of(file)

@@ -8,6 +8,7 @@ all are there; a page that is open, or a process that is killed, never sees half
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
 import os
@@ -16,13 +17,14 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.durable import disk, json_line
 from genkit.pages.gallery import SETTINGS_OF_IMAGE as SHOWN
 from genkit.pages.gallery import about, write_page
+from genkit.runs.columns import NO_JSON
 from genkit.runs.table import Table
 from genkit.selection.verdicts import Selection
 
@@ -31,7 +33,6 @@ IMAGES, LINES = 100, 20_000  # images, and lines of prompts, in a file
 DONE = "whole.js"  # written last
 DAY = 86_400  # seconds; a folder without it was left by a killed process, if one of another machine
 _STATES = ("rejected", "kept", "failed")
-_ODD = (b"NaN", b"Infinity", b"\r")
 
 
 def write_large_gallery(folder: Path, selection: Selection, config: Mapping[str, Any]) -> Path:
@@ -43,8 +44,7 @@ def write_large_gallery(folder: Path, selection: Selection, config: Mapping[str,
     with disk(new):
         new.mkdir(parents=True)
         try:
-            _write(new, selection)
-            head = {**about(folder, config), "large": _summary(new, selection)}
+            head = {**about(folder, config), "large": _write(new, selection)}
             page = write_page(folder, [json_line(head).strip()], large=True)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
@@ -81,23 +81,26 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _write(new: Path, selection: Selection) -> None:
-    table = selection.table
+def _write(new: Path, selection: Selection) -> dict[str, Any]:
+    """Write the files of a gallery, and return what its page knows at once."""
+    table, states, clips = selection.table, _states(selection), list(_clips(selection.table))
     for name in ("texts", "images", "order"):
         (new / name).mkdir()
     for n, lines in enumerate(_texts(table)):
         _put(new, f"texts/{n}", json_line("\n".join(lines)).strip().encode("utf-8", "backslashreplace"))
+    text_of = functools.cache(_verdict)
     with open(table.path, "rb") as results, open(table.rows.path, "rb") as rows:
         for n, start in enumerate(range(0, len(table), IMAGES)):
             if n % 1000 == 0:
                 (new / "images" / str(n // 1000)).mkdir()
             images = range(start, min(len(table), start + IMAGES))
-            _put(new, f"images/{n // 1000}/{n}", _shelf(selection, images, results.fileno(), rows.fileno()))
-    _put(new, "states", _packed(_states(selection)))
+            _put(new, f"images/{n // 1000}/{n}", _shelf(selection, images, results.fileno(), rows.fileno(), text_of))
+    _put(new, "states", _packed(states))
     _put(new, "counts", _packed(_whole([len(table.span(n)) for n in range(len(table.rows))])))
     _put(new, "order/rank", _packed(_order([rank or math.inf for rank in selection.rank])))
-    _put(new, "order/clip", _packed(_order([9.0 if clip is None else -clip for clip in _clips(table)])))
+    _put(new, "order/clip", _packed(_order([9.0 if clip is None else -clip for clip in clips])))
     _put(new, DONE.removesuffix(".js"), b"1")
+    return _summary(new, table, states, [clip for clip in clips if clip is not None])
 
 
 def _put(new: Path, name: str, text: bytes) -> None:
@@ -137,11 +140,8 @@ def _states(selection: Selection) -> bytes:
     return bytes(2 if failed(image) else kept for image, kept in enumerate(selection.kept))
 
 
-def _summary(new: Path, selection: Selection) -> dict[str, Any]:
-    """Return what the page knows at once."""
-    table, states = selection.table, _states(selection)
+def _summary(new: Path, table: Table, states: bytes, clips: Sequence[float]) -> dict[str, Any]:
     count = {name: states.count(n) for n, name in enumerate(_STATES)}
-    clips = [clip for clip in _clips(table) if clip is not None]
     return {
         "folder": f"{DATA}/{new.name}", "images": len(table), "chunk": IMAGES, "rows": len(table.rows),
         "texts": -(-len(table.rows) // LINES), "lines": LINES, "first": table.rows.ids[::LINES], "count": count,
@@ -161,39 +161,40 @@ def _texts(table: Table) -> Iterator[list[str]]:
         yield lines
 
 
-def _shelf(selection: Selection, images: range, results: int, rows: int) -> bytes:
-    """Return the JSON of a file of images: their rows, their records, and what is decided on them."""
+def _shelf(selection: Selection, images: range, results: int, rows: int, text_of: Callable[..., str]) -> bytes:
+    """Return the JSON of a file of images: their rows, their records, and what is decided on them.
+
+    results, rows: the files of them. text_of: returns the JSON of a verdict, of which many are alike.
+    """
     table = selection.table
     of_row = table.of_row[images.start : images.stop]
-    asked = [_row(os.pread(rows, *table.rows.place(n))) for n in dict.fromkeys(of_row)]
-    lines = [os.pread(results, *table.place(image)) for image in images]
-    odd = _is_odd(b"".join(lines))  # seldom; then each line is looked at
-    records = [
-        _cut(line) if table.is_plain(image) and not (odd and _is_odd(line)) else _record(line)
-        for image, line in zip(images, lines, strict=True)
-    ]
-    verdicts = [
-        [
-            selection.kept[image],
-            selection.rank[image],
-            selection.reason[image],
-            selection.ranked[n],
-            image in table.gone,
-        ]
-        for image, n in zip(images, of_row, strict=True)
-    ]
-    decided = json_line(verdicts).strip().encode("utf-8", "backslashreplace")
-    return b'{"rows": [%s], "images": [%s], "verdicts": %s}' % (b",".join(asked), b",".join(records), decided)
+    asked = map(_row, _lines(rows, [table.rows.place(n) for n in dict.fromkeys(of_row)]))
+    lines = _lines(results, table.line_places(images))
+    records = [_cut(line) if plain else _record(line) for plain, line in zip(table.plain(images), lines, strict=True)]
+    columns = (column[images.start : images.stop] for column in (selection.kept, selection.rank, selection.reason))
+    gone = map(table.gone.__contains__, images)
+    verdicts = ", ".join(map(text_of, *columns, map(selection.ranked.__getitem__, of_row), gone))
+    decided = verdicts.encode("utf-8", "backslashreplace")
+    return b'{"rows": [%s], "images": [%s], "verdicts": [%s]}' % (b",".join(asked), b",".join(records), decided)
 
 
-def _is_odd(line: bytes) -> bool:
-    """Whether JSON as Python takes it may be none to a browser, or more than a line."""
-    return any(text in line for text in _ODD)
+def _verdict(*values: Any) -> str:
+    """Return the JSON of what is decided on an image: kept, rank, reason, images of its row with a rank, gone."""
+    return json_line(values).strip()
+
+
+def _lines(file: int, places: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return the lines at (bytes, offset) of a file, which are read at once where they lie close together."""
+    start, end = min(at for _, at in places), max(size + at for size, at in places)
+    if end - start > 2 * sum(size for size, _ in places):
+        return [os.pread(file, size, at) for size, at in places]
+    data = os.pread(file, end - start, start)
+    return [data[at - start : at - start + size] for size, at in places]
 
 
 def _row(line: bytes) -> bytes:
     line = line.strip()
-    if line.startswith(b"{") and not _is_odd(line):
+    if line.startswith(b"{") and not any(text in line for text in NO_JSON):
         return line
     return json_line(json.loads(line)).strip().encode("utf-8", "backslashreplace")
 

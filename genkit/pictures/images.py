@@ -127,8 +127,16 @@ def list_files(folder: str | Path) -> list[Path]:
 
 def natural(path: Path) -> list[Any]:
     """Return a key that sorts paths in natural order: numbers in names by their value."""
-    parts = [re.split(r"(\d+)", part) for part in path.parts]
-    return [[(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in part] for part in parts]
+    *folders, name = path.parts or ("",)
+    return [*map(_known_words, folders), _words(name)]
+
+
+def _words(part: str) -> list[tuple[int, int, str]]:
+    words = re.split(r"(\d+)", part)
+    return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in words]
+
+
+_known_words = functools.lru_cache(_words)  # for folders, which many pictures share
 
 
 def _bytes(source: str | Path) -> bytes:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from genkit.scoring.gates import Expression, unknown_scores
+from genkit.scoring.gates import Expression, is_known
 
 Scores = dict[str, Any]
 
@@ -62,7 +62,7 @@ class Result:
 def value_of(r: Result, order: Expression | None) -> float:
     """Return the value an image is ranked by; NaN if unknown."""
     if order is not None:
-        return math.nan if unknown_scores(order, r.scores) else float(order(r.scores))
+        return float(order(r.scores)) if is_known(order, r.scores) else math.nan
     if "clip" not in r.scores:
         return -float(r.index)
     return math.nan if r.scores["clip"] is None else float(r.scores["clip"])

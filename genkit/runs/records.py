@@ -103,6 +103,11 @@ def read_results(folder: Path) -> list[Result]:
     return [r for r in records.values() if r.status != REPLACED]
 
 
+def finished(folder: Path) -> dict[Path, Result]:
+    """Return {picture: record} of the finished images of a run; empty for a folder that is none."""
+    return {folder / str(r.file): r for r in read_results(folder) if r.status == "done"}
+
+
 def _are_there(folder: Path, parts: list[Path]) -> bool:
     if isinstance(folder, StoragePath):
         return {*parts} <= {*parts_of(folder)}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from genkit.errors import HostError
 from genkit.rows.result import Result
 from genkit.runs.embeddings import Store, read_embeddings
 from genkit.runs.lease import Hold, Lease, hold
-from genkit.runs.records import RESULTS, read_config, read_results
+from genkit.runs.records import RESULTS, finished, read_config
 from genkit.storage import StoragePath
 
 if TYPE_CHECKING:
@@ -63,21 +64,23 @@ class Stored:
     process or read-only.
     """
 
-    def __init__(self, folder: Path | None, clip: ModelInfo | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, clip: ModelInfo | None = None, records: Mapping[Path, Result] | None = None
+    ) -> None:
+        """records: those of `finished`, if read already."""
         self._lock: Hold | Lease | None = None
         self._store: Store | None = None
         self._rows: dict[tuple[str, int], int] = {}
         self._waits: tuple[Path, int] | None = None  # the store to open with the first new embedding
         self._sizes: dict[str, int] | None = None
         if folder is None or not (folder / RESULTS).is_file():
-            self._records = {}
+            self._records: Mapping[Path, Result] = {}
             return
-        results = [r for r in read_results(folder) if r.status == "done"]
-        self._records = {folder / str(r.file): r for r in results}
+        self._records = finished(folder) if records is None else records
         binding = (read_config(folder) or {}).get("binding", {}).get("clip")
         if clip is None or not isinstance(binding, dict) or binding.get("weights") != weight_hashes(clip):
             return
-        self._rows, self._vectors = read_embeddings(folder, results)
+        self._rows, self._vectors = read_embeddings(folder, self._records.values())
         self._waits = folder, clip.embedding_width
         if isinstance(folder, StoragePath):  # taking the lock is a write and may take time: `add` does it
             self._sizes = folder.sizes()

@@ -9,48 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import operator
 import os
 import re
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from genkit.durable import disk, json_line, whole_lines
+from genkit.durable import disk, json_line, line_blocks, whole_lines
 from genkit.errors import InputError, shown
 from genkit.files import names_in
 from genkit.rows.request import MAX_TEXT, SEED_LIMIT, Request
 from genkit.rows.result import Result
-from genkit.runs.records import PICTURE, REPLACED, RESULTS, ROWS, newest, parts_of, read_results
+from genkit.runs.columns import MISSING, TEXT, Lines, Wanted, is_utf8, parsed
+from genkit.runs.records import REPLACED, RESULTS, ROWS, newest, parts_of, read_results
 from genkit.scoring.names import names_of
 from genkit.storage import StoragePath
 
 LISTINGS = 8  # folders whose names are held at a time
 GONE = "its file is missing"
-_TEXT = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
-_COUNT = rb"(?:0|[1-9][0-9]{0,11}|null)"
-_NUMBER = rb"(?:-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|null)"
-# A finished image as `Result.to_json` writes it; a meta, or braces in a label, take the parser.
-_LINE = re.compile(
-    rb'\{"id": "([A-Za-z0-9._-]+)", "index": (0|[1-9][0-9]{0,8}), "seed": (?:0|[1-9][0-9]{0,11}), "status": "done", '
-    rb'"reason": null, "file": "(' + PICTURE.pattern.encode() + rb')", "bytes": ' + _COUNT + rb', "sha256": '
-    rb'"([0-9a-f]{64})", "width": ' + _COUNT + rb', "height": ' + _COUNT + rb', "scores": '
-    rb'(\{[^{}\n]*(?:\{[^{}\n]*\}[^{}\n]*)*\}), "steps": ' + _COUNT + rb', "nfe": ' + _COUNT + rb', "seconds": '
-    + _NUMBER + rb', "prompt": "' + _TEXT + rb'", "meta": null, "fingerprint": (?:"[0-9a-f]*"|null)\}\n'
-)  # fmt: skip
 # A row as `Request.to_json` writes it, of which most are alike from here on.
 _ROW = re.compile(
-    rb'\{"id": "([A-Za-z0-9._-]{1,100})", "prompt": "(' + _TEXT + rb')", "negative_prompt": "(' + _TEXT + rb')", '
+    rb'\{"id": "([A-Za-z0-9._-]{1,100})", "prompt": "(' + TEXT + rb')", "negative_prompt": "(' + TEXT + rb')", '
     rb'(?:"seed": (0|[1-9][0-9]{0,9}), )?("num_images": .*\}\n)'
 )
-_scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-_MISSING: Any = object()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What deciding reads of a row; the fields are those of Request."""
 
     id: str
@@ -92,7 +80,7 @@ class Rows:
             for row_id, line in zip(self.ids, whole_lines(self.path), strict=True):
                 found = _ROW.fullmatch(line)
                 plain = found is not None and b"\\" not in found[2] and b'"prompt": ' not in found[5]
-                yield row_id, found[2].decode() if found is not None and plain else _parsed(line).get("prompt", "")
+                yield row_id, found[2].decode() if found is not None and plain else parsed(line).get("prompt", "")
 
     @property
     def kinds(self) -> Collection[Terms]:
@@ -128,7 +116,7 @@ def _known_row(line: bytes, seen: dict[bytes, Terms]) -> tuple[str, Terms] | Non
     found = _ROW.fullmatch(line)
     if found is None or (terms := seen.get(found[5])) is None or len(line) > MAX_TEXT:
         return None
-    odd = b"\\u" in line or not (line.isascii() or _is_utf8(line))  # NUL, half a surrogate pair
+    odd = b"\\u" in line or not (line.isascii() or is_utf8(line))  # NUL, half a surrogate pair
     if odd or int(found[4] or 0) >= SEED_LIMIT or not _plain_id(found[1]):
         return None
     return found[1].decode(), terms
@@ -141,7 +129,7 @@ def _plain_id(row_id: bytes) -> bool:
 
 def _checked_row(line: bytes, seen: dict[bytes, Terms], where: str) -> tuple[str, Terms]:
     try:
-        fields = _parsed(line)
+        fields = parsed(line)
         if not isinstance(fields, dict) or not isinstance(fields.get("id"), str):
             raise InputError("not a row")
         row = Request(**fields)
@@ -156,26 +144,6 @@ def _checked_row(line: bytes, seen: dict[bytes, Terms], where: str) -> tuple[str
     return str(row.id), terms
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """The scores to read: names, labels of p, classes of p_class; seen: fields of what other models saw.
-
-    hashes: whether the pictures' SHA-256 are read.
-    """
-
-    names: frozenset[str] = frozenset()
-    labels: frozenset[str] = frozenset()
-    classes: frozenset[str] = frozenset()
-    seen: frozenset[str] = frozenset()
-    hashes: bool = False
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of scores that are read."""
-        odds = ("p",) * bool(self.labels) + ("classes",) * bool(self.classes)
-        return sorted({*self.names, *odds, *self.seen})
-
-
 class Table:
     """The newest record of every image of a run's rows, by row, then by image number.
 
@@ -188,23 +156,22 @@ class Table:
         """Read the records. Raises HostError."""
         self.folder, self.rows, self.wanted = folder, rows, wanted
         self.path, self._copy = _records_of(folder)
-        lines = _Lines(rows, wanted)
+        lines = Lines(rows.ids, wanted)
         if self.path.is_file():
             with disk(self.path):
-                lines.read(whole_lines(self.path))
+                lines.read(line_blocks(self.path))
         self._lines = lines
-        places = list(map(_key, lines.row, lines.index))
-        order = sorted(range(len(places)), key=places.__getitem__)  # stable: of equal ones the newest is the last
+        places = [n << 62 | number for n, number in zip(lines.row, lines.index, strict=True)]
+        order: Iterable[int] = range(len(places))
+        if not all(map(operator.lt, places, itertools.islice(places, 1, None))):
+            last = dict(zip(places, order, strict=True))
+            order = map(last.__getitem__, sorted(last))
         replaced = lines.statuses.get(REPLACED, -1)
-        self._at, before = array("q"), None
-        for at in reversed(order):
-            if places[at] != before and lines.status[at] != replaced:
-                self._at.append(at)
-            before = places[at]
-        self._at.reverse()
+        self._at = array("q", (at for at in order if lines.status[at] != replaced))
         self.of_row = array("i", map(lines.row.__getitem__, self._at))
         self.index = array("q", map(lines.index.__getitem__, self._at))
-        self.start = array("q", itertools.accumulate(_counted(self.of_row, len(rows)), initial=0))
+        count = Counter(self.of_row)
+        self.start = array("q", itertools.accumulate(map(count.__getitem__, range(len(rows))), initial=0))
         shapes = set(map(lines.shape.__getitem__, self._at))
         kinds = list(lines.shapes)
         self.names = names_of(dict.fromkeys(kinds[shape]) for shape in shapes)
@@ -223,10 +190,10 @@ class Table:
         """Return records of the images with what deciding reads of them; those whose picture is gone are failed."""
         lines, found, ids, gone = self._lines, [], self.rows.ids, self.gone
         columns = list(zip(lines.columns, lines.values, strict=True))
-        for image in images:
-            at = self._at[image]
-            scores = {name: value for name, column in columns if (value := column[at]) is not _MISSING}
-            r = Result(ids[self.of_row[image]], self.index[image], 0, scores=scores)
+        of_row, index, places = (c[images.start : images.stop] for c in (self.of_row, self.index, self._at))
+        for image, n, number, at in zip(images, of_row, index, places, strict=True):
+            scores = {name: value for name, column in columns if (value := column[at]) is not MISSING}
+            r = Result(ids[n], number, 0, scores=scores)
             if image in gone:
                 r.status, r.reason = "failed", GONE
             else:
@@ -250,21 +217,21 @@ class Table:
             file = None if image in self.gone else files[at]
             yield ids[n], number, None if file is None else file.decode()
 
-    def place(self, image: int) -> tuple[int, int]:
-        """Return (bytes, offset) of the image's line in `path`, with its newline."""
-        at = self._at[image]
-        return self._lines.length[at], self._lines.offset[at]
+    def line_places(self, images: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (bytes, offset) of each image's line in `path`, with its newline."""
+        length, offset, places = self._lines.length, self._lines.offset, self._at
+        return [(length[at], offset[at]) for at in map(places.__getitem__, images)]
 
     def column(self, name: str) -> Iterator[Any]:
         """Yield a score of each image that was asked for, or None."""
         column = self._lines.values[self._lines.columns.index(name)]
         for at in self._at:
             value = column[at]
-            yield None if value is _MISSING else value
+            yield None if value is MISSING else value
 
-    def is_plain(self, image: int) -> bool:
-        """Whether the image's line is as genkit writes that of a finished image, without a meta."""
-        return bool(self._lines.plain[self._at[image]])
+    def plain(self, images: range) -> list[int]:
+        """Return for each image whether its line is as genkit writes that of a finished image, without a meta."""
+        return list(map(self._lines.plain.__getitem__, self._at[images.start : images.stop]))
 
     def whole(self, images: Sequence[int]) -> Iterator[Result]:
         """Yield the complete records of images, read from the file; of those whose picture is gone, as failed."""
@@ -272,31 +239,36 @@ class Table:
             return
         with disk(self.path), open(self.path, "rb") as file:
             for image in images:
-                length, start = self.place(image)
-                (result,) = newest([_parsed(os.pread(file.fileno(), length, start))])[0].values()
+                ((length, start),) = self.line_places([image])
+                (result,) = newest([parsed(os.pread(file.fileno(), length, start))])[0].values()
                 if image in self.gone:
                     result = dataclasses.replace(result, status="failed", reason=GONE, file=None)
                 yield result
 
     def _absent(self) -> frozenset[int]:
         """Return the images that are done and whose picture was deleted since."""
-        names: dict[bytes, set[bytes]] = {}
+        folders: dict[bytes, set[bytes]] = {}
+        there: set[bytes] = set()  # the pictures of the folder that was asked for last
         gone = []
-        done = self._lines.statuses.get("done", -1)
+        files, status, done = self._lines.file, self._lines.status, self._lines.statuses["done"]
         for image, at in enumerate(self._at):
-            if self._lines.status[at] != done:
+            if status[at] != done or files[at] in there:
                 continue
-            under, _, name = self._lines.file[at].rpartition(b"/")
-            if under not in names:  # listing folders is faster than checking every file
-                if len(names) >= LISTINGS:
-                    names.pop(next(iter(names)))
-                try:
-                    names[under] = {os.fsencode(name) for name in names_in(self.folder / os.fsdecode(under))}
-                except OSError:
-                    names[under] = set()
-            if name not in names[under]:
+            under = files[at].rpartition(b"/")[0]
+            if under not in folders:  # listing folders is faster than checking every file
+                if len(folders) >= LISTINGS:
+                    folders.pop(next(iter(folders)))
+                folders[under] = self._listed(under)
+            there = folders[under]
+            if files[at] not in there:
                 gone.append(image)
         return frozenset(gone)
+
+    def _listed(self, under: bytes) -> set[bytes]:
+        try:
+            return {under + b"/" + os.fsencode(name) for name in names_in(self.folder / os.fsdecode(under))}
+        except OSError:
+            return set()
 
 
 def _records_of(folder: Path) -> tuple[Path, Any]:
@@ -307,109 +279,6 @@ def _records_of(folder: Path) -> tuple[Path, Any]:
     copy.writelines(json_line(r.to_json()).encode() for r in read_results(folder))
     copy.flush()
     return Path(copy.name), copy
-
-
-class _Lines:
-    """The columns of results.jsonl, an entry for each valid line of an image of the rows."""
-
-    def __init__(self, rows: Rows, wanted: Wanted) -> None:
-        self.rows = {row_id.encode(): n for n, row_id in enumerate(rows.ids)}
-        self.row, self.index, self.shape, self.length = array("i"), array("q"), array("i"), array("i")
-        self.offset = array("q")
-        self.status, self.plain = array("i"), bytearray()
-        self.file: list[Any] = []
-        self.hashes: list[str | None] = []
-        self.reasons: dict[int, str | None] = {}
-        self.shapes: dict[tuple[str, ...], int] = {}
-        self.statuses = {"done": 0}
-        self.columns, self.keep_hashes = wanted.columns, wanted.hashes
-        self.cut = {"p": wanted.labels, "classes": wanted.classes}  # of many labels those that are read
-        self.values: list[list[Any]] = [[] for _ in self.columns]
-        self.fields = list(zip(self.columns, (column.append for column in self.values), strict=True))
-
-    def read(self, lines: Iterable[bytes]) -> None:
-        """Take the lines of the file."""
-        match, row_of, status, plain = _LINE.fullmatch, self.rows.get, self.status.append, self.plain.append
-        enter, end = self._enter, 0
-        for line in lines:
-            start, end = end, end + len(line)
-            found = match(line)
-            if found is not None and (line.isascii() or _is_utf8(line)):
-                row_id, number, file, digest, text = found.groups()
-                scores = _object(text.decode())
-                if scores is not None:
-                    if (n := row_of(row_id)) is not None:
-                        enter(n, int(number), start, len(line), scores, file)
-                        status(0)
-                        plain(1)
-                        if self.keep_hashes:
-                            self.hashes.append(digest.decode())
-                    continue
-            for r in newest([_parsed(line)])[0].values():
-                self._other(r, start, len(line))
-
-    def _other(self, r: Result, start: int, length: int) -> None:
-        n = self.rows.get(r.id.encode("utf-8", "backslashreplace"))
-        if n is None or r.index >= 2**62:
-            return
-        if r.status != "done":
-            self.reasons[len(self.row)] = r.reason
-        self._enter(n, r.index, start, length, r.scores, None if r.file is None else str(r.file).encode())
-        self.status.append(self.statuses.setdefault(r.status, len(self.statuses)))
-        self.plain.append(0)
-        if self.keep_hashes:
-            self.hashes.append(r.sha256)
-
-    def _enter(self, n: int, number: int, start: int, length: int, scores: dict[str, Any], file: bytes | None) -> None:
-        self.row.append(n)
-        self.index.append(number)
-        self.offset.append(start)
-        self.length.append(length)
-        self.file.append(file)
-        names = tuple(scores)
-        shape = self.shapes.get(names)
-        self.shape.append(self.shapes.setdefault(names, len(self.shapes)) if shape is None else shape)
-        for name, append in self.fields:
-            value = scores.get(name, _MISSING)
-            if name in self.cut and type(value) is dict:
-                value = {label: odds for label, odds in value.items() if label in self.cut[name]}
-            append(value)
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object that the text is, or None if it is more or less than one."""
-    try:
-        value, end = _scan(text, 0)
-    except (ValueError, StopIteration, RecursionError):
-        return None
-    return value if end == len(text) else None
-
-
-def _key(row: int, index: int) -> int:
-    return row << 62 | index
-
-
-def _counted(rows: array[int], count: int) -> list[int]:
-    """Return how often each number below `count` is there."""
-    found = [0] * count
-    for row in rows:
-        found[row] += 1
-    return found
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 class Kept(Sequence[Result]):

@@ -38,8 +38,8 @@ class Expression:
 
     Attributes names, labels: those used; words: those that a detector looks for, in order of appearance; seen: (words,
     threshold) of each function of boxes; classes: labels in p_class; questions: those in answer; senses: the vision
-    models that it needs; needs_scorer: whether it uses a CLIP score; decides: whether its value is true or false, as
-    that of a gate must be, and not a number.
+    models that it needs; by_name: whether it uses nothing but scores with a name; needs_scorer: whether it uses a CLIP
+    score; decides: whether its value is true or false, as that of a gate must be, and not a number.
     """
 
     def __init__(self, text: str, labels: Collection[str] | None = None, names: Collection[str] | None = ()) -> None:
@@ -55,6 +55,7 @@ class Expression:
         self.classes, self.questions = tuple(dict.fromkeys(scope.classes)), tuple(dict.fromkeys(scope.questions))
         used = {"detector": self.words, "classifier": self.classes, "captioner": self.questions}
         self.senses = tuple(name for name, what in used.items() if what)
+        self.by_name = not (self.labels or self.seen or self.classes or self.questions)
         self.needs_scorer = bool(CLIP_SCORES & self.names or self.labels)
 
     def __call__(self, scores: Scores) -> bool | float:
@@ -363,7 +364,15 @@ _BUILDERS: dict[type[ast.AST], Callable[[Any, Scope, int], Term]] = {
 
 def passes(gate: Expression | None, scores: Mapping[str, Any]) -> bool:
     """Return whether an image passes the gate; False if a score that the gate uses is NaN or absent."""
-    return gate is None or (not unknown_scores(gate, scores) and bool(gate(scores)))
+    return gate is None or (is_known(gate, scores) and bool(gate(scores)))
+
+
+def is_known(expression: Expression, scores: Mapping[str, Any]) -> bool:
+    """Return whether an image has all scores that the expression uses, and none of them is NaN."""
+    for name in expression.names:
+        if (value := scores.get(name)) is None or value != value:
+            return False
+    return expression.by_name or not unknown_scores(expression, scores)
 
 
 def unknown_scores(expression: Expression, scores: Mapping[str, Any]) -> list[str]:

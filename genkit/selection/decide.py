@@ -14,7 +14,7 @@ from genkit.rows.request import Request
 from genkit.rows.result import Result, value_of
 from genkit.runs.records import SELECTION, Key
 from genkit.runs.table import Row
-from genkit.scoring.gates import Expression, passes, unknown_scores
+from genkit.scoring.gates import Expression, is_known, passes, unknown_scores
 from genkit.scoring.names import ALONE, names_of
 from genkit.selection.choose import Known, choose
 from genkit.selection.judged import Judged, Weigher, reads_sim, with_sim
@@ -92,7 +92,10 @@ def judge(
     ]
     most = row.max_images or row.num_images
     count = most if ahead else _needed(row, found, passed)
-    reasons = [_refusal(r, ok, gate, most, count) for r, ok in zip(found, passed, strict=True)]
+    reasons = [
+        None if ok and r.index < count else _refusal(r, ok, gate, most, count)
+        for r, ok in zip(found, passed, strict=True)
+    ]
     if votes is not None:
         reasons = [reason or _VOTES[vote] for reason, vote in zip(reasons, voted, strict=True)]
     values = [math.nan if reason else value_of(r, order) for r, reason in zip(found, reasons, strict=True)]
@@ -129,7 +132,8 @@ def _refusal(r: Result, passed: bool, gate: Expression | None, most: int, count:
         return f"drawn ahead: the first {count} were enough"
     if gate is None or passed or passes(gate, r.scores):
         return None
-    return f"gate: {gate.text}" + "".join(f" (no {name})" for name in unknown_scores(gate, r.scores)[:1])
+    refused = f"gate: {gate.text}"
+    return refused if is_known(gate, r.scores) else f"{refused} (no {unknown_scores(gate, r.scores)[0]})"
 
 
 def _hard(judged: Judged, order: Expression | None, passed: Sequence[bool], lack: int) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from typing import Any
 from genkit.durable import disk, json_line, write_whole
 from genkit.errors import InputError, nearest, shown
 from genkit.rows.result import Result
+from genkit.runs.columns import Wanted
 from genkit.runs.records import SELECTION
-from genkit.runs.table import Rows, Table, Wanted
+from genkit.runs.table import Rows, Table
 from genkit.scoring.gates import Expression, check_seen
 from genkit.selection.choose import choose, read_known
 from genkit.selection.decide import image_name, judge, verdicts_of
@@ -205,8 +206,9 @@ def _pieces(selection: Selection) -> Iterator[str]:
     table, quoted = selection.table, functools.cache(lambda text: json_line(text).strip())
     parts: list[str] = []
     done = 0
+    plain = table.plain(range(len(table)))
     for image, (row_id, number, file) in enumerate(table.places()):
-        path = "null" if file is None else f'"{file}"' if table.is_plain(image) else quoted(file)
+        path = "null" if file is None else f'"{file}"' if plain[image] else quoted(file)
         note = selection.notes.get(image)
         more = "" if note is None else ", " + json_line(note).strip()[1:-1]
         parts.append(

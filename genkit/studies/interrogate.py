@@ -93,7 +93,7 @@ def _all(
             vector = scorer.embed_images([read_image(path)])[0].cpu().numpy()
             yield describe(str(path), vector, scorer, phrases, known)
             continue
-        indexed, _ = embedded(path, pictures_of(path), info, scorer, [], quiet)
+        indexed, _ = embedded(path, *pictures_of(path), info, scorer, [], quiet)
         for file, problem in indexed.problems.items():
             yield Described(str(file), error=problem)
         for file, row in zip(indexed.files, indexed.rows, strict=True):

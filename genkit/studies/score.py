@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from genkit.files import local
 from genkit.pictures.images import check_image, list_images, read_image
 from genkit.progress import Progress, printable, printable_json
 from genkit.rows.prompts import read_prompts, typed
-from genkit.runs.records import is_run, read_results, read_rows
+from genkit.rows.result import Result
+from genkit.runs.records import finished, is_run, read_rows
 from genkit.runs.rescore import Stored
 from genkit.scoring.aesthetic import Head, check_head
 from genkit.scoring.names import check_labels
@@ -48,7 +49,8 @@ def score_images(
         raise InputError("--prompts, --prompt: give one of them, not both")
     files = pictures_at(images)
     names = None if labels is None else _labels(typed("labels", labels))
-    texts = _texts(images, files, prompts, prompt)
+    records = finished(images)
+    texts = _texts(images, files, prompts, prompt, records)
     if names is None and not any(texts):
         raise InputError("--prompt: nothing to score against; give --prompt, --prompts or --labels")
     check_device(device, dtype)
@@ -59,7 +61,7 @@ def score_images(
     others = [row.plain_prompt for row in read_rows(images)] if is_run(images) else texts
     panel = _panel(info, device, dtype, others, aesthetic, scorers)
     failed = 0
-    with output_of(out) as write, Stored(images, info) as stored:
+    with output_of(out) as write, Stored(images, info, records) as stored:
         for file, found in judged(files, texts, names, panel, stored):
             failed += "error" in found
             write(line_of({"file": str(file), **found}))
@@ -237,7 +239,9 @@ def _text(label: str) -> str:
     return label.replace("_", " ").encode("utf-8", "replace").decode()
 
 
-def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | None) -> list[str]:
+def _texts(
+    images: Path, files: list[Path], prompts: Path | None, prompt: str | None, records: Mapping[Path, Result]
+) -> list[str]:
     if prompt is not None:
         return [prompt] * len(files)
     if prompts is not None:
@@ -245,8 +249,7 @@ def _texts(images: Path, files: list[Path], prompts: Path | None, prompt: str | 
         if len(rows) != len(files):
             raise InputError(f"{prompts}: has {len(rows)} rows for {len(files)} pictures in {images}")
         return [row.plain_prompt for row in rows]
-    known = {images / str(r.file): r.prompt for r in (read_results(images) if is_run(images) else [])}
-    return [known.get(file, "") for file in files]
+    return [records[file].prompt if file in records else "" for file in files]
 
 
 def line_of(record: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from genkit.device.devices import check_device
 from genkit.errors import InputError, shown
 from genkit.files import place, read_text, run_path, there
 from genkit.pictures.images import check_image, list_images, natural, read_image
+from genkit.rows.result import Result
 from genkit.runs.embeddings import read_embeddings
-from genkit.runs.records import found_at, is_run, read_config, read_results
+from genkit.runs.records import finished, found_at, is_run, read_config
 from genkit.runs.rescore import Stored
 from genkit.selection.index import BATCH, Indexed, folder_index, top
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 MOST = 1000  # results of a search
 LONG = 500  # characters of a caption
 CAPTION_BYTES = 2**16
+Pictures = tuple[list[Path], dict[Path, Result]]  # in order; their records, if they are of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def search(
     folder = run_path(images)
     texts, negative = ([t] if isinstance(t, str) else list(t) for t in (text, without))
     pictures = list(image) if isinstance(image, list | tuple) else [image]
-    files = _check(folder, texts, pictures, negative, k)
+    files, records = _check(folder, texts, pictures, negative, k)
     check_device(device, dtype)
     name = _clip_name(folder, clip)
     info = inspect_model(name)
@@ -76,7 +78,7 @@ def search(
         for t in (*texts, *negative)
         if t in scorer.texts.truncated
     ]
-    indexed, captions = embedded(folder, files, info, scorer, notes, quiet)
+    indexed, captions = embedded(folder, files, records, info, scorer, notes, quiet)
     found = [
         {"file": str(indexed.files[at]), "score": round(score, 6), "caption": captions(indexed.files[at])}
         for at, score in top(indexed.vectors, indexed.rows, query, k)
@@ -89,8 +91,8 @@ def search(
     )  # fmt: skip
 
 
-def _check(folder: Path, texts: list[str], pictures: list[Any], negative: list[str], k: int) -> list[Path]:
-    """Return the pictures to search. Raises InputError for an empty query or folder."""
+def _check(folder: Path, texts: list[str], pictures: list[Any], negative: list[str], k: int) -> Pictures:
+    """Return `pictures_of` the folder. Raises InputError for an empty query or folder."""
     if not texts and not pictures:
         raise InputError("--text, --image: nothing to search for; give one of them")
     for option, values in (("--text", texts), ("--not", negative)):
@@ -108,18 +110,18 @@ def _check(folder: Path, texts: list[str], pictures: list[Any], negative: list[s
     return pictures_of(folder)
 
 
-def pictures_of(folder: Path) -> list[Path]:
-    """Return the pictures of a folder, or the finished images of a run. Raises InputError if there are none."""
+def pictures_of(folder: Path) -> Pictures:
+    """Return the pictures of a folder, or the finished images of a run with their records.
+
+    Raises InputError if there are none.
+    """
     if not folder.is_dir():
         raise InputError(f"{place(folder)}: is no folder; give a run, or a folder of pictures")
-    if is_run(folder):
-        files = [folder / str(r.file) for r in read_results(folder) if r.status == "done"]
-        files = sorted(there(folder, files), key=natural)
-    else:
-        files = list_images(folder)
+    records = finished(folder)
+    files = sorted(there(folder, records), key=natural) if is_run(folder) else list_images(folder)
     if not files:
         raise InputError(f"{place(folder)}: holds no PNG, JPEG, WebP or JPEG XL picture")
-    return files
+    return files, records
 
 
 def _run_clip(folder: Path) -> dict[str, Any]:
@@ -150,25 +152,28 @@ def _query(scorer: ClipScorer, texts: list[str], shows: list[Any], negative: lis
 
 
 def embedded(
-    folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer, notes: list[str], quiet: bool
-) -> tuple[Indexed, Any]:
+    folder: Path, files: list[Path], records: Mapping[Path, Result], info: ModelInfo, scorer: ClipScorer,
+    notes: list[str], quiet: bool,
+) -> tuple[Indexed, Any]:  # fmt: skip
     """Return the embeddings of the pictures of a folder or run, and a function from a picture to its caption.
 
-    New embeddings are stored. notes: remarks for the user are appended to it.
+    files, records: as `pictures_of` returns them. New embeddings are stored. notes: remarks for the user are appended
+    to it.
     """
     weights = weight_hashes(info)
     if not is_run(folder):
         return folder_index(folder, files, weights, info.embedding_width, scorer, quiet), _beside
-    prompts = {folder / str(r.file): r.prompt for r in read_results(folder)}
     bound = _run_clip(folder)
     if bound.get("weights") == weights:
-        return _of_run(folder, files, info, scorer), lambda file: prompts.get(file, "")[:LONG]
+        return _of_run(folder, files, records, info, scorer), lambda file: records[file].prompt[:LONG]
     told = f"was scored with {bound['name']}" if bound else "has no CLIP model"
     notes.append(f"{place(folder)}: {told}: its pictures are embedded by {info.name} into an index of their own")
-    return folder_index(folder, files, weights, info.embedding_width, scorer, quiet), lambda file: prompts.get(file, "")
+    return folder_index(folder, files, weights, info.embedding_width, scorer, quiet), lambda file: records[file].prompt
 
 
-def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer) -> Indexed:
+def _of_run(
+    folder: Path, files: list[Path], records: Mapping[Path, Result], info: ModelInfo, scorer: ClipScorer
+) -> Indexed:
     """Return the embeddings of a run's pictures; missing ones are computed and stored with the run."""
     import torch
 
@@ -177,7 +182,7 @@ def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer
 
     found: dict[Path, np.ndarray] = {}
     problems: dict[Path, str] = {}
-    with Stored(folder, info) as stored:
+    with Stored(folder, info, records) as stored:
         lacking = [file for file in files if stored.vector(file) is None]
         for start in range(0, len(lacking), BATCH):
             pixels = {}
@@ -191,9 +196,8 @@ def _of_run(folder: Path, files: list[Path], info: ModelInfo, scorer: ClipScorer
                 for file, vector in zip(pixels, vectors, strict=True):
                     stored.add(file, vector)
                     found[file] = vector
-    results = [r for r in read_results(folder) if r.status == "done"]
-    place_of, vectors = read_embeddings(folder, results)
-    rows = {folder / str(r.file): place_of[r.id, r.index] for r in results if (r.id, r.index) in place_of}
+    place_of, vectors = read_embeddings(folder, records.values())
+    rows = {file: place_of[r.id, r.index] for file, r in records.items() if (r.id, r.index) in place_of}
     changed = {f: v for f, v in found.items() if f not in rows or not np.array_equal(vectors[rows[f]], v)}
     kept = [file for file in files if file in rows or file in changed]
     if changed:  # could not be stored: the run is locked, or the picture is not the recorded one

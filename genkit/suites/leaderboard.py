@@ -22,6 +22,7 @@ from genkit.suites.evaluate import EVALUATION, PAGE
 from genkit.suites.verdicts import pictures_hash
 
 RESAMPLES = 10_000
+MEMORY = 2**22  # counts of prompts in resamples that are drawn together
 SURE = 0.95
 MAX_BYTES = 2**28
 _PARTS = {"suite": dict, "model": dict, "judge": dict, "settings": dict, "tasks": list, "overall": dict, "rows": list,
@@ -170,12 +171,14 @@ def _resampled(entries: Sequence[Entry], ids: Mapping[str, Sequence[str]]) -> np
     rng = np.random.default_rng(0)
     total = np.zeros((len(entries), RESAMPLES))
     for task, own in ids.items():
-        counts = rng.multinomial(
-            len(own), np.full(len(own), 1 / len(own)), size=RESAMPLES
-        )  # how often each prompt is drawn
-        for k, e in enumerate(entries):
-            right, of = e.shares(task, own)
-            total[k] += (counts @ right) / np.maximum(counts @ of, 1)
+        shares = [e.shares(task, own) for e in entries]
+        together = max(1, MEMORY // len(own))
+        for start in range(0, RESAMPLES, together):
+            part = slice(start, min(start + together, RESAMPLES))
+            size = part.stop - start
+            counts = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=size)  # how often each is drawn
+            for k, (right, of) in enumerate(shares):
+                total[k, part] += (counts @ right) / np.maximum(counts @ of, 1)
     return total / len(ids)
 
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from genkit.durable import json_line
+from genkit.runs.columns import Wanted
 from genkit.runs.records import RESULTS, part_of, read_results
-from genkit.runs.table import Table, Wanted, read_row_table
+from genkit.runs.table import Table, read_row_table
 from genkit.studies.filter import refilter
 from tests.judged_run import judged_run
 

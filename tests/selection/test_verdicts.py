@@ -19,9 +19,10 @@ from genkit.durable import json_line
 from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.runs.columns import Wanted
 from genkit.runs.embeddings import Store
 from genkit.runs.records import read_config, read_results, read_rows
-from genkit.runs.table import GONE, Kept, Table, Wanted, read_row_table
+from genkit.runs.table import GONE, Kept, Table, read_row_table
 from genkit.selection.choose import read_known
 from genkit.selection.decide import decide, write_selection
 from genkit.selection.picking import Picking

@@ -277,6 +277,13 @@ def test_ranks_and_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "Leaderboard" in page.read_text() and "not told apart" in page.read_text()
 
 
+def test_resamples_drawn_a_few_at_a_time_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [made(tmp_path / "poor", "poor", POOR), made(tmp_path / "twin", "twin", POOR | {"t1": [1, 1]})]
+    whole = leaderboard(places)
+    monkeypatch.setattr("genkit.suites.leaderboard.MEMORY", 7 * 20 + 3)  # seven resamples, the last time four
+    assert leaderboard(places) == whole and 0.5 < whole["pairs"][0]["better"] < 1
+
+
 def test_pairs_are_judged_on_the_same_prompts(tmp_path: Path) -> None:
     """Two models that differ little, on prompts that differ much: only the paired comparison sees it."""
     one = {f"t{k}": [int(k < 20)] * 10 for k in range(40)}
