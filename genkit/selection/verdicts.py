@@ -187,7 +187,7 @@ def _judged(table: Table, question: Question, found: list[Result] | None = None)
     for n in range(len(rows)):
         row, span = rows[n], table.span(n)
         if question.votes is not None:
-            row = dataclasses.replace(row, gate=None, keep=None)
+            row = row._replace(gate=None, keep=None)
         gate = asked_gate or (None if row.gate is None else compiled(row.gate, row.labels))
         order = asked_order or (None if row.rank_by is None else compiled(row.rank_by, row.labels))
         results = table.results(span) if found is None else found[span.start : span.stop]

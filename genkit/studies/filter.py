@@ -11,9 +11,10 @@ from genkit.errors import InputError, shown
 from genkit.pages.outcome import write_outcome
 from genkit.runs.records import read_config, read_results
 from genkit.runs.table import Kept
+from genkit.selection.decide import image_name
 from genkit.selection.picking import NONE, Picking
 from genkit.selection.verdicts import Question, select
-from genkit.selection.votes import name_of, read_labels
+from genkit.selection.votes import read_labels
 
 
 def refilter(
@@ -61,5 +62,5 @@ def refilter(
 
 def _good(folder: Path, votes: Path) -> dict[str, bool]:
     """Return which pictures of a run are good: by votes.csv, or by being in a list. Raises InputError."""
-    pictures = {name_of(r): r for r in read_results(folder)}
+    pictures = {image_name(r): r for r in read_results(folder)}
     return read_labels(votes, None, votes.suffix.lower() != ".csv", pictures).good
