@@ -419,7 +419,7 @@ def test_help_lists_every_command_in_a_section_with_its_whole_summary() -> None:
         "Options", "Make pictures", "Look back at runs and choose", "Score pictures", "Train models",
         "Models and this machine",
     ]  # fmt: skip
-    assert "bad, small and double pictures; exits 2 for what stops training." in " ".join(text.split())
+    assert "broken, small and duplicate pictures and bad captions; exits with 2 on errors." in " ".join(text.split())
     options = genkit("generate", "--help").stdout
     for title in ("Arguments:", "What is drawn:", "Which pictures are kept:", "How it runs:"):
         assert f"\n{title}\n" in options

@@ -206,7 +206,7 @@ def test_a_lease_is_taken_over_once_silent_and_its_holder_stops(
         assert isinstance(first._lock, lease.Lease)
         first._lock._ended.clear()  # and wakes
         first._lock._keep()
-        with pytest.raises(HostError, match="another genkit has taken it over, or its lock was deleted; the same"):
+        with pytest.raises(HostError, match="another genkit has taken it over, or its lock was deleted; run the same"):
             first.save(result_of(ROWS[1], 0), png(ROWS[1], 0))
         second.save(result_of(ROWS[0], 0), png(ROWS[0], 0))
         first.close()
