@@ -57,7 +57,9 @@ class Drawing:
         refiner, text = self.generator.refiner, getattr(self.generator, "text", None)
         lines = [*self.notes(), *self.generator.denoiser.notes, *([] if refiner is None else refiner.denoiser.notes)]
         cut = sorted(text.truncated if text is not None else ())
-        return lines + [f"prompt longer than the model reads, its end had no say: {prompt[:80]}" for prompt in cut]
+        return lines + [
+            f"prompt longer than the text encoder reads, its end was cut off: {prompt[:80]}" for prompt in cut
+        ]
 
     def __enter__(self) -> Drawing:
         return self

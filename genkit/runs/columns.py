@@ -1,4 +1,4 @@
-"""The lines of results.jsonl, taken apart into columns: many at once where they are as genkit writes them."""
+"""Parse the lines of results.jsonl into columns: in blocks where they look as genkit writes them, else one by one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from genkit.runs.records import PICTURE, newest
 
-TEXT = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'  # of JSON, between the quotes
-MISSING: Any = object()  # in place of a score that an image does not have
+TEXT = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'  # the inside of a JSON string
+MISSING: Any = object()  # the value of a score that an image does not have
 _COUNT = rb"(?:0|[1-9][0-9]{0,11}|null)"
 _NUMBER = rb"(?:-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|null)"
-# A finished image as `Result.to_json` writes it, or, without groups, any other line. A meta, or braces in a label, take
-# the parser.
+# A finished image as `Result.to_json` writes it; any other line matches with empty groups and is parsed as JSON, as are
+# lines with a `meta` or with braces in a label.
 _LINE = re.compile(
     rb'\{"id": "([A-Za-z0-9._-]+)", "index": (0|[1-9][0-9]{0,8}), "seed": (?:0|[1-9][0-9]{0,11}), "status": "done", '
     rb'"reason": null, "file": "(' + PICTURE.pattern.encode() + rb')", "bytes": ' + _COUNT + rb', "sha256": '
@@ -25,15 +25,20 @@ _LINE = re.compile(
     rb'(\{[^{}\n]*(?:\{[^{}\n]*\}[^{}\n]*)*\}), "steps": ' + _COUNT + rb', "nfe": ' + _COUNT + rb', "seconds": '
     + _NUMBER + rb', "prompt": "' + TEXT + rb'", "meta": null, "fingerprint": (?:"[0-9a-f]*"|null)\}\n|[^\n]*\n'
 )  # fmt: skip
-NO_JSON = (b"NaN", b"Infinity", b"\r")  # JSON as Python takes it may hold these: none to a browser, or more than a line
+NO_JSON = (
+    b"NaN",
+    b"Infinity",
+    b"\r",
+)  # accepted by Python's json, but not by a browser, or not within one line of a page
 _Parts = tuple[bytes, bytes, bytes, bytes, bytes]  # id, index, file, sha256, scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """The scores to read: names, labels of p, classes of p_class; seen: fields of what other models saw.
+    """The scores to read.
 
-    hashes: whether the pictures' SHA-256 are read.
+    names: of numbers. labels: of p. classes: of p_class. seen: fields of vision models. hashes: whether the pictures'
+    SHA-256 are read.
     """
 
     names: frozenset[str] = frozenset()
@@ -44,16 +49,16 @@ class Wanted:
 
     @property
     def columns(self) -> list[str]:
-        """The names of scores that are read."""
+        """The names of the columns."""
         odds = ("p",) * bool(self.labels) + ("classes",) * bool(self.classes)
         return sorted({*self.names, *odds, *self.seen})
 
 
 class Lines:
-    """The columns of results.jsonl, an entry for each valid line of an image of the rows."""
+    """The columns of results.jsonl, with one entry for each valid line about an image of the given rows."""
 
     def __init__(self, rows: Sequence[str], wanted: Wanted) -> None:
-        """rows: their ids."""
+        """rows: the ids of the run's rows, in order."""
         self.rows = {row_id.encode(): n for n, row_id in enumerate(rows)}
         self.row, self.index, self.shape, self.length = array("i"), array("q"), array("i"), array("i")
         self.offset = array("q")
@@ -64,17 +69,17 @@ class Lines:
         self.shapes: dict[tuple[str, ...], int] = {}
         self.statuses = {"done": 0}
         self.columns, self.keep_hashes = wanted.columns, wanted.hashes
-        self.cut = {"p": wanted.labels, "classes": wanted.classes}  # of many labels those that are read
+        self.cut = {"p": wanted.labels, "classes": wanted.classes}  # only these labels are kept
         self.values: list[list[Any]] = [[] for _ in self.columns]
 
     def read(self, blocks: Iterable[Sequence[bytes]]) -> None:
-        """Take the lines of the file, some at a time."""
+        """Parse the lines of the file, given in blocks."""
         start = 0
         for lines in blocks:
             start = self._take(lines, start)
 
     def _take(self, lines: Sequence[bytes], start: int) -> int:
-        """Take lines that begin at `start` in the file, and return where they end."""
+        """Parse a block of lines that begins at byte `start` of the file; return the offset of its end."""
         text = b"".join(lines)
         sound = text.isascii() or is_utf8(text)
         if not sound and len(lines) > 1:
@@ -84,7 +89,10 @@ class Lines:
         found = _LINE.findall(text) if sound else [(b"",) * 5]
         rows = [self.rows.get(parts[0], -1) for parts in found]
         first = 0
-        for stop in [*(k for k, n in enumerate(rows) if n < 0), len(rows)]:  # what lies between others is alike
+        for stop in [
+            *(k for k, n in enumerate(rows) if n < 0),
+            len(rows),
+        ]:  # runs of regular lines, split at irregular ones
             if first < stop:
                 start = self._plain(lines[first:stop], rows[first:stop], found[first:stop], start)
             if stop < len(rows):
@@ -93,6 +101,7 @@ class Lines:
         return start
 
     def _plain(self, lines: Sequence[bytes], rows: list[int], found: Sequence[_Parts], start: int) -> int:
+        """Enter regular lines, whose scores are parsed in one call."""
         _, numbers, files, digests, texts = zip(*found, strict=True)
         scores = _objects(texts)
         if scores is None and len(lines) > 1:
@@ -102,13 +111,14 @@ class Lines:
         if scores is None:
             return self._other(lines[0], start)
         self.status.extend(itertools.repeat(0, len(rows)))
-        odd = any(text in b"".join(texts) for text in NO_JSON)  # seldom; then each is looked at
+        odd = any(text in b"".join(texts) for text in NO_JSON)  # rare: only then is each line checked
         self.plain += bytes(not (odd and any(text in own for text in NO_JSON)) for own in texts)
         if self.keep_hashes:
             self.hashes += [digest.decode() for digest in digests]
         return self._enter(rows, list(map(int, numbers)), files, scores, list(map(len, lines)), start)
 
     def _other(self, line: bytes, start: int) -> int:
+        """Enter an irregular line, or skip one that is no record of an image."""
         for r in newest([parsed(line)])[0].values():
             n = self.rows.get(r.id.encode("utf-8", "backslashreplace"))
             if n is None or r.index >= 2**62:
@@ -127,7 +137,7 @@ class Lines:
         self, rows: list[int], numbers: list[int], files: Sequence[bytes | None], scores: Sequence[dict[str, Any]],
         sizes: list[int], start: int,
     ) -> int:  # fmt: skip
-        """Add lines to the columns, and return where they end."""
+        """Append records to the columns; return the offset of their end."""
         self.row.extend(rows)
         self.index.extend(numbers)
         self.file += files
@@ -147,20 +157,23 @@ class Lines:
 
 
 def _cut(odds: Any, labels: Collection[str]) -> Any:
+    """Return probabilities by label, of these labels only."""
     return {label: value for label, value in odds.items() if label in labels} if type(odds) is dict else odds
 
 
 def _objects(texts: Sequence[bytes]) -> list[dict[str, Any]] | None:
-    """Return the JSON objects that the texts are, or None if one of them is more or less than one."""
+    """Return the JSON object in each text, or None if a text is not exactly one."""
     try:
-        values: list[dict[str, Any]] = json.loads("[" + b",\n".join(texts).decode() + "]")  # no text has a line break
+        values: list[dict[str, Any]] = json.loads(
+            "[" + b",\n".join(texts).decode() + "]"
+        )  # a break cannot be within a text, so joins cannot change it
     except (ValueError, RecursionError):
         return None
     return values if len(values) == len(texts) else None
 
 
 def is_utf8(text: bytes) -> bool:
-    """Whether bytes are text."""
+    """Whether bytes are valid UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError:
@@ -169,7 +182,7 @@ def is_utf8(text: bytes) -> bool:
 
 
 def parsed(line: bytes) -> Any:
-    """Return the value of a line of JSON, None for what is none."""
+    """Return the value of a line of JSON, or None if it is not valid."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

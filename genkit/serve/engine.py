@@ -145,7 +145,7 @@ class ServingEngine:
         long = self._long  # the thread that draws may add to them
         named = [(name, getattr(row, name)) for row in rows for name in ("prompt", "negative_prompt")]
         fields = dict.fromkeys(name for name, text in named if any(text in found for found in long))
-        return [f"{name}: is longer than the model reads: its end had no say" for name in fields]
+        return [f"{name}: is longer than the text encoder reads: its end was cut off" for name in fields]
 
     def _encoders(self) -> list[Any]:
         text = None if self.generator is None else self.generator.text

@@ -78,7 +78,7 @@ def evaluate(
         raise SystemExit(EXIT_SIGTERM)
     if found is None:
         raise InputError(
-            f"{folder}: a limit was reached before every picture was drawn; the same call, with more, goes on"
+            f"{folder}: a limit was reached before every picture was drawn; call again with a higher limit"
         )
     return found
 
