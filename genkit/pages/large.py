@@ -1,8 +1,8 @@
-"""The gallery of a large run: index.html, and in gallery/ what it shows, in files that it reads as they are looked at.
+"""The gallery of a large run: index.html, and data files in gallery/ that the page loads on demand.
 
-A page that was opened from a folder may read nothing but scripts. So each file is a script that hands one text to the
-page, which parses it as JSON: nothing in it is run. Files lie in a new folder of gallery/, which index.html names once
-all are there; a page that is open, or a process that is killed, never sees half of them.
+A page opened from a folder (file://) may load scripts only. So each data file is a script that calls a function of the
+page with one string, which the page parses as JSON. All files lie in a new folder of gallery/, and index.html is replaced
+last, so that an open page or a killed process never leaves a mixture.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from genkit.selection.verdicts import Selection
 DATA = "gallery"  # in a run folder
 IMAGES, LINES = 100, 20_000  # images, and lines of prompts, in a file
 DONE = "whole.js"  # written last
-DAY = 86_400  # seconds; a folder without it was left by a killed process, if one of another machine
+DAY = 86_400  # seconds after which an unfinished folder of another machine is taken to be abandoned
 _STATES = ("rejected", "kept", "failed")
 
 
 def write_large_gallery(folder: Path, selection: Selection, config: Mapping[str, Any]) -> Path:
     """Write index.html of a run folder and its files in gallery/; return the page's path.
 
-    Holds a file's images at a time. The data are not synced, as `genkit filter` writes them anew. Raises HostError.
+    The images of one data file are in memory at a time. Files are not synced: `genkit filter` can write them again.
+    Raises HostError.
     """
     new = folder / DATA / f"{time.time_ns():x}-{_host()}-{os.getpid()}"
     with disk(new):
@@ -67,7 +68,7 @@ def remove_older(folder: Path, current: str = "") -> None:
 
 
 def _host() -> str:
-    """Return eight digits for this machine: others may write to the same folder."""
+    """Return eight hexadecimal digits for this machine, because others may write to the same folder."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
@@ -82,7 +83,7 @@ def _runs(process: int) -> bool:
 
 
 def _write(new: Path, selection: Selection) -> dict[str, Any]:
-    """Write the files of a gallery, and return what its page knows at once."""
+    """Write the data files of a gallery; return what index.html itself holds."""
     table, states, clips = selection.table, _states(selection), list(_clips(selection.table))
     for name in ("texts", "images", "order"):
         (new / name).mkdir()
@@ -104,7 +105,7 @@ def _write(new: Path, selection: Selection) -> dict[str, Any]:
 
 
 def _put(new: Path, name: str, text: bytes) -> None:
-    """Write a file that hands a text, of one line, to the page."""
+    """Write a data file with one line of text."""
     quoted = text.replace(b"\\", b"\\\\").replace(b"'", b"\\'")
     (new / f"{name}.js").write_bytes(b"genkit('%s','%s');\n" % (name.encode(), quoted))
 
@@ -114,28 +115,28 @@ def _packed(values: bytes) -> bytes:
 
 
 def _whole(values: Sequence[int]) -> bytes:
-    """Return 32 bits of each number, the lowest byte first."""
+    """Return numbers as little-endian 32-bit integers."""
     import numpy as np
 
     return np.array(values, "<u4").tobytes()
 
 
 def _order(keys: list[float]) -> bytes:
-    """Return the places of the numbers from the lowest to the highest."""
+    """Return the indices that sort the keys in ascending order."""
     import numpy as np
 
     return np.argsort(np.array(keys), kind="stable").astype("<u4").tobytes()
 
 
 def _clips(table: Table) -> Iterator[float | None]:
-    """Yield the number `clip` of each image, or None."""
+    """Yield the CLIP score of each image, or None."""
     for value in table.column("clip"):
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         yield value if number else None
 
 
 def _states(selection: Selection) -> bytes:
-    """Return the state of each image, its place in _STATES."""
+    """Return the state of each image, as an index into _STATES."""
     failed = selection.table.is_failed
     return bytes(2 if failed(image) else kept for image, kept in enumerate(selection.kept))
 
@@ -150,7 +151,7 @@ def _summary(new: Path, table: Table, states: bytes, clips: Sequence[float]) -> 
 
 
 def _texts(table: Table) -> Iterator[list[str]]:
-    """Yield the lines to search of LINES rows at a time: id, a blank, the prompt without its line breaks."""
+    """Yield the searchable text of LINES rows at a time: id and prompt, one line each."""
     lines: list[str] = []
     for row_id, prompt in table.rows.prompts():
         lines.append(f"{row_id} {' '.join(prompt.split())}")
@@ -162,9 +163,9 @@ def _texts(table: Table) -> Iterator[list[str]]:
 
 
 def _shelf(selection: Selection, images: range, results: int, rows: int, text_of: Callable[..., str]) -> bytes:
-    """Return the JSON of a file of images: their rows, their records, and what is decided on them.
+    """Return the JSON of one data file of images: rows, records and decisions.
 
-    results, rows: the files of them. text_of: returns the JSON of a verdict, of which many are alike.
+    results, rows: file descriptors of the run's files. text_of: the cached `_verdict`.
     """
     table = selection.table
     of_row = table.of_row[images.start : images.stop]
@@ -179,12 +180,12 @@ def _shelf(selection: Selection, images: range, results: int, rows: int, text_of
 
 
 def _verdict(*values: Any) -> str:
-    """Return the JSON of what is decided on an image: kept, rank, reason, images of its row with a rank, gone."""
+    """Return the JSON of a decision: kept, rank, reason, ranked images in its row, whether its file is gone."""
     return json_line(values).strip()
 
 
 def _lines(file: int, places: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Return the lines at (bytes, offset) of a file, which are read at once where they lie close together."""
+    """Return the lines at (bytes, offset) of a file, with one read if they lie close together."""
     start, end = min(at for _, at in places), max(size + at for size, at in places)
     if end - start > 2 * sum(size for size, _ in places):
         return [os.pread(file, size, at) for size, at in places]
@@ -200,7 +201,7 @@ def _row(line: bytes) -> bytes:
 
 
 def _cut(line: bytes) -> bytes:
-    """Return a plain record without hash, prompt and what follows; no text before or behind these holds a quote."""
+    """Return a record as genkit writes it without the hash, and without the prompt and what follows it."""
     start, end = line.index(b', "sha256": "'), line.rindex(b', "prompt": "')
     return line[:start] + line[start + 78 : end] + b"}"  # a hash has 64 digits
 

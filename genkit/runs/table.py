@@ -1,8 +1,8 @@
-"""The records of a run in columns: what deciding reads of a million images takes some hundred megabytes, not gigabytes.
+"""The rows and records of a run in columns, so that a million images take hundreds of megabytes and not gigabytes.
 
-An image is an entry of arrays: its row, its number, its status, where its line lies in the file, and those scores that
-somebody asked for. Lines as genkit writes them are taken apart by a regular expression, any other by the JSON parser;
-what both say of a run is what `read_rows` and `read_results` say.
+Of each image the columns hold its row, number and status, the position of its line in the file, and the scores that are
+needed. Lines as genkit writes them are parsed by a regular expression, all others as JSON; the result is that of
+`read_rows` and `read_results`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from genkit.runs.records import REPLACED, RESULTS, ROWS, newest, parts_of, read_
 from genkit.scoring.names import names_of
 from genkit.storage import StoragePath
 
-LISTINGS = 8  # folders whose names are held at a time
+LISTINGS = 8  # directory listings that are cached
 GONE = "its file is missing"
-# A row as `Request.to_json` writes it, of which most are alike from here on.
+# A row as `Request.to_json` writes it. The last group is the same text in most rows, and is validated once.
 _ROW = re.compile(
     rb'\{"id": "([A-Za-z0-9._-]{1,100})", "prompt": "(' + TEXT + rb')", "negative_prompt": "(' + TEXT + rb')", '
     rb'(?:"seed": (0|[1-9][0-9]{0,9}), )?("num_images": .*\}\n)'
@@ -39,7 +39,7 @@ _ROW = re.compile(
 
 
 class Row(NamedTuple):
-    """What deciding reads of a row; the fields are those of Request."""
+    """The fields of a Request that decide which images are kept."""
 
     id: str
     num_images: int
@@ -50,12 +50,12 @@ class Row(NamedTuple):
     labels: tuple[str, ...] | None
 
 
-Terms = tuple[int, int | None, str | None, str | None, int | None, tuple[str, ...] | None]  # of a Row, but for its id
+Terms = tuple[int, int | None, str | None, str | None, int | None, tuple[str, ...] | None]  # a Row without its id
 
 
 @dataclasses.dataclass
 class Rows:
-    """The rows of requests.jsonl: ids, terms (shared by rows that are alike), and where their lines lie."""
+    """The rows of requests.jsonl: ids, terms (shared by equal rows), and the offsets of their lines."""
 
     path: Path
     ids: list[str] = dataclasses.field(default_factory=list)
@@ -84,14 +84,14 @@ class Rows:
 
     @property
     def kinds(self) -> Collection[Terms]:
-        """The different terms of the rows."""
+        """The distinct terms of the rows."""
         return set(self.terms)
 
 
 def read_row_table(folder: Path) -> Rows:
-    """Return the rows of requests.jsonl. Raises InputError naming the line that is not one, as `read_rows` does.
+    """Return the rows of requests.jsonl. Raises InputError naming an invalid line, as `read_rows` does.
 
-    Rows that are alike but for id, prompts and seed are checked once: nothing in them depends on these together.
+    Rows that differ only in id, prompts and seed are validated once, because no check combines these with other fields.
     """
     rows = Rows(folder / ROWS)
     if not rows.path.is_file():
@@ -112,18 +112,18 @@ def read_row_table(folder: Path) -> Rows:
 
 
 def _known_row(line: bytes, seen: dict[bytes, Terms]) -> tuple[str, Terms] | None:
-    """Return a row whose like was checked before, or None if it needs a look of its own."""
+    """Return a row that equals one validated before but for id, prompts and seed, or None if it must be validated."""
     found = _ROW.fullmatch(line)
     if found is None or (terms := seen.get(found[5])) is None or len(line) > MAX_TEXT:
         return None
-    odd = b"\\u" in line or not (line.isascii() or is_utf8(line))  # NUL, half a surrogate pair
+    odd = b"\\u" in line or not (line.isascii() or is_utf8(line))  # may be a NUL or a lone surrogate
     if odd or int(found[4] or 0) >= SEED_LIMIT or not _plain_id(found[1]):
         return None
     return found[1].decode(), terms
 
 
 def _plain_id(row_id: bytes) -> bool:
-    """Whether an id is surely no reserved name: those are letters and perhaps a digit, or dots."""
+    """Whether an id is surely not reserved (CON, COM1, "..", …): at most four letters, or dots."""
     return row_id[:1].isdigit() or len(row_id.split(b".")[0]) > 4
 
 
@@ -147,9 +147,9 @@ def _checked_row(line: bytes, seen: dict[bytes, Terms], where: str) -> tuple[str
 class Table:
     """The newest record of every image of a run's rows, by row, then by image number.
 
-    rows: the rows; of_row: row of each image; index: its number; start: where a row's images begin, and after the last
-    where they end; names: of their scores, as `names_of` has them; detected: whether boxes are among them; gone: images
-    whose picture was deleted since, which count as failed. Images are counted from 0.
+    Images are numbered from 0 in this order. of_row: row of each image. index: its number within the row. start: first
+    image of each row, and the total. names: names of scores, see `names_of`. detected: whether scores hold boxes. gone:
+    images whose file was deleted since; they count as failed.
     """
 
     def __init__(self, folder: Path, rows: Rows, wanted: Wanted) -> None:
@@ -187,7 +187,7 @@ class Table:
         return range(self.start[n], self.start[n + 1])
 
     def results(self, images: range) -> list[Result]:
-        """Return records of the images with what deciding reads of them; those whose picture is gone are failed."""
+        """Return the records of images with the wanted scores; those with a deleted file are failed."""
         lines, found, ids, gone = self._lines, [], self.rows.ids, self.gone
         columns = list(zip(lines.columns, lines.values, strict=True))
         of_row, index, places = (c[images.start : images.stop] for c in (self.of_row, self.index, self._at))
@@ -211,7 +211,7 @@ class Table:
         return image in self.gone or self._statuses[self._lines.status[self._at[image]]] == "failed"
 
     def places(self) -> Iterator[tuple[str, int, str | None]]:
-        """Yield (row id, image number, file or None where there is none) of every image."""
+        """Yield (row id, image number, file or None) of every image."""
         ids, files = self.rows.ids, self._lines.file
         for image, (n, number, at) in enumerate(zip(self.of_row, self.index, self._at, strict=True)):
             file = None if image in self.gone else files[at]
@@ -223,18 +223,18 @@ class Table:
         return [(length[at], offset[at]) for at in map(places.__getitem__, images)]
 
     def column(self, name: str) -> Iterator[Any]:
-        """Yield a score of each image that was asked for, or None."""
+        """Yield one of the wanted scores for each image, None where it has none."""
         column = self._lines.values[self._lines.columns.index(name)]
         for at in self._at:
             value = column[at]
             yield None if value is MISSING else value
 
     def plain(self, images: range) -> list[int]:
-        """Return for each image whether its line is as genkit writes that of a finished image, without a meta."""
+        """Return for each image whether its line is that of a finished image as genkit writes it, without `meta`."""
         return list(map(self._lines.plain.__getitem__, self._at[images.start : images.stop]))
 
     def whole(self, images: Sequence[int]) -> Iterator[Result]:
-        """Yield the complete records of images, read from the file; of those whose picture is gone, as failed."""
+        """Yield complete records, read from the file; those with a deleted picture as failed."""
         if not len(images):
             return
         with disk(self.path), open(self.path, "rb") as file:
@@ -246,9 +246,9 @@ class Table:
                 yield result
 
     def _absent(self) -> frozenset[int]:
-        """Return the images that are done and whose picture was deleted since."""
+        """Return the finished images whose file was deleted since."""
         folders: dict[bytes, set[bytes]] = {}
-        there: set[bytes] = set()  # the pictures of the folder that was asked for last
+        there: set[bytes] = set()  # the files in the folder of the previous image
         gone = []
         files, status, done = self._lines.file, self._lines.status, self._lines.statuses["done"]
         for image, at in enumerate(self._at):
@@ -272,7 +272,7 @@ class Table:
 
 
 def _records_of(folder: Path) -> tuple[Path, Any]:
-    """Return the file of a run's records, and what keeps it there: with parts, or on storage, it is a copy."""
+    """Return a run's records as one file, and the temporary file to hold on to if it is a copy (storage, parts)."""
     if not isinstance(folder, StoragePath) and not parts_of(folder):
         return folder / RESULTS, None
     copy = tempfile.NamedTemporaryFile(prefix="genkit-")  # noqa: SIM115
@@ -282,10 +282,10 @@ def _records_of(folder: Path) -> tuple[Path, Any]:
 
 
 class Kept(Sequence[Result]):
-    """Records of some images of a table, each read from the file when it is asked for."""
+    """The records of some images of a table, each read from the file when it is accessed."""
 
     def __init__(self, table: Table, images: Sequence[int]) -> None:
-        """images: counted as in the table."""
+        """images: their numbers in the table."""
         self.table, self.images = table, images
 
     def __len__(self) -> int:

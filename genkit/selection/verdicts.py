@@ -1,6 +1,6 @@
-"""Deciding on a run as it lies in its folder, row by row, in the memory of a table; selection.json is a stream of it.
+"""Decide on a recorded run row by row, in bounded memory: scores come from a Table, selection.json is streamed.
 
-The answers are those of `decide` on the same records, whose parts judge each row here too.
+The result is that of `decide` on the same records; both use `judge`, `choose` and `verdicts_of`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _TRUTH = {False: "false", True: "true"}
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What to decide by: where, rank_by and keep stand in for those of every row; picking thins out what passes.
+    """The options of a decision.
 
-    votes: whether an image is good, by name, in place of the gate and keep of every row; ballot: the file with them.
+    where, rank_by, keep: replace gate, rank_by and keep of every row. picking: diversity and duplicates. votes: by
+    image name, whether it was voted good; replaces gate and keep of every row. ballot: the file with the votes.
     """
 
     where: str | None = None
@@ -43,7 +44,7 @@ class Question:
     ballot: str | None = None
 
     def expressions(self, rows: Rows) -> list[Expression]:
-        """Return every expression that is read. Raises InputError, naming the option, for one that is none."""
+        """Return all expressions of the options and rows. Raises InputError, naming the option, for an invalid one."""
         labels = _labels(rows)
         found = []
         for option, text in (("--where", self.where), ("--rank-by", self.rank_by)):
@@ -57,7 +58,7 @@ class Question:
         return found
 
     def wanted(self, rows: Rows) -> Wanted:
-        """Return the scores that are read."""
+        """Return the scores that these expressions, the gallery and `picking` need."""
         found = self.expressions(rows)
         names = frozenset({"clip"}.union(*(expression.names for expression in found)))
         labels = frozenset[str]().union(*(expression.labels for expression in found))
@@ -94,10 +95,10 @@ def _labels(rows: Rows) -> set[str]:
 
 @dataclasses.dataclass
 class Selection:
-    """What is decided on the images of a table: columns in its order.
+    """The decisions on all images of a table, as columns in its order.
 
-    kept; rank, 0 for none; reason; notes: more that selection.json says of an image; ranked: images of each row with a
-    rank; hard: as `decide` has it.
+    kept: 0 or 1. rank: 0 for none. reason: why it is kept or not. notes: further fields in selection.json, by image.
+    ranked: number of ranked images of each row. hard: rows with too few passing images, see `decide`.
     """
 
     table: Table
@@ -108,16 +109,16 @@ class Selection:
     notes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     ranked: array[int] = dataclasses.field(default_factory=lambda: array("i"))
     hard: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    _texts: dict[str, str] = dataclasses.field(default_factory=dict)  # reasons that many images share are kept once
+    _texts: dict[str, str] = dataclasses.field(default_factory=dict)  # interned reasons
 
     @property
     def count(self) -> int:
-        """How many images are kept."""
+        """The number of kept images."""
         return self.kept.count(1)
 
     @property
     def head(self) -> dict[str, Any]:
-        """What selection.json says before `images`."""
+        """The fields of selection.json before `images`."""
         q = self.question
         options = {"where": q.where, "rank_by": q.rank_by, "keep": q.keep, **q.picking.to_json()}
         options |= {} if q.ballot is None else {"votes": q.ballot}
@@ -128,7 +129,7 @@ class Selection:
         return [image for image, kept in enumerate(self.kept) if kept]
 
     def enter(self, row: Judged, chosen: list[int], notes: Mapping[Any, dict[str, Any]]) -> None:
-        """Add what is decided on a row."""
+        """Append the decisions on a row."""
         for kept, rank, reason, note in verdicts_of(row, chosen, notes):
             if note:
                 self.notes[len(self.kept)] = note
@@ -140,7 +141,7 @@ class Selection:
             self.hard.append(row.hard)
 
     def images(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield (name, what selection.json says of it) for every image."""
+        """Yield (name, entry in selection.json) of every image."""
         for n in range(len(self.table.rows)):
             span = self.table.span(n)
             for image, r in zip(span, self.table.results(span), strict=True):
