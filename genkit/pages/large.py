@@ -1,8 +1,8 @@
 """The gallery of a large run: index.html, and data files in gallery/ that the page loads on demand.
 
 A page opened from a folder (file://) may load scripts only. So each data file is a script that calls a function of the
-page with one string, which the page parses as JSON. All files lie in a new folder of gallery/, and index.html is replaced
-last, so that an open page or a killed process never leaves a mixture.
+page with one string, which the page parses as JSON. All files lie in a new folder of gallery/, and index.html is
+replaced last, so that an open page or a killed process never leaves a mixture.
 """
 
 from __future__ import annotations
