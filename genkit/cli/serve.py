@@ -9,7 +9,7 @@ import typer
 
 from genkit.cli.app import MAKE, Command, app
 from genkit.cli.generate import RowOptions
-from genkit.cli.options import Workers, spread
+from genkit.cli.options import Workers, refuse_idle, spread
 from genkit.errors import HostError, InputError
 from genkit.options import Options
 
@@ -24,13 +24,12 @@ LEFT_OUT = (
 @app.command(cls=Command, rich_help_panel=MAKE)
 @spread(without=LEFT_OUT)
 def serve(
+    ctx: typer.Context,
     *,
     models: Annotated[
         Path | None, typer.Option(help="Serve every model and LoRA of this folder by name; --model names the first.")
     ] = None,
-    loaded: Annotated[
-        int | None, typer.Option(min=1, help="With --models: how many to hold in memory; default 1.")
-    ] = None,
+    loaded: Annotated[int, typer.Option(min=1, help="With --models: how many to hold in memory.")] = 1,
     host: Annotated[
         str, typer.Option(help="Address to listen on; other than this machine needs a key or --no-key.")
     ] = "127.0.0.1",
@@ -54,9 +53,7 @@ def serve(
     max_queue: Annotated[
         float, typer.Option(min=1, help="How many pictures (of the model's own size and steps) may wait.")
     ] = 256,
-    max_pixels: Annotated[
-        int | None, typer.Option(min=64, help="Maximum pixels of a picture; default 4194304.")
-    ] = None,
+    max_pixels: Annotated[int, typer.Option(min=64, help="Maximum pixels of a picture.")] = 2**22,
     max_steps: Annotated[int, typer.Option(min=1, max=1000, help="Maximum steps of a picture.")] = 150,
     max_images: Annotated[int, typer.Option(min=1, help="Maximum pictures of a request.")] = 16,
     max_body: Annotated[int, typer.Option(min=1024, help="Maximum bytes of a request.")] = 2**25,
@@ -72,16 +69,15 @@ def serve(
     from genkit.serve.choice import Choice
     from genkit.serve.rows import Most
 
-    if loaded is not None and models is None:
-        raise InputError("--loaded: has no effect without --models")
+    if models is None:
+        refuse_idle(ctx, "models", "loaded")
     listen = Listen(host, port, api_key_file, no_key, runs, drain, allow_host or (), framed_by or ())
-    usual = Most()
-    most = Most(max_pixels or usual.pixels, max_steps, max_images, max_body, usual.prompt)
+    most = Most(max_pixels, max_steps, max_images, max_body)
     if workers is not None or ray is not None:
         from genkit.serve import replicas
 
         if models is not None:
             raise InputError("--models: does not go with --workers and --ray: each of them serves one model")
         return replicas.run(options, row.fields(), listen, most, max_queue, workers, ray)
-    choice = None if models is None else Choice(models, loaded or 1)
+    choice = None if models is None else Choice(models, loaded)
     return run(options, row.fields(), listen, most, max_queue, choice)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**26  # of a file
 MAX_PIXELS = 2**26  # 8192 x 8192: 200 MB decoded
 MAX_CHUNKS = 50_000  # of a PNG; 64 MiB in the usual chunks of 8 KiB are 8,192
+MOST_PIXELS = 2**24  # of a resized picture: a very long, narrow one would take gigabytes before it is cropped
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".jxl"}
 _JXL = b"\0\0\0\x0cJXL \r\n\x87\n"  # in boxes; else the two bytes FF 0A
 UNKNOWN = "is not a PNG, JPEG, WebP or JPEG XL picture"
@@ -43,6 +44,17 @@ def check_image(path: str | Path, contained: bool = False, mask: bool = False) -
         raise InputError(f"{place(path)}: is a link that leads out of its folder")
     status = os.stat(path)
     return _size(path, (status.st_ino, status.st_size, status.st_mtime_ns), mask)
+
+
+def check_resized(size: tuple[int, int], resized: tuple[int, int], model: str) -> None:
+    """Raise InputError for a picture so narrow that resizing it for a model would make it too large.
+
+    size, resized: (height, width) in pixels.
+    """
+    if resized[0] * resized[1] > max(MOST_PIXELS, size[0] * size[1]):
+        raise InputError(
+            f"{size[1]}x{size[0]} pixels are too narrow: {model} would resize them to {resized[1]}x{resized[0]}"
+        )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,13 +17,12 @@ from genkit.components.text import TextEncoder
 from genkit.device.devices import pick_device
 from genkit.device.outofmemory import in_parts
 from genkit.errors import InputError
-from genkit.pictures.images import read_image
+from genkit.pictures.images import check_resized, read_image
 
 if TYPE_CHECKING:
     from genkit.components import Components
 
 LABEL_SETS = 64  # lists of labels whose embeddings are cached
-MOST_PIXELS = 2**24  # of a resized picture: a very long, narrow one would take gigabytes before it is cropped
 # The embedding of a label is the mean over these (prompt ensembling, Radford et al. 2021, section 3.1.4).
 TEMPLATES = ("{}", "a picture of {}", "a photo of {}", "an emoji of {}")
 
@@ -156,10 +155,7 @@ class ClipScorer:
             size = self.shortest, int(self.shortest * width / height)
         else:
             size = int(self.shortest * height / width), self.shortest
-        if size[0] * size[1] > max(MOST_PIXELS, height * width):
-            raise InputError(
-                f"{width}x{height} pixels are too narrow: {self.name} would resize them to {size[1]}x{size[0]}"
-            )
+        check_resized((height, width), size, self.name)
         if size != (height, width):
             x = interpolate(x, size=size, mode=self.filter, antialias=True).clamp(0, 1)
         if self.crop is not None:

@@ -19,6 +19,7 @@ from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import Tensor, hash_once, read_weights, wanted_weights
 from genkit.errors import HostError, InputError, nearest, shown
 from genkit.files import place, read_json
+from genkit.pictures.images import check_resized
 from genkit.vision.classes import CLASSES, Kind
 from genkit.vision.generation import read_generation
 from genkit.vision.labels import read_labels
@@ -39,7 +40,6 @@ MOST_LAYERS, MOST = 1000, 2**24  # limits of numbers in a config, so that its co
 # Keys that are read before the network is built. At the top level they may be null: a part has its own.
 WHOLE = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "max_text_len", "decoder_intermediate_size")
 BATCH = 8  # pictures a call; halved when memory runs out
-MOST_PIXELS = 2**24  # of a resized picture: a very long, narrow one would take gigabytes before it is cropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,11 +165,8 @@ class Sense:
 
         processor = self.loaded.processor_config
         height, width = pictures.shape[-2:]
-        down, across = read_size(height, width, dataclasses.replace(processor, crop=None))
-        if down * across > max(MOST_PIXELS, height * width):
-            raise InputError(
-                f"{width}x{height} pixels are too narrow: {self.name} would resize them to {across}x{down}"
-            )
+        resized = read_size(height, width, dataclasses.replace(processor, crop=None))
+        check_resized((height, width), resized, self.name)
         return prepare(pictures.to(self.device), processor).to(self.dtype)
 
     def forget(self) -> None:

@@ -236,6 +236,12 @@ def test_a_wrong_word_is_refused() -> None:
             call()
 
 
+def printed(code: str) -> str:
+    """What a process of its own prints."""
+    root = EMBEDDED.parents[2]
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+
+
 def test_the_dry_run_says_what_it_takes_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys, runpy; sys.argv = ['genkit', 'generate', '--prompt', 'a fox', '-o', 'x', '--dry-run', '--json',"
@@ -244,9 +250,7 @@ def test_the_dry_run_says_what_it_takes_without_torch(tmp_path: Path) -> None:
         "except SystemExit as end: assert not end.code\n"
         "assert 'torch' not in sys.modules"
     )
-    root = EMBEDDED.parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    found = json.loads(done.stdout)
+    found = json.loads(printed(code))
     gib = found["memory_gib"]
     assert found["memory"] == "low" and set(gib) == {"cpu", "cuda"}
     assert gib["cuda"]["low"] < gib["cuda"]["high"] < gib["cpu"]["high"] < gib["cpu"]["free"]
@@ -271,7 +275,5 @@ def test_freed_blocks_between_those_in_use_go_back() -> None:
         "del pairs\n"
         "held = resident(); trim_memory(); print(held, resident())"
     )
-    root = EMBEDDED.parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    held, left = map(int, done.stdout.split())
+    held, left = map(int, printed(code).split())
     assert held > 100 and left < held - 80, "MiB"
