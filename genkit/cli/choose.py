@@ -52,13 +52,16 @@ def label(
     in_order: Annotated[
         bool, typer.Option("--in-order", help="Show the pictures row by row, not in random order.")
     ] = False,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Show all pictures of a row at once; mark the good ones.")
+    ] = False,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 0,
 ) -> int:
-    """Vote on a run's pictures in the browser (y good, n bad); votes go into its votes.csv."""
+    """Vote on a run's pictures in the browser, one by one or row by row; votes go into its votes.csv."""
     from genkit.pages.label import label as serve
     from genkit.selection.calibrate import named_gate
 
-    return serve(run, named_gate(run, where), None if in_order else shuffle, port)
+    return serve(run, named_gate(run, where), None if in_order else shuffle, port, side_by_side)
 
 
 @app.command(cls=Command, rich_help_panel=CHOOSE)

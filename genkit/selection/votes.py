@@ -95,12 +95,17 @@ def _vote(cells: dict[str, str], where: str, line: int) -> Vote:
     return Vote(line, image, MEANING[vote.lower()], cells.get("sha256", "").strip())
 
 
+def line_of(r: Result, vote: str) -> dict[str, str]:
+    """Return a line of votes.csv by column."""
+    return {"image": str(r.file), "vote": vote, "sha256": r.sha256 or ""}
+
+
 def standing(
     votes: Iterable[Vote], pictures: Mapping[str, Result], where: str, strict: bool = True
 ) -> tuple[dict[str, list[bool]], int]:
     """Return the votes of each picture that were not cancelled, and the number of votes on redrawn pictures.
 
-    strict: raise InputError for an unknown picture instead of skipping it.
+    Pictures come in the order of their last votes. strict: raise InputError for an unknown picture, do not skip it.
     """
     found: dict[str, list[bool]] = defaultdict(list)
     stale = 0
@@ -112,7 +117,7 @@ def standing(
         elif vote.sha256 and vote.sha256 != pictures[name].sha256:
             stale += vote.good is not None
         elif vote.good is not None:
-            found[name].append(vote.good)
+            found[name] = [*found.pop(name, []), vote.good]
         elif found[name]:
             found[name].pop()
     return {name: votes for name, votes in found.items() if votes}, stale

@@ -21,7 +21,7 @@ from genkit.components import inspect_model, weight_hashes
 from genkit.datasets.export import Target
 from genkit.errors import HostError, InputError
 from genkit.files import run_path
-from genkit.pages.label import StoredBallots
+from genkit.pages.sides import RowDesk
 from genkit.rows.request import Request
 from genkit.runs import embeddings, gather, lease, records, segments
 from genkit.runs.destination import check_folder, check_rights, free_name
@@ -30,7 +30,9 @@ from genkit.runs.recorder import Part
 from genkit.runs.records import RESULTS, parts_of, read_config, read_results
 from genkit.runs.rescore import Stored
 from genkit.runs.run import Run
-from genkit.selection.votes import read_votes
+from genkit.selection.ballots import StoredBallots, held
+from genkit.selection.decide import image_name
+from genkit.selection.votes import COLUMNS, line_of, read_votes
 from genkit.storage import StoragePath
 from genkit.studies.compare import compare_runs
 from genkit.studies.filter import refilter
@@ -325,18 +327,23 @@ def test_errors_before_anything_is_written(s3: tuple[StoragePath, Proxy], monkey
 def test_votes(memory: StoragePath) -> None:
     draw(memory, ROWS)
     pictures = read_results(memory)
-    ballots = StoredBallots(memory)
+    path = memory / "votes.csv"
+    ballots = StoredBallots(path, COLUMNS)
     with pytest.raises(HostError, match="in use by another genkit"):
-        StoredBallots(memory)
-    ballots.add(pictures[0], "yes")
-    ballots.add(pictures[1], "no")
+        StoredBallots(path, COLUMNS)
+    ballots.add([line_of(pictures[0], "yes")])
+    ballots.add([line_of(pictures[1], "no")])
     ballots.close()
-    assert [(vote.image, vote.good) for vote in read_votes(memory / "votes.csv")] == [
+    assert [(vote.image, vote.good) for vote in read_votes(path)] == [
         ("images/r0-00.png", True), ("images/r0-01.png", False)
     ]  # fmt: skip
-    again = StoredBallots(memory)
-    assert len(again.votes) == 2 and draw(memory, ROWS) == []
-    again.close()
+    with held(path, COLUMNS) as again:
+        assert len(read_votes(path)) == 2 and draw(memory, ROWS) == []
+        desk = RowDesk(memory, {image_name(r): r for r in pictures}, again)
+        assert [image["good"] for image in desk.state()["row"]["images"]] == [True, False, False]
+        state = desk.take({"row": 0, "vote": "store", "good": [1]})
+        assert (state["good"], state["bad"], state["row"]["name"]) == (1, 2, "r1")
+    assert [vote.good for vote in read_votes(path)] == [True, False, None, None, False, True, False]
 
 
 def test_search_of_a_run_that_lacks_embeddings(memory: StoragePath) -> None:
