@@ -19,6 +19,10 @@ from genkit.selection.ballots import held
 from genkit.selection.calibrate import read_pictures
 from genkit.selection.votes import COLUMNS, VOTES, read_votes
 from genkit.studies.compare import compare_runs
+from genkit.studies.pairs import pair_runs
+from genkit.studies.prefer import PairDesk
+from genkit.studies.preferences import COLUMNS as PAIR_COLUMNS
+from genkit.studies.preferences import PREFERENCES, choices_of
 from tests.judged_run import judged_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -263,6 +267,47 @@ def test_no_picture_is_called_bad_unseen_and_none_flashes(sides: tuple[Browser, 
     browser.run("document.getElementById('next').click()")
     browser.wait("return !document.getElementById('over').hidden")
     assert desk.state()["left"] == 0
+
+
+def test_a_pair_is_judged_by_keys_and_by_clicks(browser: Browser, tmp_path: Path) -> None:
+    paired = pair_runs(*(judged_run(tmp_path / name, lambda n, k: {}, rows=5, images=1) for name in "ab"))
+    shapes = ["square", "tall", "wide", "large", "square"]
+    for n, shape in enumerate(shapes):
+        for letter, colour in (("a", "teal"), ("b", "plum")):
+            Image.new("RGB", PICTURES[shape], colour).save(tmp_path / letter / "images" / f"r{n}-00.png")
+    with held(tmp_path / "a" / PREFERENCES, PAIR_COLUMNS) as ballots:
+        desk = PairDesk(paired, paired.pairs, {}, ballots, 0)
+        with Server(desk, 0) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            browser.driver.get(server.url)
+            for n, key in enumerate(("ArrowLeft", "ArrowRight", "=", "ArrowDown")):
+                browser.wait(ROW, f"r{n}-00")
+                for width, height in WINDOWS:
+                    browser.size(width, height)
+                    browser.wait("return document.querySelector('.tile').getBoundingClientRect().right <= innerWidth")
+                    found, case = browser.run(SIDES), (n, width, height)
+                    boxes = [tile["box"] for tile in found["tiles"]]
+                    assert len(boxes) == 2 and found["page"] == [width, height] and not found["cut"], (case, found)
+                    for left, top, right, bottom in [*boxes, *found["others"].values()]:
+                        assert left >= -0.5 and top >= -0.5 and right <= width + 0.5, (case, found)
+                        assert bottom <= height + 0.5, (case, found)
+                    for one, two in itertools.combinations([*boxes, *found["others"].values()], 2):
+                        assert apart(one, two), (case, found)
+                    stacked = boxes[0][3] <= boxes[1][1]
+                    said = browser.run("return document.getElementById('left').innerText")
+                    assert ("Upper" if stacked else "Left") in said, (case, said)
+                browser.run(PRESS, key, "", False)
+            browser.wait(ROW, "r4-00")
+            browser.run("document.querySelectorAll('.tile')[1].click()")
+            browser.wait("return !document.getElementById('over').hidden")
+            browser.run(PRESS, "u", "", False)
+            browser.wait(ROW, "r4-00")
+            server.shutdown()
+        shown = [[desk.files[2 * n + k].parent.parent.name for k in range(2)] for n in range(5)]
+    found, _ = choices_of(paired)
+    run = {"a": "run", "b": "other"}
+    assert found == {"r0-00": run[shown[0][0]], "r1-00": run[shown[1][1]], "r2-00": "tie", "r3-00": "tie"}
+    assert [entry for entry in browser.driver.get_log("browser") if "favicon" not in entry["message"]] == []
 
 
 COMPARE = """
