@@ -36,6 +36,10 @@ from genkit.selection.votes import COLUMNS, line_of, read_votes
 from genkit.storage import StoragePath
 from genkit.studies.compare import compare_runs
 from genkit.studies.filter import refilter
+from genkit.studies.pairs import pair_runs
+from genkit.studies.prefer import PairDesk
+from genkit.studies.preferences import COLUMNS as PAIR_COLUMNS
+from genkit.studies.preferences import PREFERENCES, choices_of
 from tests.buckets import BUCKET, Proxy, bucket, download
 from tests.check_run import check, lines_of, outcome
 from tests.null_run import CONFIG, draw, png, result_of, rows_of
@@ -344,6 +348,19 @@ def test_votes(memory: StoragePath) -> None:
         state = desk.take({"row": 0, "vote": "store", "good": [1]})
         assert (state["good"], state["bad"], state["row"]["name"]) == (1, 2, "r1")
     assert [vote.good for vote in read_votes(path)] == [True, False, None, None, False, True, False]
+
+
+def test_choices_between_two_runs(memory: StoragePath, tmp_path: Path) -> None:
+    draw(memory, ROWS)
+    draw(tmp_path / "local", ROWS)
+    paired = pair_runs(memory, tmp_path / "local")
+    for count in (1, 3):
+        with held(memory / PREFERENCES, PAIR_COLUMNS) as ballots:
+            desk = PairDesk(paired, paired.pairs, choices_of(paired)[0], ballots, 0)
+            while (state := desk.state())["done"] < count:
+                desk.take({"pair": state["pair"]["number"], "vote": "tie"})
+    figures = compare_runs(memory, tmp_path / "local", tmp_path / "compared")
+    assert (figures["by_eye"]["pairs"], figures["by_eye"]["ties"]) == (3, 3)
 
 
 def test_search_of_a_run_that_lacks_embeddings(memory: StoragePath) -> None:
