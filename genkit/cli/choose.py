@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from genkit.cli.app import CHOOSE, Command, app, print_found
-from genkit.cli.options import AsJson, Device, refuse_idle, spread
-from genkit.errors import EXIT_OK
+from genkit.cli.options import AsJson, Device, refuse_idle, spread, stated
+from genkit.errors import EXIT_OK, InputError
 from genkit.selection.picking import Picking
 
 
@@ -46,19 +46,30 @@ def filter_run(
 
 @app.command(cls=Command, rich_help_panel=CHOOSE)
 def label(
+    ctx: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run folder.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second run of the same rows: choose the better picture of each pair.")
+    ] = None,
     where: Annotated[str | None, typer.Option(help="Show only pictures that meet this condition.")] = None,
-    shuffle: Annotated[int, typer.Option(metavar="SEED", help="Seed of the random order.")] = 0,
-    in_order: Annotated[
-        bool, typer.Option("--in-order", help="Show the pictures row by row, not in random order.")
+    shuffle: Annotated[int, typer.Option(metavar="SEED", help="Seed of the random order, and of which is left.")] = 0,
+    in_order: Annotated[bool, typer.Option("--in-order", help="Go row by row, not in random order.")] = False,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Show all pictures of a row at once; mark the good ones.")
     ] = False,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 0,
 ) -> int:
-    """Vote on a run's pictures in the browser (y good, n bad); votes go into its votes.csv."""
+    """Vote on a run's pictures in the browser, or compare those of two runs without knowing which is whose."""
     from genkit.pages.label import label as serve
     from genkit.selection.calibrate import named_gate
+    from genkit.studies.prefer import prefer
 
-    return serve(run, named_gate(run, where), None if in_order else shuffle, port)
+    if other is not None:
+        for name in ("where", "side_by_side"):
+            if stated(ctx, name):
+                raise InputError(f"--{name.replace('_', '-')}: has no effect with a second run")
+        return prefer(run, other, shuffle, in_order, port)
+    return serve(run, named_gate(run, where), None if in_order else shuffle, port, side_by_side)
 
 
 @app.command(cls=Command, rich_help_panel=CHOOSE)

@@ -12,6 +12,7 @@ LOCAL = "img-src 'self' file:"  # of a page that lies beside its pictures
 
 _PLACE = "/* look */\n"  # in a page's <style>
 _TOP = "<!-- head -->\n"  # of pages that lie in a folder
+_SHARED = re.compile(r"^(?:/\* from (\w+\.css) \*/|// from (\w+\.js))\n", re.MULTILINE)  # of pages of one kind
 _HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -29,10 +30,11 @@ def look() -> str:
 
 
 def template(name: str) -> str:
-    """Return the page of that name, with the shared head and style in it: it needs no file beside it."""
+    """Return the page of that name, with the shared head, style and script in it: it needs no file beside it."""
     text = files("genkit.pages").joinpath(f"{name}.html").read_text("utf-8")
     if _PLACE not in text:
         raise ValueError(f"{name}.html takes in no shared style")
+    text = _SHARED.sub(lambda found: files("genkit.pages").joinpath(found[1] or found[2]).read_text("utf-8"), text)
     return text.replace(_TOP, _HEAD, 1).replace(_PLACE, look(), 1)
 
 

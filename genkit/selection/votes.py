@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from genkit.errors import InputError, nearest, shown
@@ -58,18 +58,23 @@ def read_labels(path: Path, bad: Path | None, others_bad: bool, pictures: Mappin
 
 def read_votes(path: Path) -> list[Vote]:
     """Return the lines of a votes.csv. Raises InputError with file and line."""
+    return [_vote(cells, place(path), line) for line, cells in read_cells(path, COLUMNS[:2])]
+
+
+def read_cells(path: Path, needed: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """Return the lines of a CSV file, by number and column. Raises InputError if a column of `needed` is missing."""
     where = place(path)
     usual = csv.field_size_limit(LIMIT)  # additional columns may be long
     reader = csv.reader(io.StringIO(read_text(path, LIMIT).removeprefix("\ufeff"), newline=""), strict=True)
-    found: list[Vote] = []
+    found: list[tuple[int, dict[str, str]]] = []
     try:
         names = _names_of(next(reader, ()))
-        for column in COLUMNS[:2]:
+        for column in needed:
             if names.count(column) != 1:
                 raise InputError(f"{where}:1: needs one column {column!r}{nearest(column, names)}")
         for cells in reader:
             if cells:
-                found.append(_vote(dict(zip(names, cells, strict=False)), where, reader.line_num))
+                found.append((reader.line_num, dict(zip(names, map(str.strip, cells), strict=False))))
     except csv.Error as error:
         raise InputError(f"{where}:{reader.line_num}: is not CSV: {error}") from None
     finally:
@@ -88,11 +93,16 @@ def _names_of(cells: Iterable[str]) -> list[str]:
 
 
 def _vote(cells: dict[str, str], where: str, line: int) -> Vote:
-    image, vote = (cells.get(column, "").strip() for column in COLUMNS[:2])
+    image, vote = (cells.get(column, "") for column in COLUMNS[:2])
     if vote.lower() not in MEANING:
         close = nearest(vote.lower(), MEANING)
         raise InputError(f"{where}:{line}: vote: {shown(vote)} is none of 1, 0, yes, no, {UNDO}{close}")
-    return Vote(line, image, MEANING[vote.lower()], cells.get("sha256", "").strip())
+    return Vote(line, image, MEANING[vote.lower()], cells.get("sha256", ""))
+
+
+def line_of(r: Result, vote: str) -> dict[str, str]:
+    """Return a line of votes.csv by column."""
+    return {"image": str(r.file), "vote": vote, "sha256": r.sha256 or ""}
 
 
 def standing(
@@ -100,7 +110,7 @@ def standing(
 ) -> tuple[dict[str, list[bool]], int]:
     """Return the votes of each picture that were not cancelled, and the number of votes on redrawn pictures.
 
-    strict: raise InputError for an unknown picture instead of skipping it.
+    Pictures come in the order of their last votes. strict: raise InputError for an unknown picture, do not skip it.
     """
     found: dict[str, list[bool]] = defaultdict(list)
     stale = 0
@@ -112,7 +122,7 @@ def standing(
         elif vote.sha256 and vote.sha256 != pictures[name].sha256:
             stale += vote.good is not None
         elif vote.good is not None:
-            found[name].append(vote.good)
+            found[name] = [*found.pop(name, []), vote.good]
         elif found[name]:
             found[name].pop()
     return {name: votes for name, votes in found.items() if votes}, stale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import math
 import os
@@ -15,48 +14,24 @@ from typing import Any
 from urllib.parse import quote
 
 from genkit.durable import disk, json_line, json_pieces, write_whole
-from genkit.errors import HostError, InputError, shown
-from genkit.files import local, there
+from genkit.errors import HostError, InputError
+from genkit.files import local
 from genkit.pages import look
 from genkit.pages.gallery import within_html
-from genkit.rows.request import Request
 from genkit.rows.result import Result
-from genkit.runs.records import GALLERY, read_config, read_results, read_rows
+from genkit.runs.records import GALLERY
 from genkit.scoring.boxes import counts
 from genkit.scoring.said import NOTHING, Said, said_of
-from genkit.selection.decide import image_name
 from genkit.selection.intervals import mean_interval, share_interval
 from genkit.storage import StoragePath
+from genkit.studies.pairs import Pair, Side, pair_runs
+from genkit.studies.preferences import by_eye, described
 
 PAGE, FIGURES = "compare.html", "comparison.json"
 NAMED = 10  # names of unpaired pictures in the report
 LINES = 30  # scores in the terminal: with different labels in each row there may be very many
 # Fields of a row that do not change its pixels, or that are equal within a pair anyway.
 _ASIDE = {*"id prompt seed num_images keep rank_by gate max_images labels detect ask meta".split()}  # noqa: SIM905
-
-
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """One of the two runs."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    rows: Mapping[str, Request]
-    results: Mapping[str, Result]
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """The same row and image number in both runs, drawn from the same prompt and seed."""
-
-    name: str
-    a: Result
-    b: Result
-
-    @property
-    def group(self) -> str:
-        """The group of correlated pairs that this one belongs to: its prompt or, without one, its row."""
-        return self.a.prompt or f"\0{self.a.id}"
 
 
 def compare_runs(a: Path, b: Path, out: Path | None = None) -> dict[str, Any]:
@@ -69,54 +44,15 @@ def compare_runs(a: Path, b: Path, out: Path | None = None) -> dict[str, Any]:
     local(out)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} is not an empty folder")
-    one, two = _side(a), _side(b)
-    if a.resolve() == b.resolve():
-        raise InputError(f"{b}: is the first run again")
-    pairs, alone = pair_up(one.results, two.results)
-    if not pairs:
-        why = ", ".join(f"{len(names)} {reason}" for reason, names in alone.items()) or "both are empty"
-        raise InputError(f"{a}, {b}: no picture has a partner of the same row, number, prompt and seed: {why}")
+    paired = pair_runs(a, b)
+    one, two, pairs = paired.one, paired.two, paired.pairs
     figures: dict[str, Any] = {
         "a": str(a), "b": str(b), "pairs": len(pairs), "prompts": len({pair.group for pair in pairs}),
         "identical": sum(pair.a.sha256 == pair.b.sha256 is not None for pair in pairs),
-        "alone": {reason: {"count": len(names), "first": names[:NAMED]} for reason, names in alone.items()},
-        "differs": list(differences(one, two)), "scores": score_table(pairs),
+        "alone": {reason: {"count": len(names), "first": names[:NAMED]} for reason, names in paired.alone.items()},
+        "differs": list(differences(one, two)), "scores": score_table(pairs), "by_eye": by_eye(paired),
     }  # fmt: skip
     return figures | {"page": str(_write(figures, one, two, pairs, out))}
-
-
-def _side(folder: Path) -> Side:
-    config = read_config(folder)
-    if config is None:
-        raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
-    rows = {str(row.id): row for row in read_rows(folder)}
-    places = {row: place for place, row in enumerate(rows)}
-    found = sorted((r for r in read_results(folder) if r.id in rows), key=lambda r: (places[r.id], r.index))
-    results = {image_name(r): r for r in found}
-    files = {*there(folder, [folder / str(r.file) for r in found if r.status == "done"])}
-    for name, r in results.items():
-        if r.status == "done" and folder / str(r.file) not in files:
-            results[name] = dataclasses.replace(r, status="missing")
-    return Side(folder, config, rows, results)
-
-
-def pair_up(a: Mapping[str, Result], b: Mapping[str, Result]) -> tuple[list[Pair], dict[str, list[str]]]:
-    """Return the pairs in the order of A, and the names of unpaired pictures by reason."""
-    pairs: list[Pair] = []
-    alone: dict[str, list[str]] = defaultdict(list)
-    for name in [*a, *(name for name in b if name not in a)]:
-        one, two = a.get(name), b.get(name)
-        if one is None or two is None:
-            alone["only in A" if two is None else "only in B"].append(name)
-        elif one.status != "done" or two.status != "done":
-            alone["not finished in both"].append(name)
-        elif one.prompt != two.prompt:
-            alone["of another prompt"].append(name)
-        elif one.seed != two.seed:
-            alone["of another seed"].append(name)
-        else:
-            pairs.append(Pair(name, one, two))
-    return pairs, dict(alone)
 
 
 def numbers(r: Result, said: Said = NOTHING) -> dict[str, float]:
@@ -218,9 +154,12 @@ def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pai
                         "b": {**_half(pair.b, said), "file": links[1](pair.b)}} for pair in pairs)  # fmt: skip
         template = look.template("compare")
         names = [side.folder.resolve().name for side in (one, two)]
+        eye = figures["by_eye"] and described(figures["by_eye"], "A", "B")
         parts = {"policy": look.policy(template, look.LOCAL), "title": html.escape(f"{names[0]} and {names[1]}")}
         before, after = (look.filled(half, parts) for half in template.split("{{data}}"))
-        data: Iterable[str] = map(within_html, json_pieces({"names": names, **figures}, {}, {"images": shown_pairs}))
+        data: Iterable[str] = map(
+            within_html, json_pieces({"names": names, "eye": eye, **figures}, {}, {"images": shown_pairs})
+        )
         if out is not None:
             data = [*data]  # copies the pictures, before the page is written
             write_whole(out / FIGURES, json_line(figures).encode())
@@ -276,6 +215,8 @@ def report(found: Mapping[str, Any]) -> str:
     for reason, alone in found["alone"].items():
         rest = ", …" if alone["count"] > len(alone["first"]) else ""
         lines.append(f"{alone['count']:,} {reason}: {', '.join(alone['first'])}{rest}")
+    if found["by_eye"] is not None:
+        lines.append(described(found["by_eye"], "A", "B"))
     lines += [f"differs: {d['what']}: {d['a']} | {d['b']}" for d in found["differs"]] or ["nothing else differs"]
     table = [("score", "pairs", "mean A", "mean B", "B wins", "(95 %)", "B - A", "(95 %)")]
     for name, s in [*found["scores"].items()][:LINES]:

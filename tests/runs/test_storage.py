@@ -21,7 +21,7 @@ from genkit.components import inspect_model, weight_hashes
 from genkit.datasets.export import Target
 from genkit.errors import HostError, InputError
 from genkit.files import run_path
-from genkit.pages.label import StoredBallots
+from genkit.pages.sides import RowDesk
 from genkit.rows.request import Request
 from genkit.runs import embeddings, gather, lease, records, segments
 from genkit.runs.destination import check_folder, check_rights, free_name
@@ -30,10 +30,16 @@ from genkit.runs.recorder import Part
 from genkit.runs.records import RESULTS, parts_of, read_config, read_results
 from genkit.runs.rescore import Stored
 from genkit.runs.run import Run
-from genkit.selection.votes import read_votes
+from genkit.selection.ballots import StoredBallots, held
+from genkit.selection.decide import image_name
+from genkit.selection.votes import COLUMNS, line_of, read_votes
 from genkit.storage import StoragePath
 from genkit.studies.compare import compare_runs
 from genkit.studies.filter import refilter
+from genkit.studies.pairs import pair_runs
+from genkit.studies.prefer import PairDesk
+from genkit.studies.preferences import COLUMNS as PAIR_COLUMNS
+from genkit.studies.preferences import PREFERENCES, choices_of
 from tests.buckets import BUCKET, Proxy, bucket, download
 from tests.check_run import check, lines_of, outcome
 from tests.null_run import CONFIG, draw, png, result_of, rows_of
@@ -325,18 +331,36 @@ def test_errors_before_anything_is_written(s3: tuple[StoragePath, Proxy], monkey
 def test_votes(memory: StoragePath) -> None:
     draw(memory, ROWS)
     pictures = read_results(memory)
-    ballots = StoredBallots(memory)
+    path = memory / "votes.csv"
+    ballots = StoredBallots(path, COLUMNS)
     with pytest.raises(HostError, match="in use by another genkit"):
-        StoredBallots(memory)
-    ballots.add(pictures[0], "yes")
-    ballots.add(pictures[1], "no")
+        StoredBallots(path, COLUMNS)
+    ballots.add([line_of(pictures[0], "yes")])
+    ballots.add([line_of(pictures[1], "no")])
     ballots.close()
-    assert [(vote.image, vote.good) for vote in read_votes(memory / "votes.csv")] == [
+    assert [(vote.image, vote.good) for vote in read_votes(path)] == [
         ("images/r0-00.png", True), ("images/r0-01.png", False)
     ]  # fmt: skip
-    again = StoredBallots(memory)
-    assert len(again.votes) == 2 and draw(memory, ROWS) == []
-    again.close()
+    with held(path, COLUMNS) as again:
+        assert len(read_votes(path)) == 2 and draw(memory, ROWS) == []
+        desk = RowDesk(memory, {image_name(r): r for r in pictures}, again)
+        assert [image["good"] for image in desk.state()["row"]["images"]] == [True, False, False]
+        state = desk.take({"row": 0, "vote": "store", "good": [1]})
+        assert (state["good"], state["bad"], state["row"]["name"]) == (1, 2, "r1")
+    assert [vote.good for vote in read_votes(path)] == [True, False, None, None, False, True, False]
+
+
+def test_choices_between_two_runs(memory: StoragePath, tmp_path: Path) -> None:
+    draw(memory, ROWS)
+    draw(tmp_path / "local", ROWS)
+    paired = pair_runs(memory, tmp_path / "local")
+    for count in (1, 3):
+        with held(memory / PREFERENCES, PAIR_COLUMNS) as ballots:
+            desk = PairDesk(paired, paired.pairs, choices_of(paired)[0], ballots, 0)
+            while (state := desk.state())["done"] < count:
+                desk.take({"pair": state["pair"]["number"], "vote": "tie"})
+    figures = compare_runs(memory, tmp_path / "local", tmp_path / "compared")
+    assert (figures["by_eye"]["pairs"], figures["by_eye"]["ties"]) == (3, 3)
 
 
 def test_search_of_a_run_that_lacks_embeddings(memory: StoragePath) -> None:
