@@ -42,6 +42,7 @@ def parts(out: Path, tiny: bool) -> dict[str, tuple[list[str], float]]:
         "training": (script("training.py", "--runs", "1", *steps), 120),
         "sdxl": ([*table, "--only", "sdxl", "--lines", "2", "--json", f"{out}/sdxl.json"], 300),
         "senses": (script("vision.py", "--rounds", "1", *senses), 180),
+        **({} if tiny else {"compiled": (script("training.py", "--runs", "1", "--compile"), 180)}),
         "others": ([*table, "--only", *others, "--json", f"{out}/others.json"], 600),
     }
 

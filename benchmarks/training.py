@@ -1,14 +1,15 @@
 """Training steps of genkit beside those of diffusers' example script, on the same network, batch and precision.
 
     python benchmarks/training.py [--model emoji] [--data FOLDER-OR-TAR] [--batch 16] [--steps 24] [--runs 3]
-                                  [--workers 0] [--device auto] [--precision fp32]
+                                  [--workers 0] [--device auto] [--precision fp32] [--compile]
 
 Both fine-tune the UNet of a model with AdamW, an average of the weights, clipped gradients and dropped captions.
 The example's step (examples/text_to_image/train_text_to_image.py) is written out with its library's calls: a DataLoader
 of PIL pictures, AutoencoderKL.encode, CLIPTextModel, DDPMScheduler.add_noise, EMAModel. "online" encodes pictures and
 captions at each step; "cached" has both encoded beforehand, which the example does not offer: it is given the same
 tensors from memory. Each contestant is a process of its own, in turn; the first quarter of the steps is not counted.
-Medians. stall: the share of the time that the loop waits for its next batch.
+Medians. stall: the share of the time that the loop waits for its next batch. --compile: genkit compiles its network,
+as with `train.compile`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ def genkit(a: argparse.Namespace, cached: bool) -> dict[str, float]:
             "task": "text-to-image",
             "model": a.model,
             "data": {"path": a.data, "cache": int(cached), "caption_dropout": 0.1, "flip": 0.5, "workers": a.workers},
-            "train": {"steps": a.steps, "batch_size": a.batch, "mixed_precision": a.precision, "ema": 0.999},
+            "train": {
+                "steps": a.steps,
+                "batch_size": a.batch,
+                "mixed_precision": a.precision,
+                "ema": 0.999,
+                "compile": a.compile,
+            },
             "evaluate": {"every": 0, "pictures": 1, "num_inference_steps": 1},
             "save": {"every": 10**6},
         }
@@ -181,6 +188,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "bf16"))
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", choices=CONTESTANTS, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.only:

@@ -20,6 +20,7 @@ from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
 Take = Callable[[float, bool], list["Trajectory"]]
 PATIENCE = 50  # calls until a network that is off the device gets its turn, if new trajectories arrive without end
 AHEAD = 2  # network calls that are queued on a GPU
+OPENING = 8  # the slots are divided by this until the first trajectory ends, so that the first pictures come early
 # Inputs of the network with one row for each trajectory
 INPUTS = ("cond", "uncond", "added_cond", "added_uncond", "beside", "embedded")
 CANCELLED = "cancelled"
@@ -200,7 +201,8 @@ class Engine:
         self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
         self.refiner, self.steady, self._refining = refiner, steady, False
         self.calls = 0  # network rows computed so far
-        self._used, self._ticks = 0.0, 0  # slots in use, summed over the ticks; ticks
+        self._opened = watch is not None  # a server's slots fill as requests come
+        self._used, self._ticks = 0.0, 0  # slots in use, summed over the ticks since the opening; those ticks
         self._until_last = (0.0, 0)  # the same two when the last trajectory was admitted
         self._queued: deque[Any] = deque()  # CUDA events at the ends of the last calls
         self._groups: dict[tuple[Any, ...], _Group] = {}
@@ -215,7 +217,8 @@ class Engine:
     def slots_full(self) -> float | None:
         """The share of the slots in use while there was more to draw; None if everything fitted at once.
 
-        Counted up to the last admitted trajectory: after it the slots empty without replacements.
+        Counted from the end of the opening up to the last admitted trajectory: after it the slots empty without
+        replacements.
         """
         used, ticks = self._until_last
         return used / (ticks * self.slots) if ticks else None
@@ -232,15 +235,18 @@ class Engine:
 
         Whenever slots are free, `take(free, alone)` returns new trajectories of a total cost up to `free`. alone:
         nothing is in flight, and one trajectory may cost more than `free`. The run ends when it then returns none.
+        A few slots are used until the first trajectory ends, then all.
         """
         while True:
             ended = self._drop() + self._admit(take)
             if not self.live and not ended and not self._waiting:
                 return
             if self.live:
-                self._used += self.held
-                self._ticks += 1
+                if self._opened:
+                    self._used += self.held
+                    self._ticks += 1
                 ended += self._tick(self._turn())
+            self._opened = self._opened or bool(ended)
             self._groups = {key: g for key, g in self._groups.items() if g.live}
             self._keep_pace()
             yield ended
@@ -317,7 +323,8 @@ class Engine:
 
     def _next(self, take: Take) -> list[Trajectory]:
         """Return trajectories for the free slots, waiting ones before new ones."""
-        free = self.slots - self.held
+        opening = min(self.slots, max(1.0, self.slots / OPENING))
+        free = (self.slots if self._opened else opening) - self.held
         if not self._waiting:
             return take(free, not self.live) if free > 0 else []
         new: list[Trajectory] = []

@@ -124,6 +124,21 @@ def test_slots_are_refilled_as_trajectories_end(gen: TextToImage) -> None:
     assert batches.count(1) <= 2 + 1, "a slot stood empty while work was waiting"
 
 
+def test_an_eighth_of_the_slots_opens_so_that_the_first_pictures_come_early(gen: TextToImage) -> None:
+    rows = [Request(id=f"{k}", prompt="a fox", num_inference_steps=3, width=128, height=128) for k in range(40)]
+    engine, at = Engine(Denoiser(Elementwise()), torch.device("cpu"), slots=16), {}
+    waiting = [gen.begin(row, 0, 1) for row in rows]
+
+    def take(free: float, alone: bool) -> list[Trajectory]:
+        taken, waiting[:] = waiting[: int(free)], waiting[int(free) :]
+        return taken
+
+    for ended in engine.run(take):
+        at |= {t.tag[0].id: engine.calls for t in ended}
+    assert [at["0"], at["1"], at["2"], at["39"]] == [6, 6, 6 + 16 * 3, 40 * 3]
+    assert engine.slots_full == 1, "the opening is not counted"
+
+
 def test_out_of_memory_halves_the_rows_and_goes_on(gen: TextToImage) -> None:
     calls: list[int] = []
 
@@ -134,11 +149,12 @@ def test_out_of_memory_halves_the_rows_and_goes_on(gen: TextToImage) -> None:
                 raise torch.OutOfMemoryError("no room")
             return super().forward(x, t, cond)
 
-    rows = [Request(id=f"{k}", prompt="a fox", seed=k, num_inference_steps=3, width=64, height=64) for k in range(4)]
+    rows = [Request(id=f"{k}", prompt="a fox", seed=k, num_inference_steps=3, width=64, height=64) for k in range(5)]
     tight = finals(Engine(Denoiser(Tight()), torch.device("cpu"), slots=4), [gen.begin(r, 0, 1) for r in rows])
     roomy = finals(Engine(Denoiser(Elementwise()), torch.device("cpu"), slots=4), [gen.begin(r, 0, 1) for r in rows])
     assert all(torch.equal(tight[k], roomy[k]) for k in roomy)
-    assert calls[:3] == [8, 4, 2] and max(calls[3:]) <= 2, "the size that failed is not tried again"
+    assert calls[:3] == [2, 2, 2], "one image of four opens"
+    assert calls[3:6] == [8, 4, 2] and max(calls[6:]) <= 2, "the size that failed is not tried again"
 
 
 def test_out_of_memory_at_one_row_fails_the_image_and_not_the_run(

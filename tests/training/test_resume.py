@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from genkit.errors import HostError, InputError
 from genkit.training import checkpoint, loop, output
+from genkit.training.checkpoint import read_log
 from genkit.training.loop import Diverged, train
 from genkit.training.recipe import make_recipe
 from genkit.training.state import State
@@ -174,6 +175,23 @@ def test_captions_dropout_and_adapters_are_exact_too(places: Path, tmp_path: Pat
     killed_after(recipe_of(places, **changes), tmp_path / "killed", 5)
     train(recipe_of(places, **changes), tmp_path / "killed", device="cpu", quiet=True)
     same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_compiled_networks_learn_the_same_and_go_on(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.compile  # traced as always; the C++ compiler, which takes minutes, is left out
+    monkeypatch.setattr(torch, "compile", lambda net: real(net, backend="eager"))
+    for steps in (STEPS // 2, STEPS):
+        train(recipe_of(places, train={"compile": True, "steps": steps, "lr_scheduler": "constant"}), tmp_path / "c",
+              device="cpu", quiet=True)  # fmt: skip
+    train(recipe_of(places, train={"lr_scheduler": "constant"}), tmp_path / "plain", device="cpu", quiet=True)
+    compiled, plain = (read_log(tmp_path / name / "log.jsonl") for name in ("c", "plain"))
+    assert len(compiled) == STEPS and type(compiled[0]["loss"]) is float
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-4)
+    one, two = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("c", "plain"))
+    assert one.keys() == two.keys(), "weights have the names that they have without compiling"
 
 
 @pytest.mark.parametrize("when", [5, 4, STEPS])  # at 4 and at the end there is an evaluation
