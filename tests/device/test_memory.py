@@ -97,7 +97,12 @@ def test_a_row_of_the_embedded_unet_and_of_one_on_pixels() -> None:
 
 @pytest.mark.parametrize(
     ("config", "side", "device"),
-    [(SD_VAE, 64, "meta"), (SD_VAE, 128, "meta"), (SMALL_VAE, 64, "meta"), (embedded("vae"), 16, "cpu")],
+    [
+        (SD_VAE, 64, "meta"),
+        pytest.param(SD_VAE, 128, "meta", marks=pytest.mark.slow),
+        (SMALL_VAE, 64, "meta"),
+        (embedded("vae"), 16, "cpu"),
+    ],
     ids=["SD at 512", "SD at 1024", "small at 256", "embedded at 128"],
 )
 def test_a_vae_whole_and_in_strips(config: dict[str, Any], side: int, device: str) -> None:

@@ -125,10 +125,12 @@ def test_in_diffusers_style_the_third_order_is_a_second(monkeypatch: pytest.Monk
     assert measured_order("dpmpp_3m", {}, 0) < 2.4
 
 
+FROM_NOISE = [(s, process) for s in SOLVERS if s != "lcm" for process in (PROCESSES[4], PROCESSES[3])]
+
+
 @pytest.mark.parametrize(
-    "process", [{"prediction": "v_prediction", "zero_snr": True}, PROCESSES[3]], ids=["zero-snr", "flow"]
+    ("solver", "process"), thinned(FROM_NOISE, 4, FROM_NOISE[3::4], unpack=True), ids=lambda v: str(v).replace(" ", "")
 )
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "lcm"])
 def test_a_solver_reaches_the_distribution_from_pure_noise(solver: str, process: dict[str, Any]) -> None:
     """All but lcm, which asks for a network that was distilled."""
     scheduler = Scheduler(solver=solver, spacing="trailing", **process)
