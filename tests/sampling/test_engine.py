@@ -126,7 +126,8 @@ def test_slots_are_refilled_as_trajectories_end(gen: TextToImage) -> None:
 
 def test_an_eighth_of_the_slots_opens_so_that_the_first_pictures_come_early(gen: TextToImage) -> None:
     rows = [Request(id=f"{k}", prompt="a fox", num_inference_steps=3, width=128, height=128) for k in range(40)]
-    engine, at = Engine(Denoiser(Elementwise()), torch.device("cpu"), slots=16), {}
+    engine = Engine(Denoiser(Elementwise()), torch.device("cpu"), slots=16)
+    at: dict[str, int] = {}
     waiting = [gen.begin(row, 0, 1) for row in rows]
 
     def take(free: float, alone: bool) -> list[Trajectory]:
