@@ -439,3 +439,25 @@ def test_a_run_whose_name_is_not_synced_is_not_accepted(
     assert sorted(path.name for path in runs.folder.iterdir()) == before, "the next start must not draw it"
     answer = client.post("/v1/runs", **asked)
     assert answer.status_code == 202 and ended(client, answer.json()["id"])["images"]["done"] == 1
+
+
+def test_a_run_whose_end_is_not_synced_is_not_deleted(
+    server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, failing = server.serving.runs.store, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def sync_folder(folder: Path) -> None:
+        if folder == runs.folder and failing:
+            raise failing.pop()
+        real(folder)
+
+    real = store.sync_folder
+    run = ended(client, client.post("/v1/runs", content='{"prompt": "a dog", "steps": 1}', headers=JSONL).json()["id"])
+    at = f"/v1/runs/{run['id']}"
+    before = sorted(path.name for path in runs.folder.iterdir())
+    monkeypatch.setattr(store, "sync_folder", sync_folder)
+    assert client.delete(at).status_code == 503
+    assert sorted(path.name for path in runs.folder.iterdir()) == before
+    assert client.get(at).json() == run and client.get(f"{at}/results").status_code == 200
+    assert client.delete(at).status_code == 204 and client.get(at).status_code == 404
+    assert sorted(path.name for path in runs.folder.iterdir()) == [name for name in before if name != run["id"]]
