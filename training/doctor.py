@@ -342,9 +342,10 @@ def _held(case: Case) -> Iterator[Finding]:
     wanted = asked * len(case.pictures)
     if abs(held - wanted) > 1 and not wanted / 2 <= held <= wanted * 2:
         text = f"{held} of {len(case.pictures)} pictures are held out, where data.validation asks for {asked:g} of them"
-        values = len({str(example.fields.get(by)) for example in case.pictures})
         why = "each is by the hash of its name, so that it stays where it is as the data set grows"
-        why = why if by is None else f"{by} has {values} values, and each is held out or trained on as a whole"
+        if by is not None:
+            values = len({str(example.fields.get(by)) for example in case.pictures})
+            why = f"{by} has {values} values, and each is held out or trained on as a whole"
         yield Finding("warning", f"{text}: {why}; data.validation takes the path of a data set, too")
 
 

@@ -114,7 +114,7 @@ def find_features(name: str, field: str, device: Any) -> Features:
     not installed, HostError if its weights cannot be downloaded.
     """
     if name != "inception":
-        return Features(name, field, _installed(name, FEATURES, field, "feature network")[1])
+        return Features(name, field, _installed(name, FEATURES, field, "feature network", ("clip", "inception"))[1])
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except Exception as error:  # its torchvision raises RuntimeError if it does not match the installed torch
@@ -129,11 +129,13 @@ def find_features(name: str, field: str, device: Any) -> Features:
     return Features(name, field, lambda pictures: network(pictures)[0])
 
 
-def _installed(name: str, group: str, field: str, what: str) -> tuple[str, Any]:
+def _installed(name: str, group: str, field: str, what: str, built_in: Sequence[str] = ()) -> tuple[str, Any]:
     installed = entry_points(group=group)
     if name not in installed.names:
         known = ", ".join(sorted(installed.names)) or "none"
-        raise InputError(f"{field}: {shown(name)}: no such {what}{nearest(name, installed.names)}; installed: {known}")
+        there = f"there are {', '.join(built_in)}; " if built_in else ""
+        close = nearest(name, [*built_in, *installed.names])
+        raise InputError(f"{field}: {shown(name)}: no such {what}{close}; {there}installed: {known}")
     try:
         return name, installed[name].load()
     except Exception as error:  # importing a plugin may raise anything

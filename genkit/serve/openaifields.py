@@ -71,7 +71,8 @@ def wanted(given: Mapping[str, Any], served: Collection[str]) -> Wanted:
         raise InputError("partial_images: needs stream")
     answer = left.pop("response_format", "url" if model in WITH_URL and not stream else "b64_json")
     if answer not in ("url", "b64_json"):
-        raise InputError(f"response_format: {shown(answer)} is not url or b64_json")
+        close = nearest(answer, ("url", "b64_json"))
+        raise InputError(f"response_format: {shown(answer)} is not url or b64_json{close}")
     if stream and answer == "url":
         raise InputError("response_format: url does not go with stream")
     form = _form(left.pop("output_format", "png"), left.pop("output_compression", None))

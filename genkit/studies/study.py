@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from genkit.device.devices import check_device
 from genkit.durable import disk, json_line, write_whole
 from genkit.errors import InputError, shown
 from genkit.progress import Steps
@@ -37,6 +38,7 @@ def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: 
     """
     if not 8 <= images <= 100_000:
         raise InputError(f"--images: {images} is not within 8 to 100000")
+    check_device(device, "auto")
     if read_config(run) is None:
         raise InputError(f"{shown(str(run))}: holds no run.json: not a run folder")
     with Steps(quiet=quiet) as progress:
