@@ -269,7 +269,7 @@ def test_a_file_that_cannot_be_drawn_leaves_nothing(client: httpx.Client, server
 
 
 def test_forms_keys_cancel_and_delete(client: httpx.Client, server: Any) -> None:
-    form = {"format": "webp", "quality": "80", "seed": "5"}
+    form = {"format": "webp", "quality": "80.0", "seed": "5"}
     files = {"file": ("a b.csv", "prompt,num_images,steps\na dog,200,50\n")}
     key = {"Idempotency-Key": "one"}
     answer = client.post("/v1/runs", files=files, data=form, headers=key)
@@ -292,6 +292,10 @@ def test_forms_keys_cancel_and_delete(client: httpx.Client, server: Any) -> None
     assert client.post("/v1/runs", data={"seed": "1"}).status_code == 400
     for seed in ("0" * 5000, "0" * 12 + "9" * 12, "-1", "²"):
         assert client.post("/v1/runs", files={"file": ("x.txt", "a")}, data={"seed": seed}).status_code == 400
+    for quality in ("0", "101", "high"):
+        answer = client.post("/v1/runs", files={"file": ("x.txt", "a")}, data={"quality": quality})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "quality"
+        assert client.post(f"/v1/runs?quality={quality}", content=ROWS, headers=JSONL).status_code == 400
     assert client.post("/v1/runs", content="a dog", headers={"content-type": "image/png"}).status_code == 400
 
 
