@@ -63,6 +63,8 @@ def find_scorers(asked: Sequence[str | Function]) -> list[Plugin]:
         if not callable(function):
             raise InputError(f"--scorer: {shown(name)} is no function of (pictures, prompts)")
         names = getattr(function, "names", None) or (name,)
+        if not isinstance(names, str | list | tuple):
+            raise InputError(f"--scorer: {shown(name)}: its names are {shown(names)}, not texts")
         names = (names,) if isinstance(names, str) else tuple(names)
         for score in names:
             if not (isinstance(score, str) and score.isidentifier() and not keyword.iskeyword(score)):

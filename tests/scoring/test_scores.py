@@ -325,6 +325,10 @@ def test_features_of_inception_need_their_library() -> None:
 def test_names_that_collide_are_refused() -> None:
     def clip_z(pictures: Any, prompts: Any) -> Any: ...
 
+    clip_z.names = 5  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="'clip_z': its names are 5, not texts"):
+        find_scorers([clip_z])
+    del clip_z.names  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="'clip_z', which is one of genkit already"):
         find_scorers([clip_z])
     with pytest.raises(InputError, match="'redness', which is one of scorer 'redness' already"):
