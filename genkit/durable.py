@@ -124,6 +124,21 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(path: Path) -> None:
+    """Sync a file, or a folder with everything in it, before it gets its final name. Raises OSError."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _sync(os.path.join(folder, name))
+        sync_folder(Path(folder))
+    if not path.is_dir():
+        _sync(path)
+
+
+def _sync(path: str | Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def lock_folder(folder: Path) -> int:
     """Lock `folder` for this process; return the file descriptor, whose closing releases the lock, as does exit.
 

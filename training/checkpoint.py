@@ -98,13 +98,13 @@ class Checkpoints:
         scored = {step: m for step in steps if (m := state.scores.get(step, {}).get(self.metric)) is not None}
         return sorted(scored, key=lambda step: (self.sign * scored[step], step))
 
-    def restore(self, state: State, say: Callable[[str], None], step: int | None = None) -> dict[str, Any] | None:
-        """Load the newest intact checkpoint, or that of `step`, into `state`; return its manifest, or None without one.
+    def restore(self, state: State, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """Load the newest intact checkpoint into `state`; return its manifest, or None without one.
 
         Damaged checkpoints are reported and skipped. Raises InputError for one of another architecture, and if all are
         damaged.
         """
-        steps = self.steps() if step is None else [step]
+        steps = self.steps()
         for number in reversed(steps):
             path = self.folder / f"{number:06d}"
             try:
@@ -112,19 +112,35 @@ class Checkpoints:
             except (InputError, OSError) as error:
                 say(f"checkpoint {number} is damaged and passed over: {error}")
                 continue
-            state.check({n: tuple(t.shape) for n, t in tensors["weights"].items()}, place(path))
-            missing = [f for f in ("weights", *(["ema"] if state.ema else [])) if f not in tensors]
-            if missing:
-                raise InputError(f"{place(path)}: has no {missing[0]}, which the recipe asks for")
-            state.load(tensors)
-            state.step, state.seconds = manifest["step"], manifest["seconds"]
-            state.scores = {int(key): value for key, value in manifest["scores"].items()}
+            _load(state, manifest, tensors, path)
             return manifest
         if steps:
             raise InputError(
                 f"{place(self.folder)}: all {len(steps)} checkpoints are damaged; move them away to begin anew"
             )
         return None
+
+    def restore_best(self, state: State, step: int) -> None:
+        """Load the checkpoint of `step`, the best one, into `state`. Raises InputError if it is damaged."""
+        path = self.folder / f"{step:06d}"
+        try:
+            manifest, tensors = _read(path)
+        except (InputError, OSError) as error:
+            raise InputError(
+                f"{error}: step {step} is the best by {self.metric}; move {place(path)} away and run the same command"
+                " again, which writes the next best"
+            ) from None
+        _load(state, manifest, tensors, path)
+
+
+def _load(state: State, manifest: dict[str, Any], tensors: dict[str, dict[str, Any]], path: Path) -> None:
+    state.check({n: tuple(t.shape) for n, t in tensors["weights"].items()}, place(path))
+    missing = [f for f in ("weights", *(["ema"] if state.ema else [])) if f not in tensors]
+    if missing:
+        raise InputError(f"{place(path)}: has no {missing[0]}, which the recipe asks for")
+    state.load(tensors)
+    state.step, state.seconds = manifest["step"], manifest["seconds"]
+    state.scores = {int(key): value for key, value in manifest["scores"].items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -336,14 +336,17 @@ def _uneven(case: Case) -> Iterator[Finding]:
 
 
 def _held(case: Case) -> Iterator[Finding]:
-    asked, held = case.data.validation, len(case.pictures) - case.train
-    if isinstance(asked, str) or case.data.validation_by is None or not asked:
+    asked, held, by = case.data.validation, len(case.pictures) - case.train, case.data.validation_by
+    if isinstance(asked, str) or not asked:
         return
-    share, by = held / len(case.pictures), case.data.validation_by
-    if not asked / 2 <= share <= asked * 2:
-        values = len({str(example.fields.get(by)) for example in case.pictures})
+    wanted = asked * len(case.pictures)
+    if abs(held - wanted) > 1 and not wanted / 2 <= held <= wanted * 2:
         text = f"{held} of {len(case.pictures)} pictures are held out, where data.validation asks for {asked:g} of them"
-        yield Finding("warning", f"{text}: {by} has {values} values, and each is held out or trained on as a whole")
+        why = "each is by the hash of its name, so that it stays where it is as the data set grows"
+        if by is not None:
+            values = len({str(example.fields.get(by)) for example in case.pictures})
+            why = f"{by} has {values} values, and each is held out or trained on as a whole"
+        yield Finding("warning", f"{text}: {why}; data.validation takes the path of a data set, too")
 
 
 def _counts(case: Case) -> str:

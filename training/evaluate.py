@@ -119,10 +119,12 @@ class Evaluation:
             found |= {"clip": float(np.mean(cosines)), "clip_interval": interval(cosines)}
         wanted = [name for name in self.plan.metrics if name in DISTANCES]
         if wanted:
-            read = self._embedded if self.plan.features == "clip" else self.features
-            drawn = torch.cat([read(part.to(self.task.device)).cpu() for part in pictures.split(BATCH)])
-            held = ((batch.pixels * 127.5 + 127.5).round().byte() for batch in self.batches())
-            real = torch.cat([read(part.to(self.task.device)).cpu() for part in held])
+            names = [f"sample {k}" for k in range(len(pictures))]
+            drawn = torch.cat(
+                [self._read(part, names[k * BATCH :][:BATCH]) for k, part in enumerate(pictures.split(BATCH))]
+            )
+            held = (((batch.pixels * 127.5 + 127.5).round().byte(), batch.keys) for batch in self.batches())
+            real = torch.cat([self._read(part, keys) for part, keys in held])
             fewest = min(len(drawn), len(real))
             if "fid" in wanted and fewest <= drawn.shape[1] and not self.warned:
                 self.warned = True
@@ -132,6 +134,11 @@ class Evaluation:
                 value, error = DISTANCES[name](drawn, real), halved(DISTANCES[name], drawn, real)
                 found |= {name: value, f"{name}_interval": (value - 1.96 * error, value + 1.96 * error)}
         return found
+
+    def _read(self, pictures: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """Return the features of uint8 pictures (B, 3, H, W) for distances, (B, D) on the CPU."""
+        pictures = pictures.to(self.task.device)
+        return self._embedded(pictures) if self.plan.features == "clip" else self.features(pictures, names)
 
     def _embedded(self, pictures: torch.Tensor) -> torch.Tensor:
         from genkit.scoring.clip import ClipScorer

@@ -16,7 +16,7 @@ from genkit.components.info import ModelInfo, Part
 from genkit.components.loading import stored_weights
 from genkit.components.lora import merged_weights, write_lora
 from genkit.components.writing import link_network, write_index, write_json, write_network
-from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk
+from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, sync_folder, sync_tree
 from genkit.errors import HostError, shown
 from genkit.files import place
 from genkit.training.recipe import Recipe
@@ -41,10 +41,12 @@ def write_model(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: d
             new.mkdir()
             _LAYOUTS.get(recipe.task, _pipeline)(recipe, info, task, new, scores)
             (new / "README.md").write_text(model_card(recipe, scores), encoding="utf-8")
+            sync_tree(new)
             for path in sorted(new.iterdir()):
                 if (old := out / path.name).is_dir():
                     shutil.rmtree(old)
                 os.replace(path, out / path.name)
+            sync_folder(out)
     except SafetensorError as error:  # safetensors raises this if the disk is full
         raise HostError(f"{place(out)}: the model was not written: {shown(str(error), 200)}") from error
     finally:

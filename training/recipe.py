@@ -375,4 +375,6 @@ def _explained(error: ValidationError) -> str:
     message = re.sub(r"dictionary or instance of \w+", "mapping", first["msg"].removeprefix("Value error, "))
     if first["type"] == "missing":
         return f"{key}: is missing"
+    if first["type"] == "literal_error":
+        message += nearest(first["input"], re.findall("'([^']*)'", first["ctx"]["expected"]))
     return f"{key}: {shown(first['input'])}: {message[0].lower()}{message[1:]}" if key else message

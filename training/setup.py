@@ -279,7 +279,7 @@ class Setup:
         best = self.checkpoints.ranked(self.state, self.checkpoints.steps())[: min(1, self.recipe.save.keep_best)]
         scores = dict(self.state.scores)
         if best and best[0] != self.state.step:
-            self.checkpoints.restore(self.state, self.message, best[0])
+            self.checkpoints.restore_best(self.state, best[0])
             self.state.scores = scores
         with self._averaged():
             facts = {"step": self.state.step, **scores.get(self.state.step, {})}

@@ -142,6 +142,6 @@ def compare(
     from genkit.progress import printable, printable_json
     from genkit.studies.compare import compare_runs, report
 
-    found = compare_runs(a, b, out)
+    found = compare_runs(a, b, out, quiet=as_json)
     print(printable_json(found) if as_json else "\n".join(map(printable, report(found).splitlines())))
     return EXIT_OK

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from genkit.errors import InputError
+from genkit.errors import InputError, nearest
 from genkit.options import Options
 
 
@@ -45,7 +45,7 @@ def _slots(text: str) -> int | None:
     if text == "auto":
         return None
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 4096 and len(text) < 9):
-        raise InputError(f"--batch-size: {text!r} is not auto or a number from 1 to 4096")
+        raise InputError(f"--batch-size: {text!r} is not auto or a number from 1 to 4096{nearest(text, ['auto'])}")
     return int(text)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from genkit.cluster.dispatch import LOADS, POLL, Dispatcher, Hand, Listener
 from genkit.cluster.units import Event, Pool, Unit
 from genkit.device.devices import usable_cores
-from genkit.errors import HostError, InputError, shown
+from genkit.errors import HostError, InputError, nearest, shown
 from genkit.job.drawing import passing
 from genkit.job.load import run_config
 from genkit.job.masks import write_masks
@@ -52,7 +52,7 @@ def check_address(address: str | None) -> None:
     if address is not None and address.startswith("ray://"):
         raise InputError("--ray: ray:// is Ray's client; run the command on a node of the cluster: `ray job submit`")
     if address is not None and address != "auto" and not re.fullmatch(r"[^\s:]+:[0-9]{1,5}", address):
-        raise InputError(f"--ray: {shown(address)} is not auto or HOST:PORT")
+        raise InputError(f"--ray: {shown(address)} is not auto or HOST:PORT{nearest(address, ['auto'])}")
 
 
 class Workers:

@@ -14,7 +14,7 @@ from genkit.components.loading import load_tokenizer, stored_weights
 from genkit.components.original import QKV, backward, openclip_modules, renamed, unet_modules, vae_modules
 from genkit.components.single import UNET, VAE
 from genkit.components.writing import write_index, write_network
-from genkit.durable import disk
+from genkit.durable import disk, sync_folder, sync_tree
 from genkit.errors import InputError
 from genkit.files import place
 
@@ -42,7 +42,9 @@ def convert(info: ModelInfo, out: Path) -> dict[str, Any]:
         _remove(partial)  # of an earlier start that was killed
         try:
             (_write_single if single else _write_folder)(info, partial)
+            sync_tree(partial)
             os.replace(partial, out)
+            sync_folder(out.absolute().parent)
         finally:
             _remove(partial)
     bytes_ = out.stat().st_size if single else sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

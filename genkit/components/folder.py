@@ -60,10 +60,10 @@ def inspect_model(
     """
     if prediction not in PREDICTIONS:
         raise InputError(
-            f"prediction: {shown(prediction)} is not {', '.join(PREDICTIONS)}{nearest(prediction, PREDICTIONS)}"
+            f"--prediction: {shown(prediction)} is not {', '.join(PREDICTIONS)}{nearest(prediction, PREDICTIONS)}"
         )
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant):
-        raise InputError(f"variant: {shown(variant)} is not like 'fp16'")
+        raise InputError(f"--variant: {shown(variant)} is not like 'fp16'")
     others = functools.partial(_others, vae, text_encoder, variant)
     path = user_path(name) if name and "\0" not in str(name) and name not in DEFAULTS else None
     if path is not None and path.is_file() and path.suffix not in PICKLES:

@@ -27,9 +27,8 @@ CUDA_SLOTS = 32  # from about 32 rows on, the time for a row no longer falls
 def check_device(device: str, dtype: str) -> None:
     """Raise InputError, without importing torch, for a device or dtype that does not exist."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
-        raise InputError(
-            f"--device: {shown(device)} is not auto, cpu, mps, cuda or cuda:N{nearest(device, ['cuda', 'cpu'])}"
-        )
+        hint = nearest(device, ["auto", "cpu", "mps", "cuda"])
+        raise InputError(f"--device: {shown(device)} is not auto, cpu, mps, cuda or cuda:N{hint}")
     if dtype != "auto" and dtype not in DTYPES:
         hint = nearest(dtype, DTYPES)
         raise InputError(f"--dtype: {shown(dtype)} is not auto, float32, float16, bfloat16 or int8{hint}")

@@ -33,7 +33,8 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-def _integer(field: str, text: str) -> int:
+def integer(field: str, text: str) -> int:
+    """Return the whole number that a text writes, such as 42, -1 or 42.0, for `field`. Raises InputError."""
     if re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]{1,3}", text.strip(" ")):
         raise InputError(f"{field}: {shown(text)} was shortened by a spreadsheet; format its cells as text")
     if not re.fullmatch(r"[-+]?[0-9]{1,30}(\.0*)?", text.strip(" ")):
@@ -55,8 +56,8 @@ def _flag(field: str, text: str) -> bool:
 
 def _seeds(field: str, text: str) -> int | list[int]:
     if "," not in text and "[" not in text:
-        return _integer(field, text)
-    return [_integer(field, part) for part in text.strip(" []").split(",")]
+        return integer(field, text)
+    return [integer(field, part) for part in text.strip(" []").split(",")]
 
 
 def _list(field: str, text: str) -> list[Any]:
@@ -108,7 +109,7 @@ def lora(field: str, text: str) -> dict[str, Any]:
 
 
 _TYPED: dict[str, Callable[[str, str], Any]] = {
-    **dict.fromkeys(COUNTS, _integer),
+    **dict.fromkeys(COUNTS, integer),
     **dict.fromkeys(_FLOATS, _number),
     "guidance_interval": _interval,
     "mask_invert": _flag,

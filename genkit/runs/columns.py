@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from genkit.runs.records import PICTURE, newest
+from genkit.scoring.recorded import well_formed
 
 TEXT = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'  # the inside of a JSON string
 MISSING: Any = object()  # the value of a score that an image does not have
@@ -103,7 +104,7 @@ class Lines:
     def _plain(self, lines: Sequence[bytes], rows: list[int], found: Sequence[_Parts], start: int) -> int:
         """Enter regular lines, whose scores are parsed in one call."""
         _, numbers, files, digests, texts = zip(*found, strict=True)
-        scores = _objects(texts)
+        scores = _scores(texts)
         if scores is None and len(lines) > 1:
             for line in lines:
                 start = self._take([line], start)
@@ -161,15 +162,15 @@ def _cut(odds: Any, labels: Collection[str]) -> Any:
     return {label: value for label, value in odds.items() if label in labels} if type(odds) is dict else odds
 
 
-def _objects(texts: Sequence[bytes]) -> list[dict[str, Any]] | None:
-    """Return the JSON object in each text, or None if a text is not exactly one."""
+def _scores(texts: Sequence[bytes]) -> list[dict[str, Any]] | None:
+    """Return the scores in each text, or None if a text is not exactly one JSON object, or none that genkit writes."""
     try:
         values: list[dict[str, Any]] = json.loads(
             "[" + b",\n".join(texts).decode() + "]"
         )  # a break cannot be within a text, so joins cannot change it
     except (ValueError, RecursionError):
         return None
-    return values if len(values) == len(texts) else None
+    return values if len(values) == len(texts) and all(map(well_formed, values)) else None
 
 
 def is_utf8(text: bytes) -> bool:

@@ -12,6 +12,7 @@ from genkit.durable import disk, each_line, each_of
 from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.rows.result import Result
+from genkit.scoring.recorded import well_formed
 from genkit.storage import StoragePath, check_storage, contents
 
 CONFIG, ROWS, RESULTS, SELECTION, GALLERY = (
@@ -178,7 +179,11 @@ def _result(line: Any) -> Result | None:
         and type(result.index) is int
         and result.index >= 0
         and isinstance(result.status, str)
+        and isinstance(result.reason, str | None)
+        and isinstance(result.sha256, str | None)
+        and isinstance(result.meta, dict | None)
         and isinstance(result.scores, dict)
+        and well_formed(result.scores)
         and (result.status != "done" or PICTURE.fullmatch(str(result.file)) is not None)
     )
     return result if sound else None

@@ -63,6 +63,8 @@ def find_scorers(asked: Sequence[str | Function]) -> list[Plugin]:
         if not callable(function):
             raise InputError(f"--scorer: {shown(name)} is no function of (pictures, prompts)")
         names = getattr(function, "names", None) or (name,)
+        if not isinstance(names, str | list | tuple):
+            raise InputError(f"--scorer: {shown(name)}: its names are {shown(names)}, not texts")
         names = (names,) if isinstance(names, str) else tuple(names)
         for score in names:
             if not (isinstance(score, str) and score.isidentifier() and not keyword.iskeyword(score)):
@@ -75,14 +77,46 @@ def find_scorers(asked: Sequence[str | Function]) -> list[Plugin]:
     return plugins
 
 
-def find_features(name: str, field: str, device: Any) -> Callable[[Any], Any]:
-    """Return the feature network of that name, a function of uint8 pictures (B, 3, H, W) on `device` to (B, D).
+class Features:
+    """A feature network, and the option or key that names it, for messages."""
+
+    def __init__(self, name: str, field: str, network: Callable[[Any], Any]) -> None:
+        self.name, self.field, self.network = name, field, network
+        self.width: int | None = None  # D, from the first call on
+
+    def __call__(self, pictures: Any, names: Sequence[str]) -> Any:
+        """Return the features of uint8 pictures (B, 3, H, W) on the network's device, (B, D) float64 on the CPU.
+
+        names: of the pictures. Raises InputError, naming a picture, if the network raises or gives anything else.
+        """
+        try:
+            found = self.network(pictures).double().cpu()
+            if found.ndim != 2 or len(found) != len(pictures) or found.shape[1] != (self.width or found.shape[1]):
+                width = "D of 2 or more" if self.width is None else self.width
+                raise ValueError(f"it gave {tuple(found.shape)} in place of ({len(pictures)}, {width})")
+            if found.shape[1] < 2 or not found.isfinite().all():
+                raise ValueError(
+                    "it gave NaN or infinity" if found.shape[1] > 1 else "it gave one feature: 2 are needed"
+                )
+        except Exception as error:  # a plugin may raise anything
+            if len(names) > 1:
+                for picture, name in zip(pictures, names, strict=True):  # raises for the picture at fault
+                    self(picture[None], [name])
+            raise InputError(
+                f"{self.field}: {self.name}: {names[0]}: {type(error).__name__}: {reason(error)}"
+            ) from None
+        self.width = found.shape[1]
+        return found
+
+
+def find_features(name: str, field: str, device: Any) -> Features:
+    """Return the feature network of that name, for pictures on `device`.
 
     "inception" is the InceptionV3 of the original FID, from torch-fidelity. Raises InputError, naming `field`, if it is
     not installed, HostError if its weights cannot be downloaded.
     """
     if name != "inception":
-        return _installed(name, FEATURES, field, "feature network")[1]
+        return Features(name, field, _installed(name, FEATURES, field, "feature network", ("clip", "inception"))[1])
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except Exception as error:  # its torchvision raises RuntimeError if it does not match the installed torch
@@ -94,14 +128,16 @@ def find_features(name: str, field: str, device: Any) -> Callable[[Any], Any]:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
     except OSError as error:
         raise HostError(f"{field}: the weights of inception cannot be had: {reason(error)}") from None
-    return lambda pictures: network(pictures)[0]
+    return Features(name, field, lambda pictures: network(pictures)[0])
 
 
-def _installed(name: str, group: str, field: str, what: str) -> tuple[str, Any]:
+def _installed(name: str, group: str, field: str, what: str, built_in: Sequence[str] = ()) -> tuple[str, Any]:
     installed = entry_points(group=group)
     if name not in installed.names:
         known = ", ".join(sorted(installed.names)) or "none"
-        raise InputError(f"{field}: {shown(name)}: no such {what}{nearest(name, installed.names)}; installed: {known}")
+        there = f"there are {', '.join(built_in)}; " if built_in else ""
+        close = nearest(name, [*built_in, *installed.names])
+        raise InputError(f"{field}: {shown(name)}: no such {what}{close}; {there}installed: {known}")
     try:
         return name, installed[name].load()
     except Exception as error:  # importing a plugin may raise anything

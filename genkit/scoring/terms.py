@@ -50,6 +50,8 @@ def score(name: str) -> Value:
         found = scores.get(name)
         if found is None:
             raise InputError(f"{name}: this image has no such score; was it scored?")
+        if not isinstance(found, int | float):
+            raise InputError(f"{name}: {shown(found)} is no number")
         return found
 
     return value

@@ -11,7 +11,7 @@ from genkit.errors import InputError, nearest, shown
 from genkit.files import parse_json
 from genkit.pictures.encoders import Encoding, encoding
 from genkit.rows.request import field_name
-from genkit.rows.typed import typed
+from genkit.rows.typed import integer, typed
 from genkit.serve.rows import picture
 
 # Names of models that clients have built in, answered by the model that is served; the last two answer with a URL
@@ -71,7 +71,8 @@ def wanted(given: Mapping[str, Any], served: Collection[str]) -> Wanted:
         raise InputError("partial_images: needs stream")
     answer = left.pop("response_format", "url" if model in WITH_URL and not stream else "b64_json")
     if answer not in ("url", "b64_json"):
-        raise InputError(f"response_format: {shown(answer)} is not url or b64_json")
+        close = nearest(answer, ("url", "b64_json"))
+        raise InputError(f"response_format: {shown(answer)} is not url or b64_json{close}")
     if stream and answer == "url":
         raise InputError("response_format: url does not go with stream")
     form = _form(left.pop("output_format", "png"), left.pop("output_compression", None))
@@ -118,7 +119,7 @@ def of_form(parts: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, text in parts.items():
         if key in NUMBERS:
-            found[key] = _whole_number(key, text) if text.strip() else None
+            found[key] = integer(key, text) if text.strip() else None
         elif key == "stream":
             found[key] = {"true": True, "false": False}.get(text.strip().lower(), text)
         elif text.lstrip()[:1] == "[" and field_name(key) == "loras":
@@ -126,12 +127,6 @@ def of_form(parts: Mapping[str, str]) -> dict[str, Any]:
         else:
             found[key] = typed(field_name(key), text)
     return found
-
-
-def _whole_number(name: str, text: str) -> int:
-    if not re.fullmatch(r"\s*-?[0-9]{1,9}\s*", text):
-        raise InputError(f"{name}: {shown(text)} is not a whole number")
-    return int(text)
 
 
 def pictures_of(image: bytes, mask: bytes | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from starlette.datastructures import UploadFile
 from genkit.errors import HostError, InputError, shown
 from genkit.pages.large import DATA
 from genkit.rows.request import SEED_LIMIT
+from genkit.rows.typed import integer
 from genkit.runs.records import PICTURE, RESULTS
 from genkit.serve.calls import Serving, bad, client_of
 from genkit.serve.engine import Full
@@ -30,6 +31,7 @@ from genkit.serve.uploads import SUFFIXES
 POLL = 0.2  # seconds between looks at the records of a run that is followed
 QUIET = 15.0  # seconds after which a line says that the connection is alive
 BLOCK = 2**20  # bytes of records read at a time
+NUMBERS = {"seed": (0, SEED_LIMIT - 1), "quality": (1, 100)}  # whole numbers, each with the least and the most
 KINDS = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg", ".jxl": "image/jxl"}
 GALLERY_POLICY = "frame-ancestors 'self'"
 GALLERY_FILE = re.compile(r"[0-9a-f-]{1,80}(?:/[a-z0-9]{1,20}){1,3}\.js")  # of a large run, see genkit/pages/large.py
@@ -96,9 +98,16 @@ def _add_begin(routes: APIRouter, serving: Serving, runs: Any, owner: Any) -> No
     })  # fmt: skip
     async def begin(
         call: Request,
-        seed: Annotated[int, Query(ge=0, lt=SEED_LIMIT, description="Rows without a seed derive theirs from it.")] = 0,
+        seed: Annotated[
+            int,
+            Query(
+                ge=NUMBERS["seed"][0], le=NUMBERS["seed"][1], description="Rows without a seed derive theirs from it."
+            ),
+        ] = 0,
         format: Annotated[str, Query(description="Of the pictures: png, webp, jpeg or jxl.")] = "png",
-        quality: Annotated[int | None, Query(ge=1, le=100, description="Of webp, jpeg and jxl.")] = None,
+        quality: Annotated[
+            int | None, Query(ge=NUMBERS["quality"][0], le=NUMBERS["quality"][1], description="Of webp, jpeg and jxl.")
+        ] = None,
         format_in: Annotated[str, Query(description="Of the prompt file, as of `genkit generate`.")] = "auto",
         name: Annotated[str | None, Query(description="Of the prompt file, whose ending says its kind.")] = None,
         idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
@@ -243,11 +252,8 @@ async def _form(call: Request, asked: dict[str, Any]) -> tuple[str, bytes]:
         for name, part in form.multi_items():
             if isinstance(part, UploadFile):
                 sent = part.filename or "", await part.read()
-            elif name in ("seed", "quality"):
-                most = SEED_LIMIT - 1 if name == "seed" else 100
-                if not re.fullmatch(r"[0-9]{1,10}", part) or int(part) > most:
-                    raise bad(f"{name}: {shown(part)} is not a whole number up to {most}")
-                asked[name] = int(part)
+            elif name in NUMBERS:
+                asked[name] = _number(name, part)
             elif name in asked:
                 asked[name] = part
             else:
@@ -255,6 +261,17 @@ async def _form(call: Request, asked: dict[str, Any]) -> tuple[str, bytes]:
     if sent is None:
         raise bad("file: is missing: the prompt file, uploaded as a file")
     return sent
+
+
+def _number(name: str, text: str) -> int:
+    least, most = NUMBERS[name]
+    try:
+        number = integer(name, text)
+    except InputError as error:
+        raise bad(str(error)) from None
+    if not least <= number <= most:
+        raise bad(f"{name}: {shown(text)} is not within {least} to {most}")
+    return number
 
 
 def described(run: Served) -> dict[str, Any]:

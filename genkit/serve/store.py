@@ -189,13 +189,17 @@ class Store:
             return [run for run in self.runs.values() if not run.over]
 
     def delete(self, run: Served) -> None:
-        """Delete a run that is over, with its pictures. Raises HostError if another process holds it."""
+        """Delete a run that is over, with its pictures. Raises HostError, and then it is there still."""
         gone = self.folder / f"{GONE}{run.id}"
         with run.lock, disk(run.folder):
             handle = lock_folder(run.folder)
             try:
                 os.rename(run.folder, gone)  # a crash from here on leaves what the next start removes
-                sync_folder(self.folder)
+                try:
+                    sync_folder(self.folder)
+                except OSError:  # the client is told that the run is there still
+                    os.rename(gone, run.folder)
+                    raise
             finally:
                 os.close(handle)
             with self._mutex:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import os
+import random
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +20,7 @@ from genkit.errors import HostError, InputError
 from genkit.files import local
 from genkit.pages import look
 from genkit.pages.gallery import within_html
+from genkit.progress import Steps
 from genkit.rows.result import Result
 from genkit.runs.records import GALLERY
 from genkit.scoring.boxes import counts
@@ -27,32 +30,42 @@ from genkit.storage import StoragePath
 from genkit.studies.pairs import Pair, Side, pair_runs
 from genkit.studies.preferences import by_eye, described
 
-PAGE, FIGURES = "compare.html", "comparison.json"
+PAGE, TABLE, FIGURES = "compare.html", "compare.jsonl", "comparison.json"
+PAGE_BYTES = 4_000_000  # of pairs on the page, which a browser reads whole
+TOLD = 256  # pairs between two updates of the progress bar
+RANKED = 6  # scores whose largest differences are on the page of a large comparison
 NAMED = 10  # names of unpaired pictures in the report
 LINES = 30  # scores in the terminal: with different labels in each row there may be very many
 # Fields of a row that do not change its pixels, or that are equal within a pair anyway.
 _ASIDE = {*"id prompt seed num_images keep rank_by gate max_images labels detect ask meta".split()}  # noqa: SIM905
 
 
-def compare_runs(a: Path, b: Path, out: Path | None = None) -> dict[str, Any]:
+def compare_runs(a: Path, b: Path, out: Path | None = None, *, quiet: bool = False) -> dict[str, Any]:
     """Compare two run folders and write a page that shows them side by side; return the figures and its path.
 
-    out: a new or empty folder for the page (index.html), the figures and copies of the pictures; by default the page is
+    All pairs are in compare.jsonl beside the page, which shows PAGE_BYTES of them, see `telling`. out: a new or empty
+    folder for the page (index.html), the figures and copies of the pictures that it shows; by default the page is
     B/compare.html and links to the pictures of the runs. Raises InputError for folders that are not runs, and for runs
     without a common picture; HostError.
     """
     local(out)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out: {out} is not an empty folder")
+    with Steps(quiet=quiet) as progress:
+        return _compared(a, b, out, progress)
+
+
+def _compared(a: Path, b: Path, out: Path | None, progress: Steps) -> dict[str, Any]:
+    progress(0, 1, "reading the runs")
     paired = pair_runs(a, b)
     one, two, pairs = paired.one, paired.two, paired.pairs
     figures: dict[str, Any] = {
         "a": str(a), "b": str(b), "pairs": len(pairs), "prompts": len({pair.group for pair in pairs}),
         "identical": sum(pair.a.sha256 == pair.b.sha256 is not None for pair in pairs),
         "alone": {reason: {"count": len(names), "first": names[:NAMED]} for reason, names in paired.alone.items()},
-        "differs": list(differences(one, two)), "scores": score_table(pairs), "by_eye": by_eye(paired),
+        "differs": list(differences(one, two)), "scores": score_table(pairs, progress), "by_eye": by_eye(paired),
     }  # fmt: skip
-    return figures | {"page": str(_write(figures, one, two, pairs, out))}
+    return _write(figures, one, two, pairs, out, progress)
 
 
 def numbers(r: Result, said: Said = NOTHING) -> dict[str, float]:
@@ -69,7 +82,7 @@ def numbers(r: Result, said: Said = NOTHING) -> dict[str, float]:
     return found | said.numbers(r.scores)
 
 
-def score_table(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
+def score_table(pairs: Sequence[Pair], progress: Steps) -> dict[str, dict[str, Any]]:
     """Return for each score: how often B is above A (ties count half), and the mean of B - A.
 
     Classes are those with the largest total probability; an answer's score is 1 where it is the most frequent one.
@@ -77,7 +90,9 @@ def score_table(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
     """
     said = said_of([r.scores for pair in pairs for r in (pair.a, pair.b)])
     groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for pair in pairs:
+    for done, pair in enumerate(pairs):
+        if done % TOLD == 0:
+            progress(done, 2 * len(pairs), "comparing scores")
         one, two = numbers(pair.a, said), numbers(pair.b, said)
         for name in one.keys() & two.keys():
             groups[name][pair.group].append((one[name], two[name]))
@@ -141,40 +156,106 @@ def _texts(values: Iterable[Any]) -> str:
     return ", ".join(text for text, _ in counts[:2]) + (", …" if len(counts) > 2 else "")
 
 
-def _write(figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pair], out: Path | None) -> Path:
-    """Write the page, with `out` also copies of the pictures and the figures; return its path."""
+class Lines:
+    """The lines of the table of all pairs; writing them collects what the page needs.
+
+    sizes: of each line, in bytes. gains: B - A of each pair by the first scores. rows: by score, those that have it.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], said: Said, scores: Collection[str]) -> None:
+        self.pairs, self.said = pairs, said
+        judging = [name for name in scores if name[:2] != "p[" and name not in ("sharpness", "brightness")]
+        self.gains: dict[str, dict[int, float]] = {name: {} for name in judging[:RANKED] or [*scores][:1]}
+        self.rows: dict[str, set[str]] = {name: set() for name in scores}
+        self.sizes: list[int] = []
+
+    def __call__(self, progress: Steps) -> Iterator[bytes]:
+        """Yield the lines in the order of the pairs."""
+        for k, pair in enumerate(self.pairs):
+            if k % TOLD == 0:
+                progress(len(self.pairs) + k, 2 * len(self.pairs), "writing the pairs")
+            found = _shown(pair, self.said)
+            a, b = found["a"]["scores"], found["b"]["scores"]
+            for name in a.keys() & b.keys():
+                self.rows[name].add(pair.a.id)
+                if name in self.gains:
+                    self.gains[name][k] = b[name] - a[name]
+            line = json_line(found).encode()
+            self.sizes.append(len(line))
+            yield line
+        progress(2 * len(self.pairs), 2 * len(self.pairs), "writing the pairs")
+
+
+def _write(
+    figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pair], out: Path | None, progress: Steps
+) -> dict[str, Any]:
+    """Write the table and the page, with `out` also copies of pictures and the figures; return figures and paths."""
     folder = two.folder if out is None else out
-    path = folder / (PAGE if out is None else GALLERY)
+    page, table = folder / (PAGE if out is None else GALLERY), folder / TABLE
     with disk(folder):
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
         said = said_of([r.scores for pair in pairs for r in (pair.a, pair.b)])
         links = [_links(side, letter, out, folder) for side, letter in ((one, "a"), (two, "b"))]
-        shown_pairs = ({**_shown(pair), "a": {**_half(pair.a, said), "file": links[0](pair.a)},
-                        "b": {**_half(pair.b, said), "file": links[1](pair.b)}} for pair in pairs)  # fmt: skip
+        lines = Lines(pairs, said, figures["scores"])
+        write_whole(table, lines(progress))
+        rows = {name: len(found) for name, found in lines.rows.items()}
+        about = {"rows": rows, "all_rows": len({pair.a.id for pair in pairs}), "table": TABLE}
+        chosen = telling(lines.sizes, lines.gains, PAGE_BYTES)
+        shown_pairs = map(lambda k: _linked(_shown(pairs[k], said), pairs[k], links), chosen)
         template = look.template("compare")
         names = [side.folder.resolve().name for side in (one, two)]
         eye = figures["by_eye"] and described(figures["by_eye"], "A", "B")
         parts = {"policy": look.policy(template, look.LOCAL), "title": html.escape(f"{names[0]} and {names[1]}")}
         before, after = (look.filled(half, parts) for half in template.split("{{data}}"))
-        data: Iterable[str] = map(
-            within_html, json_pieces({"names": names, "eye": eye, **figures}, {}, {"images": shown_pairs})
-        )
+        head = {"names": names, "eye": eye, **figures, **about}
+        data: Iterable[str] = map(within_html, json_pieces(head, {}, {"images": shown_pairs}))
         if out is not None:
             data = [*data]  # copies the pictures, before the page is written
             write_whole(out / FIGURES, json_line(figures).encode())
         pieces = (text for part in ([before], data, [after]) for text in part)
-        write_whole(path, (text.encode("utf-8", "backslashreplace") for text in pieces))
-    return path
+        write_whole(page, (text.encode("utf-8", "backslashreplace") for text in pieces))
+    return {**figures, "shown": len(chosen), "page": str(page), "table": str(table)}
 
 
-def _shown(pair: Pair) -> dict[str, Any]:
+def telling(sizes: Sequence[int], gains: Mapping[str, Mapping[int, float]], most: int) -> list[int]:
+    """Return which pairs the page shows, in order: all, or as many as have at most `most` bytes together.
+
+    These are in turn, for each score, a pair in which B is furthest ahead, one in which A is, and one of a random
+    sample, which stands for the run. sizes: of each pair, in bytes. gains: for each score, B - A of pairs.
+    """
+    everything = range(len(sizes))
+    if sum(sizes) <= most:
+        return list(everything)
+    sample = iter(random.Random(0).sample(everything, len(sizes)))
+    turns: list[Iterator[int]] = [sample]
+    for gain in gains.values():
+        ranked = sorted(gain, key=lambda k: gain[k])
+        turns += [iter(ranked[::-1]), iter(ranked), sample]
+    chosen: set[int] = set()
+    for turn in itertools.cycle(turns):
+        k = next((k for k in turn if k not in chosen), None)
+        if k is None:
+            continue
+        most -= sizes[k]
+        if most < 0:
+            break
+        chosen.add(k)
+    return sorted(chosen)
+
+
+def _shown(pair: Pair, said: Said) -> dict[str, Any]:
     prompt = pair.a.prompt
-    return {"name": pair.name, "prompt": prompt if len(prompt) <= 2000 else prompt[:2000] + "…", "seed": pair.a.seed}
+    sides = {letter: {"scores": numbers(r, said), "width": r.width, "height": r.height, "file": r.file}
+             for letter, r in (("a", pair.a), ("b", pair.b))}  # fmt: skip
+    cut = prompt if len(prompt) <= 2000 else prompt[:2000] + "…"
+    return {"name": pair.name, "prompt": cut, "seed": pair.a.seed, **sides}
 
 
-def _half(r: Result, said: Said) -> dict[str, Any]:
-    return {"scores": numbers(r, said), "width": r.width, "height": r.height}
+def _linked(found: dict[str, Any], pair: Pair, links: Sequence[Callable[[Result], str]]) -> dict[str, Any]:
+    """Return a pair with the URLs of its pictures."""
+    return found | {letter: {**found[letter], "file": link(r)}
+                    for letter, r, link in zip("ab", (pair.a, pair.b), links, strict=True)}  # fmt: skip
 
 
 def _links(side: Side, letter: str, out: Path | None, page: Path) -> Callable[[Result], str]:
@@ -228,4 +309,6 @@ def report(found: Mapping[str, Any]) -> str:
     lines += ["  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=True)).rstrip() for row in table]
     if len(found["scores"]) > LINES:
         lines.append(f"… and {len(found['scores']) - LINES} more scores, on the page")
+    if found["shown"] < found["pairs"]:
+        lines.append(f"the page shows {found['shown']:,} of the pairs; all are in {found['table']}")
     return "\n".join([*lines, f"side by side: {found['page']}"])

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from genkit.device.devices import check_device
 from genkit.durable import disk, json_line, write_whole
 from genkit.errors import InputError, shown
+from genkit.progress import Steps
 from genkit.rows.request import Request
 from genkit.rows.result import value_of
 from genkit.runs.records import read_config, read_results, read_rows
@@ -36,10 +38,13 @@ def study_run(run: Path, prune: bool, images: int, device: str = "auto", quiet: 
     """
     if not 8 <= images <= 100_000:
         raise InputError(f"--images: {images} is not within 8 to 100000")
+    check_device(device, "auto")
     if read_config(run) is None:
         raise InputError(f"{shown(str(run))}: holds no run.json: not a run folder")
-    scores = recorded_scores(run)
-    found: dict[str, Any] = {"run": str(run), "best_of": best_of_n(list(scores.values()))}
+    with Steps(quiet=quiet) as progress:
+        progress(0, 1 + len(DRAWS), "reading the run")
+        scores = recorded_scores(run)
+        found: dict[str, Any] = {"run": str(run), "best_of": best_of_n(list(scores.values()), progress)}
     if prune:
         from genkit.studies.redraw import redraw
 
@@ -93,14 +98,16 @@ def expected_best(values: Sequence[float], k: int) -> float:
     return float(ordered @ ways / ways.sum())
 
 
-def best_of_n(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+def best_of_n(rows: Sequence[Sequence[float]], progress: Steps) -> dict[str, Any]:
     """Return for 1, 2, 4 and 8 draws the expected best of a row, and the gain over a single draw."""
     found: dict[str, Any] = {}
-    for k in DRAWS:
+    for done, k in enumerate(DRAWS, 1):
+        progress(done, 1 + len(DRAWS), f"resampling the best of {k}")
         best = np.array([(expected_best(values, 1), expected_best(values, k)) for values in rows if len(values) >= k])
         if len(best):
             gain = interval(best, lambda f: float((f[:, 1] - f[:, 0]).mean()))
             found[str(k)] = {"rows": len(best), "best": interval(best, lambda f: float(f[:, 1].mean())), "gain": gain}
+    progress(1 + len(DRAWS), 1 + len(DRAWS), "the best of N")
     return found
 
 

@@ -136,8 +136,12 @@ def _by_network(against: Against, run: Path, done: Sequence[Result], device: Any
         for part in _parts(files, quiet):
             pictures = [as_tensor(read_image(file)).to(device) for file in part]
             alike = len({picture.shape for picture in pictures}) == 1
-            found += [network(torch.cat(pictures))] if alike else [network(picture) for picture in pictures]
-        return torch.cat([features.double().cpu() for features in found])
+            names = [shown(str(file), 200) for file in part]
+            if alike:
+                found.append(network(torch.cat(pictures), names))
+            else:
+                found += [network(picture, [name]) for picture, name in zip(pictures, names, strict=True)]
+        return torch.cat(found)
 
     return read([run / str(r.file) for r in done]), read(against.files)
 

@@ -119,6 +119,43 @@ BAD_USAGE: list[tuple[str, list[str], str]] = [
 ]
 
 
+# Every option that takes one of a few names: a misspelt one, the names that there are, and the nearest.
+_DRAW = ["generate", "{p}", "-o", "{o}"]
+CHOICES: list[tuple[list[str], str, str]] = [
+    ([*_DRAW, "--format-in", "khoya"], "auto, genkit, a1111-lines, infotext, kohya, comfyui", "kohya"),
+    ([*_DRAW, "--syntax", "a111"], "none, a1111", "a1111"),
+    ([*_DRAW, "--prediction", "v-prediction"], "auto, epsilon, v_prediction, sample", "v_prediction"),
+    (["convert", "emoji", "{o}", "--prediction", "epsilom"], "auto, epsilon, v_prediction, sample", "epsilon"),
+    ([*_DRAW, "--scheduler", "eular"], "ddim, ddpm, euler", "euler"),
+    ([*_DRAW, "--device", "cdua"], "auto, cpu, mps, cuda or cuda:N", "cuda"),
+    (["study", "{d}", "--prune", "--device", "mpss"], "auto, cpu, mps, cuda or cuda:N", "mps"),
+    ([*_DRAW, "--dtype", "flaot16"], "auto, float32, float16, bfloat16 or int8", "float16"),
+    ([*_DRAW, "--attention", "flsh"], "auto, sdpa, flash, cudnn, efficient, xformers, sliced or math", "flash"),
+    ([*_DRAW, "--memory", "hihg"], "auto, high or low", "high"),
+    ([*_DRAW, "--format", "pgn"], "png, webp, jpeg or jxl", "png"),
+    ([*_DRAW, "--batch-size", "atuo"], "auto or a number from 1 to 4096", "auto"),
+    ([*_DRAW, "--workers", "2", "--ray", "atuo"], "auto or HOST:PORT", "auto"),
+    (["filter", "{d}", "-o", "{o}", "--format", "parqet"], "folder, webdataset, parquet", "parquet"),
+    (["caption", "{i}", "--model", "x", "--write", "json"], "txt or jsonl", "jsonl"),
+    (["evaluate", "emoji", "--suite", "genevl"], "geneval, emoji", "geneval"),
+    (
+        ["evaluate", "emoji", "--suite", "emoji", "--against", "{d}", "--features", "incepton"],
+        "clip, inception",
+        "inception",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "known", "near"), CHOICES, ids=[" ".join(words[-2:]) for words, *_ in CHOICES])
+def test_a_misspelt_choice_names_all_and_the_nearest(prompts: Path, words: list[str], known: str, near: str) -> None:
+    Image.new("RGB", (16, 16), "red").save(prompts.parent / "picture.png")
+    places = {"p": prompts, "o": prompts.parent / "run", "d": prompts.parent, "i": prompts.parent / "picture.png"}
+    said = here(*[word.format(**places) for word in words])
+    assert said.returncode == 2 and said.stderr.count("\n") == 1
+    assert said.stderr.startswith(f"genkit: {words[-2]}: {words[-1]!r}") and known in said.stderr
+    assert f"(did you mean {near!r}?)" in said.stderr
+
+
 @pytest.mark.parametrize(("arguments", "words"), [b[1:] for b in BAD_USAGE], ids=[b[0] for b in BAD_USAGE])
 def test_bad_usage_is_one_line_and_leaves_nothing(
     prompts: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str

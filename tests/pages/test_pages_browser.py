@@ -366,3 +366,13 @@ def test_compare_folds_labels_and_says_which_rows_have_them(browser: Browser, co
     loaded = browser.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert all(name.startswith("file:") for name in loaded)
     assert browser.driver.get_log("browser") == [], "nothing against the page's policy"
+
+
+def test_compare_says_that_it_shows_a_part(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (judged_run(tmp_path / x, lambda n, k, x=x: {"clip": (n + k) / 9 * (x == "b")}) for x in "ab")  # type: ignore[misc]
+    monkeypatch.setattr("genkit.studies.compare.PAGE_BYTES", 2000)
+    found = compare_runs(a, b)
+    browser.driver.get(Path(found["page"]).as_uri())
+    said = browser.run("return document.getElementById('part').innerText")
+    assert said.startswith(f"Here are {found['shown']} of 20 pairs: those furthest apart") and "compare.jsonl" in said
+    assert browser.run("return document.querySelectorAll('#grid .card').length") == found["shown"] < 20

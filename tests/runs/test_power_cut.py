@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from genkit.components import inspect_model
+from genkit.components.convert import convert
 from genkit.durable import Journal, sync_folder, write_whole
+from tests.tiny import tiny_stable_diffusion
 
 
 class Disk:
@@ -28,7 +31,12 @@ class Disk:
                 self.synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
 
         def replaced(old: Path, new: Path) -> None:
-            if self.synced.get(os.stat(old).st_ino) != os.stat(old).st_size:
+            inside = [old, *Path(old).rglob("*")]
+            files = [path.stat() for path in inside if path.is_file()]
+            names = [path for path in inside if path != old]
+            if any(self.synced.get(found.st_ino) != found.st_size for found in files) or not self.names.keys() >= {
+                *names
+            }:
                 self.replaced_early.append(str(new))
             replace(old, new)
 
@@ -48,6 +56,17 @@ def test_a_file_has_its_bytes_before_it_has_its_name(tmp_path: Path, monkeypatch
         assert not disk.replaced_early and not disk.holds(path)
         sync_folder(tmp_path)
         assert disk.holds(path)
+
+
+def test_a_converted_model_has_its_bytes_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_stable_diffusion(tmp_path / "tiny")
+    disk = Disk(monkeypatch)
+    convert(inspect_model(tmp_path / "tiny"), tmp_path / "model.safetensors")
+    assert disk.holds(tmp_path / "model.safetensors") and not disk.replaced_early
+    convert(inspect_model(tmp_path / "tiny"), tmp_path / "again")
+    assert disk.names[tmp_path / "again"] == (tmp_path / "again").stat().st_ino and not disk.replaced_early
 
 
 def test_a_line_is_on_the_disk_after_what_it_speaks_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,6 +325,10 @@ def test_features_of_inception_need_their_library() -> None:
 def test_names_that_collide_are_refused() -> None:
     def clip_z(pictures: Any, prompts: Any) -> Any: ...
 
+    clip_z.names = 5  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="'clip_z': its names are 5, not texts"):
+        find_scorers([clip_z])
+    del clip_z.names  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="'clip_z', which is one of genkit already"):
         find_scorers([clip_z])
     with pytest.raises(InputError, match="'redness', which is one of scorer 'redness' already"):
@@ -363,3 +367,36 @@ def test_the_same_in_python(model: Path) -> None:
     assert "clip_z" in with_clip[0].scores and "embedding" not in with_clip[0].scores
     assert np.linalg.norm(with_clip[0].embedding.astype(float)) == pytest.approx(1, abs=1e-3)
     assert "embedding" not in json.dumps(with_clip[0].to_json())
+
+
+def dark(pictures: torch.Tensor) -> torch.Tensor:
+    """A feature network that cannot do dark pictures."""
+    if int(pictures.float().mean(dim=(1, 2, 3)).min()) < 10:
+        raise RuntimeError("too dark\nto see")
+    return pictures.float().mean(dim=(2, 3))
+
+
+ODD_FEATURES: list[tuple[Any, str]] = [
+    (dark, "RuntimeError: too dark"),
+    (lambda pictures: [1.0, 2.0], "AttributeError: 'list' object has no attribute 'double'"),
+    (lambda pictures: pictures.float().mean(dim=(1, 2, 3)), r"it gave \(1,\) in place of \(1, D of 2 or more\)"),
+    (lambda pictures: pictures.float().mean(dim=(1, 2, 3))[:, None], "it gave one feature: 2 are needed"),
+    (lambda pictures: pictures.float().mean(dim=(2, 3)) / pictures.amax(dim=(2, 3)), "NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("network", "words"), ODD_FEATURES, ids=[words for _, words in ODD_FEATURES])
+def test_a_feature_network_that_fails_is_named_with_the_picture(network: Any, words: str) -> None:
+    pictures = torch.full((3, 3, 4, 4), 100, dtype=torch.uint8)
+    pictures[1] = 0
+    features = plugins.Features("mine", "--features", network)
+    with pytest.raises(InputError, match=rf"^--features: mine: [abc]\.png: .*{words}$") as caught:
+        features(pictures, ["a.png", "b.png", "c.png"])
+    assert ("b.png" in str(caught.value)) == (network in (ODD_FEATURES[0][0], ODD_FEATURES[-1][0]))
+
+
+def test_a_feature_network_gives_as_many_features_each_time() -> None:
+    features = plugins.Features("flat", "--features", lambda pictures: pictures.flatten(1))
+    assert features(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["a", "b"]).shape == (2, 48)
+    with pytest.raises(InputError, match=r"flat: c: ValueError: it gave \(1, 12\) in place of \(1, 48\)"):
+        features(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), ["c"])

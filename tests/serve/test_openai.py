@@ -17,9 +17,11 @@ import openai
 import pytest
 from PIL import Image
 
+from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.sampling.stream import Stream
 from genkit.serve.line import Line
+from genkit.serve.openaifields import of_form
 
 if TYPE_CHECKING:
     from conftest import Served
@@ -198,3 +200,11 @@ def test_an_image_without_numbers_is_drawn_again_while_others_come(served: Serve
     assert stream._draw() is None
     stream.retries.clear()
     assert stream._draw() is not None
+
+
+def test_numbers_of_forms_are_those_of_prompt_files() -> None:
+    form = {"n": "2.0", "partial_images": " 1 ", "output_compression": "", "seed": "7.0", "steps": "3"}
+    assert of_form(form) == {"n": 2, "partial_images": 1, "output_compression": None, "seed": 7, "steps": 3}
+    for text in ("2.5", "two", "1e3", "²", "9" * 5000):
+        with pytest.raises(InputError, match=r"^n: .{1,70} (is not a whole number|was shortened by a spreadsheet)"):
+            of_form({"n": text})

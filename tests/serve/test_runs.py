@@ -269,7 +269,7 @@ def test_a_file_that_cannot_be_drawn_leaves_nothing(client: httpx.Client, server
 
 
 def test_forms_keys_cancel_and_delete(client: httpx.Client, server: Any) -> None:
-    form = {"format": "webp", "quality": "80", "seed": "5"}
+    form = {"format": "webp", "quality": "80.0", "seed": "5"}
     files = {"file": ("a b.csv", "prompt,num_images,steps\na dog,200,50\n")}
     key = {"Idempotency-Key": "one"}
     answer = client.post("/v1/runs", files=files, data=form, headers=key)
@@ -292,6 +292,10 @@ def test_forms_keys_cancel_and_delete(client: httpx.Client, server: Any) -> None
     assert client.post("/v1/runs", data={"seed": "1"}).status_code == 400
     for seed in ("0" * 5000, "0" * 12 + "9" * 12, "-1", "²"):
         assert client.post("/v1/runs", files={"file": ("x.txt", "a")}, data={"seed": seed}).status_code == 400
+    for quality in ("0", "101", "high"):
+        answer = client.post("/v1/runs", files={"file": ("x.txt", "a")}, data={"quality": quality})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "quality"
+        assert client.post(f"/v1/runs?quality={quality}", content=ROWS, headers=JSONL).status_code == 400
     assert client.post("/v1/runs", content="a dog", headers={"content-type": "image/png"}).status_code == 400
 
 
@@ -439,3 +443,25 @@ def test_a_run_whose_name_is_not_synced_is_not_accepted(
     assert sorted(path.name for path in runs.folder.iterdir()) == before, "the next start must not draw it"
     answer = client.post("/v1/runs", **asked)
     assert answer.status_code == 202 and ended(client, answer.json()["id"])["images"]["done"] == 1
+
+
+def test_a_run_whose_end_is_not_synced_is_not_deleted(
+    server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, failing = server.serving.runs.store, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def sync_folder(folder: Path) -> None:
+        if folder == runs.folder and failing:
+            raise failing.pop()
+        real(folder)
+
+    real = store.sync_folder
+    run = ended(client, client.post("/v1/runs", content='{"prompt": "a dog", "steps": 1}', headers=JSONL).json()["id"])
+    at = f"/v1/runs/{run['id']}"
+    before = sorted(path.name for path in runs.folder.iterdir())
+    monkeypatch.setattr(store, "sync_folder", sync_folder)
+    assert client.delete(at).status_code == 503
+    assert sorted(path.name for path in runs.folder.iterdir()) == before
+    assert client.get(at).json() == run and client.get(f"{at}/results").status_code == 200
+    assert client.delete(at).status_code == 204 and client.get(at).status_code == 404
+    assert sorted(path.name for path in runs.folder.iterdir()) == [name for name in before if name != run["id"]]

@@ -15,7 +15,7 @@ import pytest
 from genkit.cli import run as command
 from genkit.errors import InputError
 from genkit.selection.intervals import mean_interval, share_interval
-from genkit.studies.compare import compare_runs
+from genkit.studies.compare import compare_runs, telling
 from tests.judged_run import judged_run
 
 
@@ -74,11 +74,7 @@ def test_pictures_are_found_from_the_page_whatever_the_folder_is_called(tmp_path
     judged_run(tmp_path / "a", plain, rows=1).rename(a)
     b = judged_run(tmp_path / "b", plain, rows=1)
     compare_runs(a, b)
-    data = re.search(
-        r'<script type="application/json"[^>]*>(.*?)</script>', (b / "compare.html").read_text(), re.DOTALL
-    )
-    assert data is not None
-    url = json.loads(data[1])["images"][0]["a"]["file"]
+    url = data_of(b / "compare.html")["images"][0]["a"]["file"]
     assert url == "../50%25%20%231%20%3F%FF/images/r0-00.png"
     assert os.path.samefile(os.path.join(os.fsencode(b), unquote_to_bytes(url)), a / "images" / "r0-00.png")
 
@@ -95,6 +91,46 @@ def test_the_terminal_lists_no_more_scores_than_fit(tmp_path: Path, capsys: pyte
     assert labels[:2] == ["p['label 0']", "p['label 1']"], "those of most pairs first"
 
 
+def test_a_large_page_shows_the_telling_pairs_and_the_table_has_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other(n: int, k: int) -> dict[str, float]:
+        return {"clip": plain(n, k)["clip"] + {(7, 3): 0.9, (15, 1): -0.9}.get((n, k), 0.001 * k)}
+
+    a, b = judged_run(tmp_path / "a", plain, rows=20), judged_run(tmp_path / "b", other, rows=20)
+    monkeypatch.setattr("genkit.studies.compare.PAGE_BYTES", 3000)
+    assert command(["compare", str(a), str(b)]) == 0
+    told = capsys.readouterr()
+    table = [json.loads(line) for line in (b / "compare.jsonl").read_text().splitlines()]
+    assert [pair["name"] for pair in table] == [f"r{n}-{k:02d}" for n in range(20) for k in range(5)]
+    assert table[38]["b"]["scores"]["clip"] == pytest.approx(1.63) and table[38]["b"]["file"] == "images/r7-03.png"
+    data = data_of(b / "compare.html")
+    names = [pair["name"] for pair in data["images"]]
+    assert 5 < len(names) < 20 and {"r7-03", "r15-01"} < set(names) and data["pairs"] == 100
+    assert names == [pair["name"] for pair in table if pair["name"] in names], "in the order of the rows"
+    assert f"the page shows {len(names)} of the pairs; all are in {b / 'compare.jsonl'}" in told.out
+    assert told.err.splitlines()[-1] == "100 %  writing the pairs"
+    compare_runs(a, b, tmp_path / "out", quiet=True)
+    assert sorted(path.stem for path in (tmp_path / "out" / "b").iterdir()) == sorted(names)
+    assert (tmp_path / "out" / "compare.jsonl").read_text() == (b / "compare.jsonl").read_text()
+    assert not capsys.readouterr().err
+
+
+def test_which_pairs_are_telling() -> None:
+    gains = {"clip": {k: float(k) for k in range(100)}, "odd": {7: 1.0}}
+    assert telling([10] * 100, gains, 1000) == list(range(100))
+    few = telling([10] * 100, gains, 75)
+    assert len(few) == 7 and {0, 7, 99} < set(few)
+    assert telling([10] * 100, {}, 30) == telling([10] * 100, {"clip": {}}, 30) != [0, 1, 2]
+    assert telling([99], gains, 10) == []
+
+
+def data_of(page: Path) -> Any:
+    found = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
 def test_hostile_text_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "</script><img src=x onerror=alert(1)> \x1b[31m \u2028" + "y" * 99_000
     odd = {"clip": 0.5, "p": {"<b>label</b>\x1b[2J": 0.5}}
@@ -107,8 +143,7 @@ def test_hostile_text_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "innerHTML" not in page
     assert "default-src 'none'" in page and "unsafe" not in page
     assert len(page) < 100_000, "prompts are cut"
-    data = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
-    assert data is not None and json.loads(data[1])["images"][0]["prompt"].startswith("</script><img")
+    assert data_of(b / "compare.html")["images"][0]["prompt"].startswith("</script><img")
 
 
 def test_intervals_cover_grouped_truths() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from genkit import InputError, Request, generate
 from genkit.cli import run as command
+from genkit.progress import Steps
 from genkit.runs.records import read_results
 from genkit.studies.study import (
     MARKS,
@@ -36,7 +37,7 @@ def test_the_expected_best_is_the_mean_over_all_choices(k: int) -> None:
 
 
 def test_best_of_n_gains_over_one_draw_of_the_same_rows() -> None:
-    found = best_of_n([[0.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
+    found = best_of_n([[0.0, 1.0], [0.0, 1.0, 2.0, 3.0]], Steps(quiet=True))
     assert [found[k]["rows"] for k in found] == [2, 2, 1]
     assert found["2"]["gain"][0] == pytest.approx((0.5 + 2.5 - 5 / 6 - 1.5 + 1 / 3) / 2, abs=0.2)
     assert found["4"]["best"] == [3.0, None, None], "one row has no interval"
@@ -146,9 +147,11 @@ def test_rows_may_rank_by_the_scores_of_other_packages_but_not_by_sim(tmp_path: 
 
 
 def test_without_prune_no_model_is_needed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "prune" not in study_run(run, prune=False, images=64)
+    assert "prune" not in study_run(run, prune=False, images=64, quiet=True)
     assert command(["study", str(run)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["  0 %  reading the run", "100 %  the best of N"]
+    lines = told.out.splitlines()
     assert lines[0].startswith("best of")
     assert [line.split()[0] for line in lines[1:]] == ["1", "2", "4"]
 

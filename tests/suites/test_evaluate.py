@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from html import escape
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from genkit.errors import InputError
 from genkit.options import Options
 from genkit.rows.result import Result
 from genkit.runs.records import read_results
+from genkit.scoring import plugins
 from genkit.scoring.distances import DISTANCES
 from genkit.scoring.gates import Expression, passes
 from genkit.selection.intervals import share_interval, wilson
@@ -206,6 +208,30 @@ def test_python_dry_run_and_distances(
     assert command(words) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["images"], told["tasks"]["thing"]) == (12, 3) and not (tmp_path / "none").exists()
+
+
+def two_sizes(pictures: Any) -> Any:
+    """A feature network that cannot do pictures of 64 pixels in height."""
+    if pictures.shape[2] == 64:
+        raise RuntimeError("no such size")
+    return pictures.float().mean(dim=(2, 3))
+
+
+def test_a_feature_network_that_fails_is_one_line(
+    run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = EntryPoints([EntryPoint("sizes", "tests.suites.test_evaluate:two_sizes", plugins.FEATURES)])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: found.select(group=group))
+    pictures = tmp_path / "real"
+    pictures.mkdir()
+    for k in range(5):
+        Image.effect_noise((40 + k, 64), 40).convert("RGB").save(pictures / f"{k}.png")
+    before = states(run[1])
+    words = ["evaluate", "emoji", "--suite", str(run[0]), "-o", str(run[1]), *QUICK, "--against", str(pictures)]
+    assert command([*words, "--features", "sizes"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"genkit: --features: sizes: '{pictures / '0.png'}': RuntimeError: no such size"
+    assert states(run[1]) == before
 
 
 @pytest.mark.parametrize(

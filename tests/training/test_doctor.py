@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -246,6 +247,23 @@ def test_a_share_that_a_field_cannot_give(pictures: Path) -> None:
     assert said.startswith(
         "4 of 8 pictures are held out, where data.validation asks for 0.1 of them: kind has 2 values"
     )
+
+
+def test_a_share_that_few_names_do_not_give(tmp_path: Path) -> None:
+    def place(n: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{n}.png".encode()).digest()[:8], "big")
+
+    def said(numbers: list[int]) -> list[str]:
+        for n in numbers:
+            picture(n).save(tmp_path / f"{n}.png")
+            (tmp_path / f"{n}.txt").write_text(f"thing {n}")
+        findings = report_on(tmp_path, validation=0.1).findings
+        return [finding.text for finding in findings if "held out" in finding.text]
+
+    ranked = sorted(range(200), key=place)
+    assert said(ranked[-8:]) == [], "one is held out, as one is the least"
+    (found,) = said(ranked[:5])
+    assert found.startswith("5 of 13 pictures are held out, where data.validation asks for 0.1 of them: each is by the")
 
 
 def test_hostile_names_and_captions_are_text(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

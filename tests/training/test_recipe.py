@@ -101,6 +101,12 @@ def test_the_home_folder_and_odd_paths(tmp_path: Path, monkeypatch: pytest.Monke
         (PLAIN, ["learning_rate=.nan"], "'.nan': YAML readers disagree"),
         (PLAIN, ["task=lora"], "lora: is missing; `lora: {rank: 8}` will do"),
         (PLAIN, ["task=lorra"], "task: 'lorra': input should be 'unconditional', 'text-to-image', 'lora'"),
+        (PLAIN, ["task=lorra"], "'clip' or 'detector' (did you mean 'lora'?)"),
+        (
+            PLAIN,
+            ["metrics=[fdi]"],
+            "evaluate.metrics.0: 'fdi': input should be 'clip', 'fid', 'kid' or 'cmmd' (did you mean ",
+        ),
         (PLAIN, ["lora.rank=4"], "lora: has no effect in task text-to-image; it belongs to lora, dreambooth"),
         (PLAIN, ["model.name=x"], "model.name: model is 'emoji', which has no parts"),
         (PLAIN, ["lr_warmup_steps=1000"], "train.lr_warmup_steps: 1000 of only 1000 steps"),

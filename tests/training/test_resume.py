@@ -29,6 +29,7 @@ from tests.grids import thinned
 from tests.tiny import tiny_ddpm, tiny_stable_diffusion
 
 torch.set_num_threads(1)  # a forked child would wait for threads that it does not have
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = 12  # 19 pictures to train on, 5 batches of 4 an epoch, the last one short
 
 
@@ -239,6 +240,20 @@ def test_all_torn_is_an_error(places: Path, half: Path) -> None:
     (half / "checkpoints" / "000012" / "checkpoint.json").write_text("{}")
     with pytest.raises(InputError, match="checkpoints are damaged"):
         train(recipe_of(places), half, device="cpu", quiet=True)
+
+
+def test_a_torn_best_checkpoint_is_named(places: Path, half: Path) -> None:
+    newest, best = half / "checkpoints" / "000012" / "checkpoint.json", half / "checkpoints" / "000010"
+    told = json.loads(newest.read_text())
+    newest.write_text(json.dumps({**told, "scores": {**told["scores"], "10": {"loss": 0.0}}}))
+    (best / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"000010/weights.safetensors: is not as it was written: step 10 is the best "
+                                         r"by loss; move \S*000010 away and run the same command again"):  # fmt: skip
+        train(recipe_of(places), half, device="cpu", quiet=True)
+    shutil.rmtree(best)
+    outcome = train(recipe_of(places), half, device="cpu", quiet=True)
+    assert outcome.exit_code == 0
+    assert load_file(half / "unet" / WEIGHTS).keys() == load_file(places / "whole" / "unet" / WEIGHTS).keys()
 
 
 def test_another_architecture_is_refused_by_its_first_difference(places: Path, half: Path) -> None:
