@@ -201,7 +201,8 @@ class Engine:
         self.denoiser, self.device, self.slots, self.relieve = denoiser, device, slots, relieve
         self.refiner, self.steady, self._refining = refiner, steady, False
         self.calls = 0  # network rows computed so far
-        self._opened = watch is not None  # a server's slots fill as requests come
+        # A server's slots fill as requests come; networks that take turns on the device would move once more
+        self._opened = watch is not None or not steady
         self._used, self._ticks = 0.0, 0  # slots in use, summed over the ticks since the opening; those ticks
         self._until_last = (0.0, 0)  # the same two when the last trajectory was admitted
         self._queued: deque[Any] = deque()  # CUDA events at the ends of the last calls

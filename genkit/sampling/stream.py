@@ -53,6 +53,7 @@ class Stream:
         self.shared: list[Trajectory] = []  # copies of finished ones, for their duplicates
         self.to_decode: list[Trajectory] = []
         self.starved = False  # slots are free and there is nothing left to draw
+        self.early = True  # no picture was decoded yet
         self.decode_stream: Any = None  # the CUDA stream of decoding and scoring
         self.half = generator.unet.dtype != torch.float32
         # A caller's own scorer need not declare names
@@ -223,8 +224,8 @@ class Stream:
     def _submit(self, pool: ThreadPoolExecutor | None, everything: bool = False) -> None:
         """Start decoding the finished latents, one batch for each latent shape.
 
-        Several are gathered for one batch where that is faster: on a GPU while its slots are full, and when the UNet
-        has to leave the device for the VAE.
+        Several are gathered for one batch where that is faster: on a GPU while its slots are full, but for the first
+        pictures, and when the UNet has to leave the device for the VAE.
         """
         steady = self.generator.residency.steady
         shapes: dict[tuple[int, ...], list[Trajectory]] = {}
@@ -232,11 +233,13 @@ class Stream:
             shapes.setdefault(tuple(trajectory.latent.shape), []).append(trajectory)
         self.to_decode = []
         for ended in shapes.values():
-            patient = not (pool is None or self.starved) if steady else True
+            patient = not (pool is None or self.starved or self.early) if steady else True
             patient = patient and self.draws.watch is None  # with rows without end, the last of a shape may never come
             if patient and not everything and len(ended) < PICTURES:
                 self.to_decode += ended
-            elif pool is not None:
+                continue
+            self.early = False
+            if pool is not None:
                 event = torch.cuda.Event()
                 event.record()
                 self.pending.append(pool.submit(self._finish_on_gpu, ended, event))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from genkit import ImageToImage, InputError, Request, TextToImage
 from genkit.rows.result import Result
 from genkit.sampling.denoiser import Denoiser
+from genkit.sampling.draws import Draws
 from genkit.sampling.engine import Engine, Trajectory
+from genkit.sampling.stream import Stream
 from tests.grids import thinned
 
 SOLVERS = ["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "sde-dpmpp_2m"]
@@ -138,6 +142,25 @@ def test_an_eighth_of_the_slots_opens_so_that_the_first_pictures_come_early(gen:
         at |= {t.tag[0].id: engine.calls for t in ended}
     assert [at["0"], at["1"], at["2"], at["39"]] == [6, 6, 6 + 16 * 3, 40 * 3]
     assert engine.slots_full == 1, "the opening is not counted"
+
+
+def test_on_a_gpu_the_first_pictures_are_not_held_back_for_a_batch(
+    gen: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    stream, decoded = Stream(gen, Draws([]), None, 0), list[int]()
+
+    def finish(ended: list[Trajectory], event: Any) -> list[Result]:
+        decoded.append(len(ended))
+        return []
+
+    monkeypatch.setattr(stream, "_finish_on_gpu", finish)
+    with ThreadPoolExecutor(1) as pool:
+        for count in (2, 3, 5):
+            row = Request(prompt="a fox", num_inference_steps=2, width=64, height=64)
+            stream.to_decode += [gen.begin(row, 0, 1) for _ in range(count)]
+            stream._submit(pool)
+    assert decoded == [2, 8], "two at once, then three that wait for five more"
 
 
 def test_out_of_memory_halves_the_rows_and_goes_on(gen: TextToImage) -> None:
