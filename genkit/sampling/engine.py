@@ -202,7 +202,7 @@ class Engine:
         self.refiner, self.steady, self._refining = refiner, steady, False
         self.calls = 0  # network rows computed so far
         # A server's slots fill as requests come; networks that take turns on the device would move once more
-        self._opened = watch is not None or not steady
+        self._opened = watch is not None or not steady or slots < OPENING
         self._used, self._ticks = 0.0, 0  # slots in use, summed over the ticks since the opening; those ticks
         self._until_last = (0.0, 0)  # the same two when the last trajectory was admitted
         self._queued: deque[Any] = deque()  # CUDA events at the ends of the last calls
@@ -324,8 +324,7 @@ class Engine:
 
     def _next(self, take: Take) -> list[Trajectory]:
         """Return trajectories for the free slots, waiting ones before new ones."""
-        opening = min(self.slots, max(1.0, self.slots / OPENING))
-        free = (self.slots if self._opened else opening) - self.held
+        free = (self.slots if self._opened else self.slots / OPENING) - self.held
         if not self._waiting:
             return take(free, not self.live) if free > 0 else []
         new: list[Trajectory] = []

@@ -255,8 +255,8 @@ def test_the_command_says_so_in_one_line(
 
     original = Generator.begin
     monkeypatch.setattr(Generator, "begin", begin)
-    summary = generate(rows(), tmp_path / "run", device="cpu", clip="none")
+    summary = generate(rows(), tmp_path / "run", device="cpu", clip="none", batch_size=4)
     assert (summary.images, summary.failed) == (4, 0)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert lines == ["out of memory at 3 slots of images in flight: from now on 1.5"]
     assert not logging.getLogger("genkit").handlers

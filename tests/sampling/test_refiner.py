@@ -437,7 +437,7 @@ def test_memory_that_runs_out_at_the_hand_over_costs_slots_and_no_picture(
 
     monkeypatch.setattr(_Group, "add", scarce)
     monkeypatch.setattr(both, "most_slots", None)
-    found = {r.id: r for r in both.stream(rows)}
+    found = {r.id: r for r in both.stream(rows, slots=4)}
     assert failures and {r.status for r in found.values()} == {"done"}
     for key, result in found.items():
         assert_same([result.image], [expected[key]])
