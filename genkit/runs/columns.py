@@ -68,6 +68,7 @@ class Lines:
         self.hashes: list[str | None] = []
         self.reasons: dict[int, str | None] = {}
         self.shapes: dict[tuple[str, ...], int] = {}
+        self.damaged: list[int] = []  # offsets of lines that are no record of an image
         self.statuses = {"done": 0}
         self.columns, self.keep_hashes = wanted.columns, wanted.hashes
         self.cut = {"p": wanted.labels, "classes": wanted.classes}  # only these labels are kept
@@ -120,7 +121,10 @@ class Lines:
 
     def _other(self, line: bytes, start: int) -> int:
         """Enter an irregular line, or skip one that is no record of an image."""
-        for r in newest([parsed(line)])[0].values():
+        records, bad = newest([parsed(line)])
+        if bad:
+            self.damaged.append(start)
+        for r in records.values():
             n = self.rows.get(r.id.encode("utf-8", "backslashreplace"))
             if n is None or r.index >= 2**62:
                 continue

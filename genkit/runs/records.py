@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PICTURE = re.compile(r"images/(?:[0-9]{3,}/)?[A-Za-z0-9._-]+-[0-9]{2,}\.(?:png|w
 # A part of the records, written by one of many workers; `folding.fold` makes one file of them
 PART = re.compile(r"results-([A-Za-z0-9_]{1,40})\.jsonl")
 RANK = {"failed": 0, "pruned": 1, "done": 2}
+log = logging.getLogger("genkit")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -83,30 +85,51 @@ def parts_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("results-*.jsonl") if PART.fullmatch(path.name))
 
 
-def read_results(folder: Path) -> list[Result]:
-    """Return the newest record of every image, in order of first appearance, without those moved to replaced/."""
+def read_results(folder: Path, say: bool = False) -> list[Result]:
+    """Return the newest record of every image, in order of first appearance, without those moved to replaced/.
+
+    say: log a warning of damaged lines, which are passed over.
+    """
+    found, bad = read_all(folder)
+    if say:
+        warn_of_damaged(folder, bad)
+    return found
+
+
+def read_all(folder: Path) -> tuple[list[Result], list[tuple[str, int]]]:
+    """Return the records as `read_results`, and the file and line number of each damaged line."""
     path = folder / RESULTS
     if not path.is_file():
-        return []
+        return [], []
     with disk(path):
         parts = parts_of(folder)
-        records, _ = newest(each_line(path))
+        records, bad = newest(each_line(path))
+        of_parts: list[tuple[str, int]] = []
         while parts:
             try:
-                found, _ = read_parts(parts)
+                found, of_parts = read_parts(parts)
                 if _are_there(folder, parts):
                     records |= found
                     break
             except FileNotFoundError:
                 pass
             parts = parts_of(folder)  # they were folded meanwhile
-            records, _ = newest(each_line(path))
-    return [r for r in records.values() if r.status != REPLACED]
+            records, bad = newest(each_line(path))
+    damaged = [*((RESULTS, number) for number in bad), *of_parts]
+    return [r for r in records.values() if r.status != REPLACED], damaged
+
+
+def warn_of_damaged(folder: Path, bad: Sequence[tuple[str, int]]) -> None:
+    """Log which lines of a run's records were passed over; `genkit generate` draws images again that have no other."""
+    if bad:
+        name, line = bad[0]
+        more = f" and {len(bad) - 1:,} more lines are" if bad[1:] else " is"
+        log.warning("%s:%d%s damaged and passed over", folder / name, line, more)
 
 
 def finished(folder: Path) -> dict[Path, Result]:
     """Return {picture: record} of the finished images of a run; empty for a folder that is none."""
-    return {folder / str(r.file): r for r in read_results(folder) if r.status == "done"}
+    return {folder / str(r.file): r for r in read_results(folder, say=True) if r.status == "done"}
 
 
 def _are_there(folder: Path, parts: list[Path]) -> bool:

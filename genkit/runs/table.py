@@ -25,7 +25,7 @@ from genkit.files import names_in
 from genkit.rows.request import MAX_TEXT, SEED_LIMIT, Request
 from genkit.rows.result import Result
 from genkit.runs.columns import MISSING, TEXT, Lines, Wanted, is_utf8, parsed
-from genkit.runs.records import REPLACED, RESULTS, ROWS, newest, parts_of, read_results
+from genkit.runs.records import REPLACED, RESULTS, ROWS, newest, parts_of, read_all
 from genkit.scoring.names import names_of
 from genkit.storage import StoragePath
 
@@ -155,7 +155,7 @@ class Table:
     def __init__(self, folder: Path, rows: Rows, wanted: Wanted) -> None:
         """Read the records. Raises HostError."""
         self.folder, self.rows, self.wanted = folder, rows, wanted
-        self.path, self._copy = _records_of(folder)
+        self.path, self._copy, self._damaged = _records_of(folder)
         lines = Lines(rows.ids, wanted)
         if self.path.is_file():
             with disk(self.path):
@@ -181,6 +181,18 @@ class Table:
 
     def __len__(self) -> int:
         return len(self._at)
+
+    def damaged(self) -> list[tuple[str, int]]:
+        """Return the file and line number of each line that was passed over as damaged."""
+        offsets = set(self._lines.damaged if self._copy is None else ())
+        found, at = [*self._damaged], 0
+        for number, line in enumerate(
+            (line for block in line_blocks(self.path) for line in block) if offsets else (), 1
+        ):
+            if at in offsets:
+                found.append((RESULTS, number))
+            at += len(line)
+        return found
 
     def span(self, n: int) -> range:
         """Return the images of row `n`."""
@@ -271,14 +283,18 @@ class Table:
             return set()
 
 
-def _records_of(folder: Path) -> tuple[Path, Any]:
-    """Return a run's records as one file, and the temporary file to hold on to if it is a copy (storage, parts)."""
+def _records_of(folder: Path) -> tuple[Path, Any, list[tuple[str, int]]]:
+    """Return a run's records as one file.
+
+    If it is a copy (storage, parts), also the temporary file to hold on to, and the lines that were damaged.
+    """
     if not isinstance(folder, StoragePath) and not parts_of(folder):
-        return folder / RESULTS, None
+        return folder / RESULTS, None, []
     copy = tempfile.NamedTemporaryFile(prefix="genkit-")  # noqa: SIM115
-    copy.writelines(json_line(r.to_json()).encode() for r in read_results(folder))
+    records, bad = read_all(folder)
+    copy.writelines(json_line(r.to_json()).encode() for r in records)
     copy.flush()
-    return Path(copy.name), copy
+    return Path(copy.name), copy, bad
 
 
 class Kept(Sequence[Result]):

@@ -183,7 +183,7 @@ def read_pictures(folder: Path) -> tuple[dict[str, Result], set[str], set[str]]:
     if read_config(folder) is None:
         raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
     asked = {str(row.id) for row in read_rows(folder)}
-    pictures = {image_name(r): r for r in read_results(folder) if r.status == "done" and r.id in asked}
+    pictures = {image_name(r): r for r in read_results(folder, say=True) if r.status == "done" and r.id in asked}
     if not pictures:
         raise InputError(f"{shown(str(folder))}: has no finished picture")
     known = names_of(r.scores for r in pictures.values())

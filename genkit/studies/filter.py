@@ -9,7 +9,7 @@ from typing import Any
 from genkit.datasets.export import Target, export
 from genkit.errors import InputError, shown
 from genkit.pages.outcome import write_outcome
-from genkit.runs.records import read_config, read_results
+from genkit.runs.records import read_config, read_results, warn_of_damaged
 from genkit.runs.table import Kept
 from genkit.selection.decide import image_name
 from genkit.selection.picking import NONE, Picking
@@ -49,6 +49,7 @@ def refilter(
         ballot = None if votes is None else str(votes)
         selection = select(folder, config, Question(where, rank_by, keep, picking, good, ballot))
         table = selection.table
+        warn_of_damaged(folder, table.damaged())
         summary = {"run": str(folder), "rows": len(table.rows), "images": len(table), "kept": selection.count}
         if out is not None:
             kept = Kept(table, selection.kept_images())

@@ -68,7 +68,7 @@ def _side(folder: Path) -> Side:
         raise InputError(f"{shown(str(folder))}: holds no run.json: not a run folder")
     rows = {str(row.id): row for row in read_rows(folder)}
     places = {row: place for place, row in enumerate(rows)}
-    found = sorted((r for r in read_results(folder) if r.id in rows), key=lambda r: (places[r.id], r.index))
+    found = sorted((r for r in read_results(folder, say=True) if r.id in rows), key=lambda r: (places[r.id], r.index))
     results = {image_name(r): r for r in found}
     files = {*there(folder, [folder / str(r.file) for r in found if r.status == "done"])}
     for name, r in results.items():

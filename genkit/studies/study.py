@@ -60,7 +60,7 @@ def recorded_scores(run: Path) -> dict[str, list[float]]:
     """Return the ranking scores of each row with at least two finished images, in the order of drawing."""
     rows = {str(row.id): row for row in read_rows(run)}
     found: dict[str, list[float]] = {row_id: [] for row_id in rows}
-    for r in sorted(read_results(run), key=lambda r: r.index):
+    for r in sorted(read_results(run, say=True), key=lambda r: r.index):
         if r.status == "done" and r.id in rows and (rows[r.id].rank_by or "clip" in r.scores):
             found[r.id].append(value_of(r, order_of(rows[r.id])))
     whole = {row_id: [v for v in values if v == v] for row_id, values in found.items()}

@@ -83,6 +83,27 @@ def test_the_commands_read_a_sound_run(runs: Path, capsys: pytest.CaptureFixture
     assert json.loads(found[0][1])["kept"] > 5
 
 
+def test_every_command_names_the_line_that_it_passes_over(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for run in (runs / "lost", tmp_path / "parts"):
+        if run.name == "parts":  # as of several workers
+            shutil.copytree(runs / "lost", run)
+            (run / "results.jsonl").rename(run / "results-w1.jsonl")
+            (run / "results.jsonl").touch()
+        file = run / ("results-w1.jsonl" if run.name == "parts" else "results.jsonl")
+        for words in (
+            ["filter", str(run), "--where", "clip > 0"], ["study", str(run)], ["compare", str(run), str(runs / "whole")],
+            ["calibrate", str(run), "--labels", str(runs / "lost" / "votes.csv"), "--precision", "0.6"],
+        ):  # fmt: skip
+            caplog.clear()
+            assert command(words) == 2 * (words[0] == "calibrate"), "it refuses a vote on the picture of that line"
+            assert f"{file}:3 is damaged and passed over" in caplog.messages, words
+    caplog.clear()
+    assert command(["filter", str(runs / "whole"), "--where", "clip > 0"]) == 0
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_record_with_damaged_scores_is_passed_over(
     name: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
