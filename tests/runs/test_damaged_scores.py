@@ -93,7 +93,8 @@ def test_every_command_names_the_line_that_it_passes_over(
             (run / "results.jsonl").touch()
         file = run / ("results-w1.jsonl" if run.name == "parts" else "results.jsonl")
         for words in (
-            ["filter", str(run), "--where", "clip > 0"], ["study", str(run)], ["compare", str(run), str(runs / "whole")],
+            ["filter", str(run), "--where", "clip > 0"], ["study", str(run)],
+            ["compare", str(run), str(runs / "whole")],
             ["calibrate", str(run), "--labels", str(runs / "lost" / "votes.csv"), "--precision", "0.6"],
         ):  # fmt: skip
             caplog.clear()
