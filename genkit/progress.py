@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 LINE_SECONDS = 10.0  # between plain lines, where there is no terminal
-FIRST_SECONDS = 3.0  # after the first image, before which its batch makes an estimate of the time worthless
+PAUSE = 1.0  # seconds without an image, after which a new batch begins
+BATCH_SECONDS = 3.0  # from the first image of a batch until all of it are surely counted
 
 
 def printable(text: str) -> str:
@@ -33,7 +34,8 @@ class Progress:
         self.quiet = quiet
         self.about = ""  # what else the bar says
         self.began = self.last_line = time.monotonic()
-        self._first: float | None = None  # when the first image of this start was finished
+        self._latest = self._batch = self.began  # when the latest image came, and the first of its batch
+        self._before: float | None = None  # images a second up to the end of the batch before
         self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
@@ -60,21 +62,30 @@ class Progress:
             self._bar.stop()
 
     @property
-    def rate(self) -> float:
-        """Images a second since the start, those of earlier runs not counted."""
-        return (self.done - self.earlier) / max(1e-9, time.monotonic() - self.began)
+    def rate(self) -> float | None:
+        """Images a second of this start, as of the end of a batch; None before the first one is counted.
+
+        Images drawn together are counted one after the other: the first of them alone would make it look slow.
+        """
+        if time.monotonic() - self._batch < BATCH_SECONDS or self.done == self.earlier:
+            return self._before
+        return self._so_far()
+
+    def _so_far(self) -> float:
+        return (self.done - self.earlier) / max(1e-9, self._latest - self.began)
 
     @property
     def left(self) -> str | None:
-        """Time to go at the rate so far; None at first, while one image of a batch that ends all at once is counted."""
-        if self._first is None or time.monotonic() - self._first < FIRST_SECONDS:
-            return None
-        return _clock((self.total - self.done) / max(self.rate, 1e-9))
+        """Time to go at this rate."""
+        return None if self.rate is None else _clock((self.total - self.done) / max(self.rate, 1e-9))
 
     def advance(self, failed: int, passed: int, total: int, images: int = 1) -> None:
         """Count one more image, or several; `total` is what the run now expects."""
-        self.total, self.done = total, self.done + images
-        self._first = self._first or time.monotonic()
+        now = time.monotonic()
+        if now - self._latest > PAUSE or self.done == self.earlier:
+            self._before = self._so_far() if self.done > self.earlier else None
+            self._batch = now
+        self.total, self.done, self._latest = total, self.done + images, now
         self.failed += failed
         self.passed += passed
         self.show()
@@ -86,7 +97,7 @@ class Progress:
                 self._bar.task_ids[0],
                 total=self.total,
                 completed=self.done,
-                rate=f"{self.rate:.2f}",
+                rate="-" if self.rate is None else f"{self.rate:.2f}",
                 eta=self.left or "-",
                 passed=self.passed,
                 failed=self.failed,
@@ -95,7 +106,7 @@ class Progress:
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
             done = f"{self.done} of {self.total} images"
-            rate = f", {self.rate:.2f} a second, {self.left} to go" if self.left else ""
+            rate = "" if self.rate is None else f", {self.rate:.2f} a second, {self.left} to go"
             about = f", {self.about}" if self.about else ""
             self.message(f"{done}{rate}, {self.passed} passed, {self.failed} failed{about}")
 

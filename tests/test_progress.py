@@ -18,7 +18,22 @@ def test_the_time_to_go_is_not_guessed_from_the_first_image_of_a_batch(
             progress.advance(0, 1, 32)
     assert capsys.readouterr().err.splitlines() == [
         "1 of 32 images, 1 passed, 0 failed",
-        "17 of 32 images, 0.42 a second, 0:35 to go, 17 passed, 0 failed",
+        "17 of 32 images, 0.80 a second, 0:19 to go, 17 passed, 0 failed",
+    ]
+
+
+def test_the_rate_of_images_that_come_evenly_is_that_so_far(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("genkit.progress.time.monotonic", lambda: now[0])
+    with Progress(200, done=50) as progress:
+        for _ in range(60):
+            now[0] += 0.5
+            progress.advance(0, 1, 200)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{done} of 200 images, 2.00 a second, {left} to go, {done - 50} passed, 0 failed"
+        for done, left in ((70, "1:05"), (90, "0:55"), (110, "0:45"))
     ]
 
 
