@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components.weights import sha256
-from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, sync_folder, write_whole
+from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, is_temporary, json_line, sync_folder, sync_tree, write_whole
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place, read_json
 from genkit.training.recipe import Save
@@ -64,13 +64,12 @@ class Checkpoints:
                 for name, group in tensors.items():
                     contiguous = {key: value.contiguous() for key, value in group.items()}
                     save_file(contiguous, temporary / f"{name}.safetensors", metadata={"format": "pt"})
-                    with open(temporary / f"{name}.safetensors", "rb") as file:
-                        os.fsync(file.fileno())
                 manifest = {
                     "step": state.step, "seconds": state.seconds, "scores": state.scores, "scaler": scaler,
                     "files": {f"{name}.safetensors": sha256(temporary / f"{name}.safetensors") for name in tensors},
                 }  # fmt: skip
                 write_whole(temporary / MANIFEST, json_line(manifest).encode())
+                sync_tree(temporary)
                 _read(temporary)
                 if final.exists():  # but damaged: see above
                     shutil.rmtree(final)

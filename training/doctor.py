@@ -336,11 +336,10 @@ def _uneven(case: Case) -> Iterator[Finding]:
 
 
 def _held(case: Case) -> Iterator[Finding]:
-    asked, held, by = case.data.validation, len(case.pictures) - case.train, case.data.validation_by
-    if isinstance(asked, str) or not asked:
-        return
+    held, by = len(case.pictures) - case.train, case.data.validation_by
+    asked = 0.0 if isinstance(case.data.validation, str) else case.data.validation  # a data set of its own: nothing
     wanted = asked * len(case.pictures)
-    if abs(held - wanted) > 1 and not wanted / 2 <= held <= wanted * 2:
+    if asked and abs(held - wanted) > 1 and not wanted / 2 <= held <= wanted * 2:
         text = f"{held} of {len(case.pictures)} pictures are held out, where data.validation asks for {asked:g} of them"
         why = "each is by the hash of its name, so that it stays where it is as the data set grows"
         if by is not None:

@@ -62,7 +62,7 @@ def label(
     """
     check_port(port)
     pictures = _shown(folder, where)
-    rows = {str(row.id): n for n, row in enumerate(read_rows(folder))}
+    rows = {str(row.id): n for n, row in enumerate(read_rows(folder))} if seed is None else {}
 
     def place(item: tuple[str, Result]) -> tuple[Any, int]:
         name, r = item

@@ -11,16 +11,17 @@ from importlib.resources import files
 LOCAL = "img-src 'self' file:"  # of a page that lies beside its pictures
 
 _PLACE = "/* look */\n"  # in a page's <style>
-_TOP = "<!-- head -->\n"  # of pages that lie in a folder
+_TOP, _SERVED = "<!-- head -->\n", "<!-- served head -->\n"  # of pages that lie in a folder, and of served ones
 _SHARED = re.compile(r"^(?:/\* from (\w+\.css) \*/|// from (\w+\.js))\n", re.MULTILINE)  # of pages of one kind
-_HEAD = """<!doctype html>
+_START = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<meta http-equiv="Content-Security-Policy" content="{{policy}}">
+"""
+_HEAD = f"""{_START}<meta name="referrer" content="no-referrer">
+<meta http-equiv="Content-Security-Policy" content="{{{{policy}}}}">
 """
 
 
@@ -35,7 +36,7 @@ def template(name: str) -> str:
     if _PLACE not in text:
         raise ValueError(f"{name}.html takes in no shared style")
     text = _SHARED.sub(lambda found: files("genkit.pages").joinpath(found[1] or found[2]).read_text("utf-8"), text)
-    return text.replace(_TOP, _HEAD, 1).replace(_PLACE, look(), 1)
+    return text.replace(_TOP, _HEAD, 1).replace(_SERVED, _START, 1).replace(_PLACE, look(), 1)
 
 
 def script(name: str) -> str:

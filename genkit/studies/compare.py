@@ -27,7 +27,7 @@ from genkit.scoring.boxes import counts
 from genkit.scoring.said import NOTHING, Said, said_of
 from genkit.selection.intervals import mean_interval, share_interval
 from genkit.storage import StoragePath
-from genkit.studies.pairs import Pair, Side, pair_runs
+from genkit.studies.pairs import Pair, Paired, Side, pair_runs
 from genkit.studies.preferences import by_eye, described
 
 PAGE, TABLE, FIGURES = "compare.html", "compare.jsonl", "comparison.json"
@@ -59,13 +59,14 @@ def _compared(a: Path, b: Path, out: Path | None, progress: Steps) -> dict[str, 
     progress(0, 1, "reading the runs")
     paired = pair_runs(a, b)
     one, two, pairs = paired.one, paired.two, paired.pairs
+    said = said_of([r.scores for pair in pairs for r in (pair.a, pair.b)])
     figures: dict[str, Any] = {
         "a": str(a), "b": str(b), "pairs": len(pairs), "prompts": len({pair.group for pair in pairs}),
         "identical": sum(pair.a.sha256 == pair.b.sha256 is not None for pair in pairs),
         "alone": {reason: {"count": len(names), "first": names[:NAMED]} for reason, names in paired.alone.items()},
-        "differs": list(differences(one, two)), "scores": score_table(pairs, progress), "by_eye": by_eye(paired),
+        "differs": list(differences(one, two)), "scores": score_table(pairs, said, progress), "by_eye": by_eye(paired),
     }  # fmt: skip
-    return _write(figures, one, two, pairs, out, progress)
+    return _write(figures, paired, said, out, progress)
 
 
 def numbers(r: Result, said: Said = NOTHING) -> dict[str, float]:
@@ -82,13 +83,12 @@ def numbers(r: Result, said: Said = NOTHING) -> dict[str, float]:
     return found | said.numbers(r.scores)
 
 
-def score_table(pairs: Sequence[Pair], progress: Steps) -> dict[str, dict[str, Any]]:
+def score_table(pairs: Sequence[Pair], said: Said, progress: Steps) -> dict[str, dict[str, Any]]:
     """Return for each score: how often B is above A (ties count half), and the mean of B - A.
 
     Classes are those with the largest total probability; an answer's score is 1 where it is the most frequent one.
     The 95 % intervals account for the correlation between images of one prompt, see `grouped`.
     """
-    said = said_of([r.scores for pair in pairs for r in (pair.a, pair.b)])
     groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for done, pair in enumerate(pairs):
         if done % TOLD == 0:
@@ -186,16 +186,14 @@ class Lines:
         progress(2 * len(self.pairs), 2 * len(self.pairs), "writing the pairs")
 
 
-def _write(
-    figures: Mapping[str, Any], one: Side, two: Side, pairs: Sequence[Pair], out: Path | None, progress: Steps
-) -> dict[str, Any]:
+def _write(figures: Mapping[str, Any], paired: Paired, said: Said, out: Path | None, progress: Steps) -> dict[str, Any]:
     """Write the table and the page, with `out` also copies of pictures and the figures; return figures and paths."""
+    one, two, pairs = paired.one, paired.two, paired.pairs
     folder = two.folder if out is None else out
     page, table = folder / (PAGE if out is None else GALLERY), folder / TABLE
     with disk(folder):
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-        said = said_of([r.scores for pair in pairs for r in (pair.a, pair.b)])
         links = [_links(side, letter, out, folder) for side, letter in ((one, "a"), (two, "b"))]
         lines = Lines(pairs, said, figures["scores"])
         write_whole(table, lines(progress))

@@ -422,18 +422,23 @@ def test_a_full_disk_takes_no_run_and_loses_none(
     assert run["state"] == "done" and run["images"]["done"] == 3 and run["reason"] is None
 
 
-def test_a_run_whose_name_is_not_synced_is_not_accepted(
-    server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs, failing = server.serving.runs.store, [OSError(errno.EIO, os.strerror(errno.EIO))]
+def fail_one_sync(of: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next sync of a folder fail at the disk."""
+    real, failing = store.sync_folder, [OSError(errno.EIO, os.strerror(errno.EIO))]
 
     def sync_folder(folder: Path) -> None:
-        if folder == runs.folder and failing:
+        if folder == of and failing:
             raise failing.pop()
         real(folder)
 
-    real = store.sync_folder
     monkeypatch.setattr(store, "sync_folder", sync_folder)
+
+
+def test_a_run_whose_name_is_not_synced_is_not_accepted(
+    server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = server.serving.runs.store
+    fail_one_sync(runs.folder, monkeypatch)
     before = sorted(path.name for path in runs.folder.iterdir())
     asked: dict[str, Any] = {
         "content": '{"prompt": "a dog", "steps": 1}',
@@ -448,18 +453,11 @@ def test_a_run_whose_name_is_not_synced_is_not_accepted(
 def test_a_run_whose_end_is_not_synced_is_not_deleted(
     server: Any, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, failing = server.serving.runs.store, [OSError(errno.EIO, os.strerror(errno.EIO))]
-
-    def sync_folder(folder: Path) -> None:
-        if folder == runs.folder and failing:
-            raise failing.pop()
-        real(folder)
-
-    real = store.sync_folder
+    runs = server.serving.runs.store
     run = ended(client, client.post("/v1/runs", content='{"prompt": "a dog", "steps": 1}', headers=JSONL).json()["id"])
     at = f"/v1/runs/{run['id']}"
     before = sorted(path.name for path in runs.folder.iterdir())
-    monkeypatch.setattr(store, "sync_folder", sync_folder)
+    fail_one_sync(runs.folder, monkeypatch)
     assert client.delete(at).status_code == 503
     assert sorted(path.name for path in runs.folder.iterdir()) == before
     assert client.get(at).json() == run and client.get(f"{at}/results").status_code == 200
