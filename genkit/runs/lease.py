@@ -58,11 +58,11 @@ class Lease:
         }  # fmt: skip
         self._lost: str | None = None
         self._ended = threading.Event()
-        self._fresh = time.monotonic()  # when the lock was last changed
         number = self._after_others()
         self.path = folder / f".lock-{number:06d}"
         if not self.path.put_new(self._content(0)):
             raise HostError(f"{folder}: in use by another genkit, which was faster; one at a time")
+        self._fresh = time.monotonic()  # when the lock was last changed
         for path in _locks(folder):
             if path != self.path and path != folder / f".lock-{number - 1:06d}":  # came since the last look
                 self.path.unlink(missing_ok=True)
