@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
@@ -129,6 +130,18 @@ def tiny_sdxl(folder: Path, **index: Any) -> Path:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     return _index(folder, "StableDiffusionXLPipeline", {**parts, **index})
+
+
+def tiny_controlnet(folder: Path, model: Path, seed: int = 8, **save: Any) -> Path:
+    """Write a ControlNet for a tiny model's folder, none of whose layers is zero as those of a new one are."""
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    torch.manual_seed(seed)
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    for module in (*network.controlnet_down_blocks, network.controlnet_mid_block):
+        torch.nn.init.normal_(module.weight, std=0.2)
+    torch.nn.init.normal_(network.controlnet_cond_embedding.conv_out.weight, std=0.2)
+    network.save_pretrained(folder, **save)
+    return folder
 
 
 def tiny_refiner(folder: Path, scheduler: dict[str, Any] | None = None, **index: Any) -> Path:

@@ -20,7 +20,7 @@ MAKE, CHOOSE, SCORE, TRAIN, LOOK = (
 )  # fmt: skip
 
 
-PATHS = ("image", "mask_image", "aesthetic", "lora_dir")  # options of paths whose values are texts
+PATHS = ("image", "mask_image", "control_image", "aesthetic", "lora_dir")  # options of paths whose values are texts
 
 
 def _write_sections(formatter: Any, rows: list[tuple[str, tuple[str, str]]]) -> None:

@@ -75,6 +75,14 @@ class RowOptions:
     loras: Annotated[list[str] | None, typer.Option("--lora", help="A LoRA, as FILE or FILE:WEIGHT; repeatable.")] = (
         None
     )
+    controls: Annotated[
+        str | None,
+        typer.Option("--control", help="A ControlNet, as NETWORK or NETWORK:WEIGHT; rows' `controls` may name more."),
+    ] = None
+    control_image: Annotated[str | None, "The picture that --control follows; rows have it as `control_image`."] = None
+    control_preprocess: Annotated[
+        str | None, "What --control gets of the picture: none, canny (its edges) or invert; default none."
+    ] = None
     num_images: Annotated[int | None, typer.Option("-n", "--num-images", help="Images per row; default 1.")] = None
     keep: Annotated[int | None, "How many images to keep per row, best first; default: all."] = None
     gate: Annotated[str | None, "Condition that an image must meet to be kept, such as 'clip > 0.5'."] = None
@@ -98,6 +106,7 @@ class RowOptions:
                 for name in ("guidance_interval", "labels", "detect", "ask", "scheduler")
                 if name in given
             }
+            given |= _control(given)
             if "loras" in given:
                 given["loras"] = [beside(Path(), lora("loras", text)) for text in given["loras"]]
         except InputError as error:
@@ -202,6 +211,21 @@ def tune(
     return EXIT_OK
 
 
+def _control(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the field `controls` of what options say of a ControlNet, and take those out. Raises InputError."""
+    from genkit.rows.controls import located
+    from genkit.rows.typed import lora
+
+    network, image, kind = (given.pop(name, None) for name in ("controls", "control_image", "control_preprocess"))
+    if network is None:
+        if image is not None or kind is not None:
+            option = "image" if image is not None else "preprocess"
+            raise InputError(f"control-{option}: needs --control, the network that reads the picture")
+        return {}
+    told = {**lora("control", network), "image": image, "preprocess": kind}
+    return {"controls": located(Path(), [{name: value for name, value in told.items() if value is not None}])}
+
+
 def _check_source(prompts: Path | None, prompt: str | None, from_images: Path | None, options: Options) -> None:
     """Raise InputError unless the rows come from one place."""
     given = {"PROMPTS": prompts, "--prompt": prompt, "--from-images": from_images}
@@ -233,7 +257,8 @@ def _check(fields: dict[str, Any]) -> None:
 def _of_option(error: InputError) -> InputError:
     """Return an error that names a field of a row with the name of its option."""
     field, colon, rest = str(error).partition(":")
-    return InputError(f"--{'lora' if field == 'loras' else field.replace('_', '-')}{colon}{rest}")
+    names = {"loras": "lora", "controls": "control"}
+    return InputError(f"--{names.get(field, field.replace('_', '-'))}{colon}{rest}")
 
 
 def _run_job(job: Job, folder: Path, as_json: bool, workers: str | None, ray: str | None) -> int:

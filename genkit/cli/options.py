@@ -55,7 +55,8 @@ _SECTIONS = {
         "model vae text_encoder prediction embeddings embedding_dir refiner refiner_start variant"
         " negative_prompt prompt_2 negative_prompt_2 syntax wildcards lora_dir expansions clip_skip scheduler"
         " num_inference_steps guidance_scale guidance_interval width height original_size crop target_size image"
-        " strength mask_image mask mask_threshold mask_grow mask_invert segmenter loras num_images seed from_images"
+        " strength mask_image mask mask_threshold mask_grow mask_invert segmenter loras controls"
+        " control_image control_preprocess num_images seed from_images"
     ),
     "Which pictures are kept": (
         "keep gate rank_by max_images labels detect ask clip detector classifier captioner aesthetic scorers diverse"

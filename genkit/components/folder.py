@@ -17,6 +17,7 @@ from genkit.components.hub import fetch_configs, fetch_weights, is_hub_id
 from genkit.components.info import ModelInfo, Part
 from genkit.components.preprocessor import read_preprocessor
 from genkit.components.registry import (
+    BESIDE,
     COMPONENTS,
     CORRECTED,
     EXTRAS,
@@ -138,18 +139,18 @@ def _inspect_folder(name: str | Path, variant: str | None) -> ModelInfo:
     )
 
 
-def inspect_network(folder: Path, name: str) -> Part:
+def inspect_network(folder: Path, name: str, variant: str | None = None) -> Part:
     """Check a folder that holds a single network, as save_pretrained writes it, to be the component `name`.
 
     Raises InputError as `inspect_model` does.
     """
     path = folder / "config.json"
     stated = read_json(path)
-    classes = COMPONENTS[name][1]
+    classes = (COMPONENTS | BESIDE)[name][1]
     cls = stated.get("_class_name") or (stated.get("architectures") or [classes[0]])[0]
     if cls not in classes:
         raise InputError(f"{place(path)}: class {shown(cls)} is no {name}: {' or '.join(classes)}")
-    return _add_weights(_read_part(name, cls, folder, []), None)
+    return _add_weights(_read_part(name, cls, folder, []), variant)
 
 
 def locate(name: str | Path, notes: list[str]) -> tuple[Path, bool]:

@@ -101,6 +101,15 @@ def unet_row(config: Config, height: int, width: int, workspace: bool = True) ->
     return math.ceil(walk.most)
 
 
+def control_row(config: Config, height: int, width: int) -> int:
+    """Return the numbers that a ControlNet leaves for the UNet's call on one row, and its picture beside them."""
+    widths, count = config["block_out_channels"], config["layers_per_block"]
+    areas = [height * width / 4**i for i in range(len(widths))]
+    levels = sum((count + 1) * channels * area for channels, area in zip(widths, areas, strict=True))
+    halvings = len(config["conditioning_embedding_out_channels"]) - 1
+    return math.ceil(widths[0] * areas[0] + levels + 3 * areas[0] * 4**halvings)
+
+
 def vae_decode(config: Config, height: int, width: int, workspace: bool = True) -> int:
     """Return the numbers alive at the peak of decoding one latent of height x width."""
     walk = _Walk(workspace)

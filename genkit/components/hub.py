@@ -22,7 +22,8 @@ _CONFIGS = [
         "added_tokens.json",
         "special_tokens_map.json",
     ),
-    *("tokenizer/merges.txt", "tokenizer_2/merges.txt", "merges.txt", "model.safetensors.index*.json"),
+    *("tokenizer/merges.txt", "tokenizer_2/merges.txt", "merges.txt"),
+    *("model.safetensors.index*.json", "diffusion_pytorch_model.safetensors.index*.json"),
 ]
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-]))*"
 

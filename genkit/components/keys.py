@@ -114,6 +114,25 @@ UNET2D_CONDITION = {
     "addition_embed_type_num_heads": Key(HEADS, 64),
 }
 
+_SHARED = (
+    "in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "only_cross_attention", "block_out_channels",
+    "downsample_padding", "mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps", "cross_attention_dim",
+    "transformer_layers_per_block", "encoder_hid_dim", "encoder_hid_dim_type", "attention_head_dim",
+    "num_attention_heads", "use_linear_projection", "class_embed_type", "addition_embed_type",
+    "addition_time_embed_dim", "num_class_embeds", "upcast_attention", "resnet_time_scale_shift",
+    "projection_class_embeddings_input_dim", "addition_embed_type_num_heads",
+)  # fmt: skip
+CONTROLNET = {
+    **{name: UNET2D_CONDITION[name] for name in _SHARED},
+    "layers_per_block": Key(LAYERS, 2),
+    "mid_block_type": Key(choice("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "UNetMidBlock2DCrossAttn"),
+    "conditioning_channels": Key(choice(3), 3),
+    "controlnet_conditioning_channel_order": Key(choice("rgb", "bgr"), "rgb"),
+    "conditioning_embedding_out_channels": Key(many(CHANNELS), [16, 32, 96, 256]),
+    # Of the network for shuffled pictures, which conditions one half of a guided batch only
+    "global_pool_conditions": Key(choice(False), False),
+}
+
 AUTOENCODER_KL = {
     "in_channels": Key(choice(1, 3), 3),
     "out_channels": Key(choice(1, 3), 3),

@@ -92,6 +92,16 @@ def load_components(
     )
 
 
+def load_network(part: Part, *, device: torch.device, dtype: torch.dtype, in_ram: bool = False) -> Any:
+    """Load a network that is given beside a model, as `load_components` loads those of one."""
+    import torch
+
+    network = _build(part)
+    home = torch.device("cpu") if in_ram else device
+    _fill(network, part, home, compute_dtype(device, dtype), pinned=in_ram and torch.cuda.is_available())
+    return network
+
+
 def _tokenizer_of(info: ModelInfo) -> Any:
     """Return the tokenizer of a model, or the first of SDXL's."""
     if "clip" in info.parts and info.parts["clip"].kind == "SiglipModel" and info.tokenizer is not None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from genkit.components.footprint import clip_row, unet_row, vae_decode, vae_strips
+from genkit.components.footprint import clip_row, control_row, unet_row, vae_decode, vae_strips
 from genkit.components.geometry import Geometry
 from genkit.components.info import ModelInfo
 from genkit.device.devices import CPU_SLOTS, DTYPES, free_memory, host_memory
 from genkit.device.memory import (
     CLIP_BATCH,
+    CONTROL,
     LAYERS,
     MOST_PACKED,
     RESIDENT,
@@ -22,6 +23,7 @@ from genkit.device.memory import (
     Budget,
     Look,
     Need,
+    at_each_step,
     gib,
     peak,
     plan_memory,
@@ -46,6 +48,7 @@ def need(
     channels, height, width = g.latent_shape(g.width, g.height)
     rows = 2 if g.text and not g.guidance_width else 1
     row = max(unet_row(configs[name], height, width) for name in UNETS if name in configs)
+    row += sum(control_row(config, height, width) for name, config in configs.items() if name.startswith(CONTROL))
     first, looks = looks.get(FIRST), {name: look for name, look in looks.items() if name != FIRST}
     score = 0 if clip is None else max(clip_row(clip["text_config"]), clip_row(clip["vision_config"]))
     return Need(
@@ -80,7 +83,7 @@ def model_need(
     configs = {name: part.config for name, part in parts.items()}
     weights: dict[str, float] = {name: item * part.parameters for name, part in parts.items()}
     if device == "cpu" and item == 4:  # linear layers also have a packed copy (device/cpu.py)
-        for name in {*UNETS, "vae"} & weights.keys():
+        for name in (name for name in weights if at_each_step(name) or name == "vae"):
             linear = item * sum(math.prod(t.shape) for t in parts[name].tensors.values() if len(t.shape) == 2)
             weights[name] += linear if linear <= MOST_PACKED else 0
     if dtype == "int8":

@@ -55,6 +55,21 @@ def unet_modules(levels: int, layers: int, attention: Iterable[bool] = ()) -> di
     return found
 
 
+def control_modules(levels: int, layers: int, hints: int) -> dict[str, str]:
+    """Return the modules of a ControlNet with `levels` resolutions, `layers` residual blocks in each, `hints` widths.
+
+    The original is lllyasviel/ControlNet's cldm: between the convolutions of its input_hint_block are activations.
+    """
+    found = {name: other for name, other in unet_modules(levels, layers).items() if not name.startswith("out")}
+    found["middle_block_out.0"] = "controlnet_mid_block"
+    found |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(levels * (layers + 1))}
+    convolutions = 2 * (hints - 1)
+    found["input_hint_block.0"] = "controlnet_cond_embedding.conv_in"
+    found |= {f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in range(convolutions)}
+    found[f"input_hint_block.{2 * convolutions + 2}"] = "controlnet_cond_embedding.conv_out"
+    return found
+
+
 def vae_modules(levels: int, layers: int) -> dict[str, str]:
     """Return the modules of a VAE with `levels` resolutions and `layers` residual blocks in each of the encoder's."""
     found = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}

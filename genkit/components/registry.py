@@ -63,6 +63,7 @@ class Network:
 NETWORKS = {
     "UNet2DModel": Network("diffusers", keys.UNET2D, shapes.check_unet2d, shapes.unet, OLD_ATTENTION),
     "UNet2DConditionModel": Network("diffusers", keys.UNET2D_CONDITION, shapes.check_unet, shapes.unet, OLD_ATTENTION),
+    "ControlNetModel": Network("diffusers", keys.CONTROLNET, shapes.check_control, shapes.control, OLD_ATTENTION),
     "AutoencoderKL": Network("diffusers", keys.AUTOENCODER_KL, shapes.check_blocks, shapes.vae, OLD_ATTENTION),
     "CLIPTextModel": Network(
         "transformers", keys.CLIP_TEXT, shapes.check_clip, shapes.clip_text, OLD_CLIP_TEXT, keys.TEXT_UNUSED
@@ -91,6 +92,8 @@ COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
     "tokenizer_2": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
+# Networks that are given beside a model.
+BESIDE: dict[str, tuple[str, tuple[str, ...]]] = {"controlnet": ("diffusers", ("ControlNetModel",))}
 # The scorers, by the model_type of their config.json.
 SCORERS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 # Components of Stable Diffusion folders that are never loaded.

@@ -6,6 +6,7 @@ network of about the file's size, so that building it takes no unexpected memory
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,6 +128,35 @@ def unet(config: Config) -> Shapes:
         found[f"up_blocks.{len(widths) - 1 - i}.resnets.{count}.conv2.weight"] = (width, width, 3, 3)
         if kind == "CrossAttnDownBlock2D":
             block = f"down_blocks.{i}.attentions.{count - 1}.transformer_blocks.{depth - 1}"
+            found[f"{block}.attn2.to_k.weight"] = (width, config["cross_attention_dim"])
+    return found
+
+
+def check_control(config: Config, where: str) -> None:
+    """Check a ControlNetModel, which is built like the first half of a UNet2DConditionModel."""
+    check_unet({**config, "out_channels": config["in_channels"]}, where)
+
+
+def control(config: Config) -> Shapes:
+    """Landmarks of ControlNetModel."""
+    widths, hints = config["block_out_channels"], config["conditioning_embedding_out_channels"]
+    depths = per_block(config["transformer_layers_per_block"], config)
+    last = (config["layers_per_block"] + 1) * len(widths) - 1  # the input, and each level's blocks and downsampler
+    found: Shapes = {
+        "conv_in.weight": (widths[0], config["in_channels"], 3, 3),
+        "controlnet_cond_embedding.conv_in.weight": (hints[0], config["conditioning_channels"], 3, 3),
+        "controlnet_cond_embedding.conv_out.weight": (widths[0], hints[-1], 3, 3),
+        f"controlnet_down_blocks.{last}.weight": (widths[-1], widths[-1], 1, 1),
+        "controlnet_mid_block.weight": (widths[-1], widths[-1], 1, 1),
+    }
+    for i, (one, other) in enumerate(itertools.pairwise(hints)):
+        found[f"controlnet_cond_embedding.blocks.{2 * i + 1}.weight"] = (other, one, 3, 3)
+    if config["addition_embed_type"]:
+        found["add_embedding.linear_1.weight"] = (4 * widths[0], config["projection_class_embeddings_input_dim"])
+    for i, (kind, width, depth) in enumerate(zip(config["down_block_types"], widths, depths, strict=True)):
+        found[f"down_blocks.{i}.resnets.{config['layers_per_block'] - 1}.conv2.weight"] = (width, width, 3, 3)
+        if kind == "CrossAttnDownBlock2D":
+            block = f"down_blocks.{i}.attentions.{config['layers_per_block'] - 1}.transformer_blocks.{depth - 1}"
             found[f"{block}.attn2.to_k.weight"] = (width, config["cross_attention_dim"])
     return found
 

@@ -45,7 +45,7 @@ OTHERS = {
     r"lora_(unet|te|transformer)|.*\.(lora_(up|down|A|B)\.|hada_w|lokr_w)": LORA,
     r"(model\.diffusion_model\.)?(double_blocks|single_blocks)\.": "of Flux, which genkit does not have",
     r"(model\.diffusion_model\.)?joint_blocks\.": "of Stable Diffusion 3, which genkit does not have",
-    r"control_model\.|input_hint_block\.|controlnet_cond": "a ControlNet, which genkit does not have",
+    r"control_model\.|input_hint_block\.|controlnet_cond": "a ControlNet: give it with --control",
     r"(model\.diffusion_model\.)?.*time_mix": "of Stable Video Diffusion, which genkit does not have",
     r"edm_(vpred|mean|std)": "of an EDM model of its own, which genkit does not have",
     r"(down_blocks\.|conv_in\.|text_model\.)": "one network in diffusers' layout: give its folder, with config.json",
@@ -169,7 +169,8 @@ def _parts(groups: Mapping[str, dict[str, Tensor]], config: dict[str, Any], fami
     """Return the networks that the file has."""
     config["sample_size"] = SIDES[family]
     modules = unet_modules(len(config["block_out_channels"]), config["layers_per_block"])
-    parts = {"unet": _part("unet", "UNet2DConditionModel", config, _named(groups[UNET], modules, where, UNET), where)}
+    tensors = named(groups[UNET], modules, where, UNET)
+    parts = {"unet": network_part("unet", "UNet2DConditionModel", config, tensors, where)}
     if VAE in groups:
         parts["vae"] = _vae(groups[VAE], family, where)
     for prefix, (name, layout) in TEXT_PREFIXES.items():
@@ -180,11 +181,11 @@ def _parts(groups: Mapping[str, dict[str, Tensor]], config: dict[str, Any], fami
 
 def _vae(found: Mapping[str, Tensor], family: str, where: str) -> Part:
     config = vae_config({name: tensor.shape for name, tensor in found.items()}, family, f"{where}: vae")
-    tensors = _named(found, vae_modules(len(config["block_out_channels"]), config["layers_per_block"]), where, "")
+    tensors = named(found, vae_modules(len(config["block_out_channels"]), config["layers_per_block"]), where, "")
     for name, tensor in tensors.items():
         if re.search(r"\.attentions\.\d\.to_\w+(\.0)?\.weight$", name) and len(tensor.shape) == 4:
             tensors[name] = tensor.as_taken("flat")
-    return _part("vae", "AutoencoderKL", config, tensors, where)
+    return network_part("vae", "AutoencoderKL", config, tensors, where)
 
 
 def _text(name: str, found: Mapping[str, Tensor], layout: str, family: str, where: str) -> Part:
@@ -212,7 +213,7 @@ def _text(name: str, found: Mapping[str, Tensor], layout: str, family: str, wher
             raise InputError(f"{where}text_projection: is missing, which SDXL needs")
         tensors = {f"text_model.{key}": tensor for key, tensor in tensors.items()}
         tensors["text_projection.weight"] = projection
-    return _part(name, cls, config, tensors, where.split(": ")[0])
+    return network_part(name, cls, config, tensors, where.split(": ")[0])
 
 
 def _open_clip(found: Mapping[str, Tensor], modules: Mapping[str, str], layers: int, where: str) -> dict[str, Tensor]:
@@ -232,11 +233,11 @@ def _open_clip(found: Mapping[str, Tensor], modules: Mapping[str, str], layers: 
         elif key == "text_projection":
             tensors["text_projection.weight"] = tensor.as_taken("turned")
         else:
-            tensors |= _named({key: tensor}, modules, where, "")
+            tensors |= named({key: tensor}, modules, where, "")
     return tensors
 
 
-def _named(found: Mapping[str, Tensor], modules: Mapping[str, str], where: str, prefix: str) -> dict[str, Tensor]:
+def named(found: Mapping[str, Tensor], modules: Mapping[str, str], where: str, prefix: str) -> dict[str, Tensor]:
     """Return the tensors under diffusers' names; some files have those already (merges by other tools)."""
     back = backward(modules)
     named = {}
@@ -248,7 +249,8 @@ def _named(found: Mapping[str, Tensor], modules: Mapping[str, str], where: str, 
     return named
 
 
-def _part(name: str, cls: str, config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Part:
+def network_part(name: str, cls: str, config: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> Part:
+    """Return a network of a file, once its config and the shapes of some of its weights are checked."""
     origin = f"{where}: {name}"
     network = NETWORKS[cls]
     checked = check_network(cls, config, origin)

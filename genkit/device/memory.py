@@ -24,6 +24,12 @@ LEAVES = 4  # largest layers of the UNet that may be on the device at the level 
 RESIDENT, PARTS, TURNS, LAYERS = LEVELS = ("resident", "parts", "turns", "layers")
 TEXTS = ("text_encoder", "text_encoder_2", "refiner_text")
 UNETS = ("unet", "refiner")
+CONTROL = "controlnet"  # and a number: ControlNets compute at every step, too
+
+
+def at_each_step(name: str) -> bool:
+    """Whether a network computes at every step: a UNet or a ControlNet."""
+    return name in UNETS or name.startswith(CONTROL)
 
 
 def check_memory(memory: str) -> None:
@@ -153,7 +159,7 @@ def at_once(look: Look, free: float, device: str, most: int) -> int:
 
 def away(level: str, names: Collection[str]) -> set[str]:
     """Return which of a model's networks are kept in RAM at a level."""
-    return {RESIDENT: set(), PARTS: set(names) - {*UNETS}}.get(level, set(names))
+    return {RESIDENT: set(), PARTS: {name for name in names if not at_each_step(name)}}.get(level, set(names))
 
 
 def gib(size: float) -> float:
@@ -168,7 +174,7 @@ def _guests(n: Need, decode: float, looks: Mapping[str, float]) -> float:
 
 
 def _unets(n: Need) -> list[float]:
-    return [n.weights[name] for name in UNETS if name in n.weights]
+    return [size for name, size in n.weights.items() if at_each_step(name)]
 
 
 def _resident(n: Need, rows: float, decode: float, looks: Mapping[str, float]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from genkit.device.memory import LAYERS, PARTS, RESIDENT, TURNS, UNETS
+from genkit.device.memory import LAYERS, PARTS, RESIDENT, TURNS, at_each_step
 from genkit.errors import shown
 
 log = logging.getLogger("genkit")
@@ -48,15 +48,15 @@ class Residency:
     def add(self, name: str, network: Any) -> Hold:
         """Manage a network; return the context manager in which it may be used.
 
-        For UNets it does nothing: they are moved by a hook when they are called.
+        For UNets and ControlNets it does nothing: they are moved by a hook when they are called.
         """
-        if self.resident or network is None or (name in UNETS and self.level == PARTS):
+        if self.resident or network is None or (at_each_step(name) and self.level == PARTS):
             return contextlib.nullcontext
         self._networks[name] = network
-        if name in UNETS and self.level == LAYERS:
+        if at_each_step(name) and self.level == LAYERS:
             _by_layer(network, self.device)
             return contextlib.nullcontext
-        if name in UNETS:
+        if at_each_step(name):
             network.register_forward_pre_hook(lambda module, given: self.bring(name))
             return contextlib.nullcontext
         return lambda: self._holding(name)
@@ -96,7 +96,7 @@ class Residency:
         """Move everything off the device, and know no network any more."""
         with self._lock:
             for name, network in self._networks.items():
-                if name in UNETS and self.level == LAYERS:
+                if at_each_step(name) and self.level == LAYERS:
                     _whole(network)
                 self.park(name)
             self._networks.clear()

@@ -59,7 +59,9 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
         looks = job.looks(str(dtype).removeprefix("torch."), device.type)
         first = looks[FIRST] if without_mask(rows) and FIRST in looks else Look(0, 0)
         looks[FIRST] = first  # no memory where every mask has been found already
-        budget = budget_for(job.info, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner, looks)
+        budget = budget_for(
+            job.weighed, job.clip, device, dtype, o.memory, o.batch_size, job.largest, job.refiner, looks
+        )
     prepare_masks(rows, job.segmenter, device, first, budget.free)
     in_ram = away(budget.level, ("unet", "vae", "text_encoder", "text_encoder_2", "clip", *job.senses))
     senses = load_senses(job.senses, job.rows, device, compute_dtype(device, dtype), in_ram)
@@ -72,6 +74,8 @@ def load(job: Job, recorded: dict[str, Any] | None, rows: Sequence[Request] = ()
     if job.refiner is not None:
         second = load_components(job.refiner, device=device, dtype=dtype, in_ram=in_ram), job.refiner_start
     generator = Generator.from_components(parts, budget, attention=o.attention, refiner=second)
+    for file, part in job.controls.items():
+        generator.controls.add(file, part)
     for name in job.senses:
         sense = getattr(senses, name)
         sense.hold = generator.residency.add(name, sense.model)

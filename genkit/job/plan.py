@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genkit.components import inspect_model
+from genkit.components import Part, inspect_model
+from genkit.components.control import check_fit, read_control
 from genkit.components.geometry import Geometry
 from genkit.components.needs import FIRST, describe
 from genkit.device.devices import CPU_SLOTS, check_attention, check_device
-from genkit.device.memory import TEXTS, Look, check_memory
+from genkit.device.memory import CONTROL, TEXTS, Look, check_memory
 from genkit.errors import InputError, shown
 from genkit.files import place, user_path
 from genkit.job.masks import find_segmenter, most_texts
 from genkit.job.senses import Checks, find_senses, idle_notes
 from genkit.job.words import Inversions, find_inversions
 from genkit.options import Options
+from genkit.pictures.edges import check_preprocess
 from genkit.pictures.encoders import encoding
+from genkit.rows.controls import check_whole
 from genkit.rows.plans import plan_for
 from genkit.rows.prompting import check_prompting
 from genkit.rows.refining import START, check_refiner, refined_plan
@@ -59,6 +63,7 @@ class Job:
     refiner_start: float = START
     senses: Mapping[str, VisionInfo] = dataclasses.field(default_factory=dict)  # detector, classifier, captioner
     segmenter: VisionInfo | None = None
+    controls: Mapping[str, Part] = dataclasses.field(default_factory=dict)  # ControlNets of the rows by their names
 
     def describe(self) -> dict[str, Any]:
         """Return what `--dry-run` prints."""
@@ -74,9 +79,10 @@ class Job:
             "clip": None if self.clip is None else self.clip.name,
             **{name: info.name for name, info in self.senses.items()},
             **({} if self.segmenter is None else {"segmenter": self.segmenter.name}),
+            **({"controls": sorted(map(os.path.basename, self.controls))} if self.controls else {}),
             "format": str(encoding(self.options.format, self.options.quality)),
             **describe(
-                self.info,
+                self.weighed,
                 self.clip,
                 device=self.options.device,
                 dtype=self.options.dtype,
@@ -94,6 +100,12 @@ class Job:
     def largest(self) -> tuple[int, int]:
         """Width and height of the largest picture."""
         return max(((r.width or 1, r.height or 1) for r in self.rows), key=lambda size: size[0] * size[1])
+
+    @property
+    def weighed(self) -> ModelInfo:
+        """The model with the ControlNets among its networks, for what they take of memory."""
+        beside = {f"{CONTROL} {n}": part for n, part in enumerate(self.controls.values())}
+        return dataclasses.replace(self.info, parts={**self.info.parts, **beside})
 
     def looks(self, dtype: str, device: str) -> dict[str, Look]:
         """Return what the vision models take in `dtype` on a kind of device, the segmenter's always in float32."""
@@ -179,7 +191,8 @@ def plan_job(
     notes += [note for other in (clip, refiner, *senses.values()) if other is not None for note in other.notes]
     notes += idle_notes(senses, filled)
     said_once = tuple(dict.fromkeys(notes))
-    return Job(filled, options, info, clip, calls, m.scorers, said_once, inversions, refiner, start, senses, segmenter)
+    return Job(filled, options, info, clip, calls, m.scorers, said_once, inversions, refiner, start, senses, segmenter,
+               _controls(filled, info, options.variant))  # fmt: skip
 
 
 def _clip(options: Options, info: ModelInfo) -> ModelInfo | None:
@@ -247,6 +260,23 @@ def _check_loras(rows: Sequence[Request], info: ModelInfo) -> list[str]:
             except InputError as error:
                 raise InputError(f"{row.source or f'row {row.id}'}: loras: {error}") from None
     return list(lines.values())
+
+
+def _controls(rows: Sequence[Request], info: ModelInfo, variant: str | None) -> dict[str, Part]:
+    """Return the ControlNets of the rows by the names that rows have for them. Raises InputError naming the row."""
+    found: dict[str, Part] = {}
+    for row in rows:
+        try:
+            for control in row.controls or ():
+                check_preprocess(control.get("preprocess", ""))
+                if (file := control.get("file")) and file not in found:
+                    found[file] = read_control(file, variant)
+                    check_fit(found[file], info.configs["unet"], info.configs.get("vae"))
+            check_whole(row.controls)
+        except InputError as error:
+            about = "" if str(error).startswith(("controls: ", "preprocess: ")) else "controls: "
+            raise InputError(f"{row.source or f'row {row.id}'}: {about}{error}") from None
+    return found
 
 
 def _scorers(options: Options, clip: ModelInfo | None) -> tuple[list[Plugin], frozenset[str]]:

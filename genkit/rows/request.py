@@ -11,9 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from genkit.components.control import network_hash
 from genkit.components.weights import hash_once
 from genkit.errors import InputError, nearest, shown
 from genkit.pictures.images import as_pil
+from genkit.rows import controls as steering
 from genkit.rows import detecting, inputs, prompting, sdxl
 from genkit.rows.loras import beside, check_loras
 from genkit.rows.typed import COUNTS, whole
@@ -51,7 +53,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{d}" for p in ("com", "lpt") for
 _PIXEL_FIELDS = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale",
     "width", "height", "scheduler", "strength", "image", "mask_image", "guidance_interval", "loras",
-    *sdxl.FIELDS, *prompting.FIELDS, *inputs.FIELDS,
+    *sdxl.FIELDS, *prompting.FIELDS, *inputs.FIELDS, "controls",
 )  # fmt: skip
 
 
@@ -82,6 +84,7 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
     image: Any = None
     mask_image: Any = None
     loras: Annotated[list[dict[str, Any]], Field(max_length=64)] | None = None
+    controls: Annotated[list[dict[str, Any]], Field(max_length=8)] | None = None
     keep: Count | None = None
     gate: Annotated[str, Field(max_length=2000)] | None = None
     rank_by: Annotated[str, Field(max_length=2000)] | None = None
@@ -194,6 +197,11 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
     def _check_loras(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         return check_loras(value)
 
+    @field_validator("controls")
+    @classmethod
+    def _check_controls(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        return steering.check_controls(value)
+
     @field_validator("scheduler")
     @classmethod
     def _check_scheduler(cls, value: Any) -> Any:
@@ -274,15 +282,27 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; a PIL image becomes the SHA-256 of its pixels."""
-        return {name: _plain(value) for name, value in self if value is not None}
+        found = {name: _plain(value) for name, value in self if value is not None}
+        if self.controls is not None:
+            found["controls"] = [{k: _plain(v) for k, v in control.items()} for control in self.controls]
+        return found
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of a hash over all fields that determine the pixels, input images included."""
         fields = {name: _plain(getattr(self, name), read=name in ("image", "mask_image")) for name in _PIXEL_FIELDS}
         # Fields that were added later are hashed only where they are set: fingerprints of older rows stay valid
-        for later in ("guidance_interval", "loras", *sdxl.FIELDS, *prompting.FIELDS, *inputs.FIELDS):
-            if fields[later] in (None, "none"):
+        for later in ("guidance_interval", "loras", "controls", *sdxl.FIELDS, *prompting.FIELDS, *inputs.FIELDS):
+            if fields[later] in (None, "none", []):
                 del fields[later]
+        if self.controls:
+            fields["controls"] = [
+                {
+                    **{**steering.USUAL, **control},
+                    "file": network_hash(control.get("file", "")),
+                    "image": _plain(control.get("image"), read=True),
+                }
+                for control in self.controls
+            ]
         if self.loras:
             fields["loras"] = [{**lora, "file": hash_once(lora["file"]) or lora["file"]} for lora in self.loras]
         if self._words:
@@ -308,6 +328,8 @@ def over(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
     if isinstance(stated.get("seed"), list):
         filled.pop("num_images", None)  # given by the number of seeds
     filled = inputs.with_masks(filled, stated)
+    if stated.get("controls") is not None:
+        stated = {**stated, "controls": steering.completed(stated["controls"], defaults.get("controls") or ())}
     return {**filled, **{name: value for name, value in stated.items() if value is not None or name not in filled}}
 
 
@@ -319,12 +341,16 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
     Raises InputError for an unknown key, or for a field given under two names.
     """
     out: dict[str, Any] = {}
+    control: dict[str, Any] = {}
     schedule = None
     for key, value in fields.items():
         name = field_name(key)
         name = "mask_image" if name == "mask" and inputs.is_picture(value) else name
         empty = value is None or (value == "" and name not in ("prompt", "negative_prompt"))
-        if empty and (name in Request.model_fields or name in (*SCHEDULES, "size")):
+        if empty and (name in Request.model_fields or name in (*SCHEDULES, *steering.FLAT, "size")):
+            continue
+        if name in steering.FLAT:
+            steering.put(control, name, value)
             continue
         if name in SCHEDULES or (name == "scheduler" and _is_schedule(value)):
             if schedule is not None:
@@ -339,12 +365,17 @@ def canonical(fields: dict[str, Any]) -> dict[str, Any]:
         elif name in Request.model_fields:
             pairs = {name: _plainly(name, sdxl.width_first(key, value))}
         else:
-            raise InputError(f"{shown(key)}: unknown field{nearest(key, [*Request.model_fields, *ALIASES, 'size'])}")
+            known = [*Request.model_fields, *ALIASES, *steering.FLAT, "size"]
+            raise InputError(f"{shown(key)}: unknown field{nearest(key, known)}")
         for field, field_value in pairs.items():
             if field in out:
                 raise InputError(f"{field}: given twice, once as {shown(key)}")
             if field_value is not None:
                 out[field] = field_value
+    if control:
+        if "controls" in out:
+            raise InputError("controls: is given, and also one in fields of its own; give one of them")
+        out["controls"] = [] if control == {"file": "none"} else [control]
     if schedule is not None:
         from genkit.rows.plans import with_schedule
 
@@ -390,6 +421,7 @@ def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     for field in ("image", "mask_image"):
         if isinstance(found.get(field), str) and found[field]:
             found[field] = inputs.picture_path(folder, field, found[field])
+    found |= {"controls": steering.located(folder, found["controls"])} if "controls" in found else {}
     if isinstance(found.get("loras"), list):
         found["loras"] = [beside(folder, lora) for lora in found["loras"]]
     return found

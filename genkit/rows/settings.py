@@ -20,6 +20,8 @@ STEPS, GUIDANCE, STRENGTH = 30, 7.5, 0.8  # for a model that does not name its o
 REFINED = 0.3  # strength of SDXL's refiner, as in diffusers
 # An initial picture keeps its size up to LARGE times the pixels of the model's own size, or LEAST_LARGE pixels
 LARGE, LEAST_LARGE = 4.0, 1024 * 1024
+STRETCHED = 0.05  # change of the aspect of a ControlNet's picture that is said
+_PICTURES = ("image", "mask_image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,8 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
     """Return the settings of `request`; raises InputError for a row that the model cannot draw.
 
     defaults: the model's num_inference_steps, guidance_scale and tuned_steps. Without width and height the size is that
-    of the initial picture, rounded down to what the networks allow and made smaller if it is LARGE, or the model's own.
+    of the initial picture, or else of the first ControlNet's, rounded down to what the networks allow and made smaller
+    if it is LARGE, or the model's own.
     """
     g = geometry
     if g.text and not request.prompt:
@@ -66,7 +69,7 @@ def settings(request: Request, geometry: Geometry, defaults: Mapping[str, Any]) 
         value = asked or (own if number is None else number - number % g.multiple)
         if value % g.multiple or value < g.multiple:
             fits = max(g.multiple, round(value / g.multiple) * g.multiple)
-            source = "" if asked else f", from `image` with {number}"
+            source = "" if asked else f", from `{'controls' if request.image is None else 'image'}` with {number}"
             raise InputError(f"{side}: {value}{source} is not a multiple of {g.multiple} (nearest: {fits})")
         sizes.append(value)
     guidance = defaults.get("guidance_scale", GUIDANCE) if request.guidance_scale is None else request.guidance_scale
@@ -104,18 +107,21 @@ def cost(
 
 
 def assumed(stated: Request, filled: Request) -> list[str]:
-    """Return a line for each assumption about a row with an initial picture that a user may not expect."""
-    if stated.image is None:
-        return []
+    """Return a line for each assumption about the pictures of a row that a user may not expect."""
     found = []
     steps = filled.num_inference_steps or 1
-    if stated.strength is None and filled.strength == usual_strength(steps) != STRENGTH:
+    usual = stated.image is not None and stated.strength is None
+    if usual and filled.strength == usual_strength(steps) != STRENGTH:
         found.append(f"strength: {STRENGTH} of {steps} steps leaves none: {filled.strength:g} is used")
-    width, height = _image_size(stated)
     drawn = filled.width or 1, filled.height or 1
+    at = f"{drawn[0]}x{drawn[1]}"
+    width, height = _picture_size(stated) or (0, 0)
     if not (stated.width or stated.height) and width * height > 1.2 * drawn[0] * drawn[1]:
-        at = f"{drawn[0]}x{drawn[1]}"
-        found.append(f"image: {width}x{height} is drawn at {at}; state width and height for another size")
+        field = "controls" if stated.image is None else "image"
+        found.append(f"{field}: {width}x{height} is drawn at {at}; state width and height for another size")
+    for width, height in _control_sizes(filled):
+        if abs(width * drawn[1] / (height * drawn[0]) - 1) > STRETCHED:
+            found.append(f"controls: a picture of {width}x{height} is stretched to {at}")
     return found
 
 
@@ -147,23 +153,28 @@ def _given(request: Request) -> int | None:
 
 
 def _drawn_at(request: Request, g: Geometry) -> tuple[int, int] | tuple[None, None]:
-    """Return the size of the initial picture; one much larger than the model's own, as of a phone, is made smaller."""
-    if request.image is None:
-        return None, None
-    width, height = _image_size(request)
+    """Return the size of the row's picture; one much larger than the model's own, as of a phone, is made smaller."""
+    size = _picture_size(request)
+    if size is None or request.width or request.height:
+        return size or (None, None)
     most = max(LARGE * g.width * g.height, LEAST_LARGE)
-    factor = min(1.0, math.sqrt(most / (width * height)))
-    return (width, height) if request.width or request.height else (int(width * factor), int(height * factor))
+    factor = min(1.0, math.sqrt(most / (size[0] * size[1])))
+    return int(size[0] * factor), int(size[1] * factor)
 
 
-def _image_size(request: Request) -> tuple[int, int]:
-    """Return the size of the initial picture. Opens every picture that the row names."""
-    sizes = [_size_of(request, field) for field in ("image", "mask_image") if getattr(request, field) is not None]
-    return sizes[0]
+def _picture_size(request: Request) -> tuple[int, int] | None:
+    """Return the size of the initial picture, else of that of the first ControlNet. Opens every picture of the row."""
+    sizes = [_size_of(getattr(request, name), name) for name in _PICTURES if getattr(request, name) is not None]
+    return next(iter([*sizes, *_control_sizes(request)]), None)
 
 
-def _size_of(request: Request, field: str) -> tuple[int, int]:
-    picture = getattr(request, field)
+def _control_sizes(request: Request) -> list[tuple[int, int]]:
+    """Return the sizes of the pictures of ControlNets."""
+    controls = [control for control in request.controls or () if "image" in control]
+    return [_size_of(control["image"], "controls: image") for control in controls]
+
+
+def _size_of(picture: Any, field: str) -> tuple[int, int]:
     from genkit.pictures.images import check_image, read_image, read_mask
 
     try:

@@ -100,6 +100,11 @@ def _loras(field: str, text: str) -> list[dict[str, Any]]:
     return [lora(field, part.strip()) for part in text.split(",")]
 
 
+def _controls(field: str, text: str) -> list[dict[str, Any]]:
+    """Return ControlNets written as NETWORK or NETWORK:WEIGHT, separated by commas, or as a JSON list."""
+    return _list(field, text) if text.lstrip().startswith("[") else [lora(field, t.strip()) for t in text.split(",")]
+
+
 def lora(field: str, text: str) -> dict[str, Any]:
     """Return {"file", "weight"} of FILE or FILE:WEIGHT."""
     file, colon, weight = text.rpartition(":")
@@ -118,6 +123,8 @@ _TYPED: dict[str, Callable[[str, str], Any]] = {
     "detect": _labels,
     "ask": _questions,
     "loras": _loras,
+    "controls": _controls,
+    **dict.fromkeys(("control_weight", "control_start", "control_end"), _number),
     "meta": _json,
     "template": _json,
     "prune": _json,

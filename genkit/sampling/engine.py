@@ -13,6 +13,7 @@ import torch
 
 from genkit.device.outofmemory import attempt, log
 from genkit.phases import phase
+from genkit.sampling.controls import Control, Steered, steered
 from genkit.sampling.denoiser import Composed, Denoiser
 from genkit.sampling.refiner import Refined
 from genkit.schedulers.plan import COLUMNS, HISTORY, Plan, step
@@ -37,9 +38,10 @@ class Trajectory:
     `uncond`; None is 1 throughout. embedded: embedding of the guidance scale for latent consistency models, (width,),
     or None. beside: additional input channels of an inpainting UNet, (1 + C, H, W), or None. weight: of `cond`; more:
     (weight, cond, added_cond) of each prompt composed with it. changes: {call: new values of these fields from that
-    call on}; embeddings keep their length. adapters: weight of each LoRA, zeros at the end left out. keep_mask,
-    known: where keep_mask (1, H, W) is 0 the latent is replaced after each step by `known` = (x0, noise), each (C, H,
-    W), at the level reached. cost: slots that it takes (1 at the model's own picture size, 4 at twice the sides).
+    call on}; embeddings keep their length. adapters: weight of each LoRA, zeros at the end left out. controls:
+    its ControlNets, of which the refiner takes none. keep_mask, known: where keep_mask (1, H, W) is 0 the latent is
+    replaced after each step by `known` = (x0, noise), each (C, H, W), at the level reached. cost: slots that it takes
+    (1 at the model's own picture size, 4 at twice the sides).
     began: time.monotonic(). pause: after this many calls it leaves its slot unfinished, with the x0 predicted there and
     its solver history, and may be added again; 0 is never. refined: the conditioning for SDXL's refiner, or None.
     """
@@ -60,6 +62,7 @@ class Trajectory:
     more: tuple[tuple[float, torch.Tensor, torch.Tensor | None], ...] = ()
     changes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     adapters: tuple[float, ...] = ()
+    controls: tuple[Control, ...] = ()
     keep_mask: torch.Tensor | None = None
     known: tuple[torch.Tensor, torch.Tensor] | None = None
     cost: float = 1.0
@@ -380,7 +383,8 @@ class Engine:
             None if group.refines else _adapters(live, self.device),
             group.inputs["beside"],
             group.inputs["embedded"],
-            *_composed(live, self.device),
+            _composed(live, self.device),
+            () if group.refines else _steered(live),
         )
         shown = [t.step + 1 == t.pause or (self.watch is not None and self.watch.wants(t)) for t in live]
         if any(shown):
@@ -406,17 +410,23 @@ class Engine:
         return torch.cat(drawn)
 
 
-def _composed(live: list[Trajectory], device: torch.device) -> list[Composed]:
-    """Return the prompts composed with those of the rows; none if every row has one prompt, of weight 1."""
+def _composed(live: list[Trajectory], device: torch.device) -> Composed | None:
+    """Return the prompts composed with those of the rows; None if every row has one prompt, of weight 1."""
     weights, more = [t.read("weight") for t in live], [t.read("more") for t in live]
     if all(weight == 1 for weight in weights) and not any(more):
-        return []
+        return None
     owner = [i for i, others in enumerate(more) for _ in others]
     conds = [cond.to(device) for others in more for _, cond, _ in others]
     added = [a.to(device) for others in more for *_, a in others if a is not None]
     weights += [weight for others in more for weight, *_ in others]
     cond, pooled = (torch.stack(rows) if rows else None for rows in (conds, added))
-    return [Composed(owner, cond, pooled, weights)]
+    return Composed(owner, cond, pooled, weights)
+
+
+def _steered(live: list[Trajectory]) -> list[Steered]:
+    """Return the ControlNets of each row at its next call; nothing if no row has one."""
+    found = [steered(t.controls, t.step) for t in live]
+    return found if any(found) else []
 
 
 def _adapters(live: list[Trajectory], device: torch.device) -> torch.Tensor | None:

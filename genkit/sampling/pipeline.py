@@ -28,6 +28,7 @@ from genkit.rows.settings import Settings, cost, settings
 from genkit.sampling.adapters import Adapters
 from genkit.sampling.codec import Codec, condition
 from genkit.sampling.conditioning import Texts, conditioned, distinct, read_prompts, sized
+from genkit.sampling.controls import Controls
 from genkit.sampling.denoiser import Denoiser
 from genkit.sampling.engine import Trajectory
 from genkit.sampling.guidance import embedded_guidance, guidance_scales
@@ -84,11 +85,13 @@ class Pipeline:
         self.text = self._encoder()
         self.attention = attention or AttentionChoice()
         self.residency.add("unet", unet)
+        self.controls = Controls(unet, vae, self.residency, self.attention)
         self.denoiser = Denoiser(
             unet,
             graphs=self.residency.steady and self.device.type == "cuda",
             float32=self.residency.float32,
             adapters=self.adapters,
+            controls=self.controls,
             sizes=len(REFINER_IDS if refines else TIME_IDS),
         )
         self._plans: dict[str, Plan] = {}
@@ -112,7 +115,7 @@ class Pipeline:
     def unload(self) -> None:
         """Free the weights of all networks. Configs stay readable, but nothing can be drawn any more."""
         self.residency.release()
-        networks = [self.unet, self.vae, self.text_encoder, self.text_encoder_2]
+        networks = [self.unet, self.vae, self.text_encoder, self.text_encoder_2, *self.controls.networks.values()]
         if (r := self.refiner) is not None:
             networks += [r.unet, r.text.encoder.model.model]
         for denoiser in (self.denoiser, *(() if r is None else (r.denoiser,))):
@@ -152,6 +155,7 @@ class Pipeline:
         """Raise InputError for a request that cannot be drawn, before any work is done for it."""
         self.plan(request)
         _ = request.mask_source
+        self.controls.check(request)
         encoders = [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
         check_prompting(request, min((encoder.config.num_hidden_layers for encoder in encoders), default=None))
 
@@ -190,6 +194,7 @@ class Pipeline:
             **told,
             beside=beside,
             adapters=self.adapters.weights(request.loras),
+            controls=self.controls.read(request, s.width, s.height, plan.nfe if refined is None else refined.at),
             scales=guidance_scales(plan, s.guided, request.guidance_interval),
             embedded=embedded_guidance(s.guidance, width) if (width := self.geometry.guidance_width) else None,
             refined=refined,
