@@ -5,7 +5,7 @@ ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS build
 ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/${TORCH}
-ARG EXTRAS=serve,jxl
+ARG EXTRAS=serve,jxl,control
 RUN python -m venv /opt/genkit
 ENV PATH=/opt/genkit/bin:$PATH
 WORKDIR /src

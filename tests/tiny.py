@@ -133,7 +133,10 @@ def tiny_sdxl(folder: Path, **index: Any) -> Path:
 
 
 def tiny_controlnet(folder: Path, model: Path, seed: int = 8, **save: Any) -> Path:
-    """Write a ControlNet for a tiny model's folder, none of whose layers is zero as those of a new one are."""
+    """Write a ControlNet for the UNet of a tiny model's folder; none of its layers is zero, as those of a new one are.
+
+    save: for save_pretrained.
+    """
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     torch.manual_seed(seed)
     network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))

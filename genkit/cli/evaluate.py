@@ -18,7 +18,7 @@ from genkit.options import Options
 # What a suite decides itself: which model and which of its pictures count.
 DECIDED = (
     "model", "keep", "gate", "rank_by", "max_images", "labels", "expansions", "image", "mask_image", "strength",
-    "diverse", "dedupe", "reference",
+    "controls", "control_image", "control_preprocess", "diverse", "dedupe", "reference",
 )  # fmt: skip
 
 

@@ -43,3 +43,7 @@ PREPROCESS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "canny": canny,
     "invert": invert,
 }
+# Names of preprocessors in sd-webui-controlnet; the first of a kind is written
+PREPROCESSORS = {
+    "none": "none", "canny": "canny", "invert (from white bg & black line)": "invert", "invert": "invert",
+}  # fmt: skip

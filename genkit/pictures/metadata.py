@@ -10,9 +10,11 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from genkit.components.control import network_hash
 from genkit.components.info import SINGLE
 from genkit.components.weights import hash_once
 from genkit.durable import json_line
+from genkit.pictures.edges import PREPROCESSORS
 from genkit.pictures.samplers import SAMPLERS, SCHEDULE_TYPES
 
 METADATA_BYTES = 48_000  # of both texts; in UTF-16 and ASCII they still fit a JPEG's segment of 65,533
@@ -21,8 +23,10 @@ _SUFFIX = ".safetensors"
 # Fields of a row that AUTOMATIC1111's infotext has keys for; other fields that affect pixels are added as JSON.
 _WRITTEN = (
     "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "width", "height", "scheduler",
-    "strength", "image", "mask_image", "loras", "clip_skip",
+    "strength", "image", "mask_image", "loras", "clip_skip", "controls",
 )  # fmt: skip
+# Keys of a ControlNet in infotext: its field, and the default of that
+UNIT = {"Weight": ("weight", 1.0), "Guidance Start": ("start", 0.0), "Guidance End": ("end", 1.0)}
 _LEFT_OUT = ("boxes", "detected", "classes", "answers")  # long outputs of vision models among the scores
 # Fields of a row that select or score its images and do not affect pixels
 CHOOSING = ("id", "num_images", "keep", "gate", "rank_by", "max_images", "prune", "labels", "detect", "ask")
@@ -109,14 +113,26 @@ def _without_folders(request: dict[str, Any]) -> dict[str, Any]:
     found = {k: os.path.basename(v) if k in paths and isinstance(v, str) else v for k, v in request.items()}
     if request.get("loras"):
         found["loras"] = [{**lora, "file": os.path.basename(lora["file"])} for lora in request["loras"]]
+    if request.get("controls"):
+        names = ("file", "image")
+        found["controls"] = [
+            {k: os.path.basename(str(v)) if k in names else v for k, v in control.items()}
+            for control in request["controls"]
+        ]
     return found
 
 
 def _inputs(request: dict[str, Any]) -> dict[str, str]:
-    """Return the SHA-256 of each file that a row names: of pictures by their field, of LoRAs by their name."""
+    """Return the SHA-256 of each file that a row names: of pictures by their field, of LoRAs by their name.
+
+    Of a ControlNet, which may be a folder, it is `network_hash`.
+    """
     files = {name: request[name] for name in ("image", "mask_image") if isinstance(request.get(name), str)}
     files |= {os.path.basename(lora["file"]): lora["file"] for lora in request.get("loras") or ()}
-    return {name: found for name, file in files.items() if (found := hash_once(file)) is not None}
+    controls = list(enumerate(request.get("controls") or ()))
+    files |= {f"controls[{n}].image": control["image"] for n, control in controls}
+    networks = {f"controls[{n}].file": network_hash(control["file"]) for n, control in controls}
+    return {name: found for name, file in files.items() if (found := hash_once(file)) is not None} | networks
 
 
 def exif(text: dict[str, str]) -> bytes:
@@ -162,6 +178,7 @@ def _infotext(
         "Mask": os.path.basename(str(mask)) if (mask := request.get("mask_image")) else None,
         "Lora hashes": _hashes({name: hash_once(lora["file"], weights_only=True) for name, lora in loras}),
         "TI hashes": _hashes(learned),
+        **{f"ControlNet {n}": _unit(c) for n, c in enumerate(request.get("controls") or ())},
         "Row": _rest(_without_folders(request)),
         "Version": f"genkit {origin.version}",
     }
@@ -190,6 +207,20 @@ def _tag(name: str, lora: Mapping[str, Any]) -> str:
     """Return a LoRA as AUTOMATIC1111 writes it into the prompt: of two numbers the first is the text encoder's."""
     weight, on_text = lora.get("weight", 1.0), lora.get("text_weight", lora.get("weight", 1.0))
     return f"<lora:{name}:{'' if on_text == weight else f'{_number(on_text)}:'}{_number(weight)}>"
+
+
+def _unit(control: Mapping[str, Any]) -> str:
+    """Return a ControlNet as sd-webui-controlnet writes it; of a file with 8 digits of its hash."""
+    preprocess, file = control.get("preprocess", "none"), control["file"]
+    digits = hash_once(file) if file.endswith(_SUFFIX) else None
+    name = os.path.basename(file).removesuffix(_SUFFIX)
+    told = {
+        "Module": next(name for name, kind in PREPROCESSORS.items() if kind == preprocess),
+        "Model": name if digits is None else f"{name} [{digits[:8]}]",
+        **{key: f"{control.get(field, usual):g}" for key, (field, usual) in UNIT.items()},
+        "Control Mode": "Balanced",
+    }
+    return ", ".join(f"{key}: {value}" for key, value in told.items())
 
 
 def _hashes(hashes: Mapping[str, str | None]) -> str | None:

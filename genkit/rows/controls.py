@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
 from genkit.files import user_path
-from genkit.pictures.edges import PREPROCESS
+from genkit.pictures.edges import PREPROCESS, PREPROCESSORS
 from genkit.pictures.images import as_pil
+from genkit.pictures.metadata import UNIT
 from genkit.rows.inputs import picture_path
 
 CONTROL: dict[str, Any] = {
@@ -117,4 +119,14 @@ def _located(folder: Path, control: Any) -> Any:
         found["file"] = str(path) if path.exists() or found["file"].endswith(".safetensors") else found["file"]
     if isinstance(found.get("image"), str) and found["image"]:
         found["image"] = picture_path(folder, "control_image", found["image"])
+    return found
+
+
+def read_unit(text: str) -> dict[str, Any]:
+    """Return what AUTOMATIC1111's infotext says of a ControlNet that rows have fields for: no network, no picture."""
+    told = dict(part.strip().partition(": ")[::2] for part in text.split(","))
+    found: dict[str, Any] = {"preprocess": PREPROCESSORS.get(told.get("Module", "none"), "none")}
+    for key, (name, _) in UNIT.items():
+        if re.fullmatch(r"-?\d{1,3}(\.\d{1,20})?", told.get(key, "")):
+            found[name] = float(told[key])
     return found

@@ -12,6 +12,7 @@ from genkit.rows.request import SEED_LIMIT
 from genkit.rows.typed import COUNTS, typed, whole
 
 _OPTIONS = {"refiner": "--refiner"}  # settings that are options of a run, not fields of a row
+_GIVEN = {"ControlNet": "its picture is not in the settings: give control and control_image"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Found:
     """Settings as found: `fields` are a row for `canonical`, the rest is for the reader.
 
     about: `form` (infotext, genkit, comfyui, invokeai, json) and, where they are told, model, model_hash, vae,
-    vae_hash, lora_hashes, ti_hashes, clip_skip (counted from the last layer, which is 1), version, sampler (as written,
-    where genkit has none of that name). notes: one line each on what was assumed or left out. lacking: what the
+    vae_hash, controls (of ControlNets: weight, range, preprocess), lora_hashes, ti_hashes, clip_skip (counted from the
+    last layer, which is 1), version, sampler (as written, where genkit has none of that name). notes: one line each on
+    what was assumed or left out. lacking: what the
     settings ask for and a row drawn from `fields` will not have.
     """
 
@@ -46,7 +48,7 @@ class Draft:
     def lack(self, name: str, note: str | None = None) -> None:
         """Record that the settings ask for `name`, which the row will not have."""
         self.lacking.append(name)
-        usual = f"is an option of a run, {_OPTIONS[name]}" if name in _OPTIONS else "genkit has none"
+        usual = f"is an option of a run, {_OPTIONS[name]}" if name in _OPTIONS else _GIVEN.get(name, "genkit has none")
         self.notes.append(note or f"{name}: {usual}; the row is without it")
 
     def put(self, field: str, value: Any) -> None:

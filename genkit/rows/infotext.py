@@ -14,6 +14,7 @@ from genkit.files import parse_json, place
 from genkit.pictures.metadata import METADATA_BYTES
 from genkit.pictures.written import read_texts
 from genkit.rows.comfyui import read_graph
+from genkit.rows.controls import read_unit
 from genkit.rows.found import Draft, Found
 from genkit.rows.invokeai import read_dream, read_invokeai, read_sd_metadata
 from genkit.rows.records import read_fields, read_record
@@ -177,6 +178,8 @@ def _other(draft: Draft, key: str, value: str) -> None:
     low = key.lower()
     if low in _READ or low in _SILENT or low.startswith(("lora hashes", "ti hashes")):
         return
+    if re.fullmatch(r"controlnet \d+", low):
+        draft.about.setdefault("controls", []).append(read_unit(value))
     lacked = next((name for start, name in _LACKING if low.startswith(start)), None)
     if lacked is None:
         draft.notes.append(f"not used: {shown(f'{key}: {value}')}")

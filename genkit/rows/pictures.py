@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from genkit.components.control import network_hash
 from genkit.components.weights import hash_once
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, user_path
 from genkit.pictures.images import list_images
 from genkit.pictures.metadata import CHOOSING
+from genkit.rows.controls import FLAT
 from genkit.rows.found import Found, base_name
 from genkit.rows.infotext import read_picture_settings
 from genkit.rows.inputs import MASK_DEFAULTS
@@ -82,7 +85,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
         name = field_name(key)
         if not equals or not key.strip():
             raise InputError(f"{shown(word)}: is no picture, and not like key=value")
-        known = [name for name in (*Request.model_fields, *ALIASES, "size", "schedule_type") if name != "id"]
+        known = [name for name in (*Request.model_fields, *ALIASES, *FLAT, "size", "schedule_type") if name != "id"]
         if name not in known:
             raise InputError(f"{shown(key)}: unknown field{nearest(key, known)}")
         if not value.strip() and name not in ("prompt", "negative_prompt"):
@@ -222,12 +225,18 @@ def _pictured(
     for name in ("prompt", "negative_prompt"):
         if not str(fields.get(name, "-")).strip():  # of a model without prompts
             del fields[name]
-    changed = [f"{k}: {_brief(fields.get(k))} -> {_brief(v)}" for k, v in overrides.items() if fields.get(k) != v]
-    fields |= overrides
+    steered = _place_controls(path, found, fields, overrides, lora_dir)
+    new = overrides | steered if "controls" in overrides else overrides
+    changed = [
+        f"{k}: {_brief(fields.get(k))} -> {_brief(v)}" for k, v in new.items() if _named(fields.get(k)) != _named(v)
+    ]
+    fields |= overrides | steered
     inputs = _place_pictures(path, found, fields, overrides, lacking)
     if fields.get("loras") and "loras" not in overrides:
         fields["loras"] = _placed_loras(fields["loras"], path.parent, lora_dir)
         inputs += [_input(about, lora["file"]) for lora in fields["loras"]]
+    for number, control in enumerate(steered.get("controls") or ()):
+        inputs += [_input(about, control[name], f"controls[{number}].{name}") for name in ("file", "image")]
     if is_tuned(fields.get("scheduler")) and fields["scheduler"] != TUNED and "scheduler" not in overrides:
         fields["scheduler"] = str(_beside(path, "scheduler", fields["scheduler"]))
     row = Request(**{**prepared(fields, path.parent), "id": row_id})
@@ -244,9 +253,16 @@ def drawing(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k not in CHOOSING}
 
 
+def _named(value: Any) -> Any:
+    """Return a value with the names alone of the files of ControlNets, which lie elsewhere now."""
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        return value
+    return [{k: os.path.basename(v) if k in ("file", "image") else v for k, v in one.items()} for one in value]
+
+
 def _given(lacked: str, overrides: Mapping[str, Any]) -> bool:
     """Whether an entry of `lacking` no longer matters, because its field (a prompt, the scheduler) is overridden."""
-    field = lacked.removeprefix("syntax of ").split(":")[0]
+    field = {"ControlNet": "controls"}.get(lacked, lacked.removeprefix("syntax of ").split(":")[0])
     return field in overrides or ("scheduler" in overrides and field.startswith(("sampler ", "schedule ")))
 
 
@@ -325,6 +341,42 @@ def _place_pictures(
     return inputs
 
 
+def _place_controls(
+    path: Path, found: Found, fields: Mapping[str, Any], overrides: Mapping[str, Any], lora_dir: str | Path | None
+) -> dict[str, Any]:
+    """Return {"controls": …} of a picture's own ControlNets, changed by an override; {} without any.
+
+    Networks and pictures that are not given lie beside the picture, or networks in lora_dir.
+    """
+    own = fields.get("controls") or found.about.get("controls") or []
+    given = overrides.get("controls")
+    if given == [] or (given is None and not fields.get("controls")):
+        return {}
+    if len(own) > 1 and given and len(given) != len(own):
+        raise InputError(f"controls: the picture has {len(own)}, and {len(given)} are given")
+    given = given or [{} for _ in own]
+    own = own or [{} for _ in given]
+    return {
+        "controls": [{**_beside_control(path, one, new, lora_dir), **new} for one, new in zip(own, given, strict=True)]
+    }
+
+
+def _beside_control(
+    path: Path, control: Mapping[str, Any], given: Mapping[str, Any], lora_dir: str | Path | None
+) -> dict[str, Any]:
+    found = dict(control)
+    if "image" not in given and "image" in control:
+        found["image"] = str(_beside(path, "control_image", control["image"]))
+    if "file" not in given and "file" in control:
+        name = base_name("control", control["file"])
+        places = [path.absolute().parent, *([user_path(lora_dir)] if lora_dir is not None else [])]
+        file = next((at / name for at in places if (at / name).exists()), None)
+        if file is None:
+            raise InputError(f"control: {shown(name)} is not beside the picture; give control=NETWORK")
+        found["file"] = str(file.absolute())
+    return found
+
+
 def _beside(path: Path, field: str, name: Any) -> Path:
     """Return the file of that name beside a picture. Raises InputError if there is none."""
     file = path.absolute().parent / base_name(field, name)
@@ -362,8 +414,11 @@ def other_inputs(shot: Pictured) -> list[str]:
     """Return a line for each file of a row that has another hash than the picture says."""
     lines = []
     for name, recorded, path in shot.inputs:
-        kinds = (False, True) if path.suffix == ".safetensors" else (False,)  # of the file, or of its weights alone
-        known = [str(hash_once(path, weights_only=alone)) for alone in kinds]
+        if name.startswith("controls[") and name.endswith(".file"):  # which may be a folder
+            known = [network_hash(str(path))]
+        else:
+            kinds = (False, True) if path.suffix == ".safetensors" else (False,)  # of the file, or its weights alone
+            known = [str(hash_once(path, weights_only=alone)) for alone in kinds]
         if not any(digits.startswith(recorded.lower()) for digits in known):
             lines.append(f"{name}: {place(path)} has SHA-256 {known[0][:12]}…, and the picture says {recorded[:12]}…")
     return lines

@@ -17,6 +17,7 @@ from genkit.errors import InputError, nearest, shown
 from genkit.pictures.images import as_pil
 from genkit.rows import controls as steering
 from genkit.rows import detecting, inputs, prompting, sdxl
+from genkit.rows.complaints import complaint
 from genkit.rows.loras import beside, check_loras
 from genkit.rows.typed import COUNTS, whole
 from genkit.rows.yamltext import Cut
@@ -102,7 +103,7 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise InputError(_describe(error)) from None
+            raise InputError(complaint(error, Request.model_fields, ALIASES)) from None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Request) and dict(self) == dict(other)  # ignores the source
@@ -430,42 +431,3 @@ def prepared(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _deeper(value: Any, levels: int) -> bool:
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return levels < 0 or any(_deeper(part, levels - 1) for part in inside)
-
-
-def _describe(error: ValidationError) -> str:
-    """Return pydantic's most specific error as "field: value must be …"."""
-    found = error.errors(include_url=False)
-    # Of the branches of a union, the one that matched furthest.
-    worst = max((e for e in found if e["loc"][:1] == found[0]["loc"][:1]), key=lambda e: len(e["loc"]))
-    context = worst.get("ctx", {})
-    complaint = _COMPLAINTS.get(worst["type"])
-    message = worst["msg"].removeprefix("Value error, ") if complaint is None else complaint.format(**context)
-    if not worst["loc"]:
-        return message
-    field = str(worst["loc"][0])
-    if worst["type"] == "extra_forbidden":
-        close = f" (did you mean {ALIASES[field]!r}?)" if field in ALIASES else nearest(field, Request.model_fields)
-        return f"{shown(field)}: unknown field{close}"
-    if isinstance(context.get("error"), InputError):  # it names the value itself
-        return f"{field}: {message}"
-    item = "".join(f"[{part}]" for part in worst["loc"][1:] if isinstance(part, int))
-    return f"{field}{item}: {shown(worst['input'])} {message}"
-
-
-# pydantic's error types and genkit's messages for them, which follow the value.
-_COMPLAINTS = {
-    **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "must be a whole number"),
-    "float_type": "must be a number",
-    "finite_number": "must be finite",
-    "string_type": "must be text",
-    "string_unicode": "holds half a surrogate pair, which no file can store",
-    "string_too_long": "must have at most {max_length} characters",
-    "list_type": "must be a list",
-    "dict_type": "must be an object of fields",
-    "too_short": "must not be empty",
-    "too_long": "must have at most {max_length} items",
-    "greater_than": "must be more than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
-}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -219,19 +219,21 @@ class TextToImage(Generator):
         original_size: Sequence[int] | None = None,
         crop: Sequence[int] | None = None,
         target_size: Sequence[int] | None = None,
+        controls: Sequence[Mapping[str, Any]] | None = None,
         scorer: ClipScorer | None = None,
     ) -> Output:
         """Draw `num_images` pictures of `prompt`; image k has seed `seed` + k. Raises InputError for bad settings.
 
         guidance_scale 1 or less turns guidance off, which halves the work. None takes the model's default. prompt_2,
         negative_prompt_2: of SDXL's second text encoder; original_size, target_size: (width, height), crop: (left, top)
-        that SDXL is told. Request has more of them.
+        that SDXL is told. controls: ControlNets, each like {"file": "canny", "image": picture, "weight": 0.8}; the size
+        is then that of the first picture, unless width and height are given. Request has more of them.
         """
         request = Request(
             prompt=prompt, negative_prompt=negative_prompt, num_images=num_images, seed=seed,
             num_inference_steps=num_inference_steps, guidance_scale=_number(guidance_scale), width=width, height=height,
             prompt_2=prompt_2, negative_prompt_2=negative_prompt_2, original_size=original_size, crop=crop,
-            target_size=target_size,
+            target_size=target_size, controls=None if controls is None else list(controls),
         )  # fmt: skip
         return self._collect(request, scorer)
 
@@ -255,18 +257,20 @@ class ImageToImage(Generator):
         height: int | None = None,
         prompt_2: str | None = None,
         negative_prompt_2: str | None = None,
+        controls: Sequence[Mapping[str, Any]] | None = None,
         scorer: ClipScorer | None = None,
     ) -> Output:
         """Draw `num_images` variations of `image`; strength, 0 to 1, is how much noise is added to it (default 0.8).
 
         The size is that of `image`, rounded down to what the model allows, unless width and height are given.
+        controls: ControlNets, as of TextToImage.
         """
         request = Request(
             prompt=prompt, image=image, strength=_number(strength), mask_image=mask_image,
             negative_prompt=negative_prompt,
             num_images=num_images, seed=seed, num_inference_steps=num_inference_steps,
             guidance_scale=_number(guidance_scale), width=width, height=height, prompt_2=prompt_2,
-            negative_prompt_2=negative_prompt_2,
+            negative_prompt_2=negative_prompt_2, controls=None if controls is None else list(controls),
         )  # fmt: skip
         return self._collect(request, scorer)
 
