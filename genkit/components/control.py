@@ -32,6 +32,7 @@ _EQUAL = (
 _HINTS = "conditioning_embedding_out_channels"
 # Other networks that steer a UNet, by a key that one of them has
 OTHERS = {
+    r"model\.diffusion_model\.": "a model: give it with --model",
     "task_embedding": "a ControlNet for several kinds of pictures (Union), which genkit does not have",
     r"lllite_unet": "a ControlNet-LLLite, which genkit does not have",
     r"lora_controlnet": "a Control-LoRA, which genkit does not have; the ControlNet that it was made from is taken",

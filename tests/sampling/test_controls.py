@@ -99,13 +99,17 @@ def test_text_to_image_is_that_of_diffusers(place: Path, kind: str, told: Any) -
 
 def test_image_to_image_and_inpainting_are_those_of_diffusers(place: Path) -> None:
     net = ControlNetModel.from_pretrained(place / "sd-one")
-    start, mask = picture(16, 5), Image.fromarray(np.repeat(np.uint8([[0] * 8 + [255] * 8]), 16, axis=0))
+    start, mask = (
+        picture(16, 5),
+        Image.fromarray(np.repeat(np.array([[0] * 8 + [255] * 8], dtype=np.uint8), 16, axis=0)),
+    )
     one = control(place, weight=0.8)
     common: dict[str, Any] = {
         "negative_prompt": "blurry", "image": start, "control_image": one["image"], "strength": 0.6,
         "num_inference_steps": STEPS, "guidance_scale": 5.0, "controlnet_conditioning_scale": 0.8,
     }  # fmt: skip
     gen = ImageToImage.from_pretrained(place / "sd", device="cpu")
+    more: dict[str, Any]
     for cls, more in (
         (diffusers.StableDiffusionControlNetImg2ImgPipeline, {}),
         (diffusers.StableDiffusionControlNetInpaintPipeline, {"mask_image": mask}),
