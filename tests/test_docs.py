@@ -48,7 +48,7 @@ from tests.depths import tiny_depth_anything
 from tests.detectors import tiny_owlvit
 from tests.grids import thinned
 from tests.senses import tiny_blip, tiny_blip_vqa, tiny_clipseg
-from tests.tiny import tiny_clip, tiny_ddpm, tiny_refiner, tiny_sdxl, tiny_stable_diffusion
+from tests.tiny import tiny_clip, tiny_controlnet, tiny_ddpm, tiny_refiner, tiny_sdxl, tiny_stable_diffusion
 from tests.videos import animation, shots, tiny_xclip
 
 ROOT = Path(__file__).parent.parent
@@ -224,6 +224,8 @@ SETUPS: dict[str, Callable[[Path], Any]] = {
     "photos": _photos,
     "my-sd-folder": tiny_stable_diffusion,
     "my-sdxl-folder": tiny_sdxl,
+    "my-canny": lambda folder: tiny_controlnet(folder, folder.parent / "my-sd-folder"),
+    "my-depth-net": lambda folder: tiny_controlnet(folder, folder.parent / "my-sd-folder", seed=9),
     "my-refiner": tiny_refiner,
     **dict.fromkeys(("lcm-lora.safetensors", "hyper-lora.safetensors"), _lora),
     "my-ddpm": tiny_ddpm,

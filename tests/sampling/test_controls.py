@@ -99,21 +99,19 @@ def test_text_to_image_is_that_of_diffusers(place: Path, kind: str, told: Any) -
 
 def test_image_to_image_and_inpainting_are_those_of_diffusers(place: Path) -> None:
     net = ControlNetModel.from_pretrained(place / "sd-one")
-    start, mask = (
-        picture(16, 5),
-        Image.fromarray(np.repeat(np.array([[0] * 8 + [255] * 8], dtype=np.uint8), 16, axis=0)),
-    )
+    half = np.array([[0] * 8 + [255] * 8], dtype=np.uint8)
+    start, mask = picture(16, 5), Image.fromarray(np.repeat(half, 16, axis=0))
     one = control(place, weight=0.8)
     common: dict[str, Any] = {
         "negative_prompt": "blurry", "image": start, "control_image": one["image"], "strength": 0.6,
         "num_inference_steps": STEPS, "guidance_scale": 5.0, "controlnet_conditioning_scale": 0.8,
     }  # fmt: skip
     gen = ImageToImage.from_pretrained(place / "sd", device="cpu")
-    more: dict[str, Any]
-    for cls, more in (
-        (diffusers.StableDiffusionControlNetImg2ImgPipeline, {}),
-        (diffusers.StableDiffusionControlNetInpaintPipeline, {"mask_image": mask}),
+    for cls, masked in (
+        (diffusers.StableDiffusionControlNetImg2ImgPipeline, False),
+        (diffusers.StableDiffusionControlNetInpaintPipeline, True),
     ):
+        more: dict[str, Any] = {"mask_image": mask} if masked else {}
         pipe = cls.from_pretrained(place / "sd", controlnet=net, safety_checker=None)
         pipe.set_progress_bar_config(disable=True)
         theirs = pipe("a fox", **common, **more, generator=torch.Generator().manual_seed(3)).images[0]
