@@ -34,7 +34,7 @@ from genkit.components.siglip import check_siglip_tokenizer
 from genkit.components.single import UNET, read_single, read_text_encoder, read_vae
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import CONVERT, PICKLES, check_shapes, read_file, read_weights, wanted_weights
-from genkit.device.memory import TEXTS
+from genkit.device.memory import CONTROL, TEXTS
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_json, read_text, user_path
 
@@ -288,6 +288,8 @@ def _read_index(folder: Path, notes: list[str]) -> tuple[str, dict[str, str], st
             raise InputError(f"{where}: {key}: class {shown('.'.join(value))} is not supported; supported: {names}")
         if key in COMPONENTS:
             parts[key] = value[1]
+        if key == CONTROL:
+            notes.append(f"{where}: {key}: is used where rows name it: give it with --control")
     kind = PIPELINES[pipeline]
     required = (*REQUIRED[kind], *(SECOND if "XL" in pipeline else ()))
     if "XL" in pipeline and checked["requires_aesthetics_score"]:  # the refiner, which has the second encoder alone

@@ -104,6 +104,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     ),
     "image_encoder": ("transformers", ("CLIPVisionModelWithProjection",)),
+    "controlnet": ("diffusers", ("ControlNetModel", "MultiControlNetModel")),  # rows name it
 }
 # The pipeline classes of a model_index.json, and the kind of model that each is.
 PIPELINES = {
@@ -115,6 +116,14 @@ PIPELINES = {
     "StableDiffusionXLInpaintPipeline": "text-to-image",
     "LatentConsistencyModelPipeline": "text-to-image",
     "LatentConsistencyModelImg2ImgPipeline": "text-to-image",
+    **dict.fromkeys(
+        (
+            *("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline"),
+            *("StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionXLControlNetImg2ImgPipeline"),
+            *("StableDiffusionControlNetInpaintPipeline", "StableDiffusionXLControlNetInpaintPipeline"),
+        ),
+        "text-to-image",
+    ),
     "DDPMPipeline": "unconditional",
     "DDIMPipeline": "unconditional",
     "PNDMPipeline": "unconditional",

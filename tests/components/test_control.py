@@ -92,6 +92,10 @@ def test_folders_of_a_pipeline_variants_and_the_hub_cache(tmp_path: Path, monkey
     model = tiny_stable_diffusion(tmp_path / "model")
     tiny_controlnet(model / "controlnet", model)
     assert read_control(model).parameters == read_control(model / "controlnet").parameters
+    index = json.loads((model / "model_index.json").read_text())
+    pair = {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]}
+    (model / "model_index.json").write_text(json.dumps({**index, **pair}))
+    assert [note for note in inspect_model(model).notes if note.endswith("rows name it: give it with --control")]
     both = tmp_path / "both"
     tiny_controlnet(both, model)
     tiny_controlnet(both, model, variant="fp16")

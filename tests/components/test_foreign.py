@@ -132,7 +132,7 @@ def test_what_a_newer_library_knows_is_refused(
 
 
 REFUSED: dict[str, tuple[str, Change, str]] = {
-    "an adapter": ("sd", change(INDEX, controlnet=["diffusers", "ControlNetModel"]), "'controlnet': unknown component"),
+    "an adapter": ("sd", change(INDEX, adapter=["diffusers", "T2IAdapter"]), "'adapter': unknown component"),
     "null where a number is needed": ("sd", change("vae/config.json", latent_channels=None), "latent_channels: None"),
     "a code key that asks": ("sd", change(TOKENIZER, trust_remote_code=1), "never run"),
     "auto_map, empty": ("sd", change("vae/config.json", auto_map={}), "never run"),
