@@ -198,9 +198,20 @@ def _text(graph: Graph, draft: Draft, field: str, value: Any) -> None:
         if kind.startswith(_COMBINED):
             raise InputError(f"{_called(graph, source)}: combined prompts are not read")
         draft.lack("ControlNet" if "ControlNet" in kind else shown(kind)[1:-1])
+        if kind.startswith("ControlNetApply") and field == "prompt":
+            _control(graph, draft, source)
         second = isinstance(value, list) and value[1] == 1 and "negative" in inputs
         value = inputs.get("negative") if second else inputs.get("positive", inputs.get("conditioning"))
     raise InputError(f"{field}: comes from nothing that is read")
+
+
+def _control(graph: Graph, draft: Draft, source: str) -> None:
+    """Record the weight and the range of a ControlNet; a picture and a network are then to be given."""
+    inputs = graph[source]["inputs"]
+    told = {field: number(key, _scalar(graph, source, key)) for key, field in _CONTROL.items() if key in inputs}
+    if (told.get("start", 0.0), told.get("end", 1.0)) != (0, 1):
+        draft.notes.append("control_start, control_end: are parts of the noise schedule there, and of the steps here")
+    draft.about.setdefault("controls", []).insert(0, told)
 
 
 def _sizes(graph: Graph, draft: Draft, source: str, side: str) -> None:
@@ -252,4 +263,5 @@ def _text_loras(graph: Graph, draft: Draft, value: Any) -> set[str]:
     return seen
 
 
+_CONTROL = {"strength": "weight", "start_percent": "start", "end_percent": "end"}
 _PART = ("start_at_step", "end_at_step")

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from genkit.errors import InputError
 from genkit.pictures.metadata import Origin, texts
 from genkit.rows.controls import read_unit
 from genkit.rows.infotext import read_infotext
+from genkit.rows.pictures import read_overrides, read_pictures
 from genkit.rows.prompts import read_prompts
 from genkit.rows.request import Request, canonical
 
@@ -109,3 +111,22 @@ def test_infotext_says_what_was_used_as_other_tools_do(folder: Path) -> None:
     assert any("give control and control_image" in note for note in found.notes)
     theirs = "Module: canny, Model: control_v11p_sd15_canny [d14c016b], Weight: 0.75, Resize Mode: Crop and Resize"
     assert read_unit(theirs) == {"preprocess": "canny", "weight": 0.75}
+
+
+def test_a_picture_of_another_tool_is_drawn_with_a_network_and_picture_that_are_given(folder: Path) -> None:
+    unit = (
+        "Module: canny, Model: control_v11p_sd15_canny [d14c016b], Weight: 0.75, Guidance Start: 0, Guidance End: 0.8"
+    )
+    text = (
+        f'a fox\nSteps: 4, Sampler: DDIM, CFG scale: 5, Seed: 1, Size: 16x16, ControlNet 0: "{unit}", Version: v1.9.0'
+    )
+    told = PngInfo()
+    told.add_text("parameters", text)
+    Image.new("RGB", (16, 16), "teal").save(folder / "old.png", pnginfo=told)
+    shots, rows = read_pictures([folder / "old.png"])
+    assert shots[0].lacking == ("ControlNet",) and rows[0].controls is None
+    given = read_overrides([f"control={folder / 'net.safetensors'}", f"control_image={folder / 'a.png'}"])
+    shots, rows = read_pictures([folder / "old.png"], given)
+    told_now = {"weight": 0.75, "start": 0.0, "end": 0.8, "preprocess": "canny"}
+    files = {"file": str(folder / "net.safetensors"), "image": str(folder / "a.png")}
+    assert shots[0].lacking == () and rows[0].controls == [{**files, **told_now}]

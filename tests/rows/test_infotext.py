@@ -405,6 +405,11 @@ def test_image_to_image_and_parts_of_the_steps() -> None:
     control["30"] = node("ControlNetApplyAdvanced", positive=["6", 0], negative=["7", 0], strength=1)
     found = read_graph(control)
     assert (found.fields["negative_prompt"], found.lacking) == ("text, watermark", ("ControlNet",))
+    assert found.about["controls"] == [{"weight": 1.0}]
+    control["30"]["inputs"] |= {"strength": 0.6, "start_percent": 0.0, "end_percent": 0.5}
+    found = read_graph(control)
+    assert found.about["controls"] == [{"weight": 0.6, "start": 0.0, "end": 0.5}]
+    assert any("parts of the noise schedule" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
