@@ -132,14 +132,17 @@ def tiny_sdxl(folder: Path, **index: Any) -> Path:
     return _index(folder, "StableDiffusionXLPipeline", {**parts, **index})
 
 
-def tiny_controlnet(folder: Path, model: Path, seed: int = 8, **save: Any) -> Path:
+def tiny_controlnet(
+    folder: Path, model: Path, seed: int = 8, hints: tuple[int, ...] = (8, 16), **save: Any
+) -> Path:  # fmt: skip
     """Write a ControlNet for the UNet of a tiny model's folder; none of its layers is zero, as those of a new one are.
 
-    save: for save_pretrained.
+    hints: widths of the layers that make pictures as small as latents, one more than the VAE's halvings. save: for
+    save_pretrained.
     """
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     torch.manual_seed(seed)
-    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=hints)
     for module in (*network.controlnet_down_blocks, network.controlnet_mid_block):
         torch.nn.init.normal_(module.weight, std=0.2)
     torch.nn.init.normal_(network.controlnet_cond_embedding.conv_out.weight, std=0.2)

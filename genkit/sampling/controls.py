@@ -76,7 +76,7 @@ class Controls:
         for stated in request.controls or ():
             control = {**USUAL, **stated}
             network = self.add(control["file"])
-            picture = control_picture(control, width, height).to(self.residency.device)
+            picture = control_picture(control, width, height).to(self.residency.device, self.unet.dtype)
             found.append(Control(network, picture, weights(control, calls)))
         return tuple(found)
 

@@ -19,7 +19,9 @@ from genkit.sampling import generators
 from genkit.sampling.codec import Codec
 from tests.check_run import check_run
 from tests.sampling.test_loras import pairs, peft
-from tests.tiny import random_sd15, tiny_ddpm, tiny_stable_diffusion
+from tests.tiny import EMBEDDED, random_sd15, tiny_controlnet, tiny_ddpm, tiny_stable_diffusion
+
+EMOJI = EMBEDDED / "emoji"
 
 pytestmark = [
     pytest.mark.cuda,
@@ -85,6 +87,21 @@ def test_recorded_calls_are_taken_and_give_the_pictures_of_plain_ones() -> None:
     again = {r.id: r.pixels for r in gen.stream(requests())}
     for name in plain:
         assert np.abs(again[name].astype(int) - plain[name].astype(int)).mean() < 0.5
+
+
+def test_controlnets_steer_beside_recorded_calls(tmp_path: Path) -> None:
+    folder = tiny_controlnet(tmp_path / "net", EMOJI, hints=(8, 16, 32, 64))
+    picture = TextToImage.from_pretrained("emoji")("a red fox", seed=0, num_inference_steps=4).images[0]
+    rows = requests()
+    control = {"file": str(folder), "image": picture, "weight": 0.5, "end": 0.6}
+    rows += [row.filled({}).model_copy(update={"id": f"steered-{row.id}", "controls": [control]}) for row in rows]
+    gen = TextToImage.from_pretrained("emoji", dtype="float32")
+    fast = {r.id: r.pixels for r in gen.stream(rows)}
+    assert gen.denoiser.graphs is not None and gen.denoiser.graphs.reason is None and gen.denoiser.graphs._recorded
+    for result in TextToImage.from_pretrained("emoji", device="cpu").stream(rows):
+        assert result.status == "done"
+        assert np.abs(result.pixels.astype(int) - fast[result.id].astype(int)).mean() < 0.5
+    assert np.abs(fast["steered-0"].astype(int) - fast["0"].astype(int)).mean() > 1
 
 
 def test_recordings_are_made_while_pictures_are_decoded() -> None:
