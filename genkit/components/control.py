@@ -44,8 +44,9 @@ OTHERS = {
 def read_control(name: str | Path, variant: str | None = None) -> Part:
     """Return a ControlNet by the name of its folder, its hub id, or its .safetensors file; of weights, headers alone.
 
-    A file may have diffusers' names or the original ones. variant: of weights, where the folder has it. Raises
-    InputError, naming file, key and value, for anything that is missing, malformed or another kind of network.
+    A file may have diffusers' names or the original ones. variant: of weights, where the folder has it; one that has
+    weights in half precision alone is read, too. Raises InputError, naming file, key and value, for anything that is
+    missing, malformed or another kind of network.
     """
     path = user_path(name)
     return _read(str(name), variant, _state(path))
@@ -62,9 +63,9 @@ def _read(name: str, variant: str | None, _state: tuple[Any, ...]) -> Part:
     stem = NETWORKS["ControlNetModel"].stem
     if on_hub:
         fetch_weights(str(name), folder, (file.name for file in wanted_weights(folder, stem, None)))
-    elif variant is not None and not all(file.exists() for file in wanted_weights(folder, stem, variant)):
-        variant = None
-    return inspect_network(folder, CONTROL, variant=None if on_hub else variant)
+        return inspect_network(folder, CONTROL)
+    there = [v for v in (variant, None, "fp16") if all(file.exists() for file in wanted_weights(folder, stem, v))]
+    return inspect_network(folder, CONTROL, there[0] if there else None)
 
 
 def check_fit(part: Part, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> None:

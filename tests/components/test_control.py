@@ -101,6 +101,8 @@ def test_folders_of_a_pipeline_variants_and_the_hub_cache(tmp_path: Path, monkey
     tiny_controlnet(both, model, variant="fp16")
     assert [file.name for file in read_control(both, "fp16").files] == ["diffusion_pytorch_model.fp16.safetensors"]
     assert read_control(model / "controlnet", "fp16").files[0].name == "diffusion_pytorch_model.safetensors"
+    half = tiny_controlnet(tmp_path / "half", model, variant="fp16")
+    assert read_control(half).files[0].name == "diffusion_pytorch_model.fp16.safetensors"
     snapshot = tmp_path / "hub" / "models--someone--canny" / "snapshots" / ("a" * 40)
     snapshot.parent.mkdir(parents=True)
     shutil.copytree(both, snapshot)
