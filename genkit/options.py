@@ -32,6 +32,9 @@ class Options:
     segmenter: Annotated[str | None, "CLIPSeg model that finds what --mask names: a folder or a hub id."] = None
     variant: Annotated[str | None, "Variant of the weight files, such as fp16."] = None
     lora_dir: Annotated[str | None, "Folder of the LoRAs that prompts and old pictures name: <lora:name:0.8>."] = None
+    control_dir: Annotated[str | None, "Folder of the ControlNets that old pictures and a server's clients name."] = (
+        None
+    )
     wildcards: Annotated[str | None, "With --syntax a1111: folder of the files for __wildcards__."] = None
     seed: Annotated[
         int, "With --prompt, the image's seed; with a file, rows without a seed derive theirs from it; -1: random."

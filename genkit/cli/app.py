@@ -20,7 +20,8 @@ MAKE, CHOOSE, SCORE, TRAIN, LOOK = (
 )  # fmt: skip
 
 
-PATHS = ("image", "mask_image", "control_image", "aesthetic", "lora_dir")  # options of paths whose values are texts
+# Options of paths whose values are texts
+PATHS = ("image", "mask_image", "control_image", "aesthetic", "lora_dir", "control_dir")
 
 
 def _write_sections(formatter: Any, rows: list[tuple[str, tuple[str, str]]]) -> None:

@@ -161,7 +161,7 @@ def generate(
         rows: list[Request]
         shots: list[Pictured] = []
         if from_images is not None:
-            shots, rows = _rows_of(from_images, defaults, folder, options.lora_dir)
+            shots, rows = _rows_of(from_images, defaults, folder, options)
             options = dataclasses.replace(options, model=given_model(ctx, options) or model_of(shots))
         elif prompts is not None:
             rows = read_prompts(prompts, defaults, format_in)
@@ -234,13 +234,13 @@ def _check_source(prompts: Path | None, prompt: str | None, from_images: Path | 
         raise InputError(f"{', '.join(names)}: give one of them, not {'both' if len(names) == 2 else 'all'}")
 
 
-def _rows_of(source: Path, given: dict[str, Any], folder: Path, lora_dir: str | None) -> tuple[list[Pictured], Any]:
+def _rows_of(source: Path, given: dict[str, Any], folder: Path, options: Options) -> tuple[list[Pictured], Any]:
     """Return pictures and their rows, over which the command's options win."""
     from genkit.rows.pictures import check_apart, find_pictures, read_pictures
 
     pictures = find_pictures([source])
     check_apart(pictures, folder)
-    return read_pictures(pictures, given, lora_dir, skip=source.is_dir())
+    return read_pictures(pictures, given, options.lora_dir, source.is_dir(), options.control_dir)
 
 
 def _check(fields: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ _SECTIONS = {
         " negative_prompt prompt_2 negative_prompt_2 syntax wildcards lora_dir expansions clip_skip scheduler"
         " num_inference_steps guidance_scale guidance_interval width height original_size crop target_size image"
         " strength mask_image mask mask_threshold mask_grow mask_invert segmenter loras controls"
-        " control_image control_preprocess num_images seed from_images"
+        " control_image control_preprocess control_dir num_images seed from_images"
     ),
     "Which pictures are kept": (
         "keep gate rank_by max_images labels detect ask clip detector classifier captioner aesthetic scorers diverse"

@@ -17,7 +17,8 @@ from genkit.options import Options
 LEFT_OUT = (
     "segmenter", "seed", "format", "quality", "no_metadata", "picking", "max_total_images", "max_seconds", "quiet",
     "image", "mask_image", "mask", "mask_threshold", "mask_grow", "mask_invert", "strength", "keep", "gate",
-    "rank_by", "max_images", "labels", "detect", "ask", "expansions", "num_images",
+    "rank_by", "max_images", "labels", "detect", "ask", "expansions", "num_images", "controls", "control_image",
+    "control_preprocess",
 )  # fmt: skip
 
 
@@ -27,7 +28,8 @@ def serve(
     ctx: typer.Context,
     *,
     models: Annotated[
-        Path | None, typer.Option(help="Serve every model and LoRA of this folder by name; --model names the first.")
+        Path | None,
+        typer.Option(help="Serve the models, LoRAs and ControlNets of this folder by name; --model is the first."),
     ] = None,
     loaded: Annotated[int, typer.Option(min=1, help="With --models: how many to hold in memory.")] = 1,
     host: Annotated[

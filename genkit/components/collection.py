@@ -1,4 +1,4 @@
-"""A folder of models and LoRAs, as people keep them: what is in it, by name."""
+"""A folder of models, LoRAs and ControlNets, as people keep them: what is in it, by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from genkit.components import ModelInfo, inspect_model
+from genkit.components.control import is_control, read_control
 from genkit.components.embeddingfile import is_embedding, read_embedding
-from genkit.components.single import LORA, kind_of
+from genkit.components.single import LORA, STEERS, kind_of
 from genkit.components.weights import read_header
+from genkit.device.memory import CONTROL
 from genkit.errors import InputError
 from genkit.files import place, user_path
 
@@ -20,7 +22,10 @@ MARKS = ("model_index.json", "config.json")  # of a folder that is a model
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An entry of the folder. kind: that of ModelInfo, "lora" or "embedding"; None if it is refused, and `why`."""
+    """An entry of the folder.
+
+    kind: that of ModelInfo, "lora", "embedding" or "controlnet"; None if it is refused, and `why`.
+    """
 
     name: str
     path: Path
@@ -92,6 +97,12 @@ def _item(path: Path, variant: str | None) -> Item:
                 return Item(name, path, "embedding")
             if kind_of(tensors) == f"is {LORA}":
                 return Item(name, path, "lora")
+            if kind_of(tensors) == f"is {STEERS}":
+                read_control(path)
+                return Item(name, path, CONTROL)
+        elif is_control(path):
+            read_control(path, variant)
+            return Item(name, path, CONTROL)
         info = inspect_model(str(path), variant=variant if path.is_dir() else None)
     except InputError as error:
         return Item(name, path, None, why=str(error).removeprefix(f"{place(path)}: "))

@@ -15,12 +15,12 @@ from genkit.components.folder import inspect_network, locate
 from genkit.components.hub import fetch_weights
 from genkit.components.info import Part
 from genkit.components.original import backward, control_modules, renamed
-from genkit.components.registry import NETWORKS
+from genkit.components.registry import BESIDE, NETWORKS
 from genkit.components.single import kind_of, named, network_part
 from genkit.components.weights import PICKLES, Tensor, hash_once, read_file, wanted_weights
 from genkit.device.memory import CONTROL
 from genkit.errors import HostError, InputError, shown
-from genkit.files import place, user_path
+from genkit.files import place, read_json, user_path
 
 PREFIX = "control_model."  # of its keys where a file holds more than the ControlNet
 HINT = "controlnet_cond_embedding.conv_in.weight"
@@ -66,6 +66,12 @@ def _read(name: str, variant: str | None, _state: tuple[Any, ...]) -> Part:
         return inspect_network(folder, CONTROL)
     there = [v for v in (variant, None, "fp16") if all(file.exists() for file in wanted_weights(folder, stem, v))]
     return inspect_network(folder, CONTROL, there[0] if there else None)
+
+
+def is_control(folder: Path) -> bool:
+    """Whether a folder is that of a ControlNet alone."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("_class_name") in BESIDE[CONTROL][1]
 
 
 def check_fit(part: Part, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> None:

@@ -41,11 +41,12 @@ LEFTOVER = re.compile(
 )
 # Other kinds of files, by a pattern that one of their keys matches
 LORA = "a LoRA: give it with --lora"
+STEERS = "a ControlNet: give it with --control"
 OTHERS = {
     r"lora_(unet|te|transformer)|.*\.(lora_(up|down|A|B)\.|hada_w|lokr_w)": LORA,
     r"(model\.diffusion_model\.)?(double_blocks|single_blocks)\.": "of Flux, which genkit does not have",
     r"(model\.diffusion_model\.)?joint_blocks\.": "of Stable Diffusion 3, which genkit does not have",
-    r"control_model\.|input_hint_block\.|controlnet_cond": "a ControlNet: give it with --control",
+    r"control_model\.|input_hint_block\.|controlnet_cond": STEERS,
     r"(model\.diffusion_model\.)?.*time_mix": "of Stable Video Diffusion, which genkit does not have",
     r"edm_(vpred|mean|std)": "of an EDM model of its own, which genkit does not have",
     r"(down_blocks\.|conv_in\.|text_model\.)": "one network in diffusers' layout: give its folder, with config.json",

@@ -147,13 +147,14 @@ def read_pictures(
     overrides: Mapping[str, Any] | None = None,
     lora_dir: str | Path | None = None,
     skip: bool = False,
+    control_dir: str | Path | None = None,
 ) -> tuple[list[Pictured], Rows]:
     """Return each picture with its row, and the rows with notes; a row's id is the name of the file.
 
-    overrides: fields, under genkit's names and checked, which win over those of the pictures. lora_dir: where LoRAs are
-    looked for by name if they do not lie beside the picture. skip: leave pictures without settings out, with a note, if
-    any has some; else each of them is named in an error. Raises InputError naming the picture and what is wrong with
-    its settings. Of paths in metadata only the name is used.
+    overrides: fields, under genkit's names and checked, which win over those of the pictures. lora_dir, control_dir:
+    where LoRAs and ControlNets are looked for by name if they do not lie beside the picture. skip: leave pictures
+    without settings out, with a note, if any has some; else each of them is named in an error. Raises InputError naming
+    the picture and what is wrong with its settings. Of paths in metadata only the name is used.
     """
     read, bad = _read_all(pictures)
     if bad and not (skip and read):
@@ -168,7 +169,7 @@ def read_pictures(
     said: dict[str, list[Path]] = {}
     for path, settings in read:
         try:
-            shot = _pictured(path, settings, dict(overrides or {}), lora_dir, _free_id(path, taken))
+            shot = _pictured(path, settings, dict(overrides or {}), (lora_dir, control_dir), _free_id(path, taken))
         except InputError as error:
             message = str(error)
             raise InputError(message if message.startswith(place(path)) else f"{place(path)}: {message}") from None
@@ -213,9 +214,9 @@ def _free_id(path: Path, taken: set[str]) -> str:
 
 
 def _pictured(
-    path: Path, found: Found, overrides: dict[str, Any], lora_dir: str | Path | None, row_id: str
+    path: Path, found: Found, overrides: dict[str, Any], folders: Sequence[str | Path | None], row_id: str
 ) -> Pictured:
-    about = found.about
+    about, (lora_dir, control_dir) = found.about, folders
     fields = drawing(canonical(found.fields))
     if about["form"] == "genkit" and "seed" in about:
         fields["seed"] = about["seed"]  # the picture's own; the row may have had several, or one derived for it
@@ -225,7 +226,7 @@ def _pictured(
     for name in ("prompt", "negative_prompt"):
         if not str(fields.get(name, "-")).strip():  # of a model without prompts
             del fields[name]
-    steered = _place_controls(path, found, fields, overrides, lora_dir)
+    steered = _place_controls(path, found, fields, overrides, control_dir)
     new = overrides | steered if "controls" in overrides else overrides
     changed = [
         f"{k}: {_brief(fields.get(k))} -> {_brief(v)}" for k, v in new.items() if _named(fields.get(k)) != _named(v)
@@ -342,11 +343,11 @@ def _place_pictures(
 
 
 def _place_controls(
-    path: Path, found: Found, fields: Mapping[str, Any], overrides: Mapping[str, Any], lora_dir: str | Path | None
+    path: Path, found: Found, fields: Mapping[str, Any], overrides: Mapping[str, Any], control_dir: str | Path | None
 ) -> dict[str, Any]:
     """Return {"controls": …} of a picture's own ControlNets, changed by an override; {} without any.
 
-    Networks and pictures that are not given lie beside the picture, or networks in lora_dir.
+    Networks and pictures that are not given lie beside the picture, or networks in control_dir.
     """
     own = fields.get("controls") or found.about.get("controls") or []
     given = overrides.get("controls")
@@ -356,23 +357,22 @@ def _place_controls(
         raise InputError(f"controls: the picture has {len(own)}, and {len(given)} are given")
     given = given or [{} for _ in own]
     own = own or [{} for _ in given]
-    return {
-        "controls": [{**_beside_control(path, one, new, lora_dir), **new} for one, new in zip(own, given, strict=True)]
-    }
+    pairs = zip(own, given, strict=True)
+    return {"controls": [{**_beside_control(path, *pair, control_dir), **pair[1]} for pair in pairs]}
 
 
 def _beside_control(
-    path: Path, control: Mapping[str, Any], given: Mapping[str, Any], lora_dir: str | Path | None
+    path: Path, control: Mapping[str, Any], given: Mapping[str, Any], control_dir: str | Path | None
 ) -> dict[str, Any]:
     found = dict(control)
     if "image" not in given and "image" in control:
         found["image"] = str(_beside(path, "control_image", control["image"]))
     if "file" not in given and "file" in control:
         name = base_name("control", control["file"])
-        places = [path.absolute().parent, *([user_path(lora_dir)] if lora_dir is not None else [])]
+        places = [path.absolute().parent, *([user_path(control_dir)] if control_dir is not None else [])]
         file = next((at / name for at in places if (at / name).exists()), None)
         if file is None:
-            raise InputError(f"control: {shown(name)} is not beside the picture; give control=NETWORK")
+            raise InputError(f"control: {shown(name)} is not beside the picture; give control=NETWORK or --control-dir")
         found["file"] = str(file.absolute())
     return found
 

@@ -240,10 +240,14 @@ class Api:
         except InputError as wrong:
             raise bad(as_sent(str(wrong)), 422) from None
         serving = self.of(call) if wanted.model is None else self.serving.of(wanted.model)
+        geometry = serving.engine.models.info.geometry
+        assert geometry is not None
         try:
-            rows = await serving.rows([wanted.fields])
+            rows = await serving.rows([await run_in_threadpool(wanted.steered, geometry.width, geometry.height)])
         except Refused as refused:
             raise bad(as_sent(refused.detail), refused.status_code) from None
+        except InputError as wrong:
+            raise bad(str(wrong), 422) from None
         wanted.notes += rows.notes
         row = rows[0]
         progress = Progress(row.max_images or row.num_images)
@@ -262,7 +266,8 @@ class Api:
         images = [await run_in_threadpool(_laid, wanted, result) for result in results]
         files = [await encoded(encoding("png"), pixels, text) for pixels, text in zip(images, texts, strict=True)]
         sent = [base64.b64encode(data).decode() for data in files] if wanted.send else []
-        echo = {**given, "init_images": None, "mask": None} if from_picture else given
+        echo = {**given, "init_images": None, "mask": None} if from_picture else dict(given)
+        echo |= {"alwayson_scripts": {}} if wanted.units else {}  # pictures are not sent back
         infotexts = [text["parameters"] for text in texts]
         info = self._info(serving.name, wanted, row, results, given) | {"infotexts": infotexts}
         answer = json_line({"images": sent, "parameters": echo, "info": json.dumps(info)})  # any float is echoed

@@ -14,6 +14,7 @@ from genkit.rows.found import Draft, number
 from genkit.rows.infotext import read_infotext
 from genkit.rows.plans import scheduler_options
 from genkit.rows.request import SEED_LIMIT
+from genkit.serve.a1111control import control_of
 from genkit.serve.openaifields import not_served
 from genkit.serve.rows import from_base64, picture
 
@@ -54,7 +55,7 @@ class Asked:
     """What a request asks for: fields of a row, and how its pictures are finished.
 
     start, soft: the picture and the soft mask with which a result is blended. send: whether the answer has pictures.
-    model: the name of the model that is asked for, if any.
+    model: the name of the model that is asked for, if any. units: those of ControlNet that are on.
     """
 
     fields: dict[str, Any]
@@ -63,6 +64,20 @@ class Asked:
     soft: Any = None
     send: bool = True
     model: str | None = None
+    units: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
+
+    def steered(self, width: int, height: int) -> dict[str, Any]:
+        """Return the fields with those of the units of ControlNet. width, height: what is drawn where none is stated.
+
+        Raises InputError.
+        """
+        if not self.units:
+            return self.fields
+        start = self.start or self.fields.get("image")
+        usual = (width, height) if start is None else start.size
+        size = self.fields.get("width", usual[0]), self.fields.get("height", usual[1])
+        controls = [control_of(unit, size, start) for unit in self.units]
+        return {**self.fields, "width": size[0], "height": size[1], "controls": controls}
 
 
 def asked(given: Mapping[str, Any], models: Collection[str], from_picture: bool) -> Asked:
@@ -91,7 +106,7 @@ def asked(given: Mapping[str, Any], models: Collection[str], from_picture: bool)
     draft.fields["num_images"] = math.prod(_count(name, given.get(name)) for name in ("batch_size", "n_iter"))
     _sampler(draft, given)
     model = _settings(draft, given.get("override_settings") or {}, models)
-    _scripts(given.get("alwayson_scripts") or {})
+    units = _scripts(given.get("alwayson_scripts") or {})
     if given.get("save_images"):
         draft.notes.append("save_images: this server sends pictures and saves none")
     found = Asked(
@@ -101,6 +116,7 @@ def asked(given: Mapping[str, Any], models: Collection[str], from_picture: bool)
         _picture(found, given)
     elif given.get("init_images"):
         raise InputError("init_images: are of img2img")
+    found.units = units
     return found
 
 
@@ -201,15 +217,20 @@ def check_settings(settings: Any, models: Collection[str]) -> str | None:
     return model
 
 
-def _scripts(scripts: Any) -> None:
+def _scripts(scripts: Any) -> list[Mapping[str, Any]]:
+    """Return the units of ControlNet. Raises InputError for other scripts that are on."""
+    units: list[Mapping[str, Any]] = []
     if not isinstance(scripts, Mapping):
         raise InputError(f"alwayson_scripts: {shown(scripts)} is no object of scripts")
     for name, script in scripts.items():
         args = script.get("args", []) if isinstance(script, Mapping) else script
         args = list(args.values()) if isinstance(args, Mapping) else args
         on = args not in OFF and not (isinstance(args, list) and (args[0] is False or all(map(_is_off, args))))
-        if on:
+        if on and str(name).lower() == "controlnet" and all(isinstance(unit, Mapping) for unit in args):
+            units += [unit for unit in args if not _is_off(unit)]
+        elif on:
             raise InputError(f"alwayson_scripts: {shown(name)}: genkit has no such script; leave it out")
+    return units
 
 
 def _is_off(unit: Any) -> bool:

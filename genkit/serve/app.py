@@ -18,8 +18,8 @@ from genkit.serve.metrics import Metrics
 from genkit.version import __version__
 
 # Modules of genkit.serve with a function `router(serving)`; of these the first path that fits answers.
-INTERFACES = ("openai", "runs", "a1111", "page")
-OF_MANY = ("openai", "a1111")  # those that many processes answer alike
+INTERFACES = ("openai", "runs", "a1111", "a1111control", "page")
+OF_MANY = ("openai", "a1111", "a1111control")  # those that many processes answer alike
 # By the beginning of paths: how their errors look, a function (Refused) -> JSON. Others are {"error": message}.
 ERRORS: dict[str, Callable[[Refused], Any]] = {}
 # What is kept in the memory of one process, or in a folder of its own, and so is not served by several

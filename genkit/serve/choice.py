@@ -1,4 +1,4 @@
-"""A folder of models and LoRAs that are served by name."""
+"""A folder of models, LoRAs and ControlNets that are served by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from genkit.components.collection import Item, collection
+from genkit.device.memory import CONTROL
 from genkit.errors import InputError, nearest
 from genkit.files import place
 from genkit.options import Options
@@ -22,8 +23,8 @@ class Choice:
     folder: Path
     loaded: int = 1
 
-    def of(self, options: Options) -> dict[str | None, tuple[Options, dict[str, str]]]:
-        """Return the options and LoRAs of each model by its name; the first is loaded when the server starts.
+    def of(self, options: Options) -> dict[str | None, tuple[Options, dict[str, str], dict[str, str]]]:
+        """Return options, LoRAs and ControlNets of each model by its name; the first is loaded when the server starts.
 
         The first is `options.model` if that was given, else the first in alphabetical order. Files that cannot be used
         are named on stderr. Raises InputError where there is no model, and for options that fit one model only.
@@ -39,9 +40,11 @@ class Choice:
         if not drawing:
             raise InputError(f"--models: {place(self.folder)}: has no model that draws")
         first = self._first(options, drawing)
-        loras = {item.name: str(item.path) for item in items if item.kind == "lora"}
+        loras, controls = (
+            {item.name: str(item.path.absolute()) for item in items if item.kind == kind} for kind in ("lora", CONTROL)
+        )
         names = [first, *(name for name in drawing if name != first)]
-        return {name: (dataclasses.replace(options, model=str(drawing[name].path)), loras) for name in names}
+        return {name: (dataclasses.replace(options, model=str(drawing[name].path)), loras, controls) for name in names}
 
     def _first(self, options: Options, drawing: dict[str, Item]) -> str:
         if options.model == Options.model:

@@ -283,7 +283,9 @@ def settings_in(data: bytes, serving: Serving) -> dict[str, Any]:
     notes += [f"LoRA {shown(lora['name'])}: this server has none of that name" for lora in named if lora not in here]
     if here:
         fields["loras"] = [{k: v for k, v in lora.items() if k != "file"} for lora in here]
-    for name in ("template", "meta", *PICTURES):
+    if fields.get("controls") or found.about.get("controls"):
+        notes.append("ControlNet: its picture is not in the settings; the page draws without")
+    for name in ("template", "meta", "controls", *PICTURES):
         fields.pop(name, None)
     notes += [f"{name}: {why}" for name, why in NOT_SERVED.items() if fields.pop(name, None) is not None]
     if is_tuned(fields.get("scheduler")):

@@ -9,10 +9,12 @@ import dataclasses
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from genkit.components.collection import collection
+from genkit.device.memory import CONTROL
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, user_path
 from genkit.pictures.images import MAX_BYTES, as_pil
@@ -58,11 +60,18 @@ class Planned(list[Request]):
 
 
 class Intake:
-    """Turns clients' fields into planned rows, by the rules of one server. loras: more of its files, by name."""
+    """Turns clients' fields into planned rows, by the rules of one server.
 
-    def __init__(self, engine: ServingEngine, most: Most, loras: Mapping[str, str] | None = None) -> None:
+    loras, controls: files that clients may name, besides those of its options.
+    """
+
+    def __init__(
+        self, engine: ServingEngine, most: Most, loras: Mapping[str, str] | None = None,
+        controls: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.engine, self.most = engine, most
         self.loras = dict(loras or {}) | named_loras(engine.defaults.get("loras") or (), engine.options.lora_dir)
+        self.controls = dict(controls or {}) | named_controls(engine.options.control_dir)
 
     def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return the planned rows of several sets of fields, pictures as `data:` URLs, bytes or PIL images.
@@ -76,18 +85,19 @@ class Intake:
         try:
             job = self.engine.plan(made)
         except InputError as error:
-            message = self._without_folders(str(error))
+            message = self.without_folders(str(error))
             raise InputError(_alone(message) if len(made) == 1 else message) from None
         for row in job.rows:
             self.check(row)
         rows = Planned(job.rows)
-        new = [self._without_folders(note) for note in job.notes if note not in self.engine.job.notes]
+        new = [self.without_folders(note) for note in job.notes if note not in self.engine.job.notes]
         rows.notes = tuple(_alone(note) if len(made) == 1 else note for note in new)
         return rows
 
-    def _without_folders(self, message: str) -> str:
-        """Return a message for clients: of the model's and the LoRAs' files the names alone, not where they lie."""
-        folders = {self.engine.models.info.folder, *(Path(file).parent for file in self.loras.values())}
+    def without_folders(self, message: str) -> str:
+        """Return a message for clients: of the server's files the names alone, not where they lie."""
+        files = [*self.loras.values(), *self.controls.values()]
+        folders = {self.engine.models.info.folder, *(Path(file).parent for file in files)}
         for folder in sorted(map(str, folders), key=len, reverse=True):
             message = message.replace(f"{folder}/", "")
         return message
@@ -114,6 +124,8 @@ class Intake:
             if isinstance(text, str) and len(text) > self.most.prompt:
                 raise InputError(f"{name}: has {len(text)} characters, more than the {self.most.prompt} of this server")
         check_scheduler(found.get("scheduler"))
+        if "controls" in found:
+            found["controls"] = self.controls_of(found["controls"])
         loras = self.loras_of(found.get("loras"))
         if found.get("syntax", self.engine.defaults.get("syntax")) == "a1111":
             loras += self._written(found)
@@ -166,6 +178,35 @@ class Intake:
             )
         return self.loras[name]
 
+    def controls_of(
+        self, value: Any, kept: Callable[[str, Any], Any] = lambda field, image: image
+    ) -> list[dict[str, Any]]:
+        """Return ControlNets as rows have them, of what a client says: names, and pictures that are sent inline.
+
+        kept: returns what a row has in place of a picture, given its field. Raises InputError.
+        """
+        if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+            usual = '[{"name": "canny", "image": "data:image/png;base64,…", "weight": 0.8}]'
+            raise InputError(f"controls: {shown(value)} is not a list, as in {usual}")
+        found = []
+        for control in value:
+            one = dict(control)
+            name = one.pop("name", one.pop("file", None))
+            file = self.control_file(name)
+            if one.get("image") is None:
+                raise InputError(f"controls: {shown(name)} has no picture: send it as `image` or `control_image`")
+            one["image"] = kept("control_image", picture("control_image", one["image"]))
+            found.append({**one, "file": file})
+        return found
+
+    def control_file(self, name: Any) -> str:
+        """Return the path of a ControlNet of this server. Raises InputError."""
+        if not isinstance(name, str) or name not in self.controls:
+            there = ", ".join(sorted(self.controls)) or "it was started with none"
+            near = nearest(name, self.controls)
+            raise InputError(f"controls: {shown(name)} is no ControlNet of this server{near}; there: {there[:300]}")
+        return self.controls[name]
+
 
 def chosen(rows: Sequence[Request], results: list[Result]) -> list[Result]:
     """Return the finished pictures that their row keeps, best first where it ranks; all, if no row chooses."""
@@ -194,6 +235,13 @@ def named_loras(given: Sequence[Mapping[str, Any]], folder: str | None) -> dict[
         if found.setdefault(file.stem, str(file)) != str(file):
             raise InputError(f"--lora: {file.stem} is the name of {found[file.stem]} and of {file}")
     return found
+
+
+def named_controls(folder: str | None) -> dict[str, str]:
+    """Return {name: path} of the ControlNets in a folder. Raises InputError."""
+    if folder is None:
+        return {}
+    return {item.name: str(item.path.absolute()) for item in collection(folder) if item.kind == CONTROL}
 
 
 def check_scheduler(value: Any) -> None:

@@ -95,11 +95,11 @@ def prepare(
         "drain": listen.drain, "hosts": host_names(listen.allow_hosts), "framed_by": sites(listen.framed_by),
     }  # fmt: skip
     turns = Turns() if choice is None else Turns(choice.loaded)
-    wanted = {None: (options, {})} if choice is None else choice.of(options)
+    wanted = {None: (options, {}, {})} if choice is None else choice.of(options)
     others: dict[str, Serving] = {}
-    for name, (own, loras) in wanted.items():
+    for name, (own, loras, controls) in wanted.items():
         engine = ServingEngine(own, defaults, max_queue, turns)
-        intake = Intake(engine, most, loras)
+        intake = Intake(engine, most, loras, controls)
         named = name or served_name(engine)
         others[named] = Serving(engine, intake, most, named, keys, listen.host, others=others, **about)
     first = next(iter(others.values()))

@@ -14,6 +14,7 @@ from genkit.durable import disk, sync_folder, write_whole
 from genkit.errors import InputError
 from genkit.files import place, user_path
 from genkit.job.plan import Job, plan_job
+from genkit.rows.controls import FLAT
 from genkit.rows.inputs import is_picture
 from genkit.rows.prompting import PROMPTS
 from genkit.rows.prompts import Rows, checked_rows
@@ -42,7 +43,10 @@ class Upload:
         engine = self.intake.engine
         rows = self._rows()
         self._check_count(rows)
-        job = plan_job(rows, options, engine.defaults, engine.models)
+        try:
+            job = plan_job(rows, options, engine.defaults, engine.models)
+        except InputError as error:
+            raise InputError(self.intake.without_folders(str(error))) from None
         most = sum(row.max_images or row.num_images for row in job.rows)
         if most > MOST_IMAGES:
             raise InputError(f"{self.name}: asks for {most} pictures; a run has {MOST_IMAGES} at most")
@@ -93,12 +97,22 @@ class Upload:
                 found[key] = self._kept(name, picture(name, value))
             elif name == "scheduler":
                 check_scheduler(value)
+            elif name in FLAT:
+                found[key] = self._control(FLAT[name], value)
+            elif name == "controls":
+                found[key] = self.intake.controls_of(value, self._kept)
             elif name == "loras":
                 found[key] = self.intake.loras_of([value] if isinstance(value, str) else value)
         syntax = fields.get(named.get("syntax", "syntax"), self.intake.engine.defaults.get("syntax"))
         if syntax == "a1111" and isinstance(fields.get(named.get("prompt", "prompt")), str):
             self._untagged(found, named)
         return found
+
+    def _control(self, key: str, value: Any) -> Any:
+        """Return what a row has for a field of its only ControlNet: the path of a named network, or of a picture."""
+        if key == "image":
+            return self._kept("control_image", picture("control_image", value))
+        return self.intake.control_file(value) if key == "file" and value != "none" else value
 
     def _untagged(self, found: dict[str, Any], named: Mapping[str, Any]) -> None:
         """Move the LoRA tags of a prompt into the field `loras`; in a template they stay, and have been checked."""

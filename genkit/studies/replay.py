@@ -85,7 +85,7 @@ def plan_replay(
 ) -> Replay:  # fmt: skip
     """Read the pictures' settings and check everything that needs no torch. Raises InputError as `replay` does."""
     check_apart(pictures, out)
-    shots, rows = read_pictures(pictures, overrides, options.lora_dir)
+    shots, rows = read_pictures(pictures, overrides, options.lora_dir, control_dir=options.control_dir)
     if model is None:
         model = model_of(shots)
     options = dataclasses.replace(options, model=model, seed=run_seed(options.seed, out))

@@ -78,7 +78,7 @@ REFUSED = [
     ({"subseed_strength": 0.5}, "subseed_strength"),
     ({"script_name": "xyz"}, "script_name"),
     ({"refiner_checkpoint": "xl"}, "refiner_checkpoint"),
-    ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "ControlNet"),
+    ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "controlnet: image"),
     ({"override_settings": {"sd_model_checkpoint": "other"}}, "sd_model_checkpoint"),
     ({"override_settings": {"eta_noise_seed_delta": 31337}}, "eta_noise_seed_delta"),
     ({"sampler_name": "Eular a"}, "did you mean"),
