@@ -71,6 +71,8 @@ def test_a_run_goes_on_and_its_pictures_are_replayed(place: Path) -> None:
     same = here("replay", "run/images/000000-00.png", "control=net", "-o", "again", "--model", "model", "--json")
     found = json.loads(same.stdout)["pictures"][0]
     assert found["changed"] == [] and (found["result"] == "identical" or found["largest"] <= 1), found
+    found = here("replay", "run/images/000000-00.png", "--control-dir", ".", "-o", "in", "--model", "model", "--json")
+    assert json.loads(found.stdout)["pictures"][0]["changed"] == []
     tiny_controlnet(place / "net2", place / "model", seed=9)
     other = here("replay", "run/images/000000-00.png", "control=net2", "-o", "other", "--model", "model")
     assert other.returncode == 2 and "controls[0].file: " in other.stderr and "another picture" in other.stderr

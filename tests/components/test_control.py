@@ -16,9 +16,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from genkit.components import inspect_model
-from genkit.components.control import check_fit, network_hash, read_control
+from genkit.components.checks import check_network
+from genkit.components.control import _config, check_fit, network_hash, read_control
 from genkit.components.loading import load_network
 from genkit.components.original import backward, control_modules, renamed
+from genkit.components.weights import Tensor
 from genkit.errors import InputError
 from tests.components.checkpoints import folder_of
 from tests.tiny import tiny_controlnet, tiny_stable_diffusion
@@ -175,3 +177,39 @@ def test_a_control_net_of_another_model_is_refused(made: dict[str, Path]) -> Non
     real = {"cross_attention_dim": 768, "out_channels": 4}
     with pytest.raises(InputError, match=r"another kind of model \(it is of SDXL\)"):
         check_fit(dataclasses.replace(part, config={**part.config, "cross_attention_dim": 2048}), real, None)
+
+
+# What the configs say that people have: of lllyasviel/sd-controlnet-canny, thibaud/controlnet-sd21-canny-diffusers and
+# diffusers/controlnet-canny-sdxl-1.0; keys at their defaults left out.
+_THREE = ["CrossAttnDownBlock2D"] * 3
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "SD 1": {
+        "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768,
+        "down_block_types": [*_THREE, "DownBlock2D"],
+    },
+    "SD 2": {
+        "attention_head_dim": [5, 10, 20, 20], "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 1024, "down_block_types": [*_THREE, "DownBlock2D"], "use_linear_projection": True,
+    },
+    "SDXL": {
+        "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D", *_THREE[1:]], "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "transformer_layers_per_block": [1, 2, 10],
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_config_of_a_published_one_is_read_off_its_weights(family: str) -> None:
+    told = {key: tuple(value) if isinstance(value, list) else value for key, value in PUBLISHED[family].items()}
+    with torch.device("meta"):
+        network = ControlNetModel(**told)
+    modules = control_modules(len(told["block_out_channels"]), 2, 4)
+    back = backward(modules)
+    assert all(renamed(name, back) for name in network.state_dict())
+    tensors = {
+        name: Tensor(Path("x"), name, "F16", tuple(weight.shape)) for name, weight in network.state_dict().items()
+    }
+    checked = check_network("ControlNetModel", _config(tensors, modules, 4, "x"), "x")
+    assert checked == check_network("ControlNetModel", PUBLISHED[family], "x")
