@@ -12,6 +12,7 @@ from typing import Any
 
 from genkit.durable import disk, json_pieces, write_whole
 from genkit.pages import look
+from genkit.pictures.metadata import without_folders
 from genkit.rows.request import Request
 from genkit.rows.result import Result
 from genkit.runs.records import GALLERY
@@ -36,7 +37,9 @@ def write_gallery(
     path; its content security policy allows nothing else. Raises HostError.
     """
     images = _images(results, selection["images"])
-    settings = ((str(row.id), {k: v for k, v in row.to_json().items() if k != "id"}) for row in rows)
+    # As in the pictures, without folders: galleries are passed on, and folders are private
+    stated = ((row, without_folders(row.to_json())) for row in rows)
+    settings = ((str(row.id), {k: v for k, v in fields.items() if k != "id"}) for row, fields in stated)
     return write_page(folder, json_pieces(about(folder, config), {"rows": settings}, {"images": images}))
 
 

@@ -90,7 +90,7 @@ def texts(
         solver = stated if isinstance(stated, dict) else {"solver": stated or origin.solver}
     parameters = _clipped(_infotext(request, record, origin, solver, learned or {}), METADATA_BYTES // 3)
     told = {name: value for name in _TOLD if (value := getattr(origin, name))}
-    request = _without_folders(request)
+    request = without_folders(request)
     found = {"version": origin.version, "model": origin.model, "request": request}
     scores = {name: value for name, value in (record["scores"] or {}).items() if name not in _LEFT_OUT}
     found |= {
@@ -108,7 +108,8 @@ def texts(
     return {"parameters": parameters, "genkit": whole}
 
 
-def _without_folders(request: dict[str, Any]) -> dict[str, Any]:
+def without_folders(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row with the names alone of the files in it."""
     paths = ("image", "mask_image", "scheduler")  # the last may be a file of tuned plans
     found = {k: os.path.basename(v) if k in paths and isinstance(v, str) else v for k, v in request.items()}
     if request.get("loras"):
@@ -179,7 +180,7 @@ def _infotext(
         "Lora hashes": _hashes({name: hash_once(lora["file"], weights_only=True) for name, lora in loras}),
         "TI hashes": _hashes(learned),
         **{f"ControlNet {n}": _unit(c) for n, c in enumerate(request.get("controls") or ())},
-        "Row": _rest(_without_folders(request)),
+        "Row": _rest(without_folders(request)),
         "Version": f"genkit {origin.version}",
     }
     negative = request.get("negative_prompt")

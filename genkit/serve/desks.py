@@ -30,6 +30,9 @@ DESKS, JOBS = 64, 200  # desks of a server, and jobs of a desk
 GRACE, HOURS = 30.0, 3600.0  # seconds without a page until a desk's jobs are cancelled, and until it is forgotten
 BACKLOG = 500  # events that wait for a slow page, above which steps and previews are left out
 LIVE = ("queued", "drawing")
+CONTROL = "control_image"  # of the first ControlNet
+INPUTS = (*PICTURES, CONTROL)
+HELD = (*INPUTS, "controls")  # fields with pictures, which are not sent back
 
 
 @dataclasses.dataclass
@@ -43,6 +46,11 @@ class Picture:
     def told(self) -> dict[str, Any]:
         """Return it for the page."""
         return self.about | {"kept": self.kept, "drawn": bool(self.data)}
+
+
+def input_of(row: Request, name: str) -> Any:
+    """Return a picture that a row is drawn from: one of INPUTS, or None."""
+    return row.controls[0]["image"] if name == CONTROL and row.controls else getattr(row, name, None)
 
 
 @dataclasses.dataclass
@@ -65,16 +73,16 @@ class Work:
     @property
     def bytes(self) -> int:
         """Return about how much memory it takes."""
-        inputs = [getattr(self.row, name) for name in PICTURES]
+        inputs = [input_of(self.row, name) for name in INPUTS]
         return sum(len(p.data) for p in self.pictures.values()) + sum(
             3 * image.width * image.height for image in inputs if image is not None
         )
 
     def told(self) -> dict[str, Any]:
         """Return it for the page: nothing in it names a file of this machine."""
-        hidden = ("id", "seed", "loras", "meta", "prompt", "negative_prompt", *PICTURES)
+        hidden = ("id", "seed", "loras", "controls", "meta", "prompt", "negative_prompt", *PICTURES)
         settings = {name: value for name, value in self.row.to_json().items() if name not in hidden}
-        inputs = [name for name in PICTURES if getattr(self.row, name) is not None]
+        inputs = [name for name in INPUTS if input_of(self.row, name) is not None]
         return {
             "id": self.id, "fields": self.fields, "settings": settings, "inputs": inputs, "state": self.state,
             "reason": self.reason, "count": self.row.num_images,
@@ -178,7 +186,7 @@ class Desks:
         serving = self.serving.of(name)
         rows = await serving.rows([{k: v for k, v in stated.items() if k != "model"}])
         row = rows[0]
-        job = Work(f"{next(desk.numbers)}", {k: v for k, v in stated.items() if k not in PICTURES}, row, serving)
+        job = Work(f"{next(desk.numbers)}", {k: v for k, v in stated.items() if k not in HELD}, row, serving)
         job.notes = tuple(getattr(rows, "notes", ()))
         loop = asyncio.get_running_loop()
 

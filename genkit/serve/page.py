@@ -20,6 +20,7 @@ from starlette.concurrency import run_in_threadpool
 
 from genkit.errors import InputError, shown
 from genkit.pages.look import look
+from genkit.pictures.edges import PREPROCESS
 from genkit.rows.infotext import read_picture_settings
 from genkit.rows.pictures import drawing, plain_prompts
 from genkit.rows.plans import NAMED, is_tuned
@@ -27,7 +28,7 @@ from genkit.rows.request import Request as Row
 from genkit.rows.request import canonical
 from genkit.schedulers import SOLVERS
 from genkit.serve.calls import Serving, bad, client_of
-from genkit.serve.desks import Desk, Desks, Work
+from genkit.serve.desks import INPUTS, Desk, Desks, Work, input_of
 from genkit.serve.limits import Refused
 from genkit.serve.rows import NOT_SERVED, PICTURES, as_file
 from genkit.serve.runs import described
@@ -222,9 +223,9 @@ def _add_jobs(routes: APIRouter, desks: Desks) -> None:
 
 def _file(job: Work, name: str) -> bytes:
     """Return a picture of a job by its index, or one that it was drawn from. Raises Refused, 404."""
-    if name in PICTURES and getattr(job.row, name) is not None:
+    if name in INPUTS and (image := input_of(job.row, name)) is not None:
         buffer = io.BytesIO()
-        getattr(job.row, name).save(buffer, "png")
+        image.save(buffer, "png")
         return buffer.getvalue()
     held = job.pictures.get(int(name)) if name.isascii() and name.isdigit() and len(name) < 6 else None
     if held is None or not held.data:
@@ -259,6 +260,8 @@ def facts(serving: Serving) -> dict[str, Any]:
         "solvers": sorted(SOLVERS),
         "spacings": sorted(NAMED),
         "loras": sorted(serving.intake.loras),
+        "controls": sorted(serving.intake.controls),
+        "preprocess": list(PREPROCESS),
         "scores": engine.models.clip is not None,
         "most": {"pixels": most.pixels, "steps": most.steps, "images": most.images, "body": most.body},
     }

@@ -253,3 +253,11 @@ def test_colours_of_text_have_contrast() -> None:
         ]:
             high, low = sorted((light(colours[text]), light(colours[under])), reverse=True)
             assert (high + 0.05) / (low + 0.05) >= 4.5, (text, under, colours[text], colours[under])
+
+
+def test_a_job_tells_no_path_of_its_controlnet(served: Served) -> None:
+    control = {"file": "/secret/nets/canny", "image": Image.new("RGB", (8, 8))}
+    row = Request(prompt="a fox", controls=[control])
+    told = desks.Work("1", {"control": "canny"}, row, served.serving).told()
+    assert told["inputs"] == ["control_image"] and "secret" not in json.dumps(told)
+    assert desks.input_of(row, "control_image").size == (8, 8) and desks.input_of(row, "image") is None

@@ -18,6 +18,7 @@ from PIL import Image
 
 from genkit.options import Options
 from tests.serve.conftest import Served, serve
+from tests.tiny import tiny_controlnet, tiny_stable_diffusion
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 api.expect.set_options(timeout=60_000)  # milliseconds
@@ -333,3 +334,58 @@ def test_runs_are_listed_as_the_server_has_them(chromium: Any, tmp_path: Path) -
         running.thread.join(20)
         running.serving.runs.close()
         running.server.listener.close()
+
+
+@pytest.fixture(scope="module")
+def steering(start: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("steering")
+    tiny_controlnet(root / "nets" / "canny", tiny_stable_diffusion(root / "model"))
+    found = start(Options(model=str(root / "model"), clip="none", device="cpu", control_dir=str(root / "nets")))
+    yield found
+    found.server.should_exit = True
+    found.thread.join(20)
+    found.engine.close()
+    found.server.listener.close()
+
+
+def test_a_picture_is_followed_by_a_controlnet(chromium: Any, steering: Served, tmp_path: Path) -> None:
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    asked: list[dict[str, Any]] = []
+    page.on("request", lambda r: asked.append(r.post_data_json["fields"]) if r.url.endswith("/app/draw") else None)
+    load(page, steering.url)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "lines.png")
+    assert page.locator("#follow").is_hidden()
+    page.fill("#seed", "5")
+    ask(page, "a fox", images=1)
+    drawn(page, 1, ".job:first-child")
+    page.set_input_files("#follow-file", str(tmp_path / "lines.png"))
+    api.expect(page.locator("#followed")).to_be_visible()
+    assert page.evaluate(UNNAMED) == []
+    page.fill("#control_weight", "0.9")
+    ask(page, "a fox", images=1)
+    api.expect(page.locator(".job")).to_have_count(2)
+    drawn(page, 1, ".job:first-child")
+    assert page.locator(".job:first-child .settings").text_content().endswith(" · follows a picture")
+    plain, steered = asked
+    picture = {"control": "canny", "control_weight": 0.9, "control_preprocess": "none"}
+    assert "control" not in plain and picture.items() <= steered.items()
+    assert np.array_equal(pixels(base64.b64decode(steered["control_image"].split(",")[1])), noise)
+    page.locator(".job:first-child .open").first.focus()
+    page.keyboard.press("m")  # more like this: with its picture
+    api.expect(page.locator(".job")).to_have_count(3)
+    drawn(page, 1, ".job:first-child")
+    page.click("#unfollow")
+    assert page.locator("#follow").is_hidden()
+    page.locator(".job:first-child .open").first.focus()
+    page.keyboard.press("s")
+    api.expect(page.locator("#follow")).to_be_visible()
+    assert page.input_value("#control_weight") == "0.9"
+    page.set_viewport_size({"width": 360, "height": 740})
+    fits(page)
+    context.close()
+    assert asked[2].items() >= picture.items() and asked[2]["control_image"].startswith("data:image/png")
+    assert errors == []

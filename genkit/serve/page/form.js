@@ -3,12 +3,13 @@ import { $, button, cut, make, say } from "./base.js";
 
 const NUMBERS = ["num_images", "num_inference_steps", "guidance_scale", "width", "height", "seed"];
 const WORDS = ["prompt", "negative_prompt"];
-const OWN = [...NUMBERS, ...WORDS, "scheduler", "loras", "strength", "keep", "image", "mask_image", "model"];
+const OWN = [...NUMBERS, ...WORDS, "scheduler", "loras", "strength", "keep", "image", "mask_image", "model", "control", "control_image", "control_weight", "control_preprocess"];
 const USUAL_STRENGTH = "0.6";
 let about = null;
 let models = new Map();  // by name, what `about` is of each
 let extra = {};  // fields that the form has no place for, as from a picture file
 const start = { image: null, mask: null, touched: false };
+let followed = null;  // the picture that a ControlNet reads, as a data: URL
 
 export const startPicture = () => start.image;
 
@@ -39,7 +40,11 @@ export function setUp(found) {
     weight.type = "number"; weight.step = "0.1"; weight.value = "1"; weight.setAttribute("aria-label", `Weight of ${name}`);
     $("loras").append(make("label", "", box, name, weight));
   }
-  for (const name of [...NUMBERS, ...WORDS, "strength"]) $(name).addEventListener("input", () => complain(null));
+  $("choose-follow").hidden = !found.controls.length;
+  for (const name of found.controls) $("control").append(new Option(name, name));
+  const reading = { none: "the picture", canny: "its edges", invert: "its negative" };
+  for (const name of found.preprocess) $("control_preprocess").append(new Option(reading[name] || name, name));
+  for (const name of [...NUMBERS, ...WORDS, "strength", "control_weight"]) $(name).addEventListener("input", () => complain(null));
   $("strength").addEventListener("input", () => { start.touched = true; });
   fill({ num_images: Math.min(4, found.most.images) });
 }
@@ -66,6 +71,9 @@ export function fill(fields) {
     box.checked = Boolean(lora);
     box.parentNode.querySelector("[type=number]").value = lora?.weight ?? 1;
   }
+  if (fields.control) $("control").value = fields.control;
+  if (fields.control_preprocess) $("control_preprocess").value = fields.control_preprocess;
+  if (fields.control_weight !== undefined) $("control_weight").value = fields.control_weight;
   showExtra();
   complain(null);
 }
@@ -103,7 +111,19 @@ export function read() {
     if (start.mask) fields.mask_image = start.mask;
     if ($("strength").value !== "") fields.strength = Number($("strength").value);
   }
+  if (followed) {
+    Object.assign(fields, { control: $("control").value, control_image: followed, control_preprocess: $("control_preprocess").value });
+    if ($("control_weight").value !== "") fields.control_weight = Number($("control_weight").value);
+  }
   return fields;
+}
+
+// The picture that a ControlNet follows, as a data: URL; null is none.
+export function setFollowed(image) {
+  followed = image;
+  $("follow").hidden = !image;
+  if (image) $("followed").src = image;
+  say(image ? "Picture to follow set" : "No picture to follow");
 }
 
 // A picture as a data: URL; null is none.
@@ -124,7 +144,7 @@ export function complain(error) {
   for (const node of document.querySelectorAll("[aria-invalid]")) { node.removeAttribute("aria-invalid"); node.removeAttribute("aria-describedby"); }
   $("problem").hidden = !error;
   $("problem").textContent = error ? cut(error.message, 500) : "";
-  const at = error?.field && { scheduler: "solver", image: "choose-start" }[error.field] || error?.field;
+  const at = error?.field && { scheduler: "solver", image: "choose-start", controls: "control", control_image: "choose-follow" }[error.field] || error?.field;
   const node = at && $(at);
   if (node && $("form").contains(node)) { node.setAttribute("aria-invalid", "true"); node.setAttribute("aria-describedby", "problem"); node.focus(); }
 }

@@ -176,7 +176,7 @@ function showState(job) {
   const words = { queued: "waiting", drawing: `drawing ${Math.min(drawn + 1, told.count)} of ${told.count}`, done: plural(drawn, "picture"), cancelled: `cancelled after ${drawn} of ${told.count}`, failed: `failed: ${cut(told.reason || "", 200)}` };
   node.querySelector(".state").textContent = words[told.state];
   node.querySelector(".state").classList.toggle("wrong", told.state === "failed");
-  node.querySelector(".settings").textContent = ["", `${s.num_inference_steps} steps`, s.guidance_scale === undefined ? "" : `guidance ${s.guidance_scale}`, `${s.width}×${s.height}`, `seed ${told.fields.seed}`, typeof s.scheduler === "string" ? s.scheduler : "", told.inputs.length ? `from a picture${told.inputs.length > 1 ? " with a mask" : ""}, strength ${s.strength}` : ""].filter((part, at) => !at || part).join(" · ");
+  node.querySelector(".settings").textContent = ["", `${s.num_inference_steps} steps`, s.guidance_scale === undefined ? "" : `guidance ${s.guidance_scale}`, `${s.width}×${s.height}`, `seed ${told.fields.seed}`, typeof s.scheduler === "string" ? s.scheduler : "", told.inputs.includes("image") ? `from a picture${told.inputs.includes("mask_image") ? " with a mask" : ""}, strength ${s.strength}` : "", told.inputs.includes("control_image") ? "follows a picture" : ""].filter((part, at) => !at || part).join(" · ");
   const rail = node.querySelector(".rail");
   rail.hidden = !live(told);
   rail.firstChild.style.width = `${100 * share}%`;

@@ -1,6 +1,6 @@
 // The page: what is asked for, and the stream of events that shows it being drawn.
 import { $, asDataUrl, ask, pictureAt, Refusal, say } from "./base.js";
-import { complain, fill, note, read, setStart, setUp, startPicture, usual } from "./form.js";
+import { complain, fill, note, read, setFollowed, setStart, setUp, startPicture, usual } from "./form.js";
 import { address, deskName, forgotten, hello, jobs, picture, preview, setUpJobs, step, update } from "./jobs.js";
 import { paint, setUpPaint } from "./paint.js";
 import { runs } from "./runs.js";
@@ -38,22 +38,24 @@ const acts = {
   reject: (told, index, one) => ask("/app/keep", { desk: deskName(), job: told.id, index, kept: one.kept === false ? null : false }),
   more: async (told) => draw({ ...await whole(told), seed: nextSeed(told) }),
   vary: async (told, index) => {
-    const { seed, mask_image, ...fields } = told.fields;
+    const { seed, image, mask_image, ...fields } = await whole(told);
     await draw({ ...fields, image: await pictureAt(address(told.id, index)), strength: Number($("strength").value) || 0.6 });
   },
   paint: async (told, index) => {
-    const image = await pictureAt(address(told.id, index));
+    const image = await pictureAt(address(told.id, index)), { control_image } = await whole(told);
     close();
     await paint(image, (mask) => {
       fill({ ...told.fields, seed: "", strength: undefined });
       setStart(image, mask);
+      setFollowed(control_image || null);
       $("draw").focus();
     });
   },
   settings: async (told, index, one) => {
-    const { image, mask_image, ...fields } = await whole(told);
+    const { image, mask_image, control_image, ...fields } = await whole(told);
     fill({ ...fields, seed: one.seed });
     setStart(image || null, mask_image);
+    setFollowed(control_image || null);
     close();
     note([]);
     say("Settings of the picture are in the form");
@@ -80,10 +82,10 @@ async function settingsOf(file) {
   } catch (error) { complain(error); }
 }
 
-async function startFrom(file) {
+const takenBy = (use) => async (file) => {
   complain(null);
-  try { setStart(await asDataUrl(file)); } catch (error) { complain(error); }
-}
+  try { use(await asDataUrl(file)); } catch (error) { complain(error); }
+};
 
 const events = {
   hello: (event) => { if (hello(event)) note(["The server does not have this page's earlier pictures any more."]); },
@@ -118,7 +120,7 @@ function setUpFiles() {
     event.preventDefault();
     settingsOf(event.dataTransfer.files[0]);
   });
-  for (const [choose, input, use] of [["choose-start", "start-file", startFrom], ["choose-settings", "settings-file", settingsOf]]) {
+  for (const [choose, input, use] of [["choose-start", "start-file", takenBy(setStart)], ["choose-follow", "follow-file", takenBy(setFollowed)], ["choose-settings", "settings-file", settingsOf]]) {
     $(choose).addEventListener("click", () => $(input).click());
     $(input).addEventListener("change", () => { if ($(input).files[0]) use($(input).files[0]); $(input).value = ""; });
   }
@@ -137,6 +139,7 @@ async function begin() {
   $("mask").addEventListener("click", () => paint(startPicture(), (mask) => { setStart(startPicture(), mask); $("draw").focus(); }));
   $("unmask").addEventListener("click", () => { setStart(startPicture()); $("draw").focus(); });
   $("unstart").addEventListener("click", () => { setStart(null); $("draw").focus(); });
+  $("unfollow").addEventListener("click", () => { setFollowed(null); $("draw").focus(); });
   try { setUp(await ask("/app/about")); } catch (error) { complain(error instanceof Refusal ? error : new Refusal(String(error))); return; }
   listen();
 }

@@ -55,7 +55,7 @@ export function refresh() {
   $("save").href = url; $("save").download = `${current.job}-${current.index}-${picture.seed}.png`;
   const { num_inference_steps, num_images, keep, ...others } = settings;
   const loras = (fields.loras || []).map((lora) => lora.name ? `${lora.name} ${lora.weight ?? 1}` : String(lora)).join(", ");
-  const pairs = [["seed", picture.seed], ...Object.entries(picture.scores || {}), ["negative prompt", fields.negative_prompt], ["steps", num_inference_steps], ...Object.entries(others), ["LoRAs", loras], ["seconds", picture.seconds]];
+  const pairs = [["seed", picture.seed], ...Object.entries(picture.scores || {}), ["negative prompt", fields.negative_prompt], ["steps", num_inference_steps], ...Object.entries(others), ["LoRAs", loras], ["ControlNet", fields.control && `${fields.control} ${fields.control_weight ?? 1}`], ["seconds", picture.seconds]];
   $("view-facts").replaceChildren(...pairs.filter(([, value]) => value !== undefined && value !== null && value !== "").flatMap(([name, value]) =>
     [make("dt", "", name.replaceAll("_", " ")), make("dd", "", typeof value === "number" ? number(value) : typeof value === "string" ? value : JSON.stringify(value))]));
   $("view-keep").setAttribute("aria-pressed", String(picture.kept === true));
