@@ -25,12 +25,17 @@ def inspect(
 ) -> int:
     """Check a model without loading it and print what it is; for a single file also hashes and metadata."""
     from genkit.components import inspect_model
+    from genkit.components.control import control_in, facts
     from genkit.components.info import file_facts
     from genkit.components.words import embedding_in
 
     embedding = embedding_in(model)
     if embedding is not None:
         print_found(embedding.facts(), as_json)
+        return EXIT_OK
+    control = control_in(model)
+    if control is not None:
+        print_found({"model": model, **facts(control)}, as_json)
         return EXIT_OK
     info = inspect_model(model, variant=variant, vae=vae, text_encoder=text_encoder, prediction=prediction)
     print_found({**info.describe(), **file_facts(info)}, as_json)
@@ -39,11 +44,11 @@ def inspect(
 
 @app.command(cls=Command, rich_help_panel=LOOK)
 def models(
-    folder: Annotated[Path, typer.Argument(help="A folder of models and LoRAs.")],
+    folder: Annotated[Path, typer.Argument(help="A folder of models, LoRAs and ControlNets.")],
     variant: Variant = None,
     as_json: AsJson = False,
 ) -> int:
-    """List the models and LoRAs in a folder, by the names that `serve --models` gives them."""
+    """List the models, LoRAs and ControlNets in a folder, by the names that `serve --models` gives them."""
     from genkit.components.collection import collection
     from genkit.progress import printable
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from genkit.components import ModelInfo, inspect_model
-from genkit.components.control import is_control, read_control
+from genkit.components import ModelInfo, Part, inspect_model
+from genkit.components.control import facts, is_control, read_control
 from genkit.components.embeddingfile import is_embedding, read_embedding
 from genkit.components.single import LORA, STEERS, kind_of
 from genkit.components.weights import read_header
@@ -32,6 +32,7 @@ class Item:
     kind: str | None
     info: ModelInfo | None = None
     why: str = ""
+    part: Part | None = None  # of a ControlNet
 
     @property
     def draws(self) -> bool:
@@ -44,6 +45,8 @@ class Item:
         if self.info is not None:
             found = self.info.describe()
             about |= {key: found[key] for key in ("family", "size", "parameters") if key in found}
+        if self.part is not None:
+            about |= facts(self.part)
         return about | ({"why": self.why} if self.why else {})
 
 
@@ -98,11 +101,9 @@ def _item(path: Path, variant: str | None) -> Item:
             if kind_of(tensors) == f"is {LORA}":
                 return Item(name, path, "lora")
             if kind_of(tensors) == f"is {STEERS}":
-                read_control(path)
-                return Item(name, path, CONTROL)
+                return Item(name, path, CONTROL, part=read_control(path))
         elif is_control(path):
-            read_control(path, variant)
-            return Item(name, path, CONTROL)
+            return Item(name, path, CONTROL, part=read_control(path, variant))
         info = inspect_model(str(path), variant=variant if path.is_dir() else None)
     except InputError as error:
         return Item(name, path, None, why=str(error).removeprefix(f"{place(path)}: "))

@@ -16,7 +16,7 @@ from genkit.components.hub import fetch_weights
 from genkit.components.info import Part
 from genkit.components.original import backward, control_modules, renamed
 from genkit.components.registry import BESIDE, NETWORKS
-from genkit.components.single import kind_of, named, network_part
+from genkit.components.single import STEERS, kind_of, named, network_part
 from genkit.components.weights import PICKLES, Tensor, hash_once, read_file, wanted_weights
 from genkit.device.memory import CONTROL
 from genkit.errors import HostError, InputError, shown
@@ -72,6 +72,22 @@ def is_control(folder: Path) -> bool:
     """Whether a folder is that of a ControlNet alone."""
     path = folder / "config.json"
     return path.is_file() and read_json(path).get("_class_name") in BESIDE[CONTROL][1]
+
+
+def control_in(name: str) -> Part | None:
+    """Return the ControlNet that a folder or file of this name is; None for anything else."""
+    path = user_path(name)
+    if path.is_dir():
+        return read_control(name) if is_control(path) else None
+    steers = path.suffix == ".safetensors" and path.is_file() and kind_of({t.key: t for t in read_file(path)[0]})
+    return read_control(name) if steers == f"is {STEERS}" else None
+
+
+def facts(part: Part) -> dict[str, Any]:
+    """Return what `genkit inspect` and `genkit models` print of a ControlNet, as JSON values."""
+    family = FAMILIES.get(part.config["cross_attention_dim"])
+    known = {} if family is None else {"family": family}
+    return {"kind": CONTROL, **known, "parameters": part.parameters, "dtype": part.dtype}
 
 
 def check_fit(part: Part, unet: Mapping[str, Any], vae: Mapping[str, Any] | None) -> None:

@@ -31,7 +31,7 @@ from genkit.components.registry import (
 )
 from genkit.components.rules import check_config, refuse_code
 from genkit.components.siglip import check_siglip_tokenizer
-from genkit.components.single import UNET, read_single, read_text_encoder, read_vae
+from genkit.components.single import STEERS, UNET, read_single, read_text_encoder, read_vae
 from genkit.components.tokenizer import check_tokenizer
 from genkit.components.weights import CONVERT, PICKLES, check_shapes, read_file, read_weights, wanted_weights
 from genkit.device.memory import CONTROL, TEXTS
@@ -237,6 +237,8 @@ def _read_clip(folder: Path, notes: list[str]) -> ModelInfo:
     """Read the folder of a CLIPModel or a SiglipModel; without weights and name."""
     path = folder / "config.json"
     stated = read_json(path)
+    if stated.get("_class_name") in BESIDE[CONTROL][1]:
+        raise InputError(f"{place(path)}: is {STEERS}")
     kind = stated.get("model_type", "clip")
     if kind == "siglip2":
         raise InputError(

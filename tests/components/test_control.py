@@ -15,9 +15,10 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from genkit import cli
 from genkit.components import inspect_model
 from genkit.components.checks import check_network
-from genkit.components.control import _config, check_fit, network_hash, read_control
+from genkit.components.control import _config, check_fit, control_in, network_hash, read_control
 from genkit.components.loading import load_network
 from genkit.components.original import backward, control_modules, renamed
 from genkit.components.weights import Tensor
@@ -165,6 +166,22 @@ def test_damaged_and_foreign_folders_are_refused_by_name(tmp_path: Path) -> None
     save_file({**weights, name: torch.full_like(weights[name], np.nan)}, path)
     with pytest.raises(InputError, match="holds a NaN"):
         load_network(read_control(folder), device=CPU, dtype=torch.float32)
+
+
+def test_what_is_said_of_them(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net, model = made["SDXL"], made["SDXL"].parent / "model2"
+    assert cli.run(["inspect", str(net), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["parameters"]) == ("controlnet", read_control(net).parameters)
+    shutil.copy(net / "diffusion_pytorch_model.safetensors", tmp_path / "net.safetensors")
+    assert cli.run(["inspect", str(tmp_path / "net.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == found["parameters"]
+    for name in (net, tmp_path / "net.safetensors"):
+        with pytest.raises(InputError, match="is a ControlNet: give it with --control"):
+            inspect_model(name)
+    assert cli.run(["models", str(net.parent)]) == 0
+    assert "net2: controlnet, 3 million parameters" in capsys.readouterr().out
+    assert control_in(str(model)) is None and control_in("emoji") is None
 
 
 def test_a_control_net_of_another_model_is_refused(made: dict[str, Path]) -> None:
