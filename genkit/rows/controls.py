@@ -64,10 +64,9 @@ def _checked(control: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = str(value)
         else:
             raise ValueError(f"{name} must be a path, not {shown(value)}; each is like {_EXAMPLE}")
-    if whole["preprocess"] not in PREPROCESS:
-        kinds = ", ".join(PREPROCESS)
-        near = nearest(whole["preprocess"], PREPROCESS)
-        raise ValueError(f"preprocess: {shown(whole['preprocess'])} is none of {kinds}{near}")
+    kind = whole["preprocess"]
+    if not isinstance(kind, str) or kind not in PREPROCESS:
+        raise ValueError(f"preprocess: {shown(kind)} is none of {', '.join(PREPROCESS)}{nearest(kind, PREPROCESS)}")
     return {name: found[name] for name in CONTROL if name in found}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from genkit.errors import InputError, shown
 from genkit.files import parse_json, place
+from genkit.pictures.edges import PREPROCESSORS
 from genkit.pictures.metadata import METADATA_BYTES
 from genkit.pictures.written import read_texts
 from genkit.rows.comfyui import read_graph
@@ -180,6 +181,11 @@ def _other(draft: Draft, key: str, value: str) -> None:
         return
     if re.fullmatch(r"controlnet \d+", low):
         draft.about.setdefault("controls", []).append(read_unit(value))
+        module = re.search(r"Module: ([^,]{1,80})", value)
+        if module and module[1].lower() not in PREPROCESSORS:
+            draft.notes.append(
+                f"ControlNet: there is no preprocessor {shown(module[1])}: give what it made of the picture"
+            )
     lacked = next((name for start, name in _LACKING if low.startswith(start)), None)
     if lacked is None:
         draft.notes.append(f"not used: {shown(f'{key}: {value}')}")

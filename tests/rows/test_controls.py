@@ -68,6 +68,7 @@ WRONG = {
     "range": ([{**ONE, "start": 0.5, "end": 0.5}], "start 0.5 must be less than end 0.5"),
     "outside": ([{**ONE, "end": 1.5}], "end must be a number from 0 to 1"),
     "preprocess": ([{**ONE, "preprocess": "cany"}], "'cany' is none of none, canny, invert (did you mean 'canny'?)"),
+    "preprocess as a list": ([{**ONE, "preprocess": ["canny"]}], "preprocess: ['canny'] is none of none, canny"),
     "picture": ([{"file": "canny", "image": 7}], "image must be a path, not 7"),
     "file": ([{"file": "", "image": "a.png"}], "file must be a path, not ''"),
     "many": ([ONE] * 9, "must have at most 8 items"),
@@ -111,6 +112,8 @@ def test_infotext_says_what_was_used_as_other_tools_do(folder: Path) -> None:
     assert any("give control and control_image" in note for note in found.notes)
     theirs = "Module: canny, Model: control_v11p_sd15_canny [d14c016b], Weight: 0.75, Resize Mode: Crop and Resize"
     assert read_unit(theirs) == {"preprocess": "canny", "weight": 0.75}
+    pose = read_infotext(text.replace("Module: canny", "Module: openpose_full"))
+    assert any("no preprocessor 'openpose_full': give what it made of the picture" in note for note in pose.notes)
 
 
 def test_a_picture_of_another_tool_is_drawn_with_a_network_and_picture_that_are_given(folder: Path) -> None:
