@@ -24,7 +24,7 @@ from genkit.training.state import fold
 SHARD, TOGETHER = 256, 32  # approximate number of pictures of a shard, and of a batch that is encoded
 VERSION = 2  # of augmentation and of the format: another version invalidates the cache
 # The keys of a recipe's `data` that the tensors depend on, besides the pictures, their captions and their sizes.
-SETTINGS = {"captions", "caption_shuffle", "crop", "flip", "zoom", "background", "recolour"}
+SETTINGS = {"captions", "caption_shuffle", "crop", "flip", "zoom", "background", "recolour", "conditioning"}
 
 
 class Cached:
@@ -145,11 +145,13 @@ def _digests(pictures: Pictures, path: Path) -> list[str]:
     states: dict[str, list[int]] = {}
     names = []
     for example in pictures.examples:
-        file = example.place[0]
-        if file not in states:
-            status = os.stat(file)
-            states[file] = [status.st_size, status.st_mtime_ns]
-        names.append(json.dumps([os.path.abspath(file), *example.place[1:], *states[file]]))
+        named: list[Any] = []
+        for file, *where in example.places:
+            if file not in states:
+                status = os.stat(file)
+                states[file] = [status.st_size, status.st_mtime_ns]
+            named += [os.path.abspath(file), *where, *states[file]]
+        names.append(json.dumps(named))
     found = {name: known.get(name) or e.digest() for name, e in zip(names, pictures.examples, strict=True)}
     if found.keys() - known.keys():
         write_whole(path, json.dumps({**known, **found}).encode())

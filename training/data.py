@@ -18,6 +18,8 @@ import torch
 from genkit.datasets.config import Background, Data
 from genkit.datasets.example import Example
 from genkit.errors import InputError, nearest, shown
+from genkit.pictures.edges import COMPUTED, PREPROCESS
+from genkit.training.layers import BLACK, check_conditioning, fitted, pasted, read_beside
 from genkit.training.state import fold
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Batch:
 
     sizes: original height and width, top and left of the crop, target height and width. weights (B,): of the losses.
     dropped (B,): whether the caption is dropped. tensors: cached inputs of the networks, if any. scenes: the objects of
-    each composed picture (scenes.py).
+    each composed picture (scenes.py). conditioning: what a ControlNet reads, (B, 3, H, W) uint8.
     """
 
     pixels: torch.Tensor
@@ -59,6 +61,7 @@ class Batch:
     dropped: torch.Tensor
     tensors: dict[str, torch.Tensor] | None = None
     scenes: list[Any] | None = None
+    conditioning: torch.Tensor | None = None
 
 
 class Source(Protocol):
@@ -89,6 +92,7 @@ class Pictures:
                 raise InputError(f"data.bucket_step: sides in steps of {step} are more than data.resolution, {number}")
         if self.examples:
             _check_words(data, {"caption"}.union(*(e.fields for e in self.examples)))
+        check_conditioning(data, self.examples)
         self.buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
         self.broken: set[int] = set()  # pictures that could not be read
         shapes = _shapes(self.resolution, step) if data.buckets else [self.resolution]
@@ -113,10 +117,11 @@ class Pictures:
         indices, turns = turned(self.data, len(self), indices, epoch)
         taken = [self._whole(index, turn) for index, turn in zip(indices, turns, strict=True)]
         indices, made = [index for index, _ in taken], [one for _, one in taken]
-        pixels, captions, sizes, dropped = zip(*made, strict=True)
+        pixels, captions, sizes, dropped, conditioning = zip(*made, strict=True)
         return Batch(
             torch.from_numpy(np.stack(pixels)), list(captions), [self.examples[i].key for i in indices],
             torch.tensor(sizes), torch.ones(len(made)), torch.tensor(dropped),
+            conditioning=None if self.data.conditioning is None else torch.from_numpy(np.stack(conditioning)),
         )  # fmt: skip
 
     def _whole(self, index: int, turn: int) -> tuple[int, Any]:
@@ -147,10 +152,11 @@ class Pictures:
             raise error
         self.broken.add(index)
 
-    def make(self, index: int, turn: int) -> tuple[np.ndarray, str, tuple[int, ...], bool]:
-        """Return pixels (3, H, W), caption, sizes and whether the caption is dropped. Raises InputError, naming it.
+    def make(self, index: int, turn: int) -> tuple[np.ndarray, str, tuple[int, ...], bool, np.ndarray | None]:
+        """Return pixels (3, H, W), caption, sizes, whether the caption is dropped, and conditioning (3, H, W) uint8.
 
-        turn: how often the picture was used before. Augmentation that would make its caption wrong is left out.
+        turn: how often the picture was used before. Augmentation that would make its caption wrong is left out. Raises
+        InputError, naming the picture.
         """
         example, data = self.examples[index], self.data
         variant = turn % data.cache if data.cache else turn
@@ -168,12 +174,19 @@ class Pictures:
             parts = [part.strip() for part in caption.split(",")]
             rng.shuffle(parts)
             caption = ", ".join(parts)
-        mentioned, picture = self._on_background(picture, "background" in caption.lower(), rng)
+        layers = [picture]
+        if example.conditioning is not None:
+            layers.append(read_beside(example.conditioning, picture.size))
+        mentioned, layers = self._on_background(layers, "background" in caption.lower(), rng)
         if mentioned:
             caption = filled(data.background.caption, {"caption": caption, "background": mentioned})
         flip = 0.0 if SIDED_WORD.search(caption) else data.flip
-        pixels, sizes = self._fitted(picture, self._shape[index], flip, rng)
-        return pixels, caption, sizes, self.dropped(index, turn)
+        layers, sizes = fitted(layers, self._shape[index], data.crop, flip, rng)
+        pixels = np.ascontiguousarray(np.asarray(layers[0], dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
+        if data.conditioning in COMPUTED:
+            layers.append(PREPROCESS[data.conditioning](layers[0]))
+        read = np.asarray(layers[1]).transpose(2, 0, 1) if len(layers) > 1 else None
+        return pixels, caption, sizes, self.dropped(index, turn), read
 
     def dropped(self, index: int, turn: int) -> bool:
         """Return whether a picture's caption is dropped in this turn."""
@@ -201,48 +214,29 @@ class Pictures:
         template = rng.choice(usable(self.data, values))
         return template, {name: rng.choice(v) if isinstance(v, list) and v else v for name, v in values.items()}
 
-    def _on_background(self, picture: Image.Image, captioned: bool, rng: random.Random) -> tuple[str, Image.Image]:
+    def _on_background(
+        self, layers: list[Image.Image], captioned: bool, rng: random.Random
+    ) -> tuple[str, list[Image.Image]]:
         """Return the name of the background if the caption should mention it, else "", and the picture on it.
 
-        The picture is scaled by `zoom`. captioned: whether the caption mentions a background already.
+        layers: the picture, and its conditioning if it lies beside it, on black; both are scaled by `zoom`. captioned:
+        whether the caption mentions a background already.
         """
-        from PIL import Image
-
+        picture = layers[0]
         plan, clear, named = self.data.background, picture.mode == "RGBA", ""
         if clear and rng.random() < plan.share:
             named = rng.choice(list(BACKGROUNDS))
         scale = rng.uniform(self.data.zoom, 1.0)
         if not clear and self.data.zoom == 1:
-            return "", picture
+            return "", layers
         covered = scale**2 * float(np.asarray(picture.getchannel("A")).mean()) / 255 if named else 1.0
         mentioned = "" if captioned or 1 - covered < SEEN else named
         drawn = tuple(rng.randrange(256) for _ in range(3)) if plan.colour == "random" else None
         colour = drawn if drawn is not None and not mentioned else _colour(mentioned or plan.colour)
         width, height = (max(1, round(side * scale)) for side in picture.size)
-        ground = Image.new("RGB", picture.size, colour)
         at = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
-        small = picture if scale == 1 else picture.resize((width, height), Image.Resampling.LANCZOS)
-        ground.paste(small, at, small if clear else None)
-        return mentioned, ground
-
-    def _fitted(
-        self, picture: Image.Image, shape: tuple[int, int], flip: float, rng: random.Random
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Return the picture scaled, cropped to `shape` and perhaps mirrored, as (3, H, W), and SDXL's sizes."""
-        from PIL import Image
-
-        original = picture.height, picture.width
-        scale = max(shape[0] / picture.width, shape[1] / picture.height)
-        width, height = max(shape[0], round(picture.width * scale)), max(shape[1], round(picture.height * scale))
-        if (width, height) != picture.size:
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        spare = width - shape[0], height - shape[1]
-        left, top = (rng.randint(0, s) for s in spare) if self.data.crop == "random" else (s // 2 for s in spare)
-        picture = picture.crop((left, top, left + shape[0], top + shape[1]))
-        if rng.random() < flip:
-            picture, left = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), spare[0] - left
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
-        return np.ascontiguousarray(pixels), (*original, top, left, shape[1], shape[0])
+        grounds = zip(layers, (colour, BLACK), strict=False)
+        return mentioned, [pasted(layer, (width, height), at, ground) for layer, ground in grounds]
 
 
 def turn_hue(picture: Image.Image, hue: float) -> Image.Image | None:

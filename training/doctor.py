@@ -91,11 +91,10 @@ def diagnose(path: str | None, recipe_path: Path | None, *, quiet: bool = False)
     recipe = read_recipe(recipe_path, () if path is None else [f"data.path={json.dumps(path)}"])
     found = read_examples(recipe.data)
     train, held = split(found, recipe.data)
-    from genkit.components.compose import compose_model
+    from genkit.training.control import model_of
     from genkit.training.tasks import KINDS
 
-    kind = KINDS.get(recipe.task, "text-to-image")
-    info = compose_model(kind, recipe.model, recipe.networks, recipe.scheduler)
+    info = model_of(recipe, KINDS.get(recipe.task, "text-to-image"))
     return examine(recipe.data, train, held, recipe, info, read=found, quiet=quiet)
 
 
@@ -110,14 +109,14 @@ def check_data(
     sums = hashlib.sha256(json.dumps([recipe.task, recipe.plain["data"], recipe.train.batch_size, len(train)]).encode())
     states: dict[str, tuple[int, int]] = {}
     for example in (*train, *held):
-        path = example.place[0]
-        if path not in states:
-            try:
-                status = os.stat(path)
-                states[path] = (status.st_size, status.st_mtime_ns)
-            except OSError:  # a broken link, which is reported below
-                states[path] = (-1, 0)
-        sums.update(json.dumps([example.key, example.caption, example.place, states[path]]).encode())
+        for path, *_ in example.places:
+            if path not in states:
+                try:
+                    status = os.stat(path)
+                    states[path] = (status.st_size, status.st_mtime_ns)
+                except OSError:  # a broken link, which is reported below
+                    states[path] = (-1, 0)
+            sums.update(json.dumps([example.key, example.caption, example.place, states[path]]).encode())
     known, fingerprint = folder / ".doctor", sums.hexdigest()
     if known.exists() and known.read_text("utf-8") == fingerprint:
         return

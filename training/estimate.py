@@ -109,7 +109,9 @@ def _nothing(size: tuple[int, int]) -> Batch:
     """Return a batch of two pictures as meta tensors."""
     pixels = torch.zeros(2, 3, size[1], size[0], device=SHAPES)
     sizes = torch.zeros(2, 6, dtype=torch.long, device=SHAPES)
-    return Batch(pixels, [""] * 2, [""] * 2, sizes, torch.ones(2), torch.zeros(2, dtype=torch.bool))
+    return Batch(
+        pixels, [""] * 2, [""] * 2, sizes, torch.ones(2), torch.zeros(2, dtype=torch.bool), conditioning=pixels.byte()
+    )
 
 
 def _kept(task: Any, size: tuple[int, int], own: set[int]) -> int:

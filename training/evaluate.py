@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from genkit.device.memory import CONTROL
 from genkit.durable import disk, write_whole
 from genkit.errors import InputError
 from genkit.rows.request import Request
 from genkit.scoring.distances import DISTANCES, halved, interval
 from genkit.scoring.plugins import find_features
+from genkit.training.control import drawing_control
 from genkit.training.data import Batch, Pictures
 from genkit.training.recipe import Recipe
 from genkit.training.state import fold
@@ -43,6 +45,8 @@ class Evaluation:
             raise InputError("data.validation: leaves too few pictures to measure a distance to")
         if set(self.plan.metrics) & set(DISTANCES) and self.plan.num_images * max(1, len(self.plan.prompts)) < 2:
             raise InputError("evaluate.num_images: a distance needs 2 pictures or more, of all prompts")
+        if validation is None and recipe.task == "controlnet" and self.plan.prompts:
+            raise InputError("data.validation: holds nothing out, and evaluate.prompts are drawn by its conditioning")
         if validation is None and isinstance(recipe.networks.get("vae"), dict):
             raise InputError("data.validation: holds nothing out, and a new autoencoder's latents are measured on it")
         if self.plan.features != "clip":
@@ -98,9 +102,11 @@ class Evaluation:
         settings |= {"height": height, "num_images": self.plan.num_images}
         if words != [""]:
             settings["guidance_scale"] = self.plan.guidance_scale
+        if parts.controlnet is not None:
+            drawer.controls.networks[CONTROL] = drawing_control(parts)
         rows = [
-            Request(id=f"{i:06d}", prompt=word, seed=fold(self.recipe.seed, i) % 2**32, **settings)
-            for i, word in enumerate(words)
+            Request(id=f"{i:06d}", prompt=word, seed=fold(self.recipe.seed, i) % 2**32, controls=controls, **settings)
+            for i, (word, controls) in enumerate(zip(words, self._controls(len(words)), strict=True))
         ]
         results = sorted(drawer.stream(rows), key=lambda r: (r.id, r.index))
         good = [r for r in results if r.pixels is not None]
@@ -109,6 +115,18 @@ class Evaluation:
         _sheet([r.image for r in good], self.out / "samples" / f"{step:06d}.png")
         pictures = torch.stack([torch.as_tensor(r.pixels).permute(2, 0, 1) for r in good])
         return self._scores(pictures, [r.prompt for r in good])
+
+    def _controls(self, count: int) -> list[list[dict[str, Any]] | None]:
+        """Return the ControlNet of each prompt, with the conditioning of a validation picture, the first of them."""
+        if self.task.parts.controlnet is None:
+            return [None] * count
+        found: list[Any] = []
+        for batch in self.batches():
+            found += batch.conditioning if batch.conditioning is not None else ()
+            if len(found) >= count:
+                break
+        pictures = [found[i % len(found)].permute(1, 2, 0).numpy() for i in range(count)]
+        return [[{"file": CONTROL, "image": picture}] for picture in pictures]
 
     def _scores(self, pictures: torch.Tensor, prompts: list[str]) -> dict[str, Any]:
         if not self.plan.metrics:

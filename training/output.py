@@ -16,9 +16,11 @@ from genkit.components.info import ModelInfo, Part
 from genkit.components.loading import stored_weights
 from genkit.components.lora import merged_weights, write_lora
 from genkit.components.writing import link_network, write_index, write_json, write_network
+from genkit.device.memory import CONTROL
 from genkit.durable import TEMP_PREFIX, TEMP_SUFFIX, disk, sync_folder, sync_tree
 from genkit.errors import HostError, shown
 from genkit.files import place
+from genkit.pictures.edges import COMPUTED
 from genkit.training.recipe import Recipe
 from genkit.training.tasks import NewTokens
 from genkit.vision.models import THRESHOLD
@@ -122,6 +124,10 @@ def _detector(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dic
     write_json(out / "preprocessor_config.json", {**usual, **size, "image_processor_type": "OwlViTImageProcessor"})
 
 
+def _controlnet(recipe: Recipe, info: ModelInfo, task: Any, out: Path, scores: dict[str, Any]) -> None:
+    _network(recipe, task.parts.controlnet, info.parts[CONTROL], out)
+
+
 def model_card(recipe: Recipe, scores: dict[str, Any]) -> str:
     """Return a README.md with the hub's front matter, the metrics and the recipe."""
     hub = recipe.model is not None and recipe.model.count("/") == 1 and not Path(recipe.model).exists()
@@ -129,6 +135,7 @@ def model_card(recipe: Recipe, scores: dict[str, Any]) -> str:
     library = "transformers" if recipe.task in ("clip", "detector") else "diffusers"
     figures = "".join(f"- {key}: {value:.5g}\n" for key, value in scores.items() if isinstance(value, int | float))
     how = _USE.get(recipe.task, 'genkit generate --prompt "…" --model FOLDER -o runs/first')
+    how += f" --control-preprocess {recipe.data.conditioning}" if recipe.data.conditioning in COMPUTED else ""
     word = "" if recipe.token is None else f"Its new word is `{' '.join(recipe.token.names)}`.\n\n"
     metadata = json.dumps(recipe.plain, indent=1, ensure_ascii=False)
     return (
@@ -152,8 +159,9 @@ def push(out: Path, repository: str) -> str:
 
 _USE = {
     "clip": 'genkit score IMAGES --prompt "…" --clip FOLDER', "autoencoder": "networks: {vae: FOLDER/vae}",
+    "controlnet": 'genkit generate --prompt "…" --model MODEL --control FOLDER --control-image PICTURE -o runs/first',
     "detector": 'genkit detect IMAGES --words "…" --detector FOLDER',
 }  # fmt: skip
 _LAYOUTS: dict[str, Callable[[Recipe, ModelInfo, Any, Path, dict[str, Any]], None]] = {
-    "autoencoder": _autoencoder, "clip": _clip, "detector": _detector,
+    "autoencoder": _autoencoder, "clip": _clip, "controlnet": _controlnet, "detector": _detector,
 }  # fmt: skip

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from genkit.datasets.config import Background, Data, Section, Share, Some, Text
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, read_text
+from genkit.pictures.edges import COMPUTED
 from genkit.rows.yamltext import parse_yaml
 
 Positive = Annotated[float, Field(gt=0, le=1e6)]
@@ -166,8 +167,9 @@ class Save(Section):
 
 
 Task = Literal[
-    "unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "autoencoder", "clip", "detector"
-]
+    "unconditional", "text-to-image", "lora", "dreambooth", "textual-inversion", "controlnet", "autoencoder", "clip",
+    "detector",
+]  # fmt: skip
 TASKS = typing.get_args(Task)
 SMALL = ("textual-inversion", "clip", "detector")  # few trained weights, or a scalar, which cannot be sharded
 # Section -> the tasks that read it; the others are read by all.
@@ -180,6 +182,7 @@ READ_BY = {
 UNREAD = {
     "data.cache": ("autoencoder", "clip", "detector"), "data.buckets": ("clip", "detector"),
     "data.caption_dropout": ("autoencoder", "clip", "unconditional", "detector"),
+    "data.conditioning": tuple(t for t in TASKS if t != "controlnet"),
     "evaluate.prompts": ("autoencoder", "clip", "unconditional", "detector"),
     # Scenes have an augmentation of their own.
     **{f"data.{key}": ("detector",) for key in ("flip", "caption_shuffle")},
@@ -190,13 +193,14 @@ class Recipe(Section):
     """A training run. model: the model to start from; networks: replace parts of it, or make up a new model.
 
     A network is a folder (or a model that contains it), or a config for a new network with random weights; keys that
-    the config does not state are taken from the network of `model`. scheduler: a diffusers scheduler config; default,
-    that of the model.
+    the config does not state are taken from the network of `model`. controlnet among them: one to go on training, by
+    its folder, hub id or file, instead of a copy of the UNet's first half. scheduler: a diffusers scheduler config;
+    default, that of the model.
     """
 
     task: Task
     model: Text | None = None
-    networks: Mapping[Literal["unet", "vae", "text_encoder", "tokenizer", "clip"], Network] = {}
+    networks: Mapping[Literal["unet", "vae", "text_encoder", "tokenizer", "clip", "controlnet"], Network] = {}
     scheduler: dict[str, Any] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: Data
@@ -223,6 +227,10 @@ class Recipe(Section):
             raise ValueError("model: is missing; it names what to start from, or `networks` what to build")
         if self.model is None and self.task in ("lora", "dreambooth", "textual-inversion"):
             raise ValueError(f"model: is missing, which {self.task} changes")
+        if self.model is None and self.task == "controlnet":
+            raise ValueError("model: is missing, which the ControlNet steers")
+        if self.data.conditioning is None and self.task == "controlnet":
+            raise ValueError(f"data.conditioning: is missing: {', '.join(COMPUTED)}, or the column of its pictures")
         if self.evaluate.best not in ("loss", *self.evaluate.metrics):
             raise ValueError(f"evaluate.best: {self.evaluate.best!r} is not among evaluate.metrics")
         self._check_unread()
@@ -248,6 +256,8 @@ class Recipe(Section):
                 full and self.task in SMALL,
                 f"train.sharding: full is not for task {self.task}: it is small",
             ),
+            ("controlnet" in self.networks and self.task != "controlnet", f"networks.controlnet: {told}"),
+            (isinstance(self.networks.get("controlnet"), dict), "networks.controlnet: is a folder, a hub id or a file"),
             (goal.debiased and goal.snr_gamma, "objective: snr_gamma and debiased are two weights; take one"),
             (self.task == "detector" and self.data.zoom != 1, f"data.zoom: {self.data.zoom}: {told}"),
             (self.task == "detector" and self.data.crop != "center", f"data.crop: {self.data.crop}: {told}"),

@@ -17,7 +17,6 @@ from typing import Any, Self
 import torch
 
 from genkit.components import ModelInfo, load_components, weight_hashes
-from genkit.components.compose import compose_model
 from genkit.components.text import as_word
 from genkit.components.weights import sha256
 from genkit.datasets.duplicates import fingerprint_all
@@ -26,9 +25,11 @@ from genkit.device.devices import compute_dtype, peak_memory, pick_device
 from genkit.durable import disk
 from genkit.errors import HostError, InputError, shown
 from genkit.files import place
+from genkit.pictures.edges import check_preprocess
 from genkit.progress import Steps, printable
 from genkit.training.cache import encoded
 from genkit.training.checkpoint import Checkpoints
+from genkit.training.control import model_of
 from genkit.training.data import Feed, Pictures
 from genkit.training.doctor import check_data
 from genkit.training.evaluate import LOWER_IS_BETTER, Evaluation
@@ -72,8 +73,8 @@ class Setup:
         if recipe.save.tensorboard and find_spec("tensorboard") is None:
             raise InputError("save.tensorboard: tensorboard is not installed: pip install 'genkit-diffusion[train]'")
         accelerator = make_accelerator(recipe, target, out)
-        kind = KINDS.get(recipe.task, "text-to-image")
-        info = compose_model(kind, recipe.model, recipe.networks, recipe.scheduler)
+        check_preprocess(recipe.data.conditioning, "data.conditioning")
+        info = model_of(recipe, KINDS.get(recipe.task, "text-to-image"))
         _check_channels(info)
         read = read_examples(recipe.data)
         examples, held = split(read, recipe.data)

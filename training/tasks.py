@@ -12,9 +12,11 @@ from genkit.components import Components
 from genkit.components.geometry import Geometry
 from genkit.components.text import Penultimate, TextEncoder, TextEncoderPair, expand_tokens
 from genkit.device.cpu import suit_cpu
+from genkit.device.memory import CONTROL
 from genkit.device.processor import narrow_attention
 from genkit.errors import InputError, shown
 from genkit.scoring.clip import ClipScorer
+from genkit.training.control import copy_first_half, residuals, trained_control
 from genkit.training.detection import Detection
 from genkit.training.objective import Noising, objective_scheduler
 from genkit.training.recipe import Recipe
@@ -51,7 +53,10 @@ class Task(Protocol):
 
 
 class Diffusion:
-    """A diffusion model: UNet and trained parts of its text encoders; conditioned on captions if it has any."""
+    """A diffusion model: UNet and trained parts of its text encoders; conditioned on captions if it has any.
+
+    A ControlNet that is trained for it adds to the activations of the frozen UNet.
+    """
 
     def __init__(self, recipe: Recipe, parts: Components, dtype: torch.dtype) -> None:
         assert parts.scheduler is not None
@@ -64,6 +69,7 @@ class Diffusion:
         self.multiple = geometry.multiple
         self.tokenizers = [t for t in (parts.tokenizer, parts.tokenizer_2) if t is not None]
         self.encoders = {n: m for n in ("text_encoder", "text_encoder_2") if (m := getattr(parts, n)) is not None}
+        copy_first_half(parts)  # before the UNet loses precision
         whole = _way(recipe) == "everything"
         frozen = [
             *([] if whole else [parts.unet]),
@@ -81,7 +87,8 @@ class Diffusion:
                 if part is not None and name not in self.networks:
                     suit_cpu(part)
             if dtype == torch.float32:
-                narrow_attention(parts.unet)
+                for network in filter(None, (parts.unet, parts.controlnet)):
+                    narrow_attention(network)
         self.text_learns = any(name in self.networks for name in self.encoders)
         if len(self.encoders) == 2:  # the last layer is unused, so DDP would wait for its gradients
             for unheard in (parts.text_encoder.encoder.layers[-1], parts.text_encoder.final_layer_norm):
@@ -96,7 +103,10 @@ class Diffusion:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensors:
-        """Return moments (B, 2C, h, w) of latents, or pixels; text (B, T, W) and pooled, or token ids; SDXL's sizes."""
+        """Return moments (B, 2C, h, w) of latents, or pixels; text (B, T, W) and pooled, or token ids; SDXL's sizes.
+
+        Also what a ControlNet reads, conditioning (B, 3, H, W) uint8.
+        """
         pixels = batch.pixels.to(self.device, non_blocking=True)
         vae, kept = self.parts.vae, torch.float16 if self.recipe.data.cache else torch.float32
         found = {"pixels": pixels}
@@ -107,6 +117,8 @@ class Diffusion:
         if self.encoders:
             told = self._ids(batch.captions) if self.text is None else self._embedded(batch.captions)
             found |= {name: t.to(kept) if t.is_floating_point() else t for name, t in told.items()}
+        if CONTROL in self.networks and batch.conditioning is not None:
+            found["conditioning"] = batch.conditioning.to(self.device, non_blocking=True)
         return found | ({"sizes": batch.sizes.to(self.device)} if len(self.encoders) == 2 else {})
 
     def _ids(self, captions: Sequence[str]) -> Tensors:
@@ -129,6 +141,8 @@ class Diffusion:
         noised = self.noising(self._latents(tensors, generator), generator, timesteps, plain)
         told = self._told(tensors) if self.encoders else {}
         x = noised.x.to(self._dtype)  # a frozen UNet is not in float32, and there may be no autocast
+        if "conditioning" in tensors:
+            told |= residuals(self.nets[CONTROL], x, noised.t, tensors["conditioning"], told)
         out = self.nets.get("unet", self.parts.unet)(x, noised.t, return_dict=False, **told)[0]
         return (out.float() - noised.target).square().flatten(1).mean(dim=1) * noised.weight
 
@@ -329,14 +343,15 @@ def _words(recipe: Recipe, parts: Components) -> Networks:
 
 
 def _way(recipe: Recipe) -> str:
-    if recipe.task == "textual-inversion":
-        return "words"
+    if recipe.task in WAYS:
+        return WAYS[recipe.task]
     return "everything" if recipe.lora is None else "adapters"
 
 
 PREPARE: dict[str, Callable[[Recipe, Components], Networks]] = {
-    "everything": _everything, "adapters": _adapters, "words": _words,
+    "everything": _everything, "adapters": _adapters, "words": _words, "control": trained_control,
 }  # fmt: skip
+WAYS = {"textual-inversion": "words", "controlnet": "control"}  # others: by the recipe
 KINDS = {  # others: text-to-image
     "autoencoder": "autoencoder", "clip": "clip", "detector": "clip", "unconditional": "unconditional",
 }  # fmt: skip

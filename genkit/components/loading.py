@@ -40,6 +40,7 @@ class Components:
     text_encoder: Any = None
     clip: Any = None
     text_encoder_2: Any = None
+    controlnet: Any = None  # of a model that one is trained for
     tokenizer: Any = None
     tokenizer_2: Any = None
     scheduler: Scheduler | None = None

@@ -22,10 +22,11 @@ from genkit.files import place
 from genkit.pictures.images import SUFFIXES
 
 
-def read_tar(path: Path, column: str, lacking: list[str]) -> Iterator[Example]:
+def read_tar(path: Path, column: str, beside: str | None, lacking: list[str]) -> Iterator[Example]:
     """Yield the samples of a WebDataset shard: NAME.webp with NAME.txt or NAME.json; read by offset, not unpacked.
 
-    lacking: the names of samples without a picture are appended to it.
+    beside: the suffix of conditioning, NAME.beside.webp. lacking: the names of samples without a picture are appended
+    to it.
     """
     with open(path, "rb") as file:
 
@@ -46,7 +47,13 @@ def read_tar(path: Path, column: str, lacking: list[str]) -> Iterator[Example]:
             if "txt" in group:
                 text = text_of(content("txt"), f"{key}: txt").strip()
                 captions = captions if text in captions[:1] else [text] if text else []
-            yield Example(key, fields=fields, place=(str(path), *group[pictures[0]]), **caption_fields(captions))
+            own = next(
+                (s for s in group if s.rpartition(".")[0] == beside and f".{s.rpartition('.')[2]}" in SUFFIXES), ""
+            )
+            yield Example(
+                key, fields=fields, place=(str(path), *group[pictures[0]]), **caption_fields(captions),
+                conditioning=Example(f"{path.name}!{stem}.{own}", None, {}, (str(path), *group[own])) if own else None,
+            )  # fmt: skip
 
 
 def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -88,15 +95,16 @@ def _check_end(path: Path, offset: int) -> None:
                 raise tarfile.ReadError(f"is damaged, or another begins, at byte {offset}")
 
 
-def read_parquet(path: Path, column: str, lacking: list[str]) -> Iterator[Example]:
+def read_parquet(path: Path, column: str, beside: str | None, lacking: list[str]) -> Iterator[Example]:
     """Yield the rows of a Parquet file with a column `image` of bytes, or of {bytes, path} as `datasets` writes it.
 
-    Without a column of captions the names of the class labels in `label` are the captions. lacking: the rows that
-    img2dataset marks as failed are appended to it.
+    Without a column of captions the names of the class labels in `label` are the captions. beside: the column of
+    conditioning. lacking: the rows that img2dataset marks as failed are appended to it.
     """
     schema = parquet_read(path, "read_schema")
-    image = image_column(path, schema)
-    rest = parquet_read(path, "read_table", columns=[name for name in schema.names if name != image]).to_pylist()
+    image = image_column(path, schema, beside)
+    others = [name for name in schema.names if name not in (image, beside)]
+    rest = parquet_read(path, "read_table", columns=others).to_pylist()
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         labels = features["label"]["names"]
@@ -111,13 +119,15 @@ def read_parquet(path: Path, column: str, lacking: list[str]) -> Iterator[Exampl
         if isinstance(labels, list) and isinstance(row.get("label"), int) and 0 <= row["label"] < len(labels):
             row["label"] = str(labels[row["label"]]).replace("_", " ")
             captions = [row["label"]] if not {column, *COLUMNS} & {*schema.names} else captions
-        yield Example(key, fields=row, place=(str(path), -1, number), **caption_fields(captions))
+        where = (str(path), -1, number)
+        own = Example(f"{key}: {beside}", None, {}, where, column=str(beside)) if beside in schema.names else None
+        yield Example(key, fields=row, place=where, column=image, conditioning=own, **caption_fields(captions))
 
 
-def is_listing(path: Path) -> bool:
+def is_listing(path: Path, beside: str | None) -> bool:
     """Return whether a Parquet file holds no pictures, as the metadata files that img2dataset writes."""
     try:
-        image_column(path, parquet_read(path, "read_schema"))
+        image_column(path, parquet_read(path, "read_schema"), beside)
     except InputError:
         return path.suffix.lower() == ".parquet"
     return False

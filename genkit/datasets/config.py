@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from genkit.pictures.edges import COMPUTED
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Some = Annotated[int, Field(ge=1, le=10**9)]
 Side = Annotated[int, Field(ge=8, le=8192)]
@@ -56,9 +58,10 @@ class Data(Section):
     factor down to this, on their background. validation: share of the pictures held out, by the hash of
     `validation_by` (a field of the metadata; default the picture's name), or the path of a data set. cache: number
     of variants of each picture whose latents and embeddings are cached on disk; 0 computes them every time.
-    cache_folder: default RUN/cache. broken: the share of samples that may lack a readable picture: they are reported
-    and left out; more are an error. repeat: how often a picture is used in an epoch, with new augmentation each
-    time. limit: use only the first so many pictures. workers: number of loader processes.
+    conditioning: what a ControlNet reads: "canny" or "invert", computed from each picture, or the column, key or suffix
+    of a picture beside it. cache_folder: default RUN/cache. broken: the share of samples that may lack a readable
+    picture: they are reported and left out; more are an error. repeat: how often a picture is used in an epoch, with
+    new augmentation each time. limit: use only the first so many pictures. workers: number of loader processes.
     """
 
     path: Text | Annotated[list[Text], Field(min_length=1)]
@@ -77,9 +80,15 @@ class Data(Section):
     recolour: Recolour | None = None
     validation: Share | Text = 0.05
     validation_by: str | None = None
+    conditioning: Text | None = None
     cache: Annotated[int, Field(ge=0, le=1000)] = 0
     cache_folder: str | None = None
     broken: Share = 0.01
     repeat: Some = 1
     limit: Some | None = None
     workers: Annotated[int, Field(ge=0, le=64)] = 0
+
+    @property
+    def beside(self) -> str | None:
+        """The column, key or suffix of conditioning that lies beside the pictures; None where it is computed."""
+        return None if self.conditioning in COMPUTED else self.conditioning

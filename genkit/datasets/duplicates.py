@@ -56,6 +56,8 @@ def _fingerprint(example: Example) -> Fingerprint:
     try:
         data = example.data()
         picture = decode_image(data, example.key)
+        if example.conditioning is not None:
+            example.conditioning.read()
     except InputError as error:
         return Fingerprint(problem=str(error))
     plain = on_grey(picture)

@@ -24,9 +24,9 @@ COLUMNS = ("text", "caption", "prompt")  # columns of captions, tried after the 
 class Example:
     """A picture of the data set: its name in messages (key), caption, metadata and the location of its bytes.
 
-    place: file, offset and length (length -1: the whole file; offset -1: row `length` of a Parquet file). captions: all
-    of them if there are several; one is drawn each time, and `caption` is the first. repeat: how often the picture is
-    used in an epoch, as in kohya's folders.
+    place: file, offset and length (length -1: the whole file; offset -1: row `length` of a Parquet file, in `column`).
+    captions: all of them if there are several; one is drawn each time, and `caption` is the first. repeat: how often
+    the picture is used in an epoch, as in kohya's folders. conditioning: the picture that a ControlNet reads with it.
     """
 
     key: str
@@ -35,12 +35,19 @@ class Example:
     place: tuple[str, int, int]
     captions: tuple[str, ...] = ()
     repeat: int = 1
+    column: str = ""
+    conditioning: Example | None = None
+
+    @property
+    def places(self) -> list[tuple[str, int, int]]:
+        """The places of the picture and of its conditioning."""
+        return [self.place, *([] if self.conditioning is None else [self.conditioning.place])]
 
     def data(self) -> bytes:
         """Return the bytes of the picture. Raises InputError when they cannot be read."""
         path, offset, length = self.place
         if offset < 0:
-            cell = _parquet_cell(path, length)
+            cell = _parquet_cell(path, length, self.column)
             if not isinstance(cell, bytes):  # null, or only a path to another file
                 raise InputError(f"{self.key}: holds no bytes of a picture")
             return cell
@@ -70,8 +77,8 @@ class Example:
             raise InputError(f"{self.key}: {UNKNOWN}") from None
 
     def digest(self) -> str:
-        """Return the SHA-256 of the bytes, in hex."""
-        return hashlib.sha256(self.data()).hexdigest()
+        """Return the SHA-256 of the bytes, those of its conditioning included, in hex."""
+        return hashlib.sha256(self.data() + (self.conditioning.data() if self.conditioning else b"")).hexdigest()
 
 
 class Examples(list[Example]):
@@ -119,9 +126,12 @@ def caption_fields(captions: list[str]) -> dict[str, Any]:
     return {"caption": captions[0] if captions else None, "captions": tuple(captions) if len(captions) > 1 else ()}
 
 
-def image_column(path: Path, schema: Any) -> str:
-    """Return the column of pictures: `image`, or the only one that is {bytes, path} or named like a suffix (jpg)."""
-    cells = [f.name for f in schema if str(f.type).startswith("struct<bytes: ")]
+def image_column(path: Path, schema: Any, beside: str | None = None) -> str:
+    """Return the column of pictures: `image`, or the only one that is {bytes, path} or named like a suffix (jpg).
+
+    beside: the column of the pictures' conditioning, if they have any.
+    """
+    cells = [f.name for f in schema if str(f.type).startswith("struct<bytes: ") and f.name != beside]
     named = [f.name for f in schema if f".{f.name}" in SUFFIXES and str(f.type) in ("binary", "large_binary")]
     found = ["image"] if "image" in schema.names else cells or named
     if len(found) != 1:
@@ -142,14 +152,15 @@ def parquet_read(path: Path, what: str, **options: Any) -> Any:
         raise InputError(f"{place(path)}: is no Parquet file: {shown(str(error), 100)}") from None
 
 
-_OPEN: dict[str, Any] = {}  # open columns by path: a row of a Parquet file cannot be read by an offset
+_OPEN: dict[
+    tuple[str, str], Any
+] = {}  # open columns by path and name: a row of a Parquet file cannot be read by an offset
 _OPENING = threading.Lock()
 
 
-def _parquet_cell(path: str, row: int) -> Any:
+def _parquet_cell(path: str, row: int, column: str) -> Any:
     with _OPENING:
-        if path not in _OPEN:
-            image = image_column(Path(path), parquet_read(Path(path), "read_schema"))
-            _OPEN[path] = parquet_read(Path(path), "read_table", columns=[image]).column(image)
-        cell = _OPEN[path][row].as_py()
+        if (path, column) not in _OPEN:
+            _OPEN[path, column] = parquet_read(Path(path), "read_table", columns=[column]).column(column)
+        cell = _OPEN[path, column][row].as_py()
     return cell.get("bytes") if isinstance(cell, dict) else cell

@@ -39,7 +39,7 @@ def read_examples(data: Data, path: str | list[str] | None = None, field: str = 
     base = os.path.commonpath([os.path.abspath(one.parent) for one in paths])
     found, notes, lacking = Examples(), list[str](), list[str]()
     for one in paths:
-        read = _Reading(data.caption, field, notes, lacking).source(one)
+        read = _Reading(data, field, notes, lacking).source(one)
         inside = os.path.relpath(one if one.is_dir() else one.parent, base)
         several = len(paths) > 1 and inside != "."
         found += (dataclasses.replace(e, key=f"{inside}/{e.key}") for e in read) if several else read
@@ -85,8 +85,9 @@ def left_out(data: Data) -> list[str]:
 class _Reading:
     """Reads one source. notes, lacking: those of Examples, which are appended to."""
 
-    def __init__(self, column: str, field: str, notes: list[str], lacking: list[str]) -> None:
-        self.column, self.field, self.notes, self.lacking = column, field, notes, lacking
+    def __init__(self, data: Data, field: str, notes: list[str], lacking: list[str]) -> None:
+        self.column, self.beside, self.field = data.caption, data.beside, field
+        self.notes, self.lacking = notes, lacking
 
     def source(self, path: Path) -> Iterable[Example]:
         """Return the pictures of a folder or an archive."""
@@ -95,7 +96,7 @@ class _Reading:
         reader = _FORMATS.get(path.suffix.lower())
         if reader is None:
             raise InputError(f"{self.field}: {place(path)}: is neither a folder nor one of {', '.join(_FORMATS)}")
-        return reader(path, self.column, self.lacking)
+        return reader(path, self.column, self.beside, self.lacking)
 
     def _directory(self, path: Path) -> Iterable[Example]:
         files = list_files(path)
@@ -109,13 +110,20 @@ class _Reading:
         tables = [p for p in files if p.name in TABLES]
         packed = [p for p in files if p.parent == path and p.suffix.lower() in _FORMATS]
         archives = self._archives(path, packed, pictures)
+        if archives and not tables:
+            return [e for a in archives for e in self.source(a)]
+        suffix = "" if self.beside is None else f".{self.beside}"
+        own = {p.with_name(p.stem.removesuffix(suffix)): p for p in pictures if suffix and p.stem.endswith(suffix)}
+        pictures = [p for p in pictures if not suffix or not p.stem.endswith(suffix)]
         if tables:
-            return _tables(path, tables, pictures, self.column)
-        return [e for a in archives for e in self.source(a)] if archives else self._folder(path, pictures, files)
+            found: Iterable[Example] = _tables(path, tables, pictures, self.column, self.beside)
+        else:
+            found = self._folder(path, pictures, files)
+        return [_with_conditioning(e, own.get(Path(e.place[0]).with_suffix("")), path) for e in found]
 
     def _archives(self, path: Path, found: list[Path], pictures: list[Path]) -> list[Path]:
         """Return the archives of a folder that are part of the training set."""
-        listings = [p for p in found if is_listing(p)] if pictures or len(found) > 1 else []
+        listings = [p for p in found if is_listing(p, self.beside)] if pictures or len(found) > 1 else []
         archives = [p for p in found if p not in listings]
         if listings and (archives or pictures):
             self.notes.append(f"{place(path)}: {len(listings)} Parquet files without pictures are not read")
@@ -161,34 +169,57 @@ class _Reading:
                 yield Example(key, text or None, {}, where)
 
 
-def _tables(path: Path, tables: list[Path], pictures: list[Path], column: str) -> Iterator[Example]:
+def _with_conditioning(example: Example, file: Path | None, folder: Path) -> Example:
+    """Return a picture of a folder with its conditioning in the file beside it, if it has none yet."""
+    if file is None or example.conditioning is not None:
+        return example
+    own = Example(file.relative_to(folder).as_posix(), None, {}, (str(file), 0, -1))
+    return dataclasses.replace(example, conditioning=own)
+
+
+def _tables(path: Path, tables: list[Path], pictures: list[Path], column: str, beside: str | None) -> Iterator[Example]:
     """Yield the pictures of an `imagefolder`: metadata.jsonl or .csv, in any folder, with file_name and caption.
 
-    Pictures that are in no line have no caption.
+    Pictures that are in no line have no caption. beside: the column of files of conditioning; as with `datasets`,
+    `_file_name` may be added to its name.
     """
     seen: dict[str, str] = {}
+    read: set[str] = set()  # files of conditioning
     for table in tables:
         for number, row in _rows(table):
             where = f"{place(table)}:{number}"
-            name = row.pop("file_name", None)
-            if not isinstance(name, str) or not name:
+            if "file_name" not in row:
                 raise InputError(f"{where}: file_name: is missing{nearest('file_name', row)}")
-            if "\\" in name and not os.path.isfile(table.parent / name):
-                name = name.replace("\\", "/")  # written on Windows
-            file = Path(os.path.normpath(table.parent / name))
-            if PurePosixPath(name).is_absolute() or not file.is_relative_to(os.path.normpath(path)):
-                raise InputError(f"{where}: file_name: {shown(name)} leads out of the folder")
-            if not os.path.isfile(file):
-                raise InputError(f"{where}: file_name: {shown(name)}: there is no such file")
-            key = file.relative_to(os.path.normpath(path)).as_posix()
+            name = row.pop("file_name")
+            key, file = _named(path, table, name, f"{where}: file_name")
             if key in seen:
                 raise InputError(f"{where}: file_name: {shown(name)} is there twice: see {seen[key]}")
-            seen[key] = where
-            yield Example(key, fields=row, place=(str(file), 0, -1), **caption_fields(captions_of(row, column, where)))
+            seen[key], own = where, None
+            for field in () if beside is None else (beside, f"{beside}_file_name"):
+                if row.get(field):
+                    other, other_file = _named(path, table, row.pop(field), f"{where}: {field}")
+                    own = Example(other, None, {}, (str(other_file), 0, -1))
+                    read.add(other)
+            captions = caption_fields(captions_of(row, column, where))
+            yield Example(key, fields=row, place=(str(file), 0, -1), conditioning=own, **captions)
     for picture in pictures:
         key = picture.relative_to(path).as_posix()
-        if key not in seen:
+        if key not in seen and key not in read:
             yield Example(key, None, {}, (str(picture), 0, -1))
+
+
+def _named(path: Path, table: Path, name: Any, where: str) -> tuple[str, Path]:
+    """Return a file that a row of a table names, relative to the data set's folder and as a path. Raises InputError."""
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{where}: is missing")
+    if "\\" in name and not os.path.isfile(table.parent / name):
+        name = name.replace("\\", "/")  # written on Windows
+    file = Path(os.path.normpath(table.parent / name))
+    if PurePosixPath(name).is_absolute() or not file.is_relative_to(os.path.normpath(path)):
+        raise InputError(f"{where}: {shown(name)} leads out of the folder")
+    if not os.path.isfile(file):
+        raise InputError(f"{where}: {shown(name)}: there is no such file")
+    return file.relative_to(os.path.normpath(path)).as_posix(), file
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -258,4 +289,6 @@ def repeated(examples: Iterable[Example]) -> list[Example]:
     return [e if k == 0 else dataclasses.replace(e, key=f"{e.key}#{k + 1}") for e in examples for k in range(e.repeat)]
 
 
-_FORMATS: dict[str, Callable[[Path, str, list[str]], Iterable[Example]]] = {".tar": read_tar, ".parquet": read_parquet}
+_FORMATS: dict[str, Callable[[Path, str, str | None, list[str]], Iterable[Example]]] = {
+    ".tar": read_tar, ".parquet": read_parquet,
+}  # fmt: skip

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LOW, HIGH = 100, 200  # of Canny's hysteresis, as ControlNets were trained with it
-NEEDED = "preprocess: canny needs OpenCV: pip install 'genkit-diffusion[control]'"
+NEEDED = "canny needs OpenCV: pip install 'genkit-diffusion[control]'"
 
 
-def check_preprocess(kind: str) -> None:
-    """Raise InputError where what finds the edges is not installed."""
+def check_preprocess(kind: str | None, field: str = "preprocess") -> None:
+    """Raise InputError, for a field of the user's, where what finds the edges is not installed."""
     from importlib.util import find_spec
 
     if kind == "canny" and find_spec("cv2") is None:
-        raise InputError(NEEDED)
+        raise InputError(f"{field}: {NEEDED}")
 
 
 def canny(picture: Image.Image) -> Image.Image:
@@ -43,6 +43,7 @@ PREPROCESS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "canny": canny,
     "invert": invert,
 }
+COMPUTED = tuple(name for name in PREPROCESS if name != "none")  # from a picture, for the training of a ControlNet
 # Names of preprocessors in sd-webui-controlnet; the first of a kind is written
 PREPROCESSORS = {
     "none": "none", "canny": "canny", "invert (from white bg & black line)": "invert", "invert": "invert",

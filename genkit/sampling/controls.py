@@ -44,16 +44,14 @@ class Controls:
         self.unet, self.vae, self.residency, self.attention = unet, vae, residency, attention
         self.networks: dict[str, Any] = {}
 
-    def check(self, request: Request) -> list[Part]:
-        """Return the ControlNets of a row. Raises InputError for what is missing, or does not fit the model."""
+    def check(self, request: Request) -> None:
+        """Raise InputError for a ControlNet of a row that is missing, or does not fit the model."""
         check_whole(request.controls)
         vae = None if self.vae is None else self.vae.config
-        found = []
         for control in request.controls or ():
             check_preprocess(control.get("preprocess", USUAL["preprocess"]))
-            found.append(read_control(control["file"]))
-            check_fit(found[-1], self.unet.config, vae)
-        return found
+            if control["file"] not in self.networks:  # one that is being trained is, and has no file yet
+                check_fit(read_control(control["file"]), self.unet.config, vae)
 
     def add(self, file: str, part: Part | None = None) -> Any:
         """Return a ControlNet by its name, loaded. Raises InputError as `read_control`, and for NaN among weights."""

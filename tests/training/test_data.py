@@ -346,7 +346,7 @@ def test_captions_stay_true_to_colour_and_background(tmp_path: Path) -> None:
     )  # fmt: skip
     seen: Counter[str] = Counter()
     for epoch in range(60):
-        pixels, caption, _, _ = pictures.make(0, epoch)
+        pixels, caption, *_ = pictures.make(0, epoch)
         rgb = ((pixels + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
         corner, middle = rgb[0, 0], Image.fromarray(rgb).convert("HSV").getpixel((8, 8))
         assert isinstance(middle, tuple)
@@ -383,7 +383,7 @@ def test_what_would_make_a_caption_untrue_is_not_done(tmp_path: Path) -> None:
     mirrored: dict[str, Counter[bool]] = {name: Counter() for name in texts}
     for turn in range(40):
         for index, name in enumerate(texts):
-            pixels, caption, _, _ = pictures.make(index, turn)
+            pixels, caption, *_ = pictures.make(index, turn)
             seen[name][caption] += 1
             mirrored[name][bool(pixels[:, :, 2].mean() < pixels[:, :, -3].mean())] += 1
     assert all("background" not in c for c in seen["a"]), "nothing of a background is to be seen"

@@ -13,9 +13,9 @@ from torch.utils import checkpoint
 from transformers import modeling_utils
 
 from genkit.components import load_components
-from genkit.components.compose import compose_model
 from genkit.datasets.sources import read_examples
 from genkit.training.checkpoint import read_log
+from genkit.training.control import model_of
 from genkit.training.data import Pictures
 from genkit.training.loop import train
 from genkit.training.recipe import make_recipe
@@ -39,6 +39,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("lora", SD, LORA),
     "lora of SDXL": ("lora", XL, LORA),
     "textual-inversion": ("textual-inversion", SD, {"token": {"placeholder": "<new>", "initializer": "red"}}),
+    "controlnet": ("controlnet", SD, {}),
+    "controlnet of SDXL": ("controlnet", XL, {}),
     "autoencoder": ("autoencoder", SD, {}),
     "clip": ("clip", CLIP, {}),
 }  # fmt: skip
@@ -67,12 +69,16 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(device=ELSEWHERE)
 
 
+def data_of(places: Path, kind: str) -> dict[str, Any]:
+    return {"path": str(places / "pictures"), **({"conditioning": "invert"} if kind == "controlnet" else {})}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_keeps_to_its_device(places: Path, elsewhere: Any, case: str) -> None:
     kind, model, changes = CASES[case]
-    values = {"task": kind, "model": str(places / model), "data": {"path": str(places / "pictures")}, **changes}
+    values = {"task": kind, "model": str(places / model), "data": data_of(places, kind), **changes}
     recipe = make_recipe(values)
-    info = compose_model(KINDS.get(kind, "text-to-image"), recipe.model, recipe.networks, recipe.scheduler)
+    info = model_of(recipe, KINDS.get(kind, "text-to-image"))
     parts = load_components(info, device=torch.device("cpu"), dtype=torch.float32)
     for part in vars(parts).values():
         if isinstance(part, torch.nn.Module):
@@ -103,7 +109,7 @@ def test_half_precision_trains_goes_on_and_is_evaluated(
     kind, model, changes = CASES[case]
     told = {"batch_size": 2, "mixed_precision": precision, "ema": 0.9, **changes.get("train", {})}
     look: dict[str, Any] = {"every": 1, "pictures": 2, "num_inference_steps": 2}
-    data = {"path": str(places / "pictures"), "captions": ["a <new>"], "validation": 0.5}
+    data = {**data_of(places, kind), "captions": ["a <new>"], "validation": 0.5}
     if kind not in ("unconditional", "autoencoder", "clip"):
         look["prompts"], data["caption_dropout"] = ["red"], 0.5
     values = {"task": kind, "model": str(places / model), "data": data, "evaluate": look, **changes}
@@ -114,13 +120,13 @@ def test_half_precision_trains_goes_on_and_is_evaluated(
     assert (tmp_path / "samples" / "000003.png").exists() == (kind not in ("autoencoder", "clip"))
 
 
-@pytest.mark.parametrize("case", thinned(["autoencoder", "lora of SDXL", "textual-inversion", "clip"], 3))
+@pytest.mark.parametrize("case", thinned(["autoencoder", "lora of SDXL", "textual-inversion", "clip", "controlnet"], 3))
 def test_gradient_checkpointing_keeps_less_and_learns_the_same(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     kind, model, changes = CASES[case]
     told, again, real = {"steps": 3, "batch_size": 2, **changes.get("train", {})}, [0], checkpoint.checkpoint
-    data = {"path": str(places / "pictures"), "captions": ["a <new>"], "validation": 0.0}
+    data = {**data_of(places, kind), "captions": ["a <new>"], "validation": 0.0}
 
     def counted(*given: Any, **options: Any) -> Any:
         again[0] += 1

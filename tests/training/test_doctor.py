@@ -25,6 +25,7 @@ from genkit.datasets.sources import read_examples, split
 from genkit.errors import InputError
 from genkit.training import doctor
 from genkit.training.cache import encoded
+from genkit.training.control import model_of
 from genkit.training.data import Batch, Pictures
 from genkit.training.doctor import Report, check_data, examine
 from genkit.training.loop import train
@@ -329,6 +330,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("text-to-image", "sd", {}),
     ("text-to-image", "sd", {"text_encoder": True, "gradient_checkpointing": True}),
     ("lora", "sd", {}),
+    ("controlnet", "sd", {}),
     ("unconditional", "ddpm", {}),
     ("autoencoder", "sd", {}),
     ("clip", "clip", {}),
@@ -342,8 +344,9 @@ def test_activations_are_those_that_a_real_step_keeps(
     from genkit.training.estimate import task_on_shapes, training_memory
 
     cache = int(name not in ("autoencoder", "clip"))  # else encoding the pictures may take more
-    recipe = recipe_of(models / model, pictures, name, {"batch_size": 1, "ema": 0.9, **plan}, cache=cache)
-    info = compose_model(KINDS.get(name, "text-to-image"), recipe.model, recipe.networks, recipe.scheduler)
+    told = {"cache": cache, **({"conditioning": "invert"} if name == "controlnet" else {})}
+    recipe = recipe_of(models / model, pictures, name, {"batch_size": 1, "ema": 0.9, **plan}, **told)
+    info = model_of(recipe, KINDS.get(name, "text-to-image"))
     shapes = task_on_shapes(recipe, info)
     found = training_memory(recipe, info, shapes, shapes.resolution)
     parts = load_components(info, device="cpu", dtype=torch.float32)
@@ -362,7 +365,8 @@ def test_activations_are_those_that_a_real_step_keeps(
 
     width, height = task.resolution
     sizes = torch.zeros(1, 6, dtype=torch.long)
-    batch = Batch(torch.zeros(1, 3, height, width), [""], [""], sizes, torch.ones(1), torch.zeros(1, dtype=torch.bool))
+    pixels, dropped = torch.zeros(1, 3, height, width), torch.zeros(1, dtype=torch.bool)
+    batch = Batch(pixels, [""], [""], sizes, torch.ones(1), dropped, conditioning=pixels.byte())
     tensors = task.encode(batch)
     for network in task.networks.values():
         network.train()

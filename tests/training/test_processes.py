@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora, cached": (
         "lora", "sd", {"data": {"caption_dropout": 0.3, "cache": 2}, "lora": {"rank": 2, "text_encoder": True}},
     ),
+    "controlnet": ("controlnet", "sd", {"data": {"conditioning": "invert", "flip": 0.5}}),
     "autoencoder": ("autoencoder", "sd", {}),
 }  # fmt: skip
 
@@ -332,7 +333,7 @@ def test_with_more_passes_sums_are_of_another_order(places: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["with its text encoder", "lora, cached"])
+@pytest.mark.parametrize("kind", ["with its text encoder", "lora, cached", "controlnet"])
 def test_sharded_weights_are_the_same_and_go_on_without_shards(places: Path, tmp_path: Path, kind: str) -> None:
     """Within 1e-6: the norm of the gradients is a sum over the shares."""
     whole = alone(recipe_of(places, kind, gradient_accumulation_steps=2), tmp_path / "whole")
