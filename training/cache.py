@@ -72,7 +72,8 @@ def encoded(
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         digests = _digests(pictures, folder / "digests.json")
-    settings = json.loads(pictures.data.model_dump_json(include=SETTINGS))
+    later = {"conditioning"} if pictures.data.conditioning is None else set()  # caches from before it stay valid
+    settings = json.loads(pictures.data.model_dump_json(include=SETTINGS - later))
     base = json.dumps([VERSION, fingerprint, settings, pictures.seed], sort_keys=True)
     plan = []
     for shape, members in sorted(pictures.buckets.items()):
