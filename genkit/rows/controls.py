@@ -22,6 +22,7 @@ from genkit.rows.inputs import picture_path
 CONTROL: dict[str, Any] = {
     "file": "canny", "image": "edges.png", "weight": 1.0, "start": 0.0, "end": 1.0, "preprocess": "canny",
 }  # fmt: skip
+MOST = 8  # of a row
 # The only one of a row, in fields of its own, and the names that diffusers gives them
 FLAT = {
     "control": "file",

@@ -85,7 +85,7 @@ class Request(sdxl.Conditioning, prompting.Prompting, detecting.Detecting, input
     image: Any = None
     mask_image: Any = None
     loras: Annotated[list[dict[str, Any]], Field(max_length=64)] | None = None
-    controls: Annotated[list[dict[str, Any]], Field(max_length=8)] | None = None
+    controls: Annotated[list[dict[str, Any]], Field(max_length=steering.MOST)] | None = None
     keep: Count | None = None
     gate: Annotated[str, Field(max_length=2000)] | None = None
     rank_by: Annotated[str, Field(max_length=2000)] | None = None

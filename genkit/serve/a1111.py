@@ -102,7 +102,7 @@ def error(refused: Refused) -> dict[str, Any]:
     return {"error": refused.code, "detail": refused.detail, "body": "", "errors": refused.detail}
 
 
-ERRORS = {"/sdapi/": error}
+ERRORS = {"/sdapi/": error, "/controlnet/": error}
 
 
 def router(serving: Serving) -> APIRouter:

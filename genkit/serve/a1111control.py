@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from genkit.errors import InputError, nearest, shown
@@ -42,6 +42,7 @@ IDLE = (
     "batch_keyframe_idx", "batch_mask_gallery", "batch_modifiers", "batch_input_gallery",
 )  # fmt: skip
 READ = ("image", "input_image", "module", "model", "threshold_a", "threshold_b", "resize_mode", *NUMBERS)
+THRESHOLDS = {"threshold_a": LOW, "threshold_b": HIGH}
 # Spellings of how a picture of another aspect is brought to that of the drawn one
 STRETCH = ("Just Resize", "ResizeMode.RESIZE", 0)
 CROP = ("Crop and Resize", "Scale to Fit (Inner Fit)", "ResizeMode.INNER_FIT", 1)
@@ -59,9 +60,8 @@ def control_of(unit: Mapping[str, Any], size: tuple[int, int], start: Any = None
         if name not in (*FIXED, *IDLE, *READ):
             raise InputError(f"controlnet: {shown(name)}: unknown parameter{nearest(name, (*READ, *FIXED))}")
     kind = _kind(unit.get("module"))
-    for name, value in (("threshold_a", LOW), ("threshold_b", HIGH)):
-        if kind == "canny" and unit.get(name) not in (None, -1, value):
-            raise InputError(f"controlnet: {name}: {shown(unit[name])}: canny has {value} here; send that, or -1")
+    for name in THRESHOLDS:
+        _check_threshold(kind, name, unit.get(name))
     model = re.sub(r" \[[0-9a-f]{8,12}\]\Z", "", str(unit.get("model") or "None"))
     found: dict[str, Any] = {"name": model.removesuffix(".safetensors"), "preprocess": kind}
     for name, field in NUMBERS.items():
@@ -69,15 +69,16 @@ def control_of(unit: Mapping[str, Any], size: tuple[int, int], start: Any = None
             found[field] = _number(name, unit[name])
     image = unit.get("image") or unit.get("input_image")
     image = image.get("image") if isinstance(image, Mapping) else image
-    if image is None and start is None:
+    if not image and start is None:
         raise InputError("controlnet: image: is missing; send it in base64")
-    found["image"] = _fitting(start if image is None else inline(image), size, unit.get("resize_mode", CROP[0]))
+    found["image"] = _fitting(inline(image) if image else start, size, unit.get("resize_mode"))
     return found
 
 
 def _fitting(image: Any, size: tuple[int, int], mode: Any) -> Any:
     """Return a picture of the aspect of `size`, its middle where that is cut out; it is resized when it is drawn."""
     width, height = image.size
+    mode = CROP[0] if mode is None else mode
     if mode in STRETCH or width * size[1] == height * size[0]:
         return image
     if mode not in CROP:
@@ -95,6 +96,12 @@ def _kind(module: Any) -> str:
         raise InputError(f"controlnet: module: {shown(module)}: there are {there}; send what it makes of the picture")
     check_preprocess(kind)
     return kind
+
+
+def _check_threshold(kind: str, name: str, value: Any) -> None:
+    usual = THRESHOLDS[name]
+    if kind == "canny" and value not in (None, -1, usual):
+        raise InputError(f"controlnet: {name}: {shown(value)}: canny has {usual} here; send that, or -1")
 
 
 def inline(value: Any) -> Any:
@@ -116,7 +123,21 @@ class Detect(BaseModel):
     """Pictures that a preprocessor is to read."""
 
     controlnet_module: str = "none"
-    controlnet_input_images: list[str] = Field(description="In base64.")
+    controlnet_input_images: list[str] = Field(
+        description="In base64.",
+        validation_alias=AliasChoices("controlnet_input_images", "controlnet_images"),  # the latter is webuiapi's
+    )
+    controlnet_threshold_a: float | None = None
+    controlnet_threshold_b: float | None = None
+
+
+def _made(kind: str, image: str, most: int) -> Any:
+    """Return what a preprocessor makes of a picture, (h, w, 3) uint8. Raises InputError for more than `most` pixels."""
+    found = inline(image).convert("RGB")
+    if found.width * found.height > most:
+        size = f"{found.width}x{found.height}"
+        raise InputError(f"controlnet_input_images: {size} has more than the {most} pixels of this server")
+    return np.asarray(PREPROCESS[kind](found))
 
 
 def router(serving: Serving) -> APIRouter:
@@ -145,8 +166,12 @@ def router(serving: Serving) -> APIRouter:
             kind, images = _kind(body.controlnet_module), body.controlnet_input_images
             if not 0 < len(images) <= MOST:
                 raise InputError(f"controlnet_input_images: {len(images)} pictures; send 1 to {MOST}")
-            made = await run_in_threadpool(lambda: [PREPROCESS[kind](inline(image).convert("RGB")) for image in images])
-            files = [await encoded(encoding("png"), np.asarray(picture)) for picture in made]
+            _check_threshold(kind, "threshold_a", body.controlnet_threshold_a)
+            _check_threshold(kind, "threshold_b", body.controlnet_threshold_b)
+            files = [
+                await encoded(encoding("png"), await run_in_threadpool(_made, kind, image, serving.most.pixels))
+                for image in images
+            ]
         except InputError as wrong:
             raise bad(str(wrong), 422) from None
         return JSONResponse({"images": [base64.b64encode(file).decode() for file in files], "info": "Success"})

@@ -16,7 +16,7 @@ from genkit.rows.plans import scheduler_options
 from genkit.rows.request import SEED_LIMIT
 from genkit.serve.a1111control import control_of
 from genkit.serve.openaifields import not_served
-from genkit.serve.rows import from_base64, picture
+from genkit.serve.rows import from_base64, limited, picture
 
 OFF: tuple[Any, ...] = (None, False, 0, "", "None", "none", [], {})
 ANCESTRAL = ("euler_ancestral", "dpm2_ancestral")
@@ -76,7 +76,9 @@ class Asked:
         start = self.start or self.fields.get("image")
         usual = (width, height) if start is None else start.size
         size = self.fields.get("width", usual[0]), self.fields.get("height", usual[1])
-        controls = [control_of(unit, size, start) for unit in self.units]
+        if not all(8 <= side <= 8192 for side in size):
+            raise InputError(f"width: {size[0]}x{size[1]} is no size of a picture")
+        controls = limited(self.units, lambda unit: control_of(unit, size, start))
         return {**self.fields, "width": size[0], "height": size[1], "controls": controls}
 
 
@@ -226,8 +228,9 @@ def _scripts(scripts: Any) -> list[Mapping[str, Any]]:
         args = script.get("args", []) if isinstance(script, Mapping) else script
         args = list(args.values()) if isinstance(args, Mapping) else args
         on = args not in OFF and not (isinstance(args, list) and (args[0] is False or all(map(_is_off, args))))
-        if on and str(name).lower() == "controlnet" and all(isinstance(unit, Mapping) for unit in args):
-            units += [unit for unit in args if not _is_off(unit)]
+        stated = [unit for unit in args if not _is_off(unit)] if isinstance(args, list) else [args]
+        if on and str(name).lower() == "controlnet" and all(isinstance(unit, Mapping) for unit in stated):
+            units += stated
         elif on:
             raise InputError(f"alwayson_scripts: {shown(name)}: genkit has no such script; leave it out")
     return units

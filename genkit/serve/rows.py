@@ -7,17 +7,21 @@ import binascii
 import contextlib
 import dataclasses
 import re
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from genkit.components import ModelInfo
 from genkit.components.collection import collection
+from genkit.components.control import check_fit, read_control
 from genkit.device.memory import CONTROL
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, user_path
-from genkit.pictures.images import MAX_BYTES, as_pil
+from genkit.pictures.images import MAX_BYTES, MAX_PIXELS, as_pil
+from genkit.rows.controls import MOST as MOST_CONTROLS
 from genkit.rows.plans import TUNED, is_tuned
 from genkit.rows.request import Request, canonical
 from genkit.rows.result import Result
@@ -62,7 +66,7 @@ class Planned(list[Request]):
 class Intake:
     """Turns clients' fields into planned rows, by the rules of one server.
 
-    loras, controls: files that clients may name, besides those of its options.
+    loras: files that clients may name, besides those of its options. controls: all ControlNets that they may name.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Intake:
     ) -> None:  # fmt: skip
         self.engine, self.most = engine, most
         self.loras = dict(loras or {}) | named_loras(engine.defaults.get("loras") or (), engine.options.lora_dir)
-        self.controls = dict(controls or {}) | named_controls(engine.options.control_dir)
+        self.controls = dict(controls or {})
 
     def rows(self, many: Sequence[Mapping[str, Any]]) -> Planned:
         """Return the planned rows of several sets of fields, pictures as `data:` URLs, bytes or PIL images.
@@ -188,16 +192,16 @@ class Intake:
         if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
             usual = '[{"name": "canny", "image": "data:image/png;base64,…", "weight": 0.8}]'
             raise InputError(f"controls: {shown(value)} is not a list, as in {usual}")
-        found = []
-        for control in value:
+
+        def read(control: Mapping[str, Any]) -> dict[str, Any]:
             one = dict(control)
             name = one.pop("name", one.pop("file", None))
             file = self.control_file(name)
             if one.get("image") is None:
                 raise InputError(f"controls: {shown(name)} has no picture: send it as `image` or `control_image`")
-            one["image"] = kept("control_image", picture("control_image", one["image"]))
-            found.append({**one, "file": file})
-        return found
+            return {**one, "file": file, "image": kept("control_image", picture("control_image", one["image"]))}
+
+        return limited(value, read)
 
     def control_file(self, name: Any) -> str:
         """Return the path of a ControlNet of this server. Raises InputError."""
@@ -237,11 +241,48 @@ def named_loras(given: Sequence[Mapping[str, Any]], folder: str | None) -> dict[
     return found
 
 
-def named_controls(folder: str | None) -> dict[str, str]:
-    """Return {name: path} of the ControlNets in a folder. Raises InputError."""
+def limited(many: Sequence[Any], read: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what `read` makes of each ControlNet of a row.
+
+    Raises InputError for too many, before a picture is decoded, and for pictures that are too large together.
+    """
+    if len(many) > MOST_CONTROLS:
+        raise InputError(f"controls: {len(many)} of them; a row has {MOST_CONTROLS} at most")
+    found: list[dict[str, Any]] = []
+    pixels = 0
+    for one in many:
+        found.append(read(one))
+        width, height = getattr(found[-1]["image"], "size", (0, 0))  # a path where it was written to a file
+        pixels += width * height
+        if pixels > MAX_PIXELS:
+            raise InputError(f"controls: their pictures have more than {MAX_PIXELS} pixels together")
+    return found
+
+
+def named_controls(folder: str | None, variant: str | None, info: ModelInfo | None) -> dict[str, str]:
+    """Return {name: path} of the ControlNets in a folder that can be used, with a model if one is given.
+
+    Others are named on stderr with the reason. Raises InputError for a folder that is none.
+    """
+    found: dict[str, str] = {}
     if folder is None:
-        return {}
-    return {item.name: str(item.path.absolute()) for item in collection(folder) if item.kind == CONTROL}
+        return found
+    try:
+        items = collection(folder, variant)
+    except InputError as error:
+        raise InputError(f"--control-dir: {error}") from None
+    for item in items:
+        why = item.why and f"{place(item.path)}: {item.why}"
+        if item.kind == CONTROL and info is not None:
+            try:
+                check_fit(read_control(item.path, variant), info.configs["unet"], info.configs.get("vae"))
+            except InputError as error:
+                why = str(error)
+        if why:
+            print(f"--control-dir: {item.name} is not served: {why}", file=sys.stderr)
+        elif item.kind == CONTROL:
+            found[item.name] = str(item.path.absolute())
+    return found
 
 
 def check_scheduler(value: Any) -> None:

@@ -24,7 +24,7 @@ from genkit.serve.calls import Serving
 from genkit.serve.choice import Choice
 from genkit.serve.engine import ServingEngine
 from genkit.serve.limits import KEYS, host_names, is_loopback, keys_of_environment, read_keys, sites
-from genkit.serve.rows import Intake, Most
+from genkit.serve.rows import Intake, Most, named_controls
 from genkit.serve.served import Runs
 from genkit.serve.turns import Turns
 from genkit.signals import Signals
@@ -99,7 +99,9 @@ def prepare(
     others: dict[str, Serving] = {}
     for name, (own, loras, controls) in wanted.items():
         engine = ServingEngine(own, defaults, max_queue, turns)
-        intake = Intake(engine, most, loras, controls)
+        # Of several models' families a ControlNet fits one: a request with another is refused
+        given = named_controls(own.control_dir, own.variant, engine.models.info if choice is None else None)
+        intake = Intake(engine, most, loras, controls | given)
         named = name or served_name(engine)
         others[named] = Serving(engine, intake, most, named, keys, listen.host, others=others, **about)
     first = next(iter(others.values()))

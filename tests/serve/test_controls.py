@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -22,7 +24,9 @@ from genkit.options import Options
 from genkit.pictures.edges import PREPROCESS
 from genkit.pictures.images import read_image
 from genkit.serve.a1111control import control_of
-from genkit.serve.rows import Intake
+from genkit.serve.choice import Choice
+from genkit.serve.rows import Intake, Most
+from genkit.serve.server import Listen, prepare
 from tests.tiny import tiny_controlnet, tiny_sdxl, tiny_stable_diffusion
 
 if TYPE_CHECKING:
@@ -39,6 +43,9 @@ def sent(image: Image.Image, prefix: str = "data:image/png;base64,") -> str:
     data = io.BytesIO()
     image.save(data, "PNG")
     return prefix + base64.b64encode(data.getvalue()).decode()
+
+
+UNIT = {"model": "canny", "image": sent(picture(), "")}
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +129,19 @@ def test_what_its_clients_list(running: Served) -> None:
         return httpx.get(f"{running.url}/controlnet/{name}", timeout=60).json()
 
     assert get("version") == {"version": 2}
-    assert get("model_list")["model_list"] == ["canny", "of-xl"]
+    assert get("model_list")["model_list"] == ["canny"], "the other one is of another kind of model"
     assert get("module_list")["module_list"][:2] == ["none", "canny"]
     body = {"controlnet_module": "canny", "controlnet_input_images": [sent(picture(), "")]}
     answer = httpx.post(f"{running.url}/controlnet/detect", json=body, timeout=60).json()
     made = np.asarray(read_image(base64.b64decode(answer["images"][0])))
     assert np.array_equal(made, np.asarray(PREPROCESS["canny"](picture())))
-    wrong = httpx.post(f"{running.url}/controlnet/detect", json={**body, "controlnet_module": "openpose"}, timeout=60)
-    assert wrong.status_code == 422 and "openpose" in wrong.text
+    for change, said in (
+        ({"controlnet_module": "openpose"}, "openpose"), ({"controlnet_threshold_a": 50}, "canny has 100 here"),
+        ({"controlnet_input_images": [sent(picture(200), "")]}, "pixels of this server"),
+        ({"controlnet_input_images": ["/etc/passwd"]}, "is no base64"),
+    ):  # fmt: skip
+        wrong = httpx.post(f"{running.url}/controlnet/detect", json={**body, **change}, timeout=60)
+        assert wrong.status_code == 422 and said in wrong.json()["detail"], wrong.text
 
 
 def test_a_file_of_rows_is_drawn_as_a_run(running: Served, expected: np.ndarray) -> None:
@@ -162,7 +174,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "a URL": ({"control": "canny", "control_image": "https://example.org/a.png"}, "none is read from a path or a URL"),
     "no picture": ({"control": "canny"}, "has no picture"),
     "no list": ({"controls": "canny"}, "is not a list"),
-    "another model's": ({"control": "of-xl", "control_image": sent(picture())}, "cross_attention_dim: 40"),
+    "another model's": ({"control": "of-xl", "control_image": sent(picture())}, ABSENT),
+    "nine": ({"controls": [{"name": "canny", "image": sent(picture())}] * 9}, "9 of them; a row has 8 at most"),
     "too heavy": ({"control": "canny", "control_image": sent(picture()), "control_weight": 1000}, "from -10 to 10"),
 }  # fmt: skip
 
@@ -200,10 +213,98 @@ def test_units_that_ask_for_more_are_refused_by_name(change: dict[str, Any], mes
         control_of(unit, (16, 16))
 
 
+MALFORMED: list[tuple[dict[str, Any], str]] = [
+    ({"args": 5}, "no such script"),
+    ({"args": True}, "no such script"),
+    ({"args": [[UNIT]]}, "no such script"),
+    ({"args": [UNIT] * 9}, "9 of them"),
+    ({"args": [{**UNIT, "image": "/etc/passwd"}]}, "is no base64"),
+    ({"args": [{**UNIT, "image": "https://example.org/a.png"}]}, "is no base64"),
+    ({"args": [{**UNIT, "model": "/etc/passwd"}]}, ABSENT),
+]
+
+
+@pytest.mark.parametrize(("script", "said"), MALFORMED, ids=[str(n) for n in range(len(MALFORMED))])
+def test_malformed_scripts_are_refused_in_a_line(running: Served, nets: Path, script: Any, said: str) -> None:
+    body = {"prompt": "a", "steps": 1, "alwayson_scripts": {"ControlNet": script}}
+    answer = httpx.post(f"{running.url}/sdapi/v1/txt2img", json=body, timeout=60)
+    assert answer.status_code in (400, 422) and said in answer.json()["detail"], answer.text
+    assert str(nets) not in answer.text and "\\n" not in answer.text
+    for side in ("width", "height"):
+        none = {**body, "alwayson_scripts": {"ControlNet": {"args": [UNIT]}}, side: 0}
+        answer = httpx.post(f"{running.url}/sdapi/v1/txt2img", json=none, timeout=60)
+        assert answer.status_code == 422 and "is no size of a picture" in answer.text, answer.text
+
+
+def test_pictures_of_a_row_are_not_too_large_together(running: Served) -> None:
+    flat = Image.new("1", (8192, 4096))  # some kilobytes, 100 MB decoded
+    controls = [{"name": "canny", "image": sent(flat)}] * 3
+    answer = httpx.post(f"{running.url}/v1/images/generations", json={**ROW, "controls": controls}, timeout=60)
+    assert answer.status_code == 400 and "pixels together" in answer.text, answer.text
+
+
+def test_forms_send_them_inline(running: Served) -> None:
+    data = io.BytesIO()
+    picture().save(data, "PNG")
+    usual: dict[str, Any] = {"prompt": "a fox", "steps": "2", "seed": "7"}
+    stated = json.dumps([{"name": "canny", "image": sent(picture())}])
+    forms = [{"controls": stated}, {"control": "canny", "control_image": sent(picture())}, {}]
+    found = []
+    for fields in forms:
+        answer = httpx.post(
+            f"{running.url}/v1/images/edits", data={**usual, **fields}, files={"image": data.getvalue()}, timeout=60
+        )  # fmt: skip
+        found.append(drawn(answer))
+    assert (found[0] == found[1]).all() and np.abs(found[0] - found[2]).max() > 3
+    for hostile in ({"control": "canny", "control_image": "/etc/passwd"}, {"controls": "/etc/passwd:1"}):
+        answer = httpx.post(
+            f"{running.url}/v1/images/edits", data={**usual, **hostile}, files={"image": data.getvalue()}, timeout=60
+        )  # fmt: skip
+        assert answer.status_code == 400 and "root:" not in answer.text, answer.text
+
+
+def test_webuiapi_draws_and_detects(running: Served, expected: np.ndarray) -> None:
+    webuiapi = pytest.importorskip("webuiapi")
+    at = urlsplit(running.url)
+    api = webuiapi.WebUIApi(host=at.hostname, port=at.port)
+    unit = webuiapi.ControlNetUnit(
+        image=picture(), model="canny", module="canny", weight=0.8, threshold_a=100, threshold_b=200
+    )
+    found = api.txt2img(
+        prompt="a fox", seed=7, steps=4, cfg_scale=5, sampler_name="DDIM", width=16, height=16, eta=None,
+        controlnet_units=[unit],
+    )  # fmt: skip
+    assert np.abs(np.asarray(found.image.convert("RGB")).astype(int) - expected).max() <= 1
+    assert api.controlnet_version() == 2 and api.controlnet_model_list() == ["canny"]
+    made = api.controlnet_detect([picture()], module="canny", threshold_a=100, threshold_b=200).images[0]
+    assert np.array_equal(np.asarray(made.convert("RGB")), np.asarray(PREPROCESS["canny"](picture())))
+
+
+def test_one_that_does_not_fit_is_told_at_the_start(nets: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = Options(model=str(nets / "model"), clip="none", device="cpu", control_dir=str(nets / "controls"))
+    assert list(prepare(options, {}, Listen(), Most(), 8.0, []).intake.controls) == ["canny"]
+    said = capfd.readouterr().err
+    assert said.startswith("--control-dir: of-xl is not served: ") and "another kind of model" in said
+    assert said.count("\n") == 1
+    absent = dataclasses.replace(options, control_dir=str(nets / "absent"))
+    with pytest.raises(InputError, match=r"--control-dir: .*absent: is no folder"):
+        prepare(absent, {}, Listen(), Most(), 8.0, [])
+
+
+def test_of_several_models_it_fits_one(nets: Path) -> None:
+    first = prepare(Options(clip="none", device="cpu"), {}, Listen(), Most(), 8.0, [], Choice(nets))
+    row = {"prompt": "a fox", "control": "of-xl", "control_image": sent(picture())}
+    assert first.of("xl").intake.rows([row])[0].controls
+    with pytest.raises(InputError, match=r"of-xl/config\.json: cross_attention_dim: 40") as wrong:
+        first.of("model").intake.rows([row])
+    assert str(nets) not in str(wrong.value)
+
+
 def test_a_unit_crops_or_stretches_as_it_says() -> None:
     unit = {"model": "canny [0123abcd]", "image": sent(picture(32).resize((64, 32)), "")}
     assert control_of(unit, (16, 16))["image"].size == (32, 32)
     assert control_of(unit, (16, 32))["image"].size == (16, 32)
+    assert control_of({**unit, "resize_mode": None}, (16, 16))["image"].size == (32, 32)
     assert control_of({**unit, "resize_mode": "Just Resize"}, (16, 16))["image"].size == (64, 32)
     assert control_of({**unit, "resize_mode": "Resize and Fill"}, (32, 16))["image"].size == (64, 32)
     with pytest.raises(InputError, match="resize_mode"):
