@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from genkit.errors import InputError, nearest, shown
 
+LISTED = ("loras", "controls")  # lists of objects with paths, which clients of a server are not to see
 # pydantic's error types and genkit's messages for them, which follow the value.
 _COMPLAINTS = {
     **dict.fromkeys(("int_type", "int_from_float", "int_parsing_size"), "must be a whole number"),
@@ -41,7 +42,7 @@ def complaint(error: ValidationError, fields: Collection[str], aliases: Mapping[
     if worst["type"] == "extra_forbidden":
         close = f" (did you mean {aliases[field]!r}?)" if field in aliases else nearest(field, fields)
         return f"{shown(field)}: unknown field{close}"
-    if isinstance(context.get("error"), InputError):  # it names the value itself
+    if isinstance(context.get("error"), InputError) or field in LISTED:  # it names the value itself
         return f"{field}: {message}"
     item = "".join(f"[{part}]" for part in worst["loc"][1:] if isinstance(part, int))
     return f"{field}{item}: {shown(worst['input'])} {message}"

@@ -298,3 +298,7 @@ def test_loras_are_those_of_the_server_by_name(tmp_path: Path) -> None:
             loras(loras=[wrong])
     with pytest.raises(InputError, match="'inc' is no LoRA of this server"):
         loras(prompt="<lora:inc:1>", syntax="a1111")
+    for many in (["ink"] * 65, [{"name": "ink", "weight": 1000}]):
+        with pytest.raises(InputError, match="loras: ") as refused:
+            loras(loras=many)
+        assert str(tmp_path) not in str(refused.value)
