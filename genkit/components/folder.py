@@ -261,8 +261,11 @@ def _read_index(folder: Path, notes: list[str]) -> tuple[str, dict[str, str], st
     refuse_code(index, where)
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
+        plain = ", ".join(name for name in PIPELINES if "ControlNet" not in name)
+        close = nearest(pipeline, PIPELINES)
         raise InputError(
-            f"{where}: _class_name: class {shown(pipeline)} is not supported; supported: {', '.join(PIPELINES)}"
+            f"{where}: _class_name: class {shown(pipeline)} is not supported{close}; supported: {plain}, and those of "
+            "ControlNets"
         )
     known = COMPONENTS | EXTRAS
     pairs = {key: value for key, value in index.items() if key in (*known, "scheduler") and value is not None}
