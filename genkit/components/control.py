@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genkit.components.families import FAMILIES, unet_config
+from genkit.components.families import FAMILIES, count, unet_config
 from genkit.components.folder import inspect_network, locate
 from genkit.components.hub import fetch_weights
 from genkit.components.info import Part
@@ -140,12 +140,12 @@ def _read_file(path: Path) -> Part:
     found = {tensor.key: tensor for tensor in read_file(path)[0]}
     own = {key[len(PREFIX) :]: tensor for key, tensor in found.items() if key.startswith(PREFIX)} or found
     if HINT in own:
-        levels, layers = _count(own, r"down_blocks\.(\d+)\."), _count(own, r"down_blocks\.0\.resnets\.(\d+)\.")
-        hints = 1 + _count(own, r"controlnet_cond_embedding\.blocks\.(\d+)\.") // 2
+        levels, layers = count(own, r"down_blocks\.(\d+)\."), count(own, r"down_blocks\.0\.resnets\.(\d+)\.")
+        hints = 1 + count(own, r"controlnet_cond_embedding\.blocks\.(\d+)\.") // 2
     elif "input_hint_block.0.weight" in own:
         levels = 1 + sum(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", key) is not None for key in own)
-        layers = _count(own, r"zero_convs\.(\d+)\.") // levels - 1
-        hints = 1 + (_count(own, r"input_hint_block\.(\d+)\.") - 3) // 4
+        layers = count(own, r"zero_convs\.(\d+)\.") // levels - 1
+        hints = 1 + (count(own, r"input_hint_block\.(\d+)\.") - 3) // 4
     else:
         kind = next((kind for pattern, kind in OTHERS.items() if any(re.match(pattern, key) for key in found)), None)
         raise InputError(f"{where}: {kind_of(found) if kind is None else f'is {kind}'}; --control takes a ControlNet")
@@ -169,8 +169,3 @@ def _config(tensors: Mapping[str, Tensor], modules: Mapping[str, str], hints: in
         "conditioning_channels": tensors[HINT].shape[1],
         "conditioning_embedding_out_channels": widths,
     }
-
-
-def _count(found: Mapping[str, Any], pattern: str) -> int:
-    """Return one more than the highest number that the pattern finds at the start of a key, or 0."""
-    return max((int(match[1]) + 1 for key in found if (match := re.match(pattern, key))), default=0)

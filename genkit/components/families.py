@@ -37,14 +37,14 @@ def unet_config(shapes: Mapping[str, Shape], where: str) -> dict[str, Any]:
     Its addition_time_embed_dim, where it has one, is that of SDXL. Raises InputError for what is no such UNet.
     """
     levels = 1 + sum(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", key) is not None for key in shapes)
-    layers = (_count(shapes, r"input_blocks\.(\d+)\.") - levels) // levels
+    layers = (count(shapes, r"input_blocks\.(\d+)\.") - levels) // levels
     firsts = [1 + level * (layers + 1) for level in range(levels)]
     resnets = [shapes.get(f"input_blocks.{n}.0.in_layers.2.weight") for n in firsts]
     start, end = shapes.get("input_blocks.0.0.weight"), shapes.get("out.2.weight")
     if layers < 1 or start is None or end is None or len(start) != 4 or None in resnets:
         raise InputError(f"{where}: is no UNet of Stable Diffusion: its input_blocks are not {levels} levels of blocks")
-    depths = [_count(shapes, rf"input_blocks\.{n}\.1\.transformer_blocks\.(\d+)\.") for n in firsts]
-    middle = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    depths = [count(shapes, rf"input_blocks\.{n}\.1\.transformer_blocks\.(\d+)\.") for n in firsts]
+    middle = count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     if not middle:
         raise InputError(f"{where}: its middle block has no attention, which UNets of Stable Diffusion have")
     attention = next(key for key in shapes if key.endswith("attn2.to_k.weight"))
@@ -73,8 +73,8 @@ def unet_config(shapes: Mapping[str, Shape], where: str) -> dict[str, Any]:
 
 def vae_config(shapes: Mapping[str, Shape], family: str, where: str) -> dict[str, Any]:
     """Return the config of an AutoencoderKL, given the shapes of its weights under their original names."""
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
-    layers = _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
+    levels = count(shapes, r"encoder\.down\.(\d+)\.")
+    layers = count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
     widths = [shapes.get(f"encoder.down.{level}.block.0.conv2.weight") for level in range(levels)]
     latent, pixels = shapes.get("decoder.conv_in.weight"), shapes.get("encoder.conv_in.weight")
     if not layers or None in widths or latent is None or pixels is None or len(latent) < 2 or len(pixels) < 2:
@@ -107,7 +107,7 @@ def clip_config(shapes: Mapping[str, Shape], act: str, where: str, projection: i
         "vocab_size": table[0],
         "hidden_size": table[1],
         "intermediate_size": inner[0],
-        "num_hidden_layers": _count(shapes, r"encoder\.layers\.(\d+)\."),
+        "num_hidden_layers": count(shapes, r"encoder\.layers\.(\d+)\."),
         "num_attention_heads": max(1, table[1] // HEAD),
         "max_position_embeddings": positions[0],
         "hidden_act": act,
@@ -116,7 +116,7 @@ def clip_config(shapes: Mapping[str, Shape], act: str, where: str, projection: i
     }
 
 
-def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
+def count(shapes: Mapping[str, Any], pattern: str) -> int:
     """Return one more than the highest number that the pattern finds at the start of a key, or 0."""
     found = (re.match(pattern, key) for key in shapes)
     return max((int(match[1]) + 1 for match in found if match), default=0)

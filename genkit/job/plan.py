@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.components import Part, inspect_model
-from genkit.components.control import check_fit, read_control
 from genkit.components.geometry import Geometry
 from genkit.components.needs import FIRST, describe
 from genkit.device.devices import CPU_SLOTS, check_attention, check_device
@@ -20,9 +19,8 @@ from genkit.job.masks import find_segmenter, most_texts
 from genkit.job.senses import Checks, find_senses, idle_notes
 from genkit.job.words import Inversions, find_inversions
 from genkit.options import Options
-from genkit.pictures.edges import check_preprocess
 from genkit.pictures.encoders import encoding
-from genkit.rows.controls import check_whole
+from genkit.rows.controls import networks_of
 from genkit.rows.plans import plan_for
 from genkit.rows.prompting import check_prompting
 from genkit.rows.refining import START, check_refiner, refined_plan
@@ -267,12 +265,7 @@ def _controls(rows: Sequence[Request], info: ModelInfo, variant: str | None) -> 
     found: dict[str, Part] = {}
     for row in rows:
         try:
-            for control in row.controls or ():
-                check_preprocess(control.get("preprocess", ""))
-                if (file := control.get("file")) and file not in found:
-                    found[file] = read_control(file, variant)
-                    check_fit(found[file], info.configs["unet"], info.configs.get("vae"))
-            check_whole(row.controls)
+            found |= networks_of(row.controls, info.configs["unet"], info.configs.get("vae"), found, variant)
         except InputError as error:
             about = "" if str(error).startswith(("controls: ", "preprocess: ")) else "controls: "
             raise InputError(f"{row.source or f'row {row.id}'}: {about}{error}") from None

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from genkit.components.control import check_fit, read_control
+from genkit.components.info import Part
 from genkit.errors import InputError, nearest, shown
 from genkit.files import user_path
-from genkit.pictures.edges import PREPROCESS, PREPROCESSORS
+from genkit.pictures.edges import PREPROCESS, PREPROCESSORS, check_preprocess
 from genkit.pictures.images import as_pil
 from genkit.pictures.metadata import UNIT
 from genkit.rows.inputs import picture_path
@@ -100,6 +102,25 @@ def check_whole(controls: Sequence[Mapping[str, Any]] | None) -> None:
                 f"controls: {name} has no picture: give --control-image, or `control_image` in the row; "
                 "`control: none` is a row without"
             )
+
+
+def networks_of(
+    controls: Sequence[Mapping[str, Any]] | None, unet: Mapping[str, Any], vae: Mapping[str, Any] | None,
+    known: Collection[str] = (), variant: str | None = None,
+) -> dict[str, Part]:  # fmt: skip
+    """Return the networks of a row's ControlNets by their names, but for known ones.
+
+    unet, vae: configs of the model. Raises InputError for what is missing, is no ControlNet, or does not fit the model.
+    """
+    found: dict[str, Part] = {}
+    for control in controls or ():
+        check_preprocess(control.get("preprocess", USUAL["preprocess"]))
+        file = control.get("file")
+        if file and file not in known and file not in found:
+            found[file] = read_control(file, variant)
+            check_fit(found[file], unet, vae)
+    check_whole(controls)
+    return found
 
 
 def located(folder: Path, controls: Any) -> Any:

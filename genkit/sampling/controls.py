@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from genkit.components.control import check_fit, read_control
+from genkit.components.control import read_control
 from genkit.components.info import Part
 from genkit.device.cpu import suit_cpu
 from genkit.device.memory import CONTROL
 from genkit.device.processor import AttentionChoice
 from genkit.device.residency import Residency
 from genkit.errors import InputError
-from genkit.pictures.edges import PREPROCESS, check_preprocess
+from genkit.pictures.edges import PREPROCESS
 from genkit.pictures.images import read_image
-from genkit.rows.controls import USUAL, check_whole
+from genkit.rows.controls import USUAL, networks_of
 from genkit.rows.request import Request
 
 
@@ -46,12 +46,8 @@ class Controls:
 
     def check(self, request: Request) -> None:
         """Raise InputError for a ControlNet of a row that is missing, or does not fit the model."""
-        check_whole(request.controls)
         vae = None if self.vae is None else self.vae.config
-        for control in request.controls or ():
-            check_preprocess(control.get("preprocess", USUAL["preprocess"]))
-            if control["file"] not in self.networks:  # one that is being trained is, and has no file yet
-                check_fit(read_control(control["file"]), self.unet.config, vae)
+        networks_of(request.controls, self.unet.config, vae, self.networks)  # one that is trained now has no file yet
 
     def add(self, file: str, part: Part | None = None) -> Any:
         """Return a ControlNet by its name, loaded. Raises InputError as `read_control`, and for NaN among weights."""

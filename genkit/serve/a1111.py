@@ -26,11 +26,11 @@ from genkit.rows.plans import ALIASES
 from genkit.rows.request import Request as Row
 from genkit.rows.result import Result
 from genkit.runs.writers import texts_of
-from genkit.serve.a1111fields import Asked, as_sent, asked, check_settings, inline
+from genkit.serve.a1111fields import Asked, as_sent, asked, check_settings
 from genkit.serve.calls import Serving, bad, client_of, encoded, failed, stopping
 from genkit.serve.limits import STATUSES, Refused
 from genkit.serve.line import Event
-from genkit.serve.rows import as_file
+from genkit.serve.rows import as_file, inline
 
 PREVIEWS = 5  # previews of a picture, for `progress`
 CHOICES = 1000  # clients whose model is remembered

@@ -16,13 +16,13 @@ from starlette.concurrency import run_in_threadpool
 from genkit.errors import InputError, nearest, shown
 from genkit.pictures.edges import HIGH, LOW, PREPROCESS, PREPROCESSORS, check_preprocess
 from genkit.pictures.encoders import encoding
-from genkit.rows.found import number
 from genkit.serve.calls import Serving, bad, encoded
 from genkit.serve.limits import STATUSES
-from genkit.serve.rows import from_base64, picture
+from genkit.serve.rows import inline, number_of
 
 VERSION = 2  # of the extension's API, which clients ask for
 MOST = 8  # pictures of a call of detect
+IMAGE = "controlnet: image"
 
 NUMBERS = {"weight": "weight", "guidance_start": "start", "guidance_end": "end"}
 NOTHING: tuple[Any, ...] = (None, "", "None", "none", -1, 0, False, [], {})
@@ -66,12 +66,12 @@ def control_of(unit: Mapping[str, Any], size: tuple[int, int], start: Any = None
     found: dict[str, Any] = {"name": model.removesuffix(".safetensors"), "preprocess": kind}
     for name, field in NUMBERS.items():
         if unit.get(name) is not None:
-            found[field] = _number(name, unit[name])
+            found[field] = number_of(f"controlnet: {name}", unit[name])
     image = unit.get("image") or unit.get("input_image")
     image = image.get("image") if isinstance(image, Mapping) else image
     if not image and start is None:
         raise InputError("controlnet: image: is missing; send it in base64")
-    found["image"] = _fitting(inline(image) if image else start, size, unit.get("resize_mode"))
+    found["image"] = _fitting(inline(IMAGE, image) if image else start, size, unit.get("resize_mode"))
     return found
 
 
@@ -104,21 +104,6 @@ def _check_threshold(kind: str, name: str, value: Any) -> None:
         raise InputError(f"controlnet: {name}: {shown(value)}: canny has {usual} here; send that, or -1")
 
 
-def inline(value: Any) -> Any:
-    """Return a unit's picture, sent as base64, with or without `data:` before it. Raises InputError."""
-    if not isinstance(value, str):
-        raise InputError(f"controlnet: image: {shown(value)} is no picture in base64")
-    data = value if value.startswith("data:") else from_base64("controlnet: image", value)
-    return picture("controlnet: image", data)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(number("strength", value))
-    except InputError as error:
-        raise InputError(f"controlnet: {name}{str(error).removeprefix('strength')}") from None
-
-
 class Detect(BaseModel):
     """Pictures that a preprocessor is to read."""
 
@@ -133,7 +118,7 @@ class Detect(BaseModel):
 
 def _made(kind: str, image: str, most: int) -> Any:
     """Return what a preprocessor makes of a picture, (h, w, 3) uint8. Raises InputError for more than `most` pixels."""
-    found = inline(image).convert("RGB")
+    found = inline(IMAGE, image).convert("RGB")
     if found.width * found.height > most:
         size = f"{found.width}x{found.height}"
         raise InputError(f"controlnet_input_images: {size} has more than the {most} pixels of this server")

@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from genkit.errors import InputError, nearest, shown
-from genkit.rows.found import Draft, number
+from genkit.rows.found import Draft
 from genkit.rows.infotext import read_infotext
 from genkit.rows.plans import scheduler_options
 from genkit.rows.request import SEED_LIMIT
 from genkit.serve.a1111control import control_of
 from genkit.serve.openaifields import not_served
-from genkit.serve.rows import from_base64, limited, picture
+from genkit.serve.rows import inline, limited, number_of
 
 OFF: tuple[Any, ...] = (None, False, 0, "", "None", "none", [], {})
 ANCESTRAL = ("euler_ancestral", "dpm2_ancestral")
@@ -128,16 +128,8 @@ def as_sent(message: str) -> str:
     return f"{SENT.get(field, field)}{colon}{rest}"
 
 
-def _number(name: str, value: Any, like: str = "guidance_scale") -> Any:
-    """Return a parameter as the number that a field of a row takes. Raises InputError naming the parameter."""
-    try:
-        return number(like, value)
-    except InputError as error:
-        raise InputError(f"{name}{str(error).removeprefix(like)}") from None
-
-
 def _count(name: str, value: Any) -> int:
-    count: int = 1 if value is None else _number(name, value, "num_images")
+    count: int = 1 if value is None else number_of(name, value, "num_images")
     if count < 1:
         raise InputError(f"{name}: {count} must be at least 1")
     return count
@@ -173,7 +165,7 @@ def _sampler(draft: Draft, given: Mapping[str, Any]) -> None:
     options = solver if isinstance(solver, dict) else {"solver": solver}
     if eta is None:
         return
-    eta = _number("eta", eta)
+    eta = number_of("eta", eta)
     if solver is None and eta:
         raise InputError(f"eta: {eta:g}: needs sampler_name, say DDIM")
     if options.get("solver") == "ddim" and eta:
@@ -258,7 +250,7 @@ def _picture(found: Asked, given: Mapping[str, Any]) -> None:
 
     start = start if start.size == size else start.resize(size, Image.Resampling.LANCZOS)
     strength = given.get("denoising_strength")
-    strength = 0.75 if strength is None else _number("denoising_strength", strength)
+    strength = 0.75 if strength is None else number_of("denoising_strength", strength)
     if not 0 < strength <= 1:
         raise InputError(f"denoising_strength: {shown(strength)} is not above 0 and at most 1")
     fields |= {"image": start, "strength": strength}
@@ -278,7 +270,7 @@ def _mask(found: Asked, given: Mapping[str, Any], start: Any) -> None:
     mask = mask.getchannel("A") if painted else mask.convert("L")
     mask = ImageOps.invert(mask) if given.get("inpainting_mask_invert") else mask
     mask = mask.resize(start.size, Image.Resampling.LANCZOS)
-    blur = [_number("mask_blur", 4 if (v := given.get(name, given.get("mask_blur"))) is None else v)
+    blur = [number_of("mask_blur", 4 if (v := given.get(name, given.get("mask_blur"))) is None else v)
             for name in ("mask_blur_x", "mask_blur_y")]  # fmt: skip
     wrong = next((b for b in blur if not 0 <= b <= MOST_BLUR), None)
     if wrong is not None:
@@ -305,10 +297,3 @@ def filled(start: Any, mask: Any) -> Any:
         for _ in range(repeats):
             whole.alpha_composite(blurred)
     return whole.convert("RGB")
-
-
-def inline(field: str, value: Any) -> Any:
-    """Return a picture that is sent as base64, with or without `data:` before it. Raises InputError."""
-    if not isinstance(value, str):
-        raise InputError(f"{field}: {shown(value)} is no picture in base64")
-    return picture(field, value if value.startswith("data:") else from_base64(field, value))

@@ -16,12 +16,13 @@ from typing import Any
 
 from genkit.components import ModelInfo
 from genkit.components.collection import collection
-from genkit.components.control import check_fit, read_control
+from genkit.components.control import check_fit
 from genkit.device.memory import CONTROL
 from genkit.errors import InputError, nearest, shown
 from genkit.files import place, user_path
 from genkit.pictures.images import MAX_BYTES, MAX_PIXELS, as_pil
 from genkit.rows.controls import MOST as MOST_CONTROLS
+from genkit.rows.found import number
 from genkit.rows.plans import TUNED, is_tuned
 from genkit.rows.request import Request, canonical
 from genkit.rows.result import Result
@@ -273,9 +274,9 @@ def named_controls(folder: str | None, variant: str | None, info: ModelInfo | No
         raise InputError(f"--control-dir: {error}") from None
     for item in items:
         why = item.why and f"{place(item.path)}: {item.why}"
-        if item.kind == CONTROL and info is not None:
+        if item.part is not None and info is not None:
             try:
-                check_fit(read_control(item.path, variant), info.configs["unet"], info.configs.get("vae"))
+                check_fit(item.part, info.configs["unet"], info.configs.get("vae"))
             except InputError as error:
                 why = str(error)
         if why:
@@ -333,3 +334,18 @@ def from_base64(field: str, text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise InputError(f"{field}: {shown(text)} is no base64") from None
+
+
+def inline(field: str, value: Any) -> Any:
+    """Return a picture that is sent as base64, with or without `data:` before it. Raises InputError."""
+    if not isinstance(value, str):
+        raise InputError(f"{field}: {shown(value)} is no picture in base64")
+    return picture(field, value if value.startswith("data:") else from_base64(field, value))
+
+
+def number_of(name: str, value: Any, like: str = "guidance_scale") -> Any:
+    """Return a parameter as the number that a field of a row takes. Raises InputError naming the parameter."""
+    try:
+        return number(like, value)
+    except InputError as error:
+        raise InputError(f"{name}{str(error).removeprefix(like)}") from None

@@ -34,6 +34,13 @@ class Served:
         self.wait(lambda: not self.engine.line.tickets)
         return self.engine.snapshot()
 
+    def close(self) -> None:
+        """End it."""
+        self.server.should_exit = True
+        self.thread.join(20)
+        self.engine.close()
+        self.server.listener.close()
+
 
 def serve(
     options: Options, most: Most | None = None, keys: Sequence[str] = (), choice: Choice | None = None, **listen: Any
@@ -52,10 +59,7 @@ def serve(
 def served() -> Iterator[Served]:
     running = serve(Options(device="cpu", batch_size=8))
     yield running
-    running.server.should_exit = True
-    running.thread.join(20)
-    running.engine.close()
-    running.server.listener.close()
+    running.close()
 
 
 @pytest.fixture(scope="session")

@@ -63,10 +63,7 @@ def running(nets: Path, start: Any, tmp_path_factory: pytest.TempPathFactory) ->
     )
     found = start(options, runs=tmp_path_factory.mktemp("runs"))
     yield found
-    found.server.should_exit = True
-    found.thread.join(20)
-    found.engine.close()
-    found.server.listener.close()
+    found.close()
 
 
 @pytest.fixture(scope="module")

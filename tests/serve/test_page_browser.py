@@ -283,10 +283,7 @@ def test_with_a_key_the_browser_asks_once(chromium: Any, tmp_path: Path) -> None
         context.close()
         assert httpx.get(running.url, timeout=60).status_code == 401
     finally:
-        running.server.should_exit = True
-        running.thread.join(20)
-        running.engine.close()
-        running.server.listener.close()
+        running.close()
     assert not running.thread.is_alive() and threading.main_thread().is_alive()
 
 
@@ -342,10 +339,7 @@ def steering(start: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     tiny_controlnet(root / "nets" / "canny", tiny_stable_diffusion(root / "model"))
     found = start(Options(model=str(root / "model"), clip="none", device="cpu", control_dir=str(root / "nets")))
     yield found
-    found.server.should_exit = True
-    found.thread.join(20)
-    found.engine.close()
-    found.server.listener.close()
+    found.close()
 
 
 def test_a_picture_is_followed_by_a_controlnet(chromium: Any, steering: Served, tmp_path: Path) -> None:
